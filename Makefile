@@ -1,0 +1,48 @@
+# From a fresh checkout to a trained model on a CPU. `make` lists the targets.
+#
+# The CPU set-up needs the CPU build of torch; where pip finds only CUDA builds, give it PyTorch's CPU
+# index through PIP_EXTRA_INDEX_URL. On a GPU: pip install torch, then pip install --no-build-isolation '.[gpu]'.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+PIP    := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Some containers set this; every process would then spend half a minute on compiling what it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help setup demo test lint bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
+
+setup: $(VENV)/packages $(VENV)/kernels  ## make .venv with everything that a training on a CPU needs
+
+# DeepSpeed comes as source and looks at torch while it builds: hence torch first, and no isolation.
+# No byte-code in advance: most of these modules are never imported. The doctor imports the others once.
+$(VENV)/packages: pyproject.toml constraints.txt tools/match_torch.py
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt pip
+	$(PIP) install --no-compile -c constraints.txt setuptools cmake ninja torch
+	$(PIP) install --no-compile -c constraints.txt --no-build-isolation -e '.[cpu,dev]'
+	$(VENV)/bin/python tools/match_torch.py
+	$(VENV)/bin/python -m vogue.doctor
+	touch $@
+
+$(VENV)/kernels: $(VENV)/packages setup.py CMakeLists.txt $(wildcard kernels/csrc/*)
+	$(VENV)/bin/python setup.py --quiet build_ext --inplace
+	touch $@
+
+demo: setup  ## warm-start a small Qwen2.5-VL, train it with VOGUE, evaluate before and after
+	bash examples/digits/demo.sh
+
+test: setup  ## the whole test suite
+	python -m pytest
+
+lint: setup  ## ruff
+	ruff check . && ruff format --check .
+
+bench: setup  ## kernels against their peers on this machine
+	bash bench/cpu.sh
+
+clean:  ## remove .venv and what was built
+	rm -rf $(VENV) build *.egg-info kernels/vogue_kernels/cpu/_C.so

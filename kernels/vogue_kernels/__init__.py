@@ -1,0 +1,34 @@
+"""Exact statistics of one or two policy branches from hidden states and the output head, and VOGUE's loss on them.
+
+    linear_branch_stats   log-probabilities, entropies and both KL directions of two branches
+    linear_logprob        log-probability and entropy of one
+    VogueLoss             the loss for any trainer; its parts: guidance, shaped_advantage, clipped_surrogate,
+                          token_weights
+"""
+
+from .loss import (
+    GuidanceConfig,
+    ShapedAdvantage,
+    VogueLoss,
+    clipped_surrogate,
+    guidance,
+    shaped_advantage,
+    token_weights,
+)
+from .operator import IGNORE, BranchStats, LogprobStats, available_backends, linear_branch_stats, linear_logprob
+
+__all__ = [
+    "IGNORE",
+    "BranchStats",
+    "GuidanceConfig",
+    "LogprobStats",
+    "ShapedAdvantage",
+    "VogueLoss",
+    "available_backends",
+    "clipped_surrogate",
+    "guidance",
+    "linear_branch_stats",
+    "linear_logprob",
+    "shaped_advantage",
+    "token_weights",
+]

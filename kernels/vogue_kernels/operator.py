@@ -1,0 +1,289 @@
+"""The torch.library operators: schema, fake, autograd, input checks and the choice of the backend.
+
+Under ZeRO-3 the weight is gathered before a module's forward, released after it and gathered again before its
+backward, each time by exchanging the parameter's `.data`. So the weight itself is saved for the backward pass, never a
+view, copy or cast of it, and is read there anew.
+"""
+
+from typing import NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+IGNORE = reference.IGNORE
+
+
+class LogprobStats(NamedTuple):
+    """Per-token statistics of one branch, each (N,), in nats."""
+
+    logprob: Tensor
+    entropy: Tensor
+
+
+class BranchStats(NamedTuple):
+    """Per-token statistics of two branches, p raw and q noisy, each (N,), in nats."""
+
+    logprob_raw: Tensor
+    logprob_noisy: Tensor
+    entropy_raw: Tensor
+    entropy_noisy: Tensor
+    kl_raw_noisy: Tensor  # KL(p‖q)
+    kl_noisy_raw: Tensor  # KL(q‖p)
+    symmetric_kl: Tensor  # ½ (KL(p‖q) + KL(q‖p))
+
+
+def linear_branch_stats(
+    hidden_raw: Tensor,
+    hidden_noisy: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Optional[Tensor] = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+) -> BranchStats:
+    """Log-probabilities, entropies and both KL directions of two branches in one pass over the vocabulary.
+
+    With p = softmax((W h_raw + bias) / τ) and q the same of h_noisy; exact, with no (N, V) tensor.
+
+    hidden_raw, hidden_noisy: (N, D); weight: (V, D), bias: (V,), all of one dtype and device. targets: (N,) int64; at
+    -100 every result is 0 and no gradient flows. temperature: τ, divides the logits.
+    backend: "auto" (the fastest that can run), "torch", "cpu" or "triton".
+
+    Results are (N,) float32 (float64 for float64 inputs), differentiable in the hidden states, weight and bias (once:
+    there is no second derivative). The KLs are never negative, and 0 where the branches are identical. Only gradients
+    that are asked for are computed.
+
+    Raises TypeError for a dtype, ValueError for a shape, device, temperature, target or backend that can't be used.
+    """
+    args = (hidden_raw, hidden_noisy, weight, targets, bias, float(temperature), backend)
+    return BranchStats(*torch.ops.vogue.linear_branch_stats(*args)[:7])
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Optional[Tensor] = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+) -> LogprobStats:
+    """Log-probability of the target and entropy of softmax((W h + bias) / τ) per token.
+
+    hidden: (N, D); all else as in `linear_branch_stats`.
+    """
+    args = (hidden, weight, targets, bias, float(temperature), backend)
+    return LogprobStats(*torch.ops.vogue.linear_logprob(*args)[:2])
+
+
+# ---------------------------------------------------------------------------------------------------- backends
+
+_BACKENDS = {"torch": reference}  # the fastest first
+
+
+def available_backends() -> dict[str, Optional[str]]:
+    """Every backend, the fastest first: None if it can run here, else the reason why it can't."""
+    return {
+        "triton": "this version has no Triton kernels",
+        "cpu": "this version has no compiled CPU library",
+        "torch": None,
+    }
+
+
+def _implementation(backend: str):
+    reasons = available_backends()
+    if backend == "auto":
+        return next(_BACKENDS[name] for name, reason in reasons.items() if reason is None)
+    if backend not in reasons:
+        raise ValueError(f"unknown backend {backend!r}: choose one of auto, {', '.join(reasons)}")
+    if reasons[backend] is not None:
+        raise ValueError(f"backend {backend!r} can't run: {reasons[backend]}")
+    return _BACKENDS[backend]
+
+
+# ---------------------------------------------------------------------------------------------------- checks
+
+
+def _check_shapes(hiddens: dict[str, Tensor], weight: Tensor, targets: Tensor, bias: Optional[Tensor], temperature):
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(
+            f"weight must be (V, D) and not empty, got {tuple(weight.shape)}; under ZeRO-3 call the operator inside "
+            "the forward of the module that owns the weight, so that it is gathered"
+        )
+    if not weight.dtype.is_floating_point:
+        raise TypeError(f"weight must be floating point, got {weight.dtype}")
+    if targets.dim() != 1:
+        raise ValueError(f"targets must be (N,), got {tuple(targets.shape)}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be int64, got {targets.dtype}")
+    expected = {name: (hidden, (len(targets), weight.shape[1])) for name, hidden in hiddens.items()}
+    if bias is not None:
+        expected["bias"] = (bias, (len(weight),))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must be {shape}, got {tuple(tensor.shape)}, "
+                f"with weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
+            )
+        if tensor.dtype != weight.dtype:
+            raise TypeError(f"{name} must have the dtype of weight, {weight.dtype}, got {tensor.dtype}")
+    for name, tensor in {**{name: tensor for name, (tensor, _) in expected.items()}, "targets": targets}.items():
+        if tensor.device != weight.device:
+            raise ValueError(f"{name} must be on the device of weight, {weight.device}, got {tensor.device}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def _check_targets(targets: Tensor, vocab: int):
+    bad = ((targets < 0) | (targets >= vocab)) & (targets != IGNORE)
+    if bad.any():  # the one synchronisation of a call on a GPU
+        position = int(bad.nonzero()[0])
+        raise ValueError(
+            f"targets[{position}] = {int(targets[position])} is outside [0, {vocab}); "
+            f"only {IGNORE} marks a position to skip"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- linear_logprob
+
+# Each operator returns its results first, then what the backward pass needs besides them.
+
+
+def _empty_rows(targets: Tensor, weight: Tensor, count: int) -> tuple[Tensor, ...]:
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return tuple(targets.new_empty(targets.shape, dtype=dtype) for _ in range(count))
+
+
+def _wanted(needs: Sequence[bool], gradients: Sequence[Optional[Tensor]]) -> list[Tensor]:
+    """An operator can't return None: keep the gradients that are needed."""
+    return [gradient for need, gradient in zip(needs, gradients) if need]
+
+
+def _spread(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Optional[Tensor]]:
+    """Undo `_wanted`."""
+    given = iter(gradients)
+    return [next(given) if need else None for need in needs]
+
+
+@torch.library.custom_op("vogue::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Optional[Tensor], temperature: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
+    _check_targets(targets, len(weight))
+    return _implementation(backend).logprob_forward(hidden, weight, targets, bias, temperature)
+
+
+@_linear_logprob.register_fake
+def _(hidden, weight, targets, bias, temperature, backend):
+    _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
+    return _empty_rows(targets, weight, 4)
+
+
+@torch.library.custom_op("vogue::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    grads: Sequence[Optional[Tensor]],
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Optional[Tensor],
+    temperature: float,
+    backend: str,
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    backward = _implementation(backend).logprob_backward
+    return _wanted(needs, backward(grads, hidden, weight, targets, bias, temperature, saved, needs))
+
+
+@_linear_logprob_backward.register_fake
+def _(grads, hidden, weight, targets, bias, temperature, backend, saved, needs):
+    return _wanted(needs, [None if x is None else torch.empty_like(x) for x in (hidden, weight, bias)])
+
+
+def _linear_logprob_setup(ctx, inputs, output):
+    hidden, weight, targets, bias, ctx.temperature, ctx.backend = inputs
+    ctx.set_materialize_grads(False)  # None is how a result says that nobody asks for its gradient
+    ctx.save_for_backward(hidden, weight, targets, bias, *output[1:])
+
+
+def _linear_logprob_autograd(ctx, *grads):
+    hidden, weight, targets, bias, *saved = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    gradients = torch.ops.vogue.linear_logprob_backward(
+        grads[:2], hidden, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
+    )
+    grad_hidden, grad_weight, grad_bias = _spread(needs, gradients)
+    return grad_hidden, grad_weight, None, grad_bias, None, None
+
+
+_linear_logprob.register_autograd(_linear_logprob_autograd, setup_context=_linear_logprob_setup)
+
+
+# ---------------------------------------------------------------------------------------------------- linear_branch_stats
+
+
+@torch.library.custom_op("vogue::linear_branch_stats", mutates_args=())
+def _linear_branch_stats(
+    hidden_raw: Tensor,
+    hidden_noisy: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Optional[Tensor],
+    temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_shapes({"hidden_raw": hidden_raw, "hidden_noisy": hidden_noisy}, weight, targets, bias, temperature)
+    _check_targets(targets, len(weight))
+    return _implementation(backend).branch_forward(hidden_raw, hidden_noisy, weight, targets, bias, temperature)
+
+
+@_linear_branch_stats.register_fake
+def _(hidden_raw, hidden_noisy, weight, targets, bias, temperature, backend):
+    _check_shapes({"hidden_raw": hidden_raw, "hidden_noisy": hidden_noisy}, weight, targets, bias, temperature)
+    return _empty_rows(targets, weight, 11)
+
+
+@torch.library.custom_op("vogue::linear_branch_stats_backward", mutates_args=())
+def _linear_branch_stats_backward(
+    grads: Sequence[Optional[Tensor]],
+    hidden_raw: Tensor,
+    hidden_noisy: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Optional[Tensor],
+    temperature: float,
+    backend: str,
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    backward = _implementation(backend).branch_backward
+    return _wanted(
+        needs, backward(grads, hidden_raw, hidden_noisy, weight, targets, bias, temperature, saved, needs)
+    )
+
+
+@_linear_branch_stats_backward.register_fake
+def _(grads, hidden_raw, hidden_noisy, weight, targets, bias, temperature, backend, saved, needs):
+    inputs = (hidden_raw, hidden_noisy, weight, bias)
+    return _wanted(needs, [None if x is None else torch.empty_like(x) for x in inputs])
+
+
+def _linear_branch_stats_setup(ctx, inputs, output):
+    hidden_raw, hidden_noisy, weight, targets, bias, ctx.temperature, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden_raw, hidden_noisy, weight, targets, bias, *output[2:6], *output[7:])
+
+
+def _linear_branch_stats_autograd(ctx, *grads):
+    hidden_raw, hidden_noisy, weight, targets, bias, *saved = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+    gradients = torch.ops.vogue.linear_branch_stats_backward(
+        grads[:7], hidden_raw, hidden_noisy, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
+    )
+    grad_raw, grad_noisy, grad_weight, grad_bias = _spread(needs, gradients)
+    return grad_raw, grad_noisy, grad_weight, None, grad_bias, None, None
+
+
+_linear_branch_stats.register_autograd(_linear_branch_stats_autograd, setup_context=_linear_branch_stats_setup)

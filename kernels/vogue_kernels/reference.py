@@ -1,0 +1,338 @@
+"""The mathematics of the operators in plain PyTorch: the truth for tests, the fallback everywhere.
+
+With logits a = (W h_raw + bias) / τ and b = (W h_noisy + bias) / τ, p = softmax(a), q = softmax(b), keep per token and
+branch, over tiles of the vocabulary, the running maximum m and
+
+    s = Σ e^(a−m)      t = Σ e^(a−m) (a−m)      x = Σ e^(a−m) ((a−m_a) − (b−m_b))
+
+Then, for the target y,
+
+    log p_y = (a_y − m) − log s          H(p) = log s − t / s
+    KL(p‖q) = x_a / s_a − log s_a + log s_b          symmetric KL = ½ (x_a / s_a − x_b / s_b)
+
+Everything is kept relative to the maximum, so that logits of 1e4 cost no digits; and the normalisers cancel in the
+symmetric KL. Only tiles of the logits exist, never a (tokens × vocabulary) tensor.
+
+The backward pass computes each tile of logits again. With g_r the gradient that arrives at result r,
+
+    ∂a_v = g_logp (1[v=y] − p_v) − g_H p_v (log p_v + H) + g_KL(p‖q) p_v (log p_v − log q_v − KL(p‖q))
+           + g_KL(q‖p) (p_v − q_v)
+
+and the same with p and q exchanged for b. Inputs of float64 are computed in float64, all others in float32.
+
+Every backend is a module with these four functions, which take checked arguments.
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # the target of a position to skip, as in torch.nn.functional.cross_entropy
+TILE_ELEMENTS = 1 << 20  # of a tile of logits: 4 MB of float32; larger leaves the cache, smaller pays in launches
+VOCAB_TILE = 1024
+SLICE_ELEMENTS = 1 << 22  # of a slice of the hidden states or of the weight: 16 MB of float32
+
+
+def logprob_forward(hidden, weight, targets, bias, temperature):
+    """Return (logprob, entropy, maximum, logsum), each (N,); the last two are kept for the backward pass."""
+    kept, length = _kept(targets), len(targets)
+    hidden, targets = _select(kept, hidden, targets)
+    blocks = []
+    for rows in _blocks(hidden, weight):
+        h = _upcast(hidden[rows])
+        softmax = _RunningSoftmax(h, targets[rows])
+        for tile in _tiles(weight):
+            softmax.add(_logits(h, weight, bias, temperature, tile), tile)
+        blocks.append((softmax.logprob(), softmax.entropy(), softmax.maximum, softmax.sum.log()))
+    return _gather(blocks, kept, length)
+
+
+def logprob_backward(grads, hidden, weight, targets, bias, temperature, saved, needs):
+    """Gradients of (hidden, weight, bias), None where `needs` is False.
+
+    grads: those of (logprob, entropy), each (N,) or None. saved: (entropy, maximum, logsum).
+    """
+    entropy, maximum, logsum = saved
+    g_logprob, g_entropy = _over(grads, temperature)
+    branch = _Branch(hidden, maximum, logsum, entropy, None, g_logprob, g_entropy, None, None)
+    (grad_hidden,), grad_weight, grad_bias = _backward(
+        [branch], weight, targets, bias, temperature, needs[:1], needs[1], needs[2]
+    )
+    return grad_hidden, grad_weight, grad_bias
+
+
+def branch_forward(hidden_raw, hidden_noisy, weight, targets, bias, temperature):
+    """Return the seven results of BranchStats and (maximum, logsum) of each branch, each (N,)."""
+    kept, length = _kept(targets), len(targets)
+    hidden_raw, hidden_noisy, targets = _select(kept, hidden_raw, hidden_noisy, targets)
+    blocks = []
+    for rows in _blocks(hidden_raw, weight):
+        blocks.append(_branch_block(hidden_raw[rows], hidden_noisy[rows], weight, targets[rows], bias, temperature))
+    return _gather(blocks, kept, length)
+
+
+def branch_backward(grads, hidden_raw, hidden_noisy, weight, targets, bias, temperature, saved, needs):
+    """Gradients of (hidden_raw, hidden_noisy, weight, bias), None where `needs` is False.
+
+    grads: those of the seven results, each (N,) or None.
+    saved: (entropy_raw, entropy_noisy, kl_raw_noisy, kl_noisy_raw, then maximum and logsum of raw and of noisy).
+    """
+    g_logp_raw, g_logp_noisy, g_ent_raw, g_ent_noisy, g_forward, g_reverse, g_symmetric = _over(grads, temperature)
+    ent_raw, ent_noisy, kl_forward, kl_reverse, max_raw, logsum_raw, max_noisy, logsum_noisy = saved
+    if g_symmetric is not None:
+        half = g_symmetric / 2
+        g_forward = half if g_forward is None else g_forward + half
+        g_reverse = half if g_reverse is None else g_reverse + half
+    raw = _Branch(hidden_raw, max_raw, logsum_raw, ent_raw, kl_forward, g_logp_raw, g_ent_raw, g_forward, g_reverse)
+    noisy = _Branch(
+        hidden_noisy, max_noisy, logsum_noisy, ent_noisy, kl_reverse, g_logp_noisy, g_ent_noisy, g_reverse, g_forward
+    )
+    (grad_raw, grad_noisy), grad_weight, grad_bias = _backward(
+        [raw, noisy], weight, targets, bias, temperature, needs[:2], needs[2], needs[3]
+    )
+    return grad_raw, grad_noisy, grad_weight, grad_bias
+
+
+# ---------------------------------------------------------------------------------------------------- forward
+
+
+class _RunningSoftmax:
+    """m, s and t of one branch for a block of tokens, and the logit of the target, over vocabulary tiles."""
+
+    def __init__(self, hidden: Tensor, targets: Tensor):
+        self.targets = targets
+        # Half of the lowest number rather than −inf: m − m_new stays finite, and 0 · finite is 0 where 0 · inf is NaN.
+        self.maximum = hidden.new_full((len(hidden),), torch.finfo(hidden.dtype).min / 2)
+        self.sum = torch.zeros_like(self.maximum)
+        self.weighted = torch.zeros_like(self.maximum)
+        self.target_logit = torch.zeros_like(self.maximum)
+
+    def shift(self, logits: Tensor, tile: slice) -> Tensor:
+        """Move the maximum to cover this tile, subtract it from `logits` in place, return m − m_new (n,)."""
+        index, inside = _locate(self.targets, tile)
+        picked = logits.gather(1, index).squeeze(1)
+        self.target_logit = torch.where(inside, picked, self.target_logit)
+        old = self.maximum
+        self.maximum = torch.maximum(old, logits.amax(1))
+        logits.sub_(self.maximum.unsqueeze(1))
+        return old - self.maximum
+
+    def accumulate(self, shift: Tensor, scale: Tensor, exps: Tensor, weighted: Tensor) -> None:
+        """Rescale s and t from the old maximum to the new one and add this tile's sums."""
+        self.weighted = scale * (self.weighted + self.sum * shift) + weighted
+        self.sum = scale * self.sum + exps.sum(1)
+
+    def add(self, logits: Tensor, tile: slice) -> None:
+        """Take in one tile of logits (n, v), which are overwritten."""
+        shift = self.shift(logits, tile)
+        exps = logits.exp()
+        self.accumulate(shift, shift.exp(), exps, logits.mul_(exps).sum(1))
+
+    def logprob(self) -> Tensor:
+        return self.target_logit - self.maximum - self.sum.log()
+
+    def entropy(self) -> Tensor:
+        return self.sum.log() - self.weighted / self.sum
+
+
+def _branch_block(hidden_raw, hidden_noisy, weight, targets, bias, temperature):
+    hidden_raw, hidden_noisy = _upcast(hidden_raw), _upcast(hidden_noisy)
+    raw, noisy = _RunningSoftmax(hidden_raw, targets), _RunningSoftmax(hidden_noisy, targets)
+    cross_raw, cross_noisy = torch.zeros_like(raw.sum), torch.zeros_like(raw.sum)  # Σ e^(·−m) (a − b), shifted
+    for tile in _tiles(weight):
+        a = _logits(hidden_raw, weight, bias, temperature, tile)
+        b = _logits(hidden_noisy, weight, bias, temperature, tile)
+        shift_a, shift_b = raw.shift(a, tile), noisy.shift(b, tile)
+        scale_a, scale_b = shift_a.exp(), shift_b.exp()
+        exp_a, exp_b = a.exp(), b.exp()
+        difference, moved = a - b, shift_a - shift_b
+        weighted_a, weighted_b = a.mul_(exp_a).sum(1), b.mul_(exp_b).sum(1)
+        tile_raw = torch.mul(difference, exp_a, out=a).sum(1)
+        tile_noisy = torch.mul(difference, exp_b, out=b).sum(1)
+        cross_raw = scale_a * (cross_raw + raw.sum * moved) + tile_raw
+        cross_noisy = scale_b * (cross_noisy + noisy.sum * moved) + tile_noisy
+        raw.accumulate(shift_a, scale_a, exp_a, weighted_a)
+        noisy.accumulate(shift_b, scale_b, exp_b, weighted_b)
+    expected_raw, expected_noisy = cross_raw / raw.sum, cross_noisy / noisy.sum
+    logsum_raw, logsum_noisy = raw.sum.log(), noisy.sum.log()
+    # A divergence below zero is rounding. Only the value is clamped: the gradient's formula holds there all the same.
+    return (
+        raw.logprob(),
+        noisy.logprob(),
+        raw.entropy(),
+        noisy.entropy(),
+        (expected_raw - logsum_raw + logsum_noisy).clamp_(min=0),
+        (logsum_raw - logsum_noisy - expected_noisy).clamp_(min=0),
+        (expected_raw - expected_noisy).div_(2).clamp_(min=0),
+        raw.maximum,
+        logsum_raw,
+        noisy.maximum,
+        logsum_noisy,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- backward
+
+
+class _Branch(NamedTuple):
+    """One branch in the backward pass: p is its own softmax, q the other's. All but `hidden` are (N,)."""
+
+    hidden: Tensor
+    maximum: Tensor
+    logsum: Tensor
+    entropy: Tensor
+    kl: Optional[Tensor]  # KL(p‖q)
+    g_logprob: Optional[Tensor]
+    g_entropy: Optional[Tensor]
+    g_kl: Optional[Tensor]  # of KL(p‖q)
+    g_kl_other: Optional[Tensor]  # of KL(q‖p)
+
+    def crosses(self) -> bool:
+        return self.g_kl is not None or self.g_kl_other is not None
+
+    def used(self) -> bool:
+        return self.crosses() or self.g_logprob is not None or self.g_entropy is not None
+
+    def select(self, index) -> "_Branch":
+        return _Branch(*(field if field is None else field[index] for field in self))
+
+    def log_softmax(self, weight, bias, temperature, tile) -> Tensor:
+        logits = _logits(self.hidden, weight, bias, temperature, tile)
+        return logits.sub_(self.maximum.unsqueeze(1)).sub_(self.logsum.unsqueeze(1))
+
+
+def _over(grads, temperature):
+    """∂/∂(h Wᵀ + bias) = ∂/∂logits / τ: dividing the (N,) gradients saves a pass over every tile."""
+    return [None if grad is None else grad / temperature for grad in grads]
+
+
+def _backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias):
+    """Vocabulary tiles outside, tokens inside: a tile of the weight's gradient is complete when it is written."""
+    kept = _kept(targets)
+    originals = [branch.hidden for branch in branches]
+    if kept is not None:
+        branches, targets = [branch.select(kept) for branch in branches], targets[kept]
+    active = [branch.used() and (need or needs_weight or needs_bias) for branch, need in zip(branches, needs_hidden)]
+    grad_hidden = [
+        _upcast(branch.hidden).new_zeros(branch.hidden.shape) if need else None
+        for branch, need in zip(branches, needs_hidden)
+    ]
+    grad_weight = torch.empty_like(weight) if needs_weight else None
+    grad_bias = torch.empty_like(bias) if needs_bias else None
+    for tile in _tiles(weight):
+        w = _upcast(weight[tile])
+        tile_weight = torch.zeros_like(w) if needs_weight else None
+        tile_bias = w.new_zeros(len(w)) if needs_bias else None
+        for rows in _blocks(branches[0].hidden, weight):
+            block = [branch.select(rows) for branch in branches]
+            block = [branch._replace(hidden=_upcast(branch.hidden)) for branch in block]
+            for i, grad_logits in _logit_gradients(block, active, weight, targets[rows], bias, temperature, tile):
+                if needs_hidden[i]:
+                    grad_hidden[i][rows].addmm_(grad_logits, w)
+                if needs_weight:
+                    tile_weight.addmm_(grad_logits.t(), block[i].hidden)
+                if needs_bias:
+                    tile_bias += grad_logits.sum(0)
+        if needs_weight:
+            grad_weight[tile] = tile_weight
+        if needs_bias:
+            grad_bias[tile] = tile_bias
+    grad_hidden = [
+        None if grad is None else _restore(kept, grad.to(original.dtype), len(original))
+        for grad, original in zip(grad_hidden, originals)
+    ]
+    return grad_hidden, grad_weight, grad_bias
+
+
+def _logit_gradients(block, active, weight, targets, bias, temperature, tile):
+    """Yield (index of the branch, gradient of its logits (n, v)) for the active branches of one block and tile."""
+    crossing = any(on and branch.crosses() for on, branch in zip(active, block))
+    logps = [
+        branch.log_softmax(weight, bias, temperature, tile) if on or crossing else None
+        for on, branch in zip(active, block)
+    ]
+    for i, branch in enumerate(block):
+        if active[i]:
+            yield i, _logit_gradient(branch, logps[i], logps[1 - i] if crossing else None, targets, tile)
+
+
+def _logit_gradient(branch: _Branch, logp: Tensor, logq: Optional[Tensor], targets: Tensor, tile: slice) -> Tensor:
+    """p · (what every result adds) − g_KL(q‖p) q + g_logp 1[v=y], as an (n, v) tensor."""
+    constant = torch.zeros_like(branch.maximum)
+    if branch.g_logprob is not None:
+        constant -= branch.g_logprob
+    if branch.g_kl_other is not None:
+        constant += branch.g_kl_other
+    inner = constant.unsqueeze(1)
+    if branch.g_entropy is not None:
+        inner = torch.addcmul(inner, logp + branch.entropy.unsqueeze(1), branch.g_entropy.unsqueeze(1), value=-1)
+    if branch.g_kl is not None:
+        inner = torch.addcmul(inner, logp - logq - branch.kl.unsqueeze(1), branch.g_kl.unsqueeze(1))
+    gradient = logp.exp().mul_(inner)
+    if branch.g_kl_other is not None:
+        gradient.addcmul_(logq.exp(), branch.g_kl_other.unsqueeze(1), value=-1)
+    if branch.g_logprob is not None:
+        index, inside = _locate(targets, tile)
+        gradient.scatter_add_(1, index, torch.where(inside, branch.g_logprob, 0).unsqueeze(1))
+    return gradient
+
+
+# ---------------------------------------------------------------------------------------------------- both
+
+
+def _gather(blocks, kept, length):
+    """Join the results of the blocks of tokens, with zeros at the skipped positions."""
+    return tuple(_restore(kept, torch.cat(parts), length) for parts in zip(*blocks))
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Optional[Tensor], temperature: float, tile: slice) -> Tensor:
+    """(h Wᵀ + bias) / τ of one tile. Both are raised to the computing type first: nothing is rounded to bfloat16."""
+    logits = hidden @ _upcast(weight[tile]).t()
+    if bias is not None:
+        logits += bias[tile]
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _upcast(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _locate(targets: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+    """Each target's column within the tile (n, 1), clamped to it, and whether it truly lies inside (n,)."""
+    local = targets - tile.start
+    return local.clamp(0, tile.stop - tile.start - 1).unsqueeze(1), (targets >= tile.start) & (targets < tile.stop)
+
+
+def _tile_shape(width: int, vocab: int) -> tuple[int, int]:
+    """(tokens, vocabulary entries) of a tile of logits."""
+    columns = max(1, min(vocab, VOCAB_TILE, SLICE_ELEMENTS // width))
+    return max(1, min(TILE_ELEMENTS // columns, SLICE_ELEMENTS // width)), columns
+
+
+def _blocks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Slices of tokens: at least one, if empty, so that no tokens give empty results rather than none."""
+    size = _tile_shape(weight.shape[1], weight.shape[0])[0]
+    return [slice(start, min(start + size, len(hidden))) for start in range(0, max(1, len(hidden)), size)]
+
+
+def _tiles(weight: Tensor) -> list[slice]:
+    size = _tile_shape(weight.shape[1], weight.shape[0])[1]
+    return [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
+
+
+def _kept(targets: Tensor) -> Optional[Tensor]:
+    """Indices of the positions that aren't skipped, or None where that is all of them (then nothing is copied)."""
+    kept = (targets != IGNORE).nonzero().squeeze(1)
+    return None if len(kept) == len(targets) else kept
+
+
+def _select(kept: Optional[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors if kept is None else tuple(tensor[kept] for tensor in tensors)
+
+
+def _restore(kept: Optional[Tensor], tensor: Tensor, length: int) -> Tensor:
+    """Put the kept positions back among zeros."""
+    if kept is None:
+        return tensor
+    return tensor.new_zeros(length, *tensor.shape[1:]).index_copy_(0, kept, tensor)

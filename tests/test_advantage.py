@@ -1,0 +1,57 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vogue.advantage import group_advantages, mixed
+
+groups = st.lists(st.floats(0, 1, width=32), min_size=2, max_size=8).map(lambda r: torch.tensor([r]))
+
+
+def test_advantages_by_hand():
+    # (1, 0, 0, 1): mean 1/2, sample variance 4·(1/4)/3 = 1/3, so A = ±(1/2)·√3 = ±0.8660254.
+    # (0.1, 0.1, 1.0): mean 0.4, sample variance (0.09 + 0.09 + 0.36)/2 = 0.27, std 0.5196152,
+    # A = −0.5773503, −0.5773503, 1.1547005.
+    assert group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]])).tolist() == [
+        pytest.approx([0.8660254, -0.8660254, -0.8660254, 0.8660254], abs=1e-5)
+    ]
+    assert group_advantages(torch.tensor([[0.1, 0.1, 1.0]])).tolist() == [
+        pytest.approx([-0.5773503, -0.5773503, 1.1547005], abs=1e-5)
+    ]
+
+
+def test_groups_do_not_see_each_other():
+    rewards = torch.tensor([[0.0, 1.0], [5.0, 3.0]])
+    assert torch.equal(group_advantages(rewards)[0], group_advantages(rewards[:1])[0])
+    assert group_advantages(rewards).sign().tolist() == [[-1, 1], [1, -1]]
+
+
+def test_a_group_of_equals_has_exactly_no_advantage():
+    for reward in (0.0, 0.1, 0.9, 1.0):
+        assert (group_advantages(torch.full((2, 7), reward)) == 0).all()  # 7 · 0.1 / 7 is not 0.1 in float32
+
+
+@given(groups)
+def test_advantages_average_to_zero_and_keep_the_order(rewards):
+    advantages = group_advantages(rewards)
+    assert advantages.mean().abs() < 1e-3
+    better = rewards[0][:, None] > rewards[0]
+    assert (advantages[0][:, None] >= advantages[0])[better].all()
+
+
+@given(groups)
+def test_only_mixed_groups_have_an_advantage(rewards):
+    assert mixed(rewards).item() == (len(set(rewards[0].tolist())) > 1)
+    assert mixed(rewards).item() or (group_advantages(rewards) == 0).all()
+
+
+def test_mixed_tells_the_groups_that_carry_a_gradient():
+    accuracy = torch.tensor([[1.0, 1.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    assert mixed(accuracy).tolist() == [False, True, False]
+
+
+def test_groups_of_one_and_unfinite_rewards_are_refused():
+    with pytest.raises(ValueError, match=r"rewards have shape \(3, 1\)"):
+        group_advantages(torch.zeros(3, 1))
+    with pytest.raises(ValueError, match="the reward of response 1 in group 0 is nan"):
+        group_advantages(torch.tensor([[0.0, float("nan")]]))

@@ -1,0 +1,64 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vogue.branch import draw, noisy_probability
+
+granularities = st.sampled_from(["prompt", "response", "step"])
+
+
+def test_the_noisy_share_falls_from_one_to_zero_and_stays_there():
+    assert [noisy_probability(step, 200) for step in (0, 50, 150, 200, 300)] == [1.0, 0.75, 0.25, 0.0, 0.0]
+
+
+def test_a_fixed_share_stays():
+    assert [noisy_probability(step, 200, fixed=0.5) for step in (0, 200)] == [0.5, 0.5]
+    assert noisy_probability(0, 200, fixed=0.0) == 0.0
+
+
+def test_bad_settings_are_refused_with_their_value():
+    with pytest.raises(ValueError, match=r"fixed noisy probability is 1\.5"):
+        noisy_probability(0, 10, fixed=1.5)
+    with pytest.raises(ValueError, match="step is -1 of 10"):
+        noisy_probability(-1, 10)
+    with pytest.raises(ValueError, match="step is 0 of 0"):
+        noisy_probability(0, 0)
+    with pytest.raises(ValueError, match="granularity is 'token'; it must be one of prompt, response, step"):
+        draw("token", 2, 2, 0.5, seed=0, step=0)
+
+
+@given(granularities, st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31 - 1), st.integers(0, 10**6))
+def test_a_draw_has_the_shape_of_the_responses_and_depends_on_seed_and_step_alone(granularity, p, g, seed, step):
+    first = draw(granularity, p, g, 0.5, seed, step)
+    torch.rand(7)
+    assert first.shape == (p, g)
+    assert first.dtype == torch.bool
+    assert torch.equal(first, draw(granularity, p, g, 0.5, seed, step))
+    assert draw(granularity, p, g, 1.0, seed, step).all()
+    assert not draw(granularity, p, g, 0.0, seed, step).any()
+
+
+def test_granularity_says_what_shares_a_draw():
+    by_prompt = draw("prompt", 64, 8, 0.5, seed=0, step=3)
+    assert (by_prompt == by_prompt[:, :1]).all()
+    assert by_prompt[:, 0].float().var() > 0
+    by_response = draw("response", 64, 8, 0.5, seed=0, step=3)
+    assert (by_response != by_response[:, :1]).any()
+    steps = [draw("step", 4, 8, 0.5, seed=0, step=step) for step in range(20)]
+    assert all(z.all() or not z.any() for z in steps)
+    assert len({z[0, 0].item() for z in steps}) == 2
+
+
+@pytest.mark.parametrize("granularity", ["prompt", "response", "step"])
+def test_every_granularity_has_the_same_expectation(granularity):
+    share = torch.stack([draw(granularity, 4, 4, 0.3, seed=1, step=step) for step in range(2000)]).float().mean()
+    assert share == pytest.approx(0.3, abs=0.041)  # 4 standard deviations of 2000 draws
+
+
+def test_neighbouring_seeds_and_steps_are_not_correlated():
+    by_step = torch.stack([draw("response", 1, 1, 0.5, 0, step)[0, 0] for step in range(2000)]).float()
+    by_seed = torch.stack([draw("response", 1, 1, 0.5, seed, 0)[0, 0] for seed in range(2000)]).float()
+    for draws in (by_step, by_seed, (by_step == by_seed).float()):
+        assert draws.mean() == pytest.approx(0.5, abs=0.045)  # 4 standard deviations
+        assert torch.corrcoef(torch.stack([draws[:-1], draws[1:]]))[0, 1].abs() < 0.09

@@ -1,0 +1,140 @@
+"""The set-up's own tools: tools/match_torch.py and the build of the C++ kernels."""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+NMS = "RuntimeError: operator torchvision::nms does not exist"
+NO_LIBRARY = "OSError: Could not load this library: libtorchcodec_image.so"
+
+
+@pytest.fixture
+def match_torch(monkeypatch, tmp_path):
+    """The tool in a played environment, where `failures` maps a package to the last line of its import."""
+    module = runpy.run_path(str(ROOT / "tools" / "match_torch.py"))
+    tool = SimpleNamespace(commands=[], failures={}, hook=tmp_path / "vogue_torchvision_hook.pth")
+
+    def failure(package):
+        cured = package == "torchvision" and tool.failures.get(package) == NMS and tool.hook.exists()
+        return None if cured else tool.failures.get(package)
+
+    module["main"].__globals__.update(failure=failure, installed=lambda package: True)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: tool.commands.append(command[1:]))
+    tool.main = lambda: module["main"](tmp_path)
+    return tool
+
+
+def test_matching_builds_are_left_alone(match_torch, capsys):
+    match_torch.main()
+    assert not match_torch.commands
+    assert not match_torch.hook.exists()
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_cuda_build_of_torchvision_gets_the_hook_and_keeps_it(match_torch, capsys):
+    match_torch.failures["torchvision"] = NMS
+    for _ in range(2):
+        match_torch.main()
+        assert match_torch.hook.exists()
+        assert "import hook" in capsys.readouterr().out
+
+
+def test_the_hook_goes_when_the_builds_match_again(match_torch):
+    match_torch.failures["torchvision"] = NMS
+    match_torch.main()
+    match_torch.failures.clear()
+    match_torch.main()
+    assert not list(match_torch.hook.parent.iterdir())
+
+
+def test_another_failure_of_torchvision_is_reported_not_hidden(match_torch):
+    match_torch.failures["torchvision"] = "ImportError: libjpeg.so.8: cannot open shared object file"
+    with pytest.raises(SystemExit, match=r"libjpeg\.so\.8"):
+        match_torch.main()
+    assert not match_torch.hook.exists()
+
+
+def test_only_companions_whose_library_cannot_load_are_removed(match_torch):
+    match_torch.failures |= {"torchcodec": NO_LIBRARY, "torchaudio": "RuntimeError: no ffmpeg"}
+    match_torch.main()
+    assert match_torch.commands == [["-m", "pip", "uninstall", "--quiet", "--yes", "torchcodec"]]
+
+
+def test_the_hook_declares_both_operators_before_torchvision_is_imported(tmp_path):
+    runpy.run_path(str(ROOT / "tools" / "match_torch.py"))["install_hook"](tmp_path)
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import torch\nops = torch.ops.torchvision\nprint(ops.nms.default._schema, ops.qnms.default._schema)"
+    )
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import vogue_torchvision_hook, torchvision"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "torchvision::nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor" in done.stdout
+    assert "torchvision::qnms" in done.stdout
+
+
+SOURCE = """
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+int64_t threads() { return at::get_num_threads(); }
+TORCH_LIBRARY(vogue_build_test, library) { library.def("threads() -> int", &threads); }
+"""
+
+
+def build(folder, source=None, prelude="pass", **environment):
+    """`setup.py build_ext` in a copy of what it reads; returns the process and the library's path."""
+    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "README.md").touch()
+    (folder / "kernels" / "csrc").mkdir(parents=True)
+    if source is not None:
+        (folder / "kernels" / "csrc" / "source.cpp").write_text(source)
+    code = f"import runpy, sys; sys.argv = ['setup.py', '--quiet', 'build_ext', '-b', 'out']; {prelude}; " + (
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=os.environ | environment, capture_output=True, text=True
+    )
+    return done, folder / "out" / "vogue_kernels" / "cpu" / "_C.so"
+
+
+@pytest.mark.parametrize(
+    "why, source, prelude, environment",
+    [
+        ("there are no sources", None, "pass", {}),
+        ("torch isn't visible", SOURCE, "sys.modules['torch'] = None", {}),
+        ("cmake can't configure it", SOURCE, "pass", {"CXX": "/no/compiler"}),
+    ],
+)
+def test_where_the_kernels_cannot_be_built_the_installation_goes_on_and_says_why(
+    tmp_path, why, source, prelude, environment
+):
+    done, library = build(tmp_path, source, prelude, **environment)
+    assert done.returncode == 0, done.stderr
+    assert why in done.stderr
+    assert not library.exists()
+
+
+@pytest.mark.slow
+def test_the_kernels_are_built_and_share_the_threads_of_torch(tmp_path):
+    done, library = build(tmp_path, SOURCE)
+    assert done.returncode == 0, done.stderr
+    torch.ops.load_library(library)
+    assert torch.ops.vogue_build_test.threads() == torch.get_num_threads()
+
+
+def test_a_mistake_in_the_sources_is_an_error(tmp_path):
+    done, library = build(tmp_path, "#error broken")
+    assert done.returncode != 0
+    assert not library.exists()

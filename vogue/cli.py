@@ -1,0 +1,192 @@
+"""The command `vogue`: warmstart, train, eval, data, doctor.
+
+A wrong setting or sample ends a command with one message on standard error and exit code 2, before anything is
+trained or overwritten.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+from rich.console import Console
+from rich.table import Table
+
+from vogue.config import Config, ConfigError, load_config
+
+USAGE_ERROR = 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    _quiet()
+    from vogue.data import DataError
+
+    try:
+        return arguments.run(arguments)
+    except (ConfigError, DataError, ImportError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"vogue {arguments.command}: {error}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+# ------------------------------------------------------------------------------------------------------- commands
+
+
+def train(arguments: argparse.Namespace) -> int:
+    config = load_config(*_file_and_overrides(arguments.settings))
+    from vogue.run import run
+
+    return run(config, arguments.resume)
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    config = load_config(*_file_and_overrides(arguments.settings))
+    if config.data.test is None:
+        raise ConfigError("data.test is not set: the samples to evaluate on")
+    from vogue.evaluate import evaluate_model, summary, write_judged
+
+    console = Console()
+    judged = evaluate_model(config, arguments.samples, arguments.limit, console)
+    estimates = summary(judged)
+    table = Table("problems", "samples", *estimates, title=config.model.path)
+    table.add_row(str(len(judged)), str(arguments.samples), *map(str, estimates.values()))
+    console.print(table)
+    if arguments.out:
+        write_judged(judged, arguments.out)
+        console.print(f"completions and scores: {arguments.out}")
+    return 0
+
+
+def warmstart(arguments: argparse.Namespace) -> int:
+    from vogue import warmstart as module
+
+    console = Console()
+    module.warmstart(
+        arguments.out,
+        arguments.batches,
+        arguments.batch_size,
+        arguments.lr,
+        arguments.misread,
+        arguments.seed,
+        console,
+    )
+    console.print(f"model: {arguments.out}")
+    return 0
+
+
+def data(arguments: argparse.Namespace) -> int:
+    from vogue.data.digits import write_digits
+
+    write_digits(arguments.out, arguments.train, arguments.validation, arguments.test, arguments.seed)
+    for name in ("train", "validation", "test"):
+        print(arguments.out / f"{name}.parquet")
+    return 0
+
+
+def doctor(_: argparse.Namespace) -> int:
+    from vogue import doctor as module
+
+    return module.run(Console())
+
+
+# --------------------------------------------------------------------------------------------------------- parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vogue",
+        description="Reinforcement learning of vision-language models from verifiable rewards, exploring where the "
+        "image is ambiguous (VOGUE, arXiv 2510.01444).",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = _add(commands, "train", train, "train a model", epilog=_settings_help())
+    _add_config(command)
+    command.add_argument("--resume", action="store_true", help="go on from the last checkpoint of trainer.output_dir")
+    command.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+
+    command = _add(commands, "eval", evaluate, "pass@1 and pass@4 of model.path on data.test, with 95%% intervals")
+    _add_config(command)
+    command.add_argument("--samples", type=int, default=4, metavar="N", help="completions a problem (default 4)")
+    command.add_argument("--limit", type=int, metavar="N", help="only the first so many problems")
+    command.add_argument("--out", type=Path, metavar="FILE", help="write every completion with its score, JSONL")
+
+    command = _add(commands, "warmstart", warmstart, "make a small Qwen2.5-VL for the digits task from nothing")
+    command.add_argument("out", type=Path, help="folder of the model")
+    command.add_argument("--batches", type=int, default=450, help="supervised batches (default %(default)s)")
+    command.add_argument("--batch-size", type=int, default=64, help="demonstrations a batch (default %(default)s)")
+    command.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW (default %(default)s)")
+    command.add_argument(
+        "--misread", type=float, default=0.5, help="share of demonstrations that misread a digit (default %(default)s)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="default %(default)s")
+
+    command = commands.add_parser("data", help="write a data set in the EasyR1 schema (problem, answer, images)")
+    kinds = command.add_subparsers(dest="kind", required=True, metavar="KIND")
+    command = _add(kinds, "digits", data, "two handwritten digits and a question: train, validation, test .parquet")
+    command.add_argument("out", type=Path, help="folder to write to")
+    for name, count in {"train": 8000, "validation": 500, "test": 1000}.items():
+        command.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"samples (default {count})")
+    command.add_argument("--seed", type=int, default=0, help="default 0")
+
+    _add(commands, "doctor", doctor, "what was found here, what can run, and why the rest can't")
+    return parser
+
+
+def _add(commands, name: str, run, help: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=help.replace("%%", "%"),
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "settings", nargs="*", metavar="FILE.yaml | key=value", help="settings: a file first, then overrides"
+    )
+
+
+def _file_and_overrides(settings: list[str]) -> tuple[str | None, list[str]]:
+    files = [text for text in settings if "=" not in text]
+    if files and files != settings[:1]:
+        raise ConfigError(f"{files[-1]}: one YAML file may stand before the key=value settings")
+    return (files[0] if files else None), settings[len(files) :]
+
+
+def _settings_help() -> str:
+    lines = ["settings (key=value, default in brackets):"]
+    for key, field in _fields(Config, ""):
+        default = "required" if field.default is PydanticUndefined else field.default
+        lines.append(f"  {key} [{default}]\n      {field.description}")
+    return "\n".join(lines)
+
+
+def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, object]]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def _quiet() -> None:
+    """Leave the terminal to vogue: the libraries below it announce themselves at length."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Every setting of a run, with its unit and default, in one place.
+
+A run is described by one YAML file plus `key=value` overrides, merged by OmegaConf and checked here: an unknown
+key, a wrong type or a value out of range ends the program with one sentence that names it. `method` is a preset:
+it fixes the settings that make it what it is, and contradicting it is an error rather than another method.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+# What each method is, next to VOGUE's defaults (papers.md's symbols in the field descriptions below).
+METHODS: dict[str, dict[str, Any]] = {
+    "vogue": {},
+    "grpo": {"branch.probability": 0.0, "guidance.alpha_out": 0.0, "guidance.alpha_per": 0.0},
+}
+
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ConfigError(ValueError):
+    """A setting that can't be used; the message names it and says what would do."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    path: str = Field(description="Hugging Face model folder or hub name", min_length=1)
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the weights in training and rollout")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="transformers' attention")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    freeze_vision: bool = Field(False, description="leave the vision tower as it is")
+
+
+class DataConfig(Section):
+    train: str = Field(description="parquet, JSON, JSONL, folder, or hub:owner/name@split (EasyR1 schema)")
+    test: str | None = Field(None, description="the same, for evaluation during training and in `vogue eval`")
+    limit: Count | None = Field(None, description="use only the first so many training samples")
+    system_prompt: str | None = Field(None, description="in place of vogue's own; empty for none")
+    max_prompt_tokens: Count = Field(2048, description="a longer prompt is refused with its length, never cut")
+
+
+class PerturbConfig(Section):
+    preset: Literal["noise", "paper"] = Field("noise", description="T: Gaussian noise alone, or the paper's mix")
+    sigma: NonNegative = Field(0.4, description="standard deviation of the noise on [0, 1] pixels")
+
+
+class BranchConfig(Section):
+    granularity: Literal["prompt", "response", "step"] = Field(
+        "prompt", description="what one draw decides; `response` is the paper's Algorithm 1"
+    )
+    probability: Share | None = Field(None, description="fixed p_noi; unset: max(0, 1 - step / trainer.steps)")
+
+
+class GuidanceConfig(Section):
+    alpha_out: NonNegative = Field(0.4, description="weight of the output entropy; 0 switches u_out off")
+    beta_out: Positive = Field(2.0, description="cap of g_out: |A| / beta_out")
+    alpha_per: NonNegative = Field(1.0, description="weight of the divergence of the branches; 0 switches u_per off")
+    beta_per: Positive = Field(2.0, description="cap of g_per: |A| / beta_per")
+    divergence: Literal["symmetric", "forward", "reverse"] = Field(
+        "symmetric", description="u_per: half the sum of both KLs, KL(raw||noisy), or KL(noisy||raw)"
+    )
+
+
+class RewardConfig(Section):
+    accuracy: NonNegative = Field(0.9, description="weight of a right answer")
+    format: NonNegative = Field(0.1, description="weight of <think>...</think> followed by \\boxed{}")
+
+
+class RolloutConfig(Section):
+    engine: Literal["vllm", "hf"] = Field("vllm", description="what generates")
+    prompts: Count = Field(32, description="prompts a step, over all ranks")
+    n: int = Field(8, ge=2, description="G, completions a prompt")
+    max_tokens: Count = Field(1024, description="tokens a completion at most")
+    temperature: Positive = Field(1.0, description="of sampling; the policy's logits are divided by it in training too")
+    memory: Share = Field(0.4, description="share of a GPU's memory for vLLM")
+    kv_cache_gb: Positive = Field(1.0, description="vLLM's KV cache on a CPU, GB a rank")
+
+
+class LossConfig(Section):
+    clip_low: Share = Field(0.2, description="the ratio is clipped below at 1 - clip_low")
+    clip_high: NonNegative = Field(0.2, description="and above at 1 + clip_high (the paper states neither)")
+    aggregation: Literal["token-mean", "sequence-mean"] = Field("token-mean", description="how token losses add up")
+    importance_cap: Positive | None = Field(
+        None, description="multiply each token by min(cap, trainer's / engine's probability); unset: don't"
+    )
+
+
+class OptimizerConfig(Section):
+    lr: Positive = Field(1e-6, description="learning rate of AdamW")
+    weight_decay: NonNegative = Field(0.01, description="decoupled")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="AdamW's")
+    warmup_steps: int = Field(0, ge=0, description="optimizer updates of linear warm-up; constant after that")
+    max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
+
+
+class TrainerConfig(Section):
+    steps: Count = Field(200, description="rollout steps; s_total of the branch schedule")
+    updates: Count = Field(1, description="optimizer updates a step: the rollout is split into so many parts")
+    output_dir: Path = Field(Path("runs/vogue"), description="metrics, completions, plots and checkpoints go here")
+    micro_batch_tokens: Count = Field(8192, description="tokens (prompts and completions) a forward at most")
+    shared_prefix: bool = Field(True, description="a group is one row: its prompt is computed once")
+    save_every: int = Field(50, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: Count = Field(2, description="checkpoints to keep")
+    eval_every: int = Field(0, ge=0, description="steps between evaluations on data.test; 0: never")
+    eval_samples: Count = Field(4, description="completions a problem in these evaluations")
+    log_completions: int = Field(8, ge=0, description="completions a step in completions.jsonl")
+    wandb: str | None = Field(None, description="Weights & Biases project, if it is to be used")
+    deepspeed: dict[str, Any] = Field({}, description="merged into vogue's DeepSpeed configuration (ZeRO-3)")
+
+
+class Config(Section):
+    seed: int = Field(0, ge=0, description="of data order, perturbation, branch draws and sampling")
+    method: Literal["vogue", "grpo"] = Field("vogue", description="preset; `grpo` is the raw branch without guidance")
+    model: ModelConfig
+    data: DataConfig
+    perturb: PerturbConfig = PerturbConfig()
+    branch: BranchConfig = BranchConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+    reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.rollout.prompts % self.trainer.updates:
+            raise ValueError(
+                f"trainer.updates={self.trainer.updates} does not divide rollout.prompts={self.rollout.prompts}"
+            )
+        if self.trainer.eval_every and not self.data.test:
+            raise ValueError("trainer.eval_every is set, but data.test is not")
+        return self
+
+
+def load_config(path: str | Path | None, overrides: list[str]) -> Config:
+    """Read a YAML file (optional), apply `key=value` overrides, check everything.
+
+    Raises `ConfigError` with one line per wrong setting.
+    """
+    try:
+        parts = [OmegaConf.load(path)] if path else []
+        merged = OmegaConf.merge(*parts, OmegaConf.from_dotlist(overrides))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except FileNotFoundError:
+        raise ConfigError(f"configuration file {path} does not exist") from None
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path or 'overrides'}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected settings, found a {type(values).__name__}")
+    try:
+        return Config(**_apply_method({"model": {}, "data": {}} | values))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentence(item) for item in error.errors())) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML that `load_config` reads back."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _apply_method(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what `method` fixes; refuse a setting that contradicts it."""
+    method = values.get("method", "vogue")
+    for key, fixed in METHODS.get(method, {}).items():
+        section, name = key.split(".")
+        given = values.setdefault(section, {}).setdefault(name, fixed)
+        if given != fixed:
+            raise ConfigError(f"method={method} fixes {key}={fixed}, but it is set to {given}")
+    return values
+
+
+def _sentence(item: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "missing":
+        return f"{key} is not set: {_description(item['loc'])}"
+    if item["type"] == "extra_forbidden":
+        return f"unknown setting {key}; `vogue train --help` lists them all"
+    if not key:
+        return item["msg"].removeprefix("Value error, ")
+    return f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _description(location: tuple) -> str:
+    model: Any = Config
+    for name in location[:-1]:
+        model = model.model_fields[name].annotation
+    return model.model_fields[location[-1]].description or "see `vogue train --help`"

@@ -1,0 +1,269 @@
+r"""Samples in the EasyR1 schema: what to ask, the answer, the images.
+
+| column  | content                                                                             |
+|---------|-------------------------------------------------------------------------------------|
+| problem | the question; each `<image>` marks where an image goes                                |
+| answer  | the one right answer, as text or a number                                             |
+| images  | a list of {"bytes", "path"}, encoded bytes, or file paths relative to the data file   |
+| source  | optional: the data set the row was taken from                                         |
+
+A row is numbered from 0, as pandas and `datasets` number it.
+"""
+
+import io
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+PLACEHOLDER = "<image>"
+REQUIRED = ("problem", "answer", "images")
+COLUMNS = (*REQUIRED, "source")
+SCHEMA = pa.schema(
+    [
+        ("problem", pa.string()),
+        ("answer", pa.string()),
+        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
+        ("source", pa.string()),
+    ]
+)
+BATCH_ROWS = 256  # rows held twice, in Arrow and in Python, while a file is read
+
+
+class DataError(ValueError):
+    """A sample that cannot be used; the message names the file, the row and the value."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about images, with its verifiable answer.
+
+    problem  the question; a problem with no `<image>` at all has its images put in front
+    answer   the right answer, not empty
+    images   encoded bytes, paths or PIL images, opened by `load_images` and not before
+    source   the data set it was taken from
+    place    where it was read, for messages: "train.parquet, row 12"
+
+    Raises DataError for an empty problem or answer, and where the number of `<image>` in the
+    problem is neither 0 nor the number of images.
+    """
+
+    problem: str
+    answer: str
+    images: tuple[bytes | str | Path | Image.Image, ...]
+    source: str = ""
+    place: str = "sample"
+
+    def __post_init__(self):
+        for name in ("problem", "answer"):
+            text = getattr(self, name)
+            if not isinstance(text, str) or not text.strip():
+                raise DataError(f"{self.place}: '{name}' must be text and not empty, but is {text!r}.")
+        placeholders = self.problem.count(PLACEHOLDER)
+        if placeholders not in (0, len(self.images)):
+            raise DataError(
+                f"{self.place}: the problem has {placeholders} {PLACEHOLDER} but the row has "
+                f"{len(self.images)} image(s): {self.problem[:80]!r}."
+            )
+
+    def load_images(self) -> list[Image.Image]:
+        """The images, decoded, in RGB; transparent pixels become white.
+
+        Raises DataError for an image that is missing or cannot be decoded.
+        """
+        return [self._load(number) for number in range(len(self.images))]
+
+    def _load(self, number: int) -> Image.Image:
+        reference = self.images[number]
+        try:
+            return _rgb(_open(reference))
+        # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and more.
+        except Exception as error:
+            name = f"{len(reference)} bytes" if isinstance(reference, bytes) else reference
+            raise DataError(
+                f"{self.place}: image {number + 1} of {len(self.images)} ({name}) cannot be read: {error}."
+            ) from error
+
+
+def load_samples(spec: str | Path, limit: int | None = None) -> list[Sample]:
+    """The first `limit` samples (all by default) of a data set; images stay encoded.
+
+    spec: a .parquet, .json (a list of records) or .jsonl file, a folder of parquet files (read
+    in the order of their names), or `hub:owner/name@split` (split "train" by default), which
+    needs the `datasets` package.
+
+    Raises DataError for a missing file or column, an unusable row, and an empty data set.
+    """
+    samples = list(itertools.islice(_read(str(spec)), limit))
+    if not samples:
+        raise DataError(f"{spec}: no samples in it.")
+    return samples
+
+
+def check_images(samples: Iterable[Sample]) -> None:
+    """Decode every image once, in threads, so that a broken one stops a run before it starts.
+
+    Pillow's `verify` would be quicker, but lets a truncated JPEG through.
+
+    Raises DataError for the first broken sample, with the number of the others.
+    """
+    with ThreadPoolExecutor() as pool:
+        broken = [error for error in pool.map(_image_error, samples) if error]
+    if broken:
+        others = f" ({len(broken) - 1} other sample(s) have broken images too.)" if broken[1:] else ""
+        raise DataError(f"{broken[0]}{others}") from broken[0]
+
+
+def write_parquet(samples: Iterable[Sample], path: str | Path) -> None:
+    """Write samples to a parquet file in the EasyR1 schema, with the images inside as PNG.
+
+    The file appears whole or not at all: it is written under another name, then renamed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist([_record(sample) for sample in samples], schema=SCHEMA)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        unfinished = Path(folder) / path.name
+        pq.write_table(table, unfinished, row_group_size=BATCH_ROWS)
+        os.replace(unfinished, path)
+
+
+def _read(spec: str) -> Iterator[Sample]:
+    if spec.startswith("hub:"):
+        return _read_hub(spec)
+    path = Path(spec)
+    if path.is_dir():
+        return itertools.chain.from_iterable(map(_read_parquet, sorted(path.glob("*.parquet"))))
+    readers = {".parquet": _read_parquet, ".json": _read_json, ".jsonl": _read_jsonl}
+    if path.suffix not in readers:
+        raise DataError(f"{spec}: a data set is a folder, hub:owner/name@split, or a file in {', '.join(readers)}.")
+    if not path.is_file():
+        raise DataError(f"{spec}: no such file (looked in {path.absolute().parent}).")
+    return readers[path.suffix](path)
+
+
+def _read_parquet(path: Path) -> Iterator[Sample]:
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            _require_columns(names, str(path))
+            batches = file.iter_batches(BATCH_ROWS, columns=[name for name in COLUMNS if name in names])
+            yield from _samples_of(batches, str(path), path.parent)
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: not a readable parquet file: {error}.") from error
+
+
+def _read_hub(spec: str) -> Iterator[Sample]:
+    from datasets import load_dataset
+
+    name, _, split = spec.removeprefix("hub:").partition("@")
+    rows = load_dataset(name, split=split or "train")
+    _require_columns(rows.column_names, spec)
+    columns = [column for column in COLUMNS if column in rows.column_names]
+    # The Arrow format hands out images as they are stored, encoded.
+    batches = rows.select_columns(columns).with_format("arrow").iter(BATCH_ROWS)
+    yield from _samples_of(batches, spec, Path())
+
+
+def _read_json(path: Path) -> Iterator[Sample]:
+    records = _parse_json(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(records, list):
+        raise DataError(f"{path}: must hold a list of records, but holds a {type(records).__name__}.")
+    for row, record in enumerate(records):
+        yield _sample(record, f"{path}, row {row}", path.parent)
+
+
+def _read_jsonl(path: Path) -> Iterator[Sample]:
+    with path.open(encoding="utf-8") as lines:
+        for row, line in enumerate(line for line in lines if line.strip()):
+            place = f"{path}, row {row}"
+            yield _sample(_parse_json(line, place), place, path.parent)
+
+
+def _parse_json(text: str, place: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: not valid JSON: {error}.") from error
+
+
+def _samples_of(batches, name: str, folder: Path) -> Iterator[Sample]:
+    rows = itertools.count()
+    for batch in batches:
+        for record in batch.to_pylist():
+            yield _sample(record, f"{name}, row {next(rows)}", folder)
+
+
+def _sample(record, place: str, folder: Path) -> Sample:
+    if not isinstance(record, dict):
+        raise DataError(f"{place}: must be a record, but is a {type(record).__name__}: {str(record)[:80]!r}.")
+    _require_columns(record, place)
+    answer = record["answer"]
+    cells = record["images"] or []
+    if not isinstance(cells, list):
+        raise DataError(f"{place}: 'images' must be a list, but is a {type(cells).__name__}.")
+    return Sample(
+        problem=record["problem"],
+        answer=str(answer) if isinstance(answer, (int, float)) else answer,
+        images=tuple(_reference(cell, place, folder) for cell in cells),
+        source=record.get("source") or "",
+        place=place,
+    )
+
+
+def _require_columns(names: Iterable[str], place: str) -> None:
+    for column in REQUIRED:
+        if column not in names:
+            raise DataError(f"{place}: no column '{column}' (it has: {', '.join(map(str, names))}).")
+
+
+def _reference(cell, place: str, folder: Path) -> bytes | Path:
+    """What a cell of `images` refers to: encoded bytes, or a path resolved against the data file's folder."""
+    content = cell
+    if isinstance(cell, dict):
+        content = cell.get("bytes") or cell.get("path")
+    if isinstance(content, bytes):
+        return content
+    if isinstance(content, str):
+        return folder / content
+    raise DataError(f"{place}: an image must be bytes, a path or {{bytes, path}}, but is {cell!r}.")
+
+
+def _open(reference) -> Image.Image:
+    if isinstance(reference, Image.Image):
+        return reference
+    return Image.open(io.BytesIO(reference) if isinstance(reference, bytes) else reference)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    # Plain conversion shows what lies under transparent pixels, as a rule black: the colour of a diagram's lines.
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _image_error(sample: Sample) -> DataError | None:
+    try:
+        sample.load_images()
+    except DataError as error:
+        return error
+
+
+def _record(sample: Sample) -> dict:
+    images = [{"bytes": _png(image), "path": None} for image in sample.load_images()]
+    return {"problem": sample.problem, "answer": sample.answer, "images": images, "source": sample.source}
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

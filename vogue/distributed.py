@@ -1,0 +1,54 @@
+"""The ranks of a run: start, and the few sums and maxima that the trainer takes over them."""
+
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+
+
+def start() -> tuple[int, int, torch.device]:
+    """Join the run that the launcher set up, or be the only rank; returns rank, number of ranks and device."""
+    import deepspeed
+
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    on_gpu = torch.cuda.is_available()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    else:
+        # Ranks on one machine share its cores.
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        # An all-reduce for inference that nothing here uses; DeepSpeed would compile it for minutes first.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def total(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Sum of each value over the ranks; every rank gives the same keys."""
+    names = sorted(values)
+    summed = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
+    dist.all_reduce(summed)
+    return dict(zip(names, summed.tolist(), strict=True))
+
+
+def largest(values: list[int], device: torch.device) -> list[int]:
+    """The largest of each over the ranks."""
+    found = torch.tensor(values, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
+
+
+def gather(value) -> list:
+    """`value` of every rank, in order of rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

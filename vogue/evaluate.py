@@ -1,0 +1,117 @@
+"""pass@k on held-out problems, with confidence intervals.
+
+    pass@k = mean over problems of 1 - C(n - c, k) / C(n, k)      n samples, c of them right (arXiv 2107.03374)
+
+The estimator is unbiased for every k <= n. The interval resamples *problems*, since samples of one problem are not
+independent.
+"""
+
+import json
+from dataclasses import dataclass
+from math import comb
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from transformers import AutoConfig
+
+from vogue.config import Config
+from vogue.data import Sample, check_images, load_samples
+from vogue.inputs import Preprocessor, load_processor
+from vogue.rewards import Score, score_batch
+from vogue.rollout import Completion, Engine, Request, create_engine
+from vogue.seeds import Purpose, seed_for
+
+RESAMPLES = 2000
+PASS_AT = (1, 4)
+CHUNK = 64  # problems generated at a time, so that the progress bar moves
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One problem's completions and what each earned."""
+
+    sample: Sample
+    completions: tuple[Completion, ...]
+    scores: tuple[Score, ...]
+
+    @property
+    def right(self) -> int:
+        return sum(score.accuracy == 1 for score in self.scores)
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Chance that k of n samples, drawn without putting back, hold one of the `right` ones."""
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} needs at least {k} samples a problem, there are {n}")
+    return 1 - comb(n - right, k) / comb(n, k)
+
+
+def estimate(values: list[float]) -> Estimate:
+    """Mean and 95% percentile-bootstrap interval over problems."""
+    array = np.asarray(values)
+    drawn = np.random.default_rng(0).integers(len(array), size=(RESAMPLES, len(array)))
+    low, high = np.quantile(array[drawn].mean(axis=1), [0.025, 0.975])
+    return Estimate(float(array.mean()), float(low), float(high))
+
+
+def judge(
+    engine: Engine, preprocessor: Preprocessor, config: Config, samples: list[Sample], n: int, first: int = 0
+) -> list[Judged]:
+    """Generate `n` completions for each sample's raw image and score them; `first` numbers the first sample."""
+    requests = []
+    for number, sample in enumerate(samples, first):
+        view = preprocessor.view(sample.load_images())
+        seed = seed_for(config.seed, Purpose.EVALUATION, number)
+        requests.append(Request(preprocessor.prompt(sample, view), view.images, seed))
+    groups = engine.generate(requests, n, config.rollout.max_tokens, config.rollout.temperature)
+    weights = (config.reward.accuracy, config.reward.format)
+    judged = []
+    for sample, group in zip(samples, groups, strict=True):
+        scores = score_batch([completion.text for completion in group], [sample.answer] * n, weights)
+        judged.append(Judged(sample, tuple(group), tuple(scores)))
+    return judged
+
+
+def summary(judged: list[Judged]) -> dict[str, Estimate]:
+    """pass@1, and pass@4 where there are that many samples a problem."""
+    n = len(judged[0].scores)
+    return {f"pass@{k}": estimate([pass_at_k(n, item.right, k) for item in judged]) for k in PASS_AT if k <= n}
+
+
+def evaluate_model(config: Config, n: int, limit: int | None, console: Console) -> list[Judged]:
+    """Judge `model.path` on `data.test` with `n` completions a problem, in this process alone."""
+    samples = load_samples(config.data.test, limit)
+    check_images(samples)
+    processor = load_processor(config.model.path)
+    tied = AutoConfig.from_pretrained(config.model.path).tie_word_embeddings
+    engine = create_engine(config, processor, tied)
+    preprocessor = Preprocessor(processor, config.data.system_prompt, config.data.max_prompt_tokens)
+    chunks = [samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK)]
+    judged = []
+    for chunk in track(chunks, "evaluate", console=console):
+        judged += judge(engine, preprocessor, config, chunk, n, first=len(judged))
+    return judged
+
+
+def write_judged(judged: list[Judged], path: Path) -> None:
+    """One JSON object a completion."""
+    with open(path, "w") as file:
+        for number, item in enumerate(judged):
+            for completion, score in zip(item.completions, item.scores, strict=True):
+                record = {"problem": number, "question": item.sample.problem, "answer": item.sample.answer}
+                record |= {"completion": completion.text, "parsed": score.parsed, "reward": score.reward}
+                file.write(json.dumps(record | {"accuracy": score.accuracy}) + "\n")

@@ -1,0 +1,80 @@
+"""What a run leaves behind and shows while it runs; only rank 0 has one.
+
+    metrics.jsonl       one object a step
+    completions.jsonl   sampled completions, with their reward, branch and advantage
+    tensorboard/        the same metrics as events
+    config.yaml         the resolved configuration
+"""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from vogue.config import Config, ConfigError, save_config
+
+SHOWN = {"reward": "reward", "accuracy": "acc", "entropy": "H", "u_per": "u_per", "throughput/rollout": "tok/s"}
+
+
+def check_new(config: Config) -> None:
+    """Raise `ConfigError` where a new run would overwrite another one."""
+    folder = config.trainer.output_dir
+    if (folder / "metrics.jsonl").exists():
+        raise ConfigError(f"{folder} holds a run already: pass --resume, or another trainer.output_dir")
+
+
+def prepare(config: Config, step: int) -> None:
+    """Make the output folder ready for steps from `step` on.
+
+    Going on from a checkpoint drops what was logged after it, since those steps run again.
+    """
+    folder = config.trainer.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        if (folder / name).exists():
+            kept = [line for line in (folder / name).read_text().splitlines() if json.loads(line)["step"] < step]
+            (folder / name).write_text("".join(line + "\n" for line in kept))
+    save_config(config, folder / "config.yaml")
+
+
+class RunLog:
+    """Writes metrics and completions, and draws the progress bar until it is closed."""
+
+    def __init__(self, config: Config, start: int, console: Console):
+        self.folder = config.trainer.output_dir
+        self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start)
+        self.wandb = _wandb(config) if config.trainer.wandb else None
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, TextColumn("{task.fields[shown]}"), console=console)
+        self.progress.start()
+        self.task = self.progress.add_task(config.method, total=config.trainer.steps, completed=start, shown="")
+
+    def close(self) -> None:
+        self.progress.stop()
+        self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+    def step(self, step: int, metrics: dict[str, float], completions: list[dict]) -> None:
+        self._append("metrics.jsonl", [{"step": step} | metrics])
+        self._append("completions.jsonl", [{"step": step} | completion for completion in completions])
+        for name, value in metrics.items():
+            self.tensorboard.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+        shown = "  ".join(f"{label} {metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics)
+        self.progress.update(self.task, completed=step + 1, shown=shown)
+
+    def _append(self, name: str, records: list[dict]) -> None:
+        with open(self.folder / name, "a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def _wandb(config: Config):
+    try:
+        import wandb
+    except ImportError:
+        raise ImportError("trainer.wandb is set, but wandb isn't installed: pip install wandb") from None
+    return wandb.init(project=config.trainer.wandb, config=config.model_dump(mode="json"))

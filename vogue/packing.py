@@ -1,0 +1,159 @@
+"""Groups become micro-batches.
+
+A row of a micro-batch is one prompt followed by the completions that share it:
+
+    [ prompt | completion 1 | completion 2 | ... | pad ]      segments 0, 1, 2, ..., -1
+
+Completions attend to the prompt and to themselves (`vogue.policy`), so a group costs one prompt. Only the
+positions that predict a completion's token reach the output head; they are listed flat, as N tokens.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vogue.inputs import Prompt, View
+from vogue.rollout import Completion
+
+PAD = -1  # segment of padding
+
+
+@dataclass(frozen=True)
+class Row:
+    """Completions of one prompt that were drawn from one branch, and what training needs of them.
+
+    `advantages[i]` is the base advantage of `completions[i]`. `view` is the branch they were drawn from, `other`
+    the other one, where the two are compared (`None` for raw rows: they need no second forward).
+    `weight` is 0 for a row that only keeps ranks in step.
+    """
+
+    prompt: Prompt
+    view: View
+    other: View | None
+    completions: tuple[Completion, ...]
+    advantages: tuple[float, ...]
+    weight: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt.token_ids) + sum(len(c.token_ids) for c in self.completions)
+
+    @property
+    def noisy(self) -> bool:
+        return self.other is not None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows padded to L tokens, and their N completion tokens, flat.
+
+    `input_ids`, `token_types`, `segments`: (B, L) int64. `positions` (N,): where in the B·L hidden states token n
+    is predicted. `targets` (N,) int64; `sequence` (N,): which completion of the batch; `advantages`,
+    `rollout_logprob`, `weights` (N,) float32: base advantage, the engine's log-probability, and the token's weight
+    in the loss. `old` holds what a pass before several updates found (log-probability, entropy, divergence).
+    """
+
+    input_ids: Tensor
+    token_types: Tensor
+    segments: Tensor
+    view: View
+    other: View | None
+    positions: Tensor
+    targets: Tensor
+    sequence: Tensor
+    advantages: Tensor
+    rollout_logprob: Tensor
+    weights: Tensor
+    old: tuple[Tensor, Tensor, Tensor | None] | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        views = {k: _view_to(v, device) for k, v in vars(self).items() if isinstance(v, View)}
+        return replace(self, **moved, **views)
+
+
+def pack(rows: Iterable[Row], budget: int) -> list[list[Row]]:
+    """Rows into micro-batches of at most `budget` tokens, padding included, rows of similar length together.
+
+    A row longer than the budget is a micro-batch of its own.
+    """
+    packed: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: row.tokens, reverse=True):
+        if packed and packed[-1][0].tokens * (len(packed[-1]) + 1) <= budget:
+            packed[-1].append(row)
+        else:
+            packed.append([row])
+    return packed
+
+
+def spread(micro_batches: list[list[Row]], count: int, filler: Row) -> list[list[Row]]:
+    """Exactly `count` micro-batches: every rank must run as many forwards as the others (ZeRO-3's collectives)."""
+    idle = replace(filler, weight=0.0, completions=filler.completions[:1], advantages=filler.advantages[:1])
+    return micro_batches + [[idle]] * (count - len(micro_batches))
+
+
+def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
+    """Pad `rows` into a batch.
+
+    A token's weight is 1 (token-mean), or 1 / its completion's length (sequence-mean), times its row's; the trainer
+    divides by their sum over the whole update, so that splitting it into micro-batches changes nothing.
+    """
+    length = max(row.tokens for row in rows)
+    input_ids = torch.full((len(rows), length), pad_id)
+    token_types = torch.zeros_like(input_ids)
+    segments = torch.full_like(input_ids, PAD)
+    flat: dict[str, list[Tensor]] = {name: [] for name in _FLAT}
+    sequences = 0
+    for b, row in enumerate(rows):
+        start = len(row.prompt.token_ids)
+        input_ids[b, :start] = row.prompt.token_ids
+        token_types[b, :start] = row.prompt.token_types
+        segments[b, :start] = 0
+        for segment, (completion, advantage) in enumerate(zip(row.completions, row.advantages, strict=True), 1):
+            tokens = torch.tensor(completion.token_ids)
+            end = start + len(tokens)
+            input_ids[b, start:end] = tokens
+            segments[b, start:end] = segment
+            # The first token is predicted where the prompt ends, each further one by the token before it.
+            at = torch.arange(start - 1, end - 1)
+            at[0] = len(row.prompt.token_ids) - 1
+            weight = row.weight if token_mean else row.weight / len(tokens)
+            flat["positions"].append(b * length + at)
+            flat["targets"].append(tokens)
+            flat["sequence"].append(torch.full_like(tokens, sequences))
+            flat["advantages"].append(torch.full((len(tokens),), advantage))
+            flat["rollout_logprob"].append(torch.tensor(completion.logprobs))
+            flat["weights"].append(torch.full((len(tokens),), weight))
+            start, sequences = end, sequences + 1
+    return Batch(
+        input_ids=input_ids,
+        token_types=token_types,
+        segments=segments,
+        view=_stack([row.view for row in rows]),
+        other=_stack([row.other for row in rows if row.other]) if rows[0].noisy else None,
+        **{name: torch.cat(parts) for name, parts in flat.items()},
+    )
+
+
+_FLAT = ("positions", "targets", "sequence", "advantages", "rollout_logprob", "weights")
+
+
+def _stack(views: Sequence[View]) -> View:
+    """Images of several rows, one after the other, as the vision tower takes them."""
+    with_images = [view for view in views if view.grid_thw is not None]
+    images = tuple(image for view in views for image in view.images)
+    if not with_images:
+        return View(images, None, None)
+    return View(
+        images,
+        torch.cat([view.pixel_values for view in with_images]),
+        torch.cat([view.grid_thw for view in with_images]),
+    )
+
+
+def _view_to(view: View, device: torch.device) -> View:
+    if view.grid_thw is None:
+        return view
+    return View(view.images, view.pixel_values.to(device), view.grid_thw.to(device))

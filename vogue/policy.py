@@ -1,0 +1,127 @@
+"""The policy: a vision-language model of transformers, read out per token without its logits.
+
+`PolicyHead` takes the place of the output projection *as a module*. It owns the projection's weight, so ZeRO-3's
+hooks gather it for the head's forward and backward as for any layer, tied to the embedding or not, and hands it to
+the fused operators of `vogue_kernels`: no (tokens x vocabulary) tensor exists. Only the positions that predict a
+completion's token reach it.
+
+A row holds one prompt and the completions that share it (`vogue.packing`). Position i attends to j <= i where j
+belongs to the prompt or to i's own completion, and every completion's positions continue from the prompt's, so each
+completion sees exactly what it would see alone.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from vogue.inputs import View
+from vogue.packing import PAD, Batch
+from vogue_kernels import BranchStats, LogprobStats, linear_branch_stats, linear_logprob
+
+# Models whose rows may share a prompt: causal attention in every layer, which takes a prepared mask, and multimodal
+# rotary positions from the model's own `get_rope_index`.
+SHARED_PREFIX_MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+class PolicyHead(nn.Module):
+    """Output projection and per-token statistics in one: hidden states (N, D) to results (N,), float32, in nats."""
+
+    def __init__(self, projection: nn.Linear, temperature: float):
+        super().__init__()
+        self.weight = projection.weight
+        self.bias = projection.bias
+        self.temperature = temperature
+
+    def forward(self, hidden: Tensor, other: Tensor | None, targets: Tensor) -> BranchStats | LogprobStats:
+        """Statistics of the behaviour branch alone, or of both: `other` raw, `hidden` noisy."""
+        if other is None:
+            return linear_logprob(hidden, self.weight, targets, self.bias, self.temperature)
+        return linear_branch_stats(other, hidden, self.weight, targets, self.bias, self.temperature)
+
+
+class Policy(nn.Module):
+    """`forward(batch)` gives the statistics of the batch's N completion tokens.
+
+    Rows of the noisy branch get `BranchStats`: gradient flows through the noisy branch, and the raw one is computed
+    without. Rows of the raw branch get `LogprobStats`.
+    """
+
+    def __init__(self, model: PreTrainedModel, temperature: float):
+        super().__init__()
+        model.lm_head = PolicyHead(model.lm_head, temperature)
+        self.model = model
+
+    def forward(self, batch: Batch) -> BranchStats | LogprobStats:
+        other = None
+        if batch.other is not None:
+            with torch.no_grad():
+                other = self._hidden(batch, batch.other)
+        return self.model.lm_head(self._hidden(batch, batch.view), other, batch.targets)
+
+    def _hidden(self, batch: Batch, view: View) -> Tensor:
+        """Hidden states (N, D) at the positions that predict the completions' tokens."""
+        body = self.model.model
+        inputs = {"input_ids": batch.input_ids, "use_cache": False}
+        if supports_shared_prefix(self.model):
+            inputs |= {
+                "attention_mask": {"full_attention": shared_prefix_mask(batch.segments)},
+                "position_ids": shared_prefix_positions(body, batch, view),
+            }
+        else:
+            inputs |= {"attention_mask": (batch.segments != PAD).long()}
+        if view.grid_thw is None:
+            inputs["inputs_embeds"] = self._embed_without_images(batch.input_ids)
+        else:
+            inputs |= {"pixel_values": view.pixel_values, "image_grid_thw": view.grid_thw}
+            inputs["mm_token_type_ids"] = batch.token_types
+        hidden = body(**inputs).last_hidden_state
+        return hidden.flatten(0, 1)[batch.positions]
+
+    def _embed_without_images(self, input_ids: Tensor) -> Tensor:
+        """Embeddings, and the vision tower run on one blank token: under ZeRO-3 every rank must take part in it."""
+        embeddings = self.model.get_input_embeddings()(input_ids)
+        vision = self.model.config.vision_config
+        merge, side = vision.spatial_merge_size, vision.patch_size
+        patch_dim = vision.in_channels * vision.temporal_patch_size * side * side
+        blank = torch.zeros(merge * merge, patch_dim, dtype=embeddings.dtype, device=embeddings.device)
+        grid = torch.tensor([[1, merge, merge]], device=embeddings.device)
+        features = self.model.model.get_image_features(blank, grid, return_dict=True).pooler_output
+        return embeddings + 0 * torch.cat(tuple(features)).sum().to(embeddings.dtype)
+
+
+def load_policy(path: str, dtype: str, attention: str, temperature: float) -> Policy:
+    """Load a Hugging Face model (folder or hub name) as a policy; its weights keep their names under `model.`."""
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=attention)
+    return Policy(model, temperature)
+
+
+def supports_shared_prefix(model: PreTrainedModel) -> bool:
+    return model.config.model_type in SHARED_PREFIX_MODELS
+
+
+def shared_prefix_mask(segments: Tensor) -> Tensor:
+    """(B, L) segments to a (B, 1, L, L) boolean mask, true where attention is allowed.
+
+    Padding attends to padding, so that no row of the softmax is empty.
+    """
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
+    return (causal & ((key == query) | ((key == 0) & (query != PAD))))[:, None]
+
+
+def shared_prefix_positions(body: nn.Module, batch: Batch, view: View) -> Tensor:
+    """(3, B, L) rotary positions: the model's own for the prompt, each completion counting on from there."""
+    prompt = batch.segments == 0
+    if view.grid_thw is None:
+        in_prompt = (prompt.cumsum(dim=1) - 1).expand(3, -1, -1)
+    else:
+        in_prompt, _ = body.get_rope_index(
+            batch.input_ids, batch.token_types, image_grid_thw=view.grid_thw, attention_mask=prompt
+        )
+    last = in_prompt.masked_fill(~prompt, -1).amax(dim=(0, 2))  # (B,)
+    index = torch.arange(batch.segments.shape[1], device=batch.segments.device).expand_as(batch.segments)
+    begins = torch.ones_like(prompt)
+    begins[:, 1:] = batch.segments[:, 1:] != batch.segments[:, :-1]
+    start = index.masked_fill(~begins, 0).cummax(dim=1).values
+    in_completion = last[:, None] + 1 + index - start
+    return torch.where(prompt, in_prompt, in_completion)

@@ -1,0 +1,65 @@
+"""Prompts in, completions out, weights in.
+
+An engine has `generate`, `load_weights` and `version`; there are two: `vllm.py`, and `hf.py` where vLLM can't be
+installed. Each rank has its own, with the whole model, and generates for its own prompts.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL import Image
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from vogue.config import Config
+from vogue.inputs import Prompt
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt with the images of one branch. Equal seeds give equal completions, whatever else is generated."""
+
+    prompt: Prompt
+    images: tuple[Image.Image, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """`token_ids` with the end token, if it `finished`; `logprobs` (nats) under the sampling distribution."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finished: bool
+
+
+class Engine(Protocol):
+    version: int  # the optimizer update whose weights it has
+
+    def generate(
+        self, requests: list[Request], n: int, max_tokens: int, temperature: float
+    ) -> list[list[Completion]]: ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...
+
+
+def create_engine(config: Config, processor: ProcessorMixin, tied_head: bool) -> Engine:
+    """Start the engine `config.rollout.engine`; raises `ImportError` naming the extra where it isn't installed."""
+    if config.rollout.engine == "vllm":
+        from vogue.rollout.vllm import VllmEngine
+
+        return VllmEngine(config, processor, tied_head)
+    from vogue.rollout.hf import HfEngine
+
+    return HfEngine(config, processor)
+
+
+def media_token_ids(processor: ProcessorMixin) -> list[int]:
+    """Ids that stand for images or videos in a prompt; sampled, they would ask for an image that isn't there."""
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    found = [getattr(processor, name, None) for name in names[:2]]
+    known = processor.tokenizer.get_vocab()
+    found += [known.get(token) for token in ("<|vision_start|>", "<|vision_end|>")]
+    return sorted({token for token in found if token is not None})

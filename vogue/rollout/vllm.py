@@ -1,0 +1,113 @@
+"""vLLM in the trainer's own process, one engine a rank."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from vogue.config import Config
+from vogue.rollout import Completion, Request, media_token_ids
+
+# Read by vLLM when it is imported: run in this process, and leave OpenMP's threads to the trainer, which shares them.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+try:
+    import vllm
+except ImportError as error:
+    raise ImportError(
+        f"rollout.engine=vllm needs vLLM ({error}): install vogue[cpu] or vogue[gpu], or set rollout.engine=hf"
+    ) from error
+
+CPU_BATCHED_TOKENS = 4096  # of prompts that vLLM takes in at once
+
+
+class VllmEngine:
+    """See `vogue.rollout.Engine`. `tied_head`: the head's weight is the embedding's."""
+
+    def __init__(self, config: Config, processor: ProcessorMixin, tied_head: bool):
+        on_gpu = torch.cuda.is_available()
+        max_model_len = config.data.max_prompt_tokens + config.rollout.max_tokens
+        platform = {"gpu_memory_utilization": config.rollout.memory}
+        if not on_gpu:
+            # Prefill in chunks would rewind a seeded request's generator, which a CPU's can't do.
+            platform = {
+                "kv_cache_memory_bytes": int(config.rollout.kv_cache_gb * 1e9),
+                "enforce_eager": True,
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(max_model_len, CPU_BATCHED_TOKENS),
+            }
+        set_num_threads = torch.set_num_threads
+        self.llm = vllm.LLM(
+            model=config.model.path,
+            dtype=config.model.dtype,
+            max_model_len=max_model_len,
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
+            generation_config="vllm",  # not the checkpoint's own top-k and top-p
+            limit_mm_per_prompt={"video": 0},
+            seed=config.seed,
+            disable_log_stats=True,
+            **platform,
+        )
+        torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a stub in its place
+        # A few of vLLM's sampling helpers are torch.compile'd; on a CPU compiling them takes longer than a short run.
+        self._stance = contextlib.nullcontext if on_gpu else lambda: torch.compiler.set_stance("force_eager")
+        self._banned = {token: -100.0 for token in media_token_ids(processor)}
+        self._tied_head = tied_head
+        self.version = 0
+
+    def generate(
+        self, requests: list[Request], n: int, max_tokens: int, temperature: float
+    ) -> list[list[Completion]]:
+        inputs = [
+            {"prompt_token_ids": request.prompt.short_ids}
+            | ({"multi_modal_data": {"image": list(request.images)}} if request.images else {})
+            for request in requests
+        ]
+        sampling = [
+            vllm.SamplingParams(
+                n=n,
+                seed=request.seed,
+                temperature=temperature,
+                max_tokens=max_tokens,
+                logprobs=0,
+                logit_bias=self._banned,
+            )
+            for request in requests
+        ]
+        with self._stance():
+            outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
+        for request, output in zip(requests, outputs, strict=True):
+            expected = request.prompt.token_ids.tolist()
+            if output.prompt_token_ids != expected:
+                raise RuntimeError(
+                    f"{request.prompt.sample.place}: vLLM made {len(output.prompt_token_ids)} tokens of the prompt, "
+                    f"the policy {len(expected)}; their image processors disagree"
+                )
+        return [[_completion(item) for item in output.outputs] for output in outputs]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take the trainer's weights, streamed, and mark them as those of update `version`."""
+        with self._stance():
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._with_head(weights)})
+        self.llm.reset_prefix_cache()
+        self.llm.update_weight_version(str(version))
+        self.version = int(self.llm.get_weight_version())
+
+    def _with_head(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        # vLLM packs a tied head's weight apart from the embedding; unless it is sent too, it silently stays old.
+        for name, tensor in weights:
+            yield name, tensor
+            if self._tied_head and name.endswith("embed_tokens.weight"):
+                yield "lm_head.weight", tensor
+
+
+def _completion(output: "vllm.CompletionOutput") -> Completion:
+    token_ids = tuple(output.token_ids)
+    logprobs = tuple(step[token].logprob for token, step in zip(token_ids, output.logprobs, strict=True))
+    return Completion(token_ids, logprobs, output.text, output.finish_reason == "stop")
