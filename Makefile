@@ -5,7 +5,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
-PIP    := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
+PIP    := $(VENV)/bin/python -m pip -qq
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Some containers set this; every process would then spend half a minute on compiling what it imports.
 unexport PYTHONDONTWRITEBYTECODE

@@ -52,7 +52,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from vogue.evaluate import evaluate_model, summary, write_judged
 
     console = Console()
-    judged = evaluate_model(config, arguments.samples, arguments.limit, console)
+    judged = evaluate_model(config, arguments.samples, console)
     estimates = summary(judged)
     table = Table("problems", "samples", *estimates, title=config.model.path)
     table.add_row(str(len(judged)), str(arguments.samples), *map(str, estimates.values()))
@@ -114,7 +114,6 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(commands, "eval", evaluate, "pass@1 and pass@4 of model.path on data.test, with 95%% intervals")
     _add_config(command)
     command.add_argument("--samples", type=int, default=4, metavar="N", help="completions a problem (default 4)")
-    command.add_argument("--limit", type=int, metavar="N", help="only the first so many problems")
     command.add_argument("--out", type=Path, metavar="FILE", help="write every completion with its score, JSONL")
 
     command = _add(commands, "warmstart", warmstart, "make a small Qwen2.5-VL for the digits task from nothing")

@@ -44,6 +44,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     train: str = Field(description="parquet, JSON, JSONL, folder, or hub:owner/name@split (EasyR1 schema)")
     test: str | None = Field(None, description="the same, for evaluation during training and in `vogue eval`")
+    test_limit: Count | None = Field(None, description="use only the first so many of those")
     limit: Count | None = Field(None, description="use only the first so many training samples")
     system_prompt: str | None = Field(None, description="in place of vogue's own; empty for none")
     max_prompt_tokens: Count = Field(2048, description="a longer prompt is refused with its length, never cut")
@@ -111,7 +112,7 @@ class TrainerConfig(Section):
     shared_prefix: bool = Field(True, description="a group is one row: its prompt is computed once")
     save_every: int = Field(50, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: Count = Field(2, description="checkpoints to keep")
-    eval_every: int = Field(0, ge=0, description="steps between evaluations on data.test; 0: never")
+    eval_every: int = Field(0, ge=0, description="steps between evaluations on data.test, also before and after; 0: none")
     eval_samples: Count = Field(4, description="completions a problem in these evaluations")
     log_completions: int = Field(8, ge=0, description="completions a step in completions.jsonl")
     wandb: str | None = Field(None, description="Weights & Biases project, if it is to be used")

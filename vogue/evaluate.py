@@ -92,9 +92,9 @@ def summary(judged: list[Judged]) -> dict[str, Estimate]:
     return {f"pass@{k}": estimate([pass_at_k(n, item.right, k) for item in judged]) for k in PASS_AT if k <= n}
 
 
-def evaluate_model(config: Config, n: int, limit: int | None, console: Console) -> list[Judged]:
+def evaluate_model(config: Config, n: int, console: Console) -> list[Judged]:
     """Judge `model.path` on `data.test` with `n` completions a problem, in this process alone."""
-    samples = load_samples(config.data.test, limit)
+    samples = load_samples(config.data.test, config.data.test_limit)
     check_images(samples)
     processor = load_processor(config.model.path)
     tied = AutoConfig.from_pretrained(config.model.path).tie_word_embeddings

@@ -1,6 +1,7 @@
 """What a run leaves behind and shows while it runs; only rank 0 has one.
 
     metrics.jsonl       one object a step
+    evaluations.jsonl   held-out pass@k as [mean, low, high], after so many steps
     completions.jsonl   sampled completions, with their reward, branch and advantage
     tensorboard/        the same metrics as events
     config.yaml         the resolved configuration
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from vogue.config import Config, ConfigError, save_config
+from vogue.evaluate import Estimate
 
 SHOWN = {"reward": "reward", "accuracy": "acc", "entropy": "H", "u_per": "u_per", "throughput/rollout": "tok/s"}
 
@@ -32,15 +34,15 @@ def prepare(config: Config, step: int) -> None:
     """
     folder = config.trainer.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "completions.jsonl"):
+    for name, last in {"metrics.jsonl": step - 1, "completions.jsonl": step - 1, "evaluations.jsonl": step}.items():
         if (folder / name).exists():
-            kept = [line for line in (folder / name).read_text().splitlines() if json.loads(line)["step"] < step]
+            kept = [line for line in (folder / name).read_text().splitlines() if json.loads(line)["step"] <= last]
             (folder / name).write_text("".join(line + "\n" for line in kept))
     save_config(config, folder / "config.yaml")
 
 
 class RunLog:
-    """Writes metrics and completions, and draws the progress bar until it is closed."""
+    """Writes metrics, evaluations and completions, and draws the progress bar; a context manager."""
 
     def __init__(self, config: Config, start: int, console: Console):
         self.folder = config.trainer.output_dir
@@ -48,10 +50,13 @@ class RunLog:
         self.wandb = _wandb(config) if config.trainer.wandb else None
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.progress = Progress(*columns, TextColumn("{task.fields[shown]}"), console=console)
-        self.progress.start()
         self.task = self.progress.add_task(config.method, total=config.trainer.steps, completed=start, shown="")
 
-    def close(self) -> None:
+    def __enter__(self) -> "RunLog":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
         self.progress.stop()
         self.tensorboard.close()
         if self.wandb:
@@ -60,12 +65,22 @@ class RunLog:
     def step(self, step: int, metrics: dict[str, float], completions: list[dict]) -> None:
         self._append("metrics.jsonl", [{"step": step} | metrics])
         self._append("completions.jsonl", [{"step": step} | completion for completion in completions])
-        for name, value in metrics.items():
-            self.tensorboard.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(metrics, step=step)
+        self._scalars(step, metrics)
         shown = "  ".join(f"{label} {metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics)
         self.progress.update(self.task, completed=step + 1, shown=shown)
+
+    def evaluation(self, step: int, estimates: dict[str, Estimate]) -> None:
+        rows = {name: [e.value, e.low, e.high] for name, e in estimates.items()}
+        self._append("evaluations.jsonl", [{"step": step} | rows])
+        self._scalars(step, {f"eval/{name}": e.value for name, e in estimates.items()})
+        shown = ", ".join(f"{name} {e}" for name, e in estimates.items())
+        self.progress.console.print(f"after {step} steps: held-out {shown}")
+
+    def _scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(values, step=step)
 
     def _append(self, name: str, records: list[dict]) -> None:
         with open(self.folder / name, "a") as file:

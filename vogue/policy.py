@@ -10,12 +10,15 @@ belongs to the prompt or to i's own completion, and every completion's positions
 completion sees exactly what it would see alone.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from vogue.inputs import View
 from vogue.packing import PAD, Batch
+from vogue.rollout import BAN
 from vogue_kernels import BranchStats, LogprobStats, linear_branch_stats, linear_logprob
 
 # Models whose rows may share a prompt: causal attention in every layer, which takes a prepared mask, and multimodal
@@ -24,13 +27,18 @@ SHARED_PREFIX_MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 class PolicyHead(nn.Module):
-    """Output projection and per-token statistics in one: hidden states (N, D) to results (N,), float32, in nats."""
+    """Output projection and per-token statistics in one: hidden states (N, D) to results (N,), float32, in nats.
 
-    def __init__(self, projection: nn.Linear, temperature: float):
+    The distribution is the one that is sampled from: logits divided by `temperature`, `banned` tokens excluded.
+    """
+
+    def __init__(self, projection: nn.Linear, temperature: float, banned: Sequence[int]):
         super().__init__()
         self.weight = projection.weight
-        self.bias = projection.bias
         self.temperature = temperature
+        bias = torch.zeros(projection.out_features, dtype=projection.weight.dtype)
+        bias[list(banned)] = BAN
+        self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, hidden: Tensor, other: Tensor | None, targets: Tensor) -> BranchStats | LogprobStats:
         """Statistics of the behaviour branch alone, or of both: `other` raw, `hidden` noisy."""
@@ -46,9 +54,9 @@ class Policy(nn.Module):
     without. Rows of the raw branch get `LogprobStats`.
     """
 
-    def __init__(self, model: PreTrainedModel, temperature: float):
+    def __init__(self, model: PreTrainedModel, temperature: float, banned: Sequence[int] = ()):
         super().__init__()
-        model.lm_head = PolicyHead(model.lm_head, temperature)
+        model.lm_head = PolicyHead(model.lm_head, temperature, banned)
         self.model = model
 
     def forward(self, batch: Batch) -> BranchStats | LogprobStats:
@@ -87,12 +95,6 @@ class Policy(nn.Module):
         grid = torch.tensor([[1, merge, merge]], device=embeddings.device)
         features = self.model.model.get_image_features(blank, grid, return_dict=True).pooler_output
         return embeddings + 0 * torch.cat(tuple(features)).sum().to(embeddings.dtype)
-
-
-def load_policy(path: str, dtype: str, attention: str, temperature: float) -> Policy:
-    """Load a Hugging Face model (folder or hub name) as a policy; its weights keep their names under `model.`."""
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=attention)
-    return Policy(model, temperature)
 
 
 def supports_shared_prefix(model: PreTrainedModel) -> bool:

@@ -3,51 +3,73 @@
 Everything that can be wrong with settings or data is looked for before the first step.
 """
 
+import json
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from rich.console import Console
+from rich.table import Table
 
 from vogue import distributed, logs
 from vogue.config import Config
 from vogue.data import Sample, check_images, load_samples
-from vogue.evaluate import summary
+from vogue.evaluate import Estimate, summary
 from vogue.report import plot_curves
 from vogue.trainer import Group, Trainer
 
 
 def run(config: Config, resume: bool) -> int:
     """Train; returns the exit code. Every rank calls it, rank 0 shows and writes."""
-    console = Console()
     samples, held_out = _samples(config)
     rank, _, _ = distributed.start()
     if rank == 0 and not resume:
         logs.check_new(config)
     trainer = Trainer(config, samples, resume)
-    if rank == 0:
-        logs.prepare(config, trainer.step)
-        log = logs.RunLog(config, trainer.step, console)
-    try:
-        for metrics, groups in _steps(trainer, held_out):
-            if rank == 0:
-                log.step(trainer.step - 1, metrics, _records(groups, config))
-    finally:
-        if rank == 0:
-            log.close()
-    if rank == 0:
-        _show(config, console)
+    if rank > 0:
+        for _ in _events(trainer, held_out):
+            pass
+        return 0
+    logs.prepare(config, trainer.step)
+    console = Console()
+    with logs.RunLog(config, trainer.step, console) as log:
+        for event in _events(trainer, held_out):
+            if isinstance(event, Step):
+                log.step(event.step, event.metrics, _records(event.groups, config))
+            else:
+                log.evaluation(event.step, event.estimates)
+    _show(config, console)
     return 0
 
 
-def _steps(trainer: Trainer, held_out: list[Sample]) -> Iterator[tuple[dict[str, float], list[Group]]]:
+@dataclass(frozen=True)
+class Step:
+    """Step number `step` was done; metrics are of all ranks, groups of this one."""
+
+    step: int
+    metrics: dict[str, float]
+    groups: list[Group]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out pass@k after `step` steps."""
+
+    step: int
+    estimates: dict[str, Estimate]
+
+
+def _events(trainer: Trainer, held_out: list[Sample]) -> Iterator[Step | Evaluation]:
+    """The run: steps, evaluations before, between and after them, and checkpoints."""
     settings = trainer.config.trainer
+    if held_out and trainer.step == 0:
+        yield Evaluation(0, summary(trainer.evaluate(held_out, settings.eval_samples)))
     while trainer.step < settings.steps:
         metrics, groups = trainer.run_step()
+        yield Step(trainer.step - 1, metrics, groups)
         last = trainer.step == settings.steps
-        if settings.eval_every and (last or trainer.step % settings.eval_every == 0):
-            estimates = summary(trainer.evaluate(held_out, settings.eval_samples))
-            metrics |= {f"eval/{name}": estimate.value for name, estimate in estimates.items()}
-        yield metrics, groups
+        if held_out and (last or trainer.step % settings.eval_every == 0):
+            yield Evaluation(trainer.step, summary(trainer.evaluate(held_out, settings.eval_samples)))
         if last or (settings.save_every and trainer.step % settings.save_every == 0):
             trainer.save()
 
@@ -55,7 +77,7 @@ def _steps(trainer: Trainer, held_out: list[Sample]) -> Iterator[tuple[dict[str,
 def _samples(config: Config) -> tuple[list[Sample], list[Sample]]:
     """Training samples, and held-out ones where they are evaluated during the run; every image is opened once."""
     samples = load_samples(config.data.train, config.data.limit)
-    held_out = load_samples(config.data.test) if config.trainer.eval_every else []
+    held_out = load_samples(config.data.test, config.data.test_limit) if config.trainer.eval_every else []
     check_images(samples)
     check_images(held_out)
     return samples, held_out
@@ -80,9 +102,16 @@ def _records(groups: list[Group], config: Config) -> list[dict]:
 
 
 def _show(config: Config, console: Console) -> None:
-    """Draw the curves, and say where everything is."""
+    """Draw the curves, show how held-out pass@k went, and say where everything is."""
     folder = config.trainer.output_dir
     plot_curves([folder], folder / "curves.png")
+    if (folder / "evaluations.jsonl").exists():
+        rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+        names = [name for name in rows[0] if name != "step"]
+        table = Table("steps", *names, title="held-out problems, 95% intervals")
+        for row in rows:
+            table.add_row(str(row["step"]), *(str(Estimate(*row[name])) for name in names))
+        console.print(table)
     newest = sorted((folder / "checkpoints").glob("step_*"))[-1]
     for name, path in {
         "curves": folder / "curves.png",

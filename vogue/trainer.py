@@ -18,6 +18,7 @@ import deepspeed
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
 from vogue import branch, checkpoint, distributed
 from vogue.advantage import group_advantages
@@ -28,9 +29,9 @@ from vogue.inputs import Preprocessor, Prompt, View, load_processor
 from vogue.metrics import Clock, Sums, peak_memory
 from vogue.packing import Batch, Row, collate, pack, spread
 from vogue.perturb import perturb
-from vogue.policy import Policy, load_policy, supports_shared_prefix
+from vogue.policy import Policy, supports_shared_prefix
 from vogue.rewards import Score, score_batch
-from vogue.rollout import Completion, Request, create_engine
+from vogue.rollout import Completion, Request, create_engine, media_token_ids
 from vogue.seeds import Purpose, rng_for, seed_for
 from vogue_kernels import BranchStats, GuidanceConfig, LogprobStats, clipped_surrogate, shaped_advantage
 
@@ -70,7 +71,13 @@ class Trainer:
         data = config.data
         self.preprocessor = Preprocessor(self.processor, data.system_prompt, data.max_prompt_tokens)
         model = config.model
-        self.policy = load_policy(model.path, model.dtype, model.attention, config.rollout.temperature)
+        self.policy = Policy(
+            AutoModelForImageTextToText.from_pretrained(
+                model.path, dtype=model.dtype, attn_implementation=model.attention
+            ),
+            config.rollout.temperature,
+            media_token_ids(self.processor),
+        )
         self.engine = _deepspeed_engine(self.policy, config)
         tied = self.policy.model.config.tie_word_embeddings
         self.rollout = create_engine(config, self.processor, tied)
@@ -248,12 +255,17 @@ class Trainer:
             {
                 "entropy": entropy,
                 "clip_fraction": clipped,
-                "out_capped": shaped.out_capped,
                 "mismatch/logprob": mismatch.abs(),
                 "mismatch/kl": mismatch.expm1() - mismatch,
             }
-            | ({"u_per": divergence, "per_capped": shaped.per_capped} if divergence is not None else {})
+            | ({"u_per": divergence} if divergence is not None else {})
             | ({"ratio_error": (logprob.detach() - old_logprob).expm1().abs()} if first else {}),
+        )
+        # Where A is 0 every bonus is, and says nothing about the caps.
+        sums.add_tokens(
+            real & (batch.advantages != 0),
+            {"out_capped": shaped.out_capped}
+            | ({"per_capped": shaped.per_capped} if divergence is not None else {}),
         )
         sums.add_sum("loss", float((batch.weights * token_loss.detach()).sum()), float(batch.weights.sum()))
         return (batch.weights * token_loss).sum()

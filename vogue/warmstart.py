@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vogue.data.digits import QUESTIONS, DigitPair, digit_pairs
-from vogue.data.prompts import SYSTEM_PROMPT
+from vogue.config import ConfigError
+from vogue.data.digits import QUESTIONS, SYSTEM_PROMPT, DigitPair, digit_pairs
 from vogue.inputs import Preprocessor
 from vogue.seeds import Purpose, rng_for, seed_for
 from vogue.tiny import build_model, build_processor
@@ -38,6 +38,8 @@ def warmstart(
     `misread` is the share of demonstrations with a wrong digit; `lr` is AdamW's, warmed up and then decayed to a
     tenth by a cosine.
     """
+    if folder.exists():
+        raise ConfigError(f"{folder} exists already: remove it, or name another folder")
     pairs = digit_pairs("train", PAIRS, seed)
     processor = build_processor(_corpus(pairs))
     torch.manual_seed(seed_for(seed, Purpose.WARMSTART))
@@ -62,8 +64,10 @@ def warmstart(
             schedule.step()
             mean = loss.item() if math.isnan(mean) else 0.95 * mean + 0.05 * loss.item()
             progress.update(task, advance=1, loss=mean)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    partial = folder.with_name(f".{folder.name}.partial")  # renamed when whole, so that a stop leaves no half model
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    partial.rename(folder)
     return mean
 
 

@@ -5,8 +5,8 @@
     Â     = A + g_out + [noisy] g_per            uncertainties are stop-gradient
     loss  = Σ_t w_t · −min(r_t Â_t, clip(r_t, 1 − ε_low, 1 + ε_high) Â_t)              r = π / π_old
 
-Tensors are per token, of any one shape, float32. A bonus is never negative, and 0 where A is; with both β = 2 a negative
-advantage rises to 0 at most and a positive one at most doubles.
+Tensors are per token, of any one shape, float32. A bonus is never negative, and 0 where A is; with both β = 2 a
+negative advantage rises to 0 at most and a positive one at most doubles.
 """
 
 from dataclasses import dataclass

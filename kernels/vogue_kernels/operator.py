@@ -151,7 +151,7 @@ def _check_targets(targets: Tensor, vocab: int):
 
 
 def _empty_rows(targets: Tensor, weight: Tensor, count: int) -> tuple[Tensor, ...]:
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = reference.compute_dtype(weight)
     return tuple(targets.new_empty(targets.shape, dtype=dtype) for _ in range(count))
 
 
@@ -221,7 +221,7 @@ def _linear_logprob_autograd(ctx, *grads):
 _linear_logprob.register_autograd(_linear_logprob_autograd, setup_context=_linear_logprob_setup)
 
 
-# ---------------------------------------------------------------------------------------------------- linear_branch_stats
+# ---------------------------------------------------------------------------------------------- linear_branch_stats
 
 
 @torch.library.custom_op("vogue::linear_branch_stats", mutates_args=())

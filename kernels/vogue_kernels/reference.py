@@ -45,7 +45,7 @@ def logprob_forward(hidden, weight, targets, bias, temperature):
         for tile in _tiles(weight):
             softmax.add(_logits(h, weight, bias, temperature, tile), tile)
         blocks.append((softmax.logprob(), softmax.entropy(), softmax.maximum, softmax.sum.log()))
-    return _gather(blocks, kept, length)
+    return _gather(blocks, kept, length, compute_dtype(weight))
 
 
 def logprob_backward(grads, hidden, weight, targets, bias, temperature, saved, needs):
@@ -69,7 +69,7 @@ def branch_forward(hidden_raw, hidden_noisy, weight, targets, bias, temperature)
     blocks = []
     for rows in _blocks(hidden_raw, weight):
         blocks.append(_branch_block(hidden_raw[rows], hidden_noisy[rows], weight, targets[rows], bias, temperature))
-    return _gather(blocks, kept, length)
+    return _gather(blocks, kept, length, compute_dtype(weight))
 
 
 def branch_backward(grads, hidden_raw, hidden_noisy, weight, targets, bias, temperature, saved, needs):
@@ -98,14 +98,18 @@ def branch_backward(grads, hidden_raw, hidden_noisy, weight, targets, bias, temp
 
 
 class _RunningSoftmax:
-    """m, s and t of one branch for a block of tokens, and the logit of the target, over vocabulary tiles."""
+    """m, s and t of one branch for a block of tokens, and the logit of the target, over vocabulary tiles.
+
+    The sums over a tile are those of its dtype; the (n,) sums over tiles are float64, because adding up a hundred tiles
+    in float32 would be the largest error of all, and the KL's terms cancel.
+    """
 
     def __init__(self, hidden: Tensor, targets: Tensor):
         self.targets = targets
         # Half of the lowest number rather than −inf: m − m_new stays finite, and 0 · finite is 0 where 0 · inf is NaN.
         self.maximum = hidden.new_full((len(hidden),), torch.finfo(hidden.dtype).min / 2)
-        self.sum = torch.zeros_like(self.maximum)
-        self.weighted = torch.zeros_like(self.maximum)
+        self.sum = torch.zeros_like(self.maximum, dtype=torch.float64)
+        self.weighted = torch.zeros_like(self.sum)
         self.target_logit = torch.zeros_like(self.maximum)
 
     def shift(self, logits: Tensor, tile: slice) -> Tensor:
@@ -116,10 +120,11 @@ class _RunningSoftmax:
         old = self.maximum
         self.maximum = torch.maximum(old, logits.amax(1))
         logits.sub_(self.maximum.unsqueeze(1))
-        return old - self.maximum
+        return old.double() - self.maximum
 
-    def accumulate(self, shift: Tensor, scale: Tensor, exps: Tensor, weighted: Tensor) -> None:
+    def accumulate(self, shift: Tensor, exps: Tensor, weighted: Tensor) -> None:
         """Rescale s and t from the old maximum to the new one and add this tile's sums."""
+        scale = shift.exp()
         self.weighted = scale * (self.weighted + self.sum * shift) + weighted
         self.sum = scale * self.sum + exps.sum(1)
 
@@ -127,10 +132,10 @@ class _RunningSoftmax:
         """Take in one tile of logits (n, v), which are overwritten."""
         shift = self.shift(logits, tile)
         exps = logits.exp()
-        self.accumulate(shift, shift.exp(), exps, logits.mul_(exps).sum(1))
+        self.accumulate(shift, exps, logits.mul_(exps).sum(1))
 
     def logprob(self) -> Tensor:
-        return self.target_logit - self.maximum - self.sum.log()
+        return self.target_logit.double() - self.maximum - self.sum.log()
 
     def entropy(self) -> Tensor:
         return self.sum.log() - self.weighted / self.sum
@@ -144,16 +149,14 @@ def _branch_block(hidden_raw, hidden_noisy, weight, targets, bias, temperature):
         a = _logits(hidden_raw, weight, bias, temperature, tile)
         b = _logits(hidden_noisy, weight, bias, temperature, tile)
         shift_a, shift_b = raw.shift(a, tile), noisy.shift(b, tile)
-        scale_a, scale_b = shift_a.exp(), shift_b.exp()
-        exp_a, exp_b = a.exp(), b.exp()
-        difference, moved = a - b, shift_a - shift_b
+        exp_a, exp_b, difference, moved = a.exp(), b.exp(), a - b, shift_a - shift_b
         weighted_a, weighted_b = a.mul_(exp_a).sum(1), b.mul_(exp_b).sum(1)
         tile_raw = torch.mul(difference, exp_a, out=a).sum(1)
         tile_noisy = torch.mul(difference, exp_b, out=b).sum(1)
-        cross_raw = scale_a * (cross_raw + raw.sum * moved) + tile_raw
-        cross_noisy = scale_b * (cross_noisy + noisy.sum * moved) + tile_noisy
-        raw.accumulate(shift_a, scale_a, exp_a, weighted_a)
-        noisy.accumulate(shift_b, scale_b, exp_b, weighted_b)
+        cross_raw = shift_a.exp() * (cross_raw + raw.sum * moved) + tile_raw
+        cross_noisy = shift_b.exp() * (cross_noisy + noisy.sum * moved) + tile_noisy
+        raw.accumulate(shift_a, exp_a, weighted_a)
+        noisy.accumulate(shift_b, exp_b, weighted_b)
     expected_raw, expected_noisy = cross_raw / raw.sum, cross_noisy / noisy.sum
     logsum_raw, logsum_noisy = raw.sum.log(), noisy.sum.log()
     # A divergence below zero is rounding. Only the value is clamped: the gradient's formula holds there all the same.
@@ -170,6 +173,11 @@ def _branch_block(hidden_raw, hidden_noisy, weight, targets, bias, temperature):
         noisy.maximum,
         logsum_noisy,
     )
+
+
+def _gather(blocks, kept, length, dtype):
+    """Join the results of the blocks of tokens, with zeros at the skipped positions."""
+    return tuple(_restore(kept, torch.cat(parts).to(dtype), length) for parts in zip(*blocks))
 
 
 # ---------------------------------------------------------------------------------------------------- backward
@@ -215,7 +223,7 @@ def _backward(branches, weight, targets, bias, temperature, needs_hidden, needs_
         branches, targets = [branch.select(kept) for branch in branches], targets[kept]
     active = [branch.used() and (need or needs_weight or needs_bias) for branch, need in zip(branches, needs_hidden)]
     grad_hidden = [
-        _upcast(branch.hidden).new_zeros(branch.hidden.shape) if need else None
+        torch.zeros_like(branch.hidden, dtype=compute_dtype(weight)) if need else None
         for branch, need in zip(branches, needs_hidden)
     ]
     grad_weight = torch.empty_like(weight) if needs_weight else None
@@ -281,11 +289,6 @@ def _logit_gradient(branch: _Branch, logp: Tensor, logq: Optional[Tensor], targe
 # ---------------------------------------------------------------------------------------------------- both
 
 
-def _gather(blocks, kept, length):
-    """Join the results of the blocks of tokens, with zeros at the skipped positions."""
-    return tuple(_restore(kept, torch.cat(parts), length) for parts in zip(*blocks))
-
-
 def _logits(hidden: Tensor, weight: Tensor, bias: Optional[Tensor], temperature: float, tile: slice) -> Tensor:
     """(h Wᵀ + bias) / τ of one tile. Both are raised to the computing type first: nothing is rounded to bfloat16."""
     logits = hidden @ _upcast(weight[tile]).t()
@@ -294,8 +297,13 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Optional[Tensor], temperature:
     return logits if temperature == 1 else logits.div_(temperature)
 
 
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of the computation and of its results."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
 def _upcast(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor.to(compute_dtype(tensor))
 
 
 def _locate(targets: Tensor, tile: slice) -> tuple[Tensor, Tensor]:

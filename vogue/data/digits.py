@@ -17,6 +17,7 @@ from sklearn.model_selection import train_test_split
 
 from vogue.data.samples import PLACEHOLDER, Sample, write_parquet
 
+SYSTEM_PROMPT = "Think in <think></think>, then answer in \\boxed{}."  # short: a small model reads every token slowly
 SPLITS = ("train", "validation", "test")
 QUESTIONS = {
     "sum": "What is the sum of the two digits?",

@@ -15,6 +15,8 @@ from transformers import ProcessorMixin
 from vogue.config import Config
 from vogue.inputs import Prompt
 
+BAN = -100.0  # added to the logits of tokens that can't be sampled, in rollout and training alike
+
 
 @dataclass(frozen=True)
 class Request:
@@ -58,8 +60,6 @@ def create_engine(config: Config, processor: ProcessorMixin, tied_head: bool) ->
 
 def media_token_ids(processor: ProcessorMixin) -> list[int]:
     """Ids that stand for images or videos in a prompt; sampled, they would ask for an image that isn't there."""
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    found = [getattr(processor, name, None) for name in names[:2]]
     known = processor.tokenizer.get_vocab()
-    found += [known.get(token) for token in ("<|vision_start|>", "<|vision_end|>")]
-    return sorted({token for token in found if token is not None})
+    tokens = (processor.image_token, getattr(processor, "video_token", None), "<|vision_start|>", "<|vision_end|>")
+    return sorted({known[token] for token in tokens if token in known})

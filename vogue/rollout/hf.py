@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, ProcessorMixin
 
 from vogue.config import Config
 from vogue.inputs import Preprocessor
-from vogue.rollout import Completion, Request, media_token_ids
+from vogue.rollout import BAN, Completion, Request, media_token_ids
 
 
 class HfEngine:
@@ -20,7 +20,7 @@ class HfEngine:
         self.model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = processor.tokenizer
         self.preprocessor = Preprocessor(processor, "", config.data.max_prompt_tokens)
-        self._banned = media_token_ids(processor)
+        self._bias = {(token,): BAN for token in media_token_ids(processor)}
         self.version = 0
 
     def generate(
@@ -43,7 +43,7 @@ class HfEngine:
                 top_p=1.0,
                 num_return_sequences=n,
                 max_new_tokens=max_tokens,
-                suppress_tokens=self._banned,
+                sequence_bias=self._bias,
                 eos_token_id=self.tokenizer.eos_token_id,
                 pad_token_id=self.tokenizer.pad_token_id,
                 return_dict_in_generate=True,

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from vogue.config import Config
-from vogue.rollout import Completion, Request, media_token_ids
+from vogue.rollout import BAN, Completion, Request, media_token_ids
 
 # Read by vLLM when it is imported: run in this process, and leave OpenMP's threads to the trainer, which shares them.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -57,7 +57,7 @@ class VllmEngine:
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a stub in its place
         # A few of vLLM's sampling helpers are torch.compile'd; on a CPU compiling them takes longer than a short run.
         self._stance = contextlib.nullcontext if on_gpu else lambda: torch.compiler.set_stance("force_eager")
-        self._banned = {token: -100.0 for token in media_token_ids(processor)}
+        self._banned = {token: BAN for token in media_token_ids(processor)}
         self._tied_head = tied_head
         self.version = 0
 

@@ -1,0 +1,237 @@
+"""Every equation of the loss against numbers worked out by hand, its properties for any numbers, and VogueLoss."""
+
+import math
+
+import oracle
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vogue_kernels import (
+    IGNORE,
+    GuidanceConfig,
+    VogueLoss,
+    clipped_surrogate,
+    guidance,
+    shaped_advantage,
+    token_weights,
+)
+
+advantages = st.floats(-10, 10, width=32)
+uncertainties = st.floats(0, 20, width=32)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, torch.tensor(expected), rtol=1e-6, atol=1e-7)
+
+
+def test_guidance_is_the_scaled_uncertainty_capped_by_the_advantage():
+    # min(|A| / 2, 0.4 u): A = 1, u = 0.5: min(0.5, 0.2); A = −1, u = 5: min(0.5, 2); A = 0: 0.
+    close(guidance(torch.tensor([1.0, -1.0, 0.0]), torch.tensor([0.5, 5.0, 3.0]), 0.4, 2.0), [0.2, 0.5, 0.0])
+
+
+def test_guidance_stops_the_gradient_of_the_uncertainty():
+    uncertainty = torch.tensor([0.5], requires_grad=True)
+    assert not guidance(torch.tensor([1.0]), uncertainty, 0.4, 2.0).requires_grad
+
+
+def test_shaped_advantage_adds_the_perception_bonus_to_noisy_tokens_only():
+    # token 0, raw:   A = 1,  H = 2:   g_out = min(0.5, 0.8) = 0.5 capped                              → 1.5
+    # token 1, noisy: A = 1,  H = 0.5: g_out = min(0.5, 0.2) = 0.2; u = 0.1: g_per = min(0.5, 0.1)      → 1.3
+    # token 2, noisy: A = −2, H = 3:   g_out = min(1, 1.2) = 1 capped; u = 4: g_per = min(1, 4) capped   → 0
+    shaped = shaped_advantage(
+        torch.tensor([1.0, 1.0, -2.0]),
+        torch.tensor([2.0, 0.5, 3.0]),
+        torch.tensor([9.0, 0.1, 4.0]),
+        torch.tensor([False, True, True]),
+        GuidanceConfig(),
+    )
+    close(shaped.advantage, [1.5, 1.3, 0.0])
+    assert shaped.out_capped.tolist() == [True, False, True]
+    assert shaped.per_capped.tolist() == [False, False, True]
+
+
+def test_alpha_zero_switches_a_signal_off():
+    off = GuidanceConfig(alpha_out=0, alpha_per=0)
+    shaped = shaped_advantage(torch.tensor([1.5]), torch.tensor([2.0]), None, torch.tensor([True]), off)
+    assert shaped.advantage.tolist() == [1.5] and not shaped.out_capped.any() and not shaped.per_capped.any()
+
+
+def test_noisy_tokens_without_their_uncertainty_are_refused():
+    with pytest.raises(ValueError, match="perception uncertainty"):
+        shaped_advantage(torch.ones(1), torch.ones(1), None, torch.tensor([True]), GuidanceConfig())
+
+
+@pytest.mark.parametrize("setting", [dict(alpha_out=-0.1), dict(beta_per=0.0), dict(beta_out=float("nan"))])
+def test_a_guidance_setting_out_of_range_is_refused(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        GuidanceConfig(**setting)
+
+
+def shaped_value(advantage, entropy, perception, noisy, config=GuidanceConfig()):
+    row = [torch.tensor([x], dtype=torch.float32) for x in (advantage, entropy, perception)]
+    return shaped_advantage(*row, torch.tensor([noisy]), config).advantage.item()
+
+
+@given(uncertainties, uncertainties, st.booleans())
+def test_there_is_no_bonus_where_the_advantage_is_zero(entropy, perception, noisy):
+    assert shaped_value(0.0, entropy, perception, noisy) == 0
+
+
+@given(advantages, uncertainties, uncertainties, st.booleans(), st.floats(0, 5), st.floats(0.1, 5))
+def test_a_bonus_is_never_negative(advantage, entropy, perception, noisy, alpha, beta):
+    assert shaped_value(advantage, entropy, perception, noisy, GuidanceConfig(alpha, beta, alpha, beta)) >= advantage
+
+
+@given(advantages, uncertainties, uncertainties, st.booleans())
+def test_with_beta_two_the_sign_never_changes_and_the_size_at_most_doubles(advantage, entropy, perception, noisy):
+    shaped = shaped_value(advantage, entropy, perception, noisy)
+    if advantage <= 0:
+        assert advantage <= shaped <= 0
+    else:
+        assert advantage <= shaped <= 2 * advantage
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, clipped",
+    [
+        (1.0, 2.0, -2.0, False),
+        (1.1, 2.0, -2.2, False),
+        (1.5, 2.0, -2.4, True),  # rises no further than (1 + 0.2) · 2
+        (1.5, -2.0, 3.0, False),  # a worse loss is never clipped away
+        (0.5, -2.0, 1.6, True),  # (1 − 0.2) · 2
+        (0.5, 2.0, -1.0, False),
+        (1.5, 0.0, 0.0, False),
+    ],
+)
+def test_the_clipped_surrogate_takes_the_smaller_term(ratio, advantage, loss, clipped):
+    old = torch.tensor([-1.0])
+    actual, was_clipped = clipped_surrogate(old + math.log(ratio), old, torch.tensor([advantage]), 0.2, 0.2)
+    close(actual, [loss])
+    assert was_clipped.tolist() == [clipped]
+
+
+def test_clip_higher_moves_the_upper_bound_alone():
+    # A = 1: ratio 1.25 is inside 1.28 but beyond 1.2. A = −1: ratio 0.75 is below 0.8 either way.
+    logprob = torch.tensor([math.log(1.25), math.log(0.75)])
+    loss, clipped = clipped_surrogate(logprob, torch.zeros(2), torch.tensor([1.0, -1.0]), 0.2, 0.28)
+    close(loss, [-1.25, 0.8])
+    assert clipped.tolist() == [False, True]
+
+
+def test_without_an_old_logprob_the_ratio_is_one_and_the_gradient_the_policy_gradient():
+    logprob = torch.tensor([-3.0, -0.5], requires_grad=True)
+    loss, clipped = clipped_surrogate(logprob, None, torch.tensor([2.0, -1.0]), 0.2, 0.2)
+    close(loss, [-2.0, 1.0])
+    close(torch.autograd.grad(loss.sum(), logprob)[0], [-2.0, 1.0])
+    assert not clipped.any()
+
+
+def test_a_clipped_token_sends_no_gradient():
+    logprob = torch.tensor([0.5, -0.5], requires_grad=True)
+    loss, _ = clipped_surrogate(logprob, torch.zeros(2), torch.tensor([1.0, -1.0]), 0.2, 0.2)
+    assert torch.autograd.grad(loss.sum(), logprob)[0].tolist() == [0, 0]
+
+
+def test_token_weights_are_the_reciprocals_they_should_be():
+    # 4 tokens in 2 sequences that have any: token-mean 1/4; sequence-mean 1/(2 · 3), –, 1/(2 · 1)
+    close(token_weights(torch.tensor([3, 0, 1]), "token-mean"), [0.25, 0.0, 0.25])
+    close(token_weights(torch.tensor([3, 0, 1]), "sequence-mean"), [1 / 6, 0.0, 0.5])
+    assert token_weights(torch.tensor([0, 0]), "sequence-mean").tolist() == [0, 0]
+    with pytest.raises(ValueError, match="unknown aggregation 'sum'"):
+        token_weights(torch.tensor([1]), "sum")
+
+
+@pytest.mark.parametrize("how", ["token-mean", "sequence-mean"])
+def test_any_split_into_micro_batches_sums_to_the_loss_of_the_whole(how):
+    ids = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 3])
+    per_token = torch.randn(9)
+    weights = token_weights(torch.bincount(ids), how)[ids]
+    means = [per_token[ids == i].mean() for i in range(4)]
+    whole = per_token.mean() if how == "token-mean" else sum(means) / 4
+    for split in (1, 2, 5, 8):
+        parts = (weights[:split] * per_token[:split]).sum() + (weights[split:] * per_token[split:]).sum()
+        torch.testing.assert_close(parts, whole)
+
+
+# ---------------------------------------------------------------------------------------------------- VogueLoss
+
+
+def batch(n=10, d=8, v=60):
+    hidden, other, weight = (torch.randn(*shape, requires_grad=True) for shape in ((n, d), (n, d), (v, d)))
+    return hidden, other, weight, torch.randint(v, (n,)), torch.randn(n)
+
+
+@pytest.mark.parametrize("divergence", ["symmetric", "forward", "reverse"])
+def test_vogue_loss_equals_the_equations_on_full_logits(divergence, backend):
+    hidden, other, weight, targets, advantage = batch()
+    noisy = torch.arange(10) % 3 == 0
+    targets[4] = IGNORE
+    mask = torch.arange(10) != 7
+    old = oracle.linear_logprob(hidden, weight, targets, temperature=0.9).logprob.detach() + 0.3 * torch.randn(10)
+    padded_old = old.masked_fill(~mask, torch.nan)  # padding may hold anything
+    loss, metrics = VogueLoss(divergence=divergence, temperature=0.9, clip_high=0.28, backend=backend)(
+        hidden, weight, targets, advantage, old_logprob=padded_old, mask=mask, hidden_other=other, noisy=noisy
+    )
+
+    kept = mask & (targets != IGNORE)
+    stats = oracle.linear_branch_stats(hidden, other, weight, targets, temperature=0.9)
+    # The behaviour branch of a noisy token is q, so raw ‖ noisy is other ‖ behaviour.
+    forward, reverse = stats.kl_noisy_raw.detach(), stats.kl_raw_noisy.detach()
+    perception = {"forward": forward, "reverse": reverse, "symmetric": (forward + reverse) / 2}[divergence]
+    g_out = torch.minimum(advantage.abs() / 2, 0.4 * stats.entropy_raw.detach())
+    g_per = torch.minimum(advantage.abs() / 2, perception) * noisy
+    shaped = advantage + g_out + g_per
+    ratio = (stats.logprob_raw - old).exp()
+    per_token = -torch.minimum(ratio * shaped, ratio.clamp(0.8, 1.28) * shaped)
+    expected = per_token[kept].sum() / 8
+    torch.testing.assert_close(loss, expected)
+    leaves = (hidden, weight)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
+
+    torch.testing.assert_close(metrics["entropy"], stats.entropy_raw[kept].mean().detach())
+    torch.testing.assert_close(metrics["u_per"], perception[kept & noisy].mean())
+    torch.testing.assert_close(metrics["ratio_mean"], ratio[kept].mean().detach())
+    torch.testing.assert_close(metrics["ratio_max"], ratio[kept].max().detach())
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_vogue_loss_averages_over_sequences_when_told_to(backend):
+    hidden, _, weight, targets, advantage = batch(5)
+    ids = torch.tensor([0, 0, 0, 1, 1])
+    criterion = VogueLoss(aggregation="sequence-mean", backend=backend)
+    loss, _ = criterion(hidden, weight, targets, advantage, sequence_ids=ids)
+    entropy = oracle.linear_logprob(hidden, weight, targets).entropy.detach()
+    shaped = advantage + torch.minimum(advantage.abs() / 2, 0.4 * entropy)  # ratio 1: the loss is −Â
+    torch.testing.assert_close(loss, -(shaped[:3].mean() + shaped[3:].mean()) / 2)
+    with pytest.raises(ValueError, match="needs sequence_ids"):
+        criterion(hidden, weight, targets, advantage)
+
+
+def test_the_other_branch_gets_no_gradient():
+    hidden, other, weight, targets, advantage = batch()
+    loss, _ = VogueLoss()(hidden, weight, targets, advantage, hidden_other=other, noisy=True)
+    loss.backward()
+    assert hidden.grad is not None and weight.grad is not None and other.grad is None
+
+
+def test_the_other_branch_is_needed_only_where_a_token_is_noisy_and_perception_counts():
+    hidden, _, weight, targets, advantage = batch()
+    VogueLoss()(hidden, weight, targets, advantage, noisy=False)
+    VogueLoss(GuidanceConfig(alpha_per=0))(hidden, weight, targets, advantage, noisy=True)
+    with pytest.raises(ValueError, match="hidden_other"):
+        VogueLoss()(hidden, weight, targets, advantage, noisy=True)
+
+
+def test_a_batch_with_every_token_masked_has_a_loss_and_gradient_of_zero():
+    hidden, _, weight, targets, advantage = batch()
+    loss, _ = VogueLoss()(hidden, weight, targets, advantage, mask=torch.zeros(10, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("setting", [dict(aggregation="mean"), dict(divergence="js")])
+def test_vogue_loss_refuses_a_name_it_does_not_know(setting):
+    with pytest.raises(ValueError, match="choose one of"):
+        VogueLoss(**setting)

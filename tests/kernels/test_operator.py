@@ -1,0 +1,203 @@
+"""The operators as operators: schema, compilation, memory, cost, errors, ZeRO-3."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vogue_kernels import available_backends, linear_branch_stats, linear_logprob
+from vogue_kernels import reference
+
+
+def inputs(n=6, d=8, v=50, dtype=torch.float32):
+    raw, noisy, weight = (torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((n, d), (n, d), (v, d)))
+    return raw, noisy, weight, torch.randint(v, (n,))
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+def test_the_operators_pass_opcheck(with_bias, backend):
+    raw, noisy, weight, targets = inputs()
+    bias = torch.randn(50, requires_grad=True) if with_bias else None
+    torch.library.opcheck(torch.ops.vogue.linear_logprob.default, (raw, weight, targets, bias, 0.7, backend))
+    both = (raw, noisy, weight, targets, bias, 0.7, backend)
+    torch.library.opcheck(torch.ops.vogue.linear_branch_stats.default, both)
+
+
+def test_they_compile_without_a_graph_break(backend):
+    raw, noisy, weight, targets = inputs()
+
+    def loss(raw, noisy, weight):
+        stats = linear_branch_stats(raw, noisy, weight, targets, backend=backend)
+        alone = linear_logprob(noisy, weight, targets, backend=backend)
+        return (stats.logprob_raw + stats.symmetric_kl + alone.entropy).sum()
+
+    eager = torch.autograd.grad(loss(raw, noisy, weight), (raw, noisy, weight))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(raw, noisy, weight), (raw, noisy, weight)), eager)
+
+
+def largest_allocation(function):
+    """Bytes of the largest single allocation while `function` runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    return max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+def test_no_allocation_is_of_tokens_times_vocabulary(backend):
+    raw, noisy, weight, targets = inputs(n=600, d=4, v=20011)
+
+    def step():
+        sum(result.sum() for result in linear_branch_stats(raw, noisy, weight, targets, backend=backend)).backward()
+
+    assert largest_allocation(lambda: torch.nn.functional.linear(raw, weight)) >= 600 * 20011 * 4  # it does see one
+    assert largest_allocation(step) <= 4 * reference.TILE_ELEMENTS < 600 * 20011 * 4 / 10
+
+
+def count_matrix_products(function):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return sum(event.count for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm_"))
+
+
+@pytest.mark.parametrize(
+    "result, needs, expected",
+    [
+        ("logprob_raw", "raw", 2),  # logits of raw again, its hidden states' gradient
+        ("logprob_raw", "raw weight", 3),
+        ("logprob_raw", "noisy", 0),  # the log-probability of raw doesn't depend on noisy
+        ("symmetric_kl", "raw", 3),  # logits of both
+        ("symmetric_kl", "raw noisy weight", 6),
+    ],
+)
+def test_only_the_gradients_asked_for_are_paid_for(result, needs, expected):
+    raw, noisy, weight, targets = inputs()
+    for tensor, name in ((raw, "raw"), (noisy, "noisy"), (weight, "weight")):
+        tensor.requires_grad_(name in needs.split())
+    scored = getattr(linear_branch_stats(raw, noisy, weight, targets, backend="torch"), result).sum()
+    assert count_matrix_products(scored.backward) == expected
+    for tensor, name in ((raw, "raw"), (noisy, "noisy"), (weight, "weight")):
+        assert (tensor.grad is not None) == (name in needs.split())
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(targets=torch.tensor([0, 50, 1])), ValueError, r"targets\[1\] = 50 is outside \[0, 50\)"),
+        (dict(targets=torch.tensor([0, 1, -1])), ValueError, r"targets\[2\] = -1 is outside"),
+        (dict(targets=torch.tensor([0, 1])), ValueError, r"hidden must be \(2, 8\), got \(3, 8\)"),
+        (dict(targets=torch.zeros(3, 1, dtype=torch.int64)), ValueError, r"targets must be \(N,\)"),
+        (dict(targets=torch.zeros(3)), TypeError, "targets must be int64, got torch.float32"),
+        (dict(hidden=torch.zeros(3, 7)), ValueError, r"hidden must be \(3, 8\), got \(3, 7\)"),
+        (dict(hidden=torch.zeros(3, 8).bfloat16()), TypeError, "hidden must have the dtype of weight, torch.float32"),
+        (dict(bias=torch.zeros(49)), ValueError, r"bias must be \(50,\), got \(49,\)"),
+        (dict(weight=torch.zeros(0)), ValueError, "under ZeRO-3 call the operator inside the forward of the module"),
+        (dict(hidden=torch.zeros(3, 8, device="meta")), ValueError, "hidden must be on the device of weight, cpu"),
+        (dict(temperature=0.0), ValueError, "temperature must be positive, got 0.0"),
+        (dict(temperature=-1), ValueError, "temperature must be positive, got -1.0"),
+        (dict(temperature=float("nan")), ValueError, "temperature must be positive, got nan"),
+        (dict(backend="cuda"), ValueError, "unknown backend 'cuda': choose one of auto, "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_bad_input_is_named(change, error, message):
+    good = dict(hidden=torch.zeros(3, 8), weight=torch.zeros(50, 8), targets=torch.tensor([0, 49, -100]))
+    linear_logprob(**good)
+    with pytest.raises(error, match=message):
+        linear_logprob(**{**good, **change})
+
+
+def test_a_mismatch_of_the_two_branches_is_named():
+    with pytest.raises(ValueError, match=r"hidden_noisy must be \(3, 8\), got \(4, 8\)"):
+        linear_branch_stats(torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(50, 8), torch.tensor([0, 1, 2]))
+
+
+def test_a_backend_that_cannot_run_says_why():
+    for name, reason in available_backends().items():
+        if reason is not None:
+            with pytest.raises(ValueError, match=f"backend '{name}' can't run: "):
+                linear_logprob(torch.zeros(1, 8), torch.zeros(50, 8), torch.tensor([0]), backend=name)
+
+
+def test_the_backward_pass_reads_the_weight_anew(backend):
+    raw, noisy, weight, targets = inputs()
+    for operator, hiddens in ((linear_logprob, [raw]), (linear_branch_stats, [raw, noisy])):
+        results = operator(*hiddens, weight, targets, backend=backend)
+        gathered = weight.data
+        weight.data = torch.zeros_like(gathered)  # as ZeRO-3 does; a copy saved in the forward pass wouldn't notice
+        (gradient,) = torch.autograd.grad(results[0].sum(), raw)
+        assert torch.equal(gradient, torch.zeros_like(raw))
+        weight.data = gathered
+
+
+ZERO3 = """
+import deepspeed, torch
+from deepspeed.utils import safe_get_full_grad
+from torch import nn
+from vogue_kernels import linear_branch_stats, linear_logprob
+
+class Head(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden, targets):
+        return linear_logprob(hidden, self.weight, targets), linear_branch_stats(hidden, -hidden, self.weight, targets)
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.mix = nn.Embedding(37, 16), nn.Linear(16, 16)
+        self.head = Head(self.embed.weight)
+
+    def forward(self, tokens, targets):
+        return self.head(self.mix(self.embed(tokens)).tanh(), targets)
+
+def loss(model):
+    one, two = model(torch.arange(9), torch.arange(9).flip(0))
+    return (one.logprob + one.entropy + two.symmetric_kl).sum()
+
+expected = Model()
+loss(expected).backward()
+
+deepspeed.init_distributed("gloo")
+model = Model()
+engine, *_ = deepspeed.initialize(
+    model=model,
+    optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+    config=dict(
+        train_batch_size=1,
+        zero_optimization=dict(stage=3, stage3_param_persistence_threshold=0),
+        zero_allow_untested_optimizer=True,
+        zero_force_ds_cpu_optimizer=False,
+    ),
+)
+value = loss(engine)
+assert model.head.weight.numel() == 0, "the weight should be released after the forward"
+engine.backward(value)
+for (name, partitioned), whole in zip(model.named_parameters(), expected.parameters()):
+    torch.testing.assert_close(safe_get_full_grad(partitioned), whole.grad, msg=name)
+print("equal")
+"""
+
+
+def test_under_zero3_a_tied_head_gets_the_unpartitioned_gradient():
+    pytest.importorskip("deepspeed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run([sys.executable, "-c", ZERO3], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "equal" in done.stdout, done.stdout + done.stderr
