@@ -42,7 +42,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    train: str = Field(description="parquet, JSON, JSONL, folder, or hub:owner/name@split (EasyR1 schema)")
+    train: str | None = Field(None, description="parquet, JSON, JSONL, folder, or hub:owner/name@split (EasyR1 schema)")
     test: str | None = Field(None, description="the same, for evaluation during training and in `vogue eval`")
     test_limit: Count | None = Field(None, description="use only the first so many of those")
     limit: Count | None = Field(None, description="use only the first so many training samples")
@@ -168,6 +168,20 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML that `load_config` reads back."""
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted name, as JSON values."""
+    sections = config.model_dump(mode="json")
+    return {
+        key: value
+        for name, section in sections.items()
+        for key, value in (
+            {f"{name}.{field}": value for field, value in section.items()}
+            if isinstance(section, dict)
+            else {name: section}
+        ).items()
+    }
 
 
 def _apply_method(values: dict[str, Any]) -> dict[str, Any]:

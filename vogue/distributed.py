@@ -22,9 +22,9 @@ def start() -> tuple[int, int, torch.device]:
     if on_gpu:
         torch.cuda.set_device(local_rank)
     else:
-        # Ranks on one machine share its cores.
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        if "OMP_NUM_THREADS" not in os.environ:  # ranks on one machine share its cores
+            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         # An all-reduce for inference that nothing here uses; DeepSpeed would compile it for minutes first.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)

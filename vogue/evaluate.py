@@ -17,7 +17,7 @@ from rich.progress import track
 from transformers import AutoConfig
 
 from vogue.config import Config
-from vogue.data import Sample, check_images, load_samples
+from vogue.data import Sample, load_samples
 from vogue.inputs import Preprocessor, load_processor
 from vogue.rewards import Score, score_batch
 from vogue.rollout import Completion, Engine, Request, create_engine
@@ -95,11 +95,11 @@ def summary(judged: list[Judged]) -> dict[str, Estimate]:
 def evaluate_model(config: Config, n: int, console: Console) -> list[Judged]:
     """Judge `model.path` on `data.test` with `n` completions a problem, in this process alone."""
     samples = load_samples(config.data.test, config.data.test_limit)
-    check_images(samples)
     processor = load_processor(config.model.path)
+    preprocessor = Preprocessor(processor, config.data.system_prompt, config.data.max_prompt_tokens)
+    preprocessor.check(samples)
     tied = AutoConfig.from_pretrained(config.model.path).tie_word_embeddings
     engine = create_engine(config, processor, tied)
-    preprocessor = Preprocessor(processor, config.data.system_prompt, config.data.max_prompt_tokens)
     chunks = [samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK)]
     judged = []
     for chunk in track(chunks, "evaluate", console=console):

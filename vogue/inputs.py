@@ -4,7 +4,8 @@ A `Prompt` holds what both branches share: the text. T(x) keeps an image's size,
 same token ids and differ in a `View` alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +44,8 @@ class Prompt:
 class Preprocessor:
     """Applies a model's own chat template and image processor; `system_prompt` None is vogue's own.
 
-    Raises `DataError` for a prompt longer than `max_prompt_tokens` and for an image whose placeholders don't
-    add up, both before anything is generated or trained.
+    Raises `DataError` for an image that can't be read, a prompt longer than `max_prompt_tokens`, and placeholders
+    that don't add up; `check` finds all of them before anything is generated or trained.
     """
 
     def __init__(self, processor: ProcessorMixin, system_prompt: str | None, max_prompt_tokens: int):
@@ -53,6 +54,17 @@ class Preprocessor:
         self.system_prompt = SYSTEM_PROMPT if system_prompt is None else system_prompt
         self.max_prompt_tokens = max_prompt_tokens
         self.image_token_id = processor.image_token_id
+
+    def check(self, samples: Iterable[Sample]) -> None:
+        """Raise what any of `samples` would raise later; images are decoded, but not turned into features."""
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(self._check, samples):
+                pass
+
+    def _check(self, sample: Sample) -> None:
+        processor = self.processor.image_processor
+        patches = [processor.get_number_of_image_patches(i.height, i.width, {}) for i in sample.load_images()]
+        self._token_ids(sample, [count // processor.merge_size**2 for count in patches])
 
     def view(self, images: Sequence[Image.Image]) -> View:
         """Turn PIL images into the vision tower's input."""
@@ -63,11 +75,18 @@ class Preprocessor:
 
     def prompt(self, sample: Sample, view: View) -> Prompt:
         """Tokenize `sample` for images of `view`'s size."""
+        counts = []
+        if view.grid_thw is not None:
+            counts = (view.grid_thw.prod(dim=1) // self.processor.image_processor.merge_size**2).tolist()
+        short_ids, token_ids = self._token_ids(sample, counts)
+        return Prompt(sample, short_ids, token_ids, (token_ids == self.image_token_id).long())
+
+    def _token_ids(self, sample: Sample, counts: list[int]) -> tuple[list[int], Tensor]:
+        """Short and full token ids of `sample`, whose images take `counts` tokens."""
         text = self.processor.apply_chat_template(
             chat_messages(sample, self.system_prompt), tokenize=False, add_generation_prompt=True
         )
         short_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        counts = self._image_tokens(view)
         if short_ids.count(self.image_token_id) != len(counts):
             raise DataError(
                 f"{sample.place}: {len(counts)} images, but the prompt has {short_ids.count(self.image_token_id)} "
@@ -79,13 +98,7 @@ class Preprocessor:
                 f"{sample.place}: the prompt has {len(token_ids)} tokens ({sum(counts)} of them of images), more "
                 f"than data.max_prompt_tokens={self.max_prompt_tokens}"
             )
-        return Prompt(sample, short_ids, token_ids, (token_ids == self.image_token_id).long())
-
-    def _image_tokens(self, view: View) -> list[int]:
-        if view.grid_thw is None:
-            return []
-        merge = self.processor.image_processor.merge_size
-        return (view.grid_thw.prod(dim=1) // merge**2).tolist()
+        return short_ids, token_ids
 
 
 def load_processor(path: str) -> ProcessorMixin:

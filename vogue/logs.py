@@ -14,17 +14,31 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from vogue.config import Config, ConfigError, save_config
+from vogue.config import Config, ConfigError, flatten, load_config, save_config
 from vogue.evaluate import Estimate
 
 SHOWN = {"reward": "reward", "accuracy": "acc", "entropy": "H", "u_per": "u_per", "throughput/rollout": "tok/s"}
 
 
-def check_new(config: Config) -> None:
-    """Raise `ConfigError` where a new run would overwrite another one."""
+# Settings that a resumed run may change: they leave what it computes as it is, or, like more steps, are asked for.
+RESUMABLE = (
+    *("trainer.steps", "trainer.save_every", "trainer.keep", "trainer.log_completions", "trainer.wandb"),
+    *("trainer.eval_every", "trainer.eval_samples", "data.test", "data.test_limit", "rollout.memory"),
+)
+
+
+def check_folder(config: Config, resume: bool) -> None:
+    """Raise `ConfigError` where a new run would overwrite another one, or a resumed one be another than it was."""
     folder = config.trainer.output_dir
-    if (folder / "metrics.jsonl").exists():
-        raise ConfigError(f"{folder} holds a run already: pass --resume, or another trainer.output_dir")
+    if not resume:
+        if (folder / "metrics.jsonl").exists():
+            raise ConfigError(f"{folder} holds a run already: pass --resume, or another trainer.output_dir")
+    elif (folder / "config.yaml").exists():
+        before, now = flatten(load_config(folder / "config.yaml", [])), flatten(config)
+        changed = [key for key in now if now[key] != before[key] and key not in RESUMABLE]
+        if changed:
+            told = "; ".join(f"{key} was {before[key]} and is {now[key]}" for key in changed)
+            raise ConfigError(f"--resume: this would be another run than the one in {folder}: {told}")
 
 
 def prepare(config: Config, step: int) -> None:

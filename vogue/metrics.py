@@ -1,11 +1,11 @@
 """What a step measures: seconds of its phases, and means over tokens, completions and ranks."""
 
+import resource
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -33,7 +33,7 @@ class Sums:
     NAMES = (
         *("reward", "accuracy", "format", "finished", "tokens", "noisy_share", "solved_share", "mixed_share"),
         *("distinct_answers", "pass_at_n", "entropy", "clip_fraction", "out_capped", "mismatch/logprob"),
-        *("mismatch/kl", "u_per", "per_capped", "ratio_error", "loss", "grad_norm"),
+        *("mismatch/kl", "u_per", "per_capped", "ratio_error", "loss", "grad_norm", "verifier_failures"),
     )
 
     def __init__(self):
@@ -64,7 +64,7 @@ class Sums:
 
 
 def peak_memory() -> float:
-    """GB: of GPU memory allocated where there is one, else of this process."""
+    """GB, at the highest so far: of GPU memory allocated where there is a GPU, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return psutil.Process().memory_info().rss / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

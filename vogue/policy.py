@@ -24,6 +24,8 @@ from vogue_kernels import BranchStats, LogprobStats, linear_branch_stats, linear
 # Models whose rows may share a prompt: causal attention in every layer, which takes a prepared mask, and multimodal
 # rotary positions from the model's own `get_rope_index`.
 SHARED_PREFIX_MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+# Of transformers' attention functions, this one takes a boolean (B, 1, L, L) mask: "eager" would add it to the scores.
+SHARED_PREFIX_ATTENTION = "sdpa"
 
 
 class PolicyHead(nn.Module):
@@ -69,10 +71,10 @@ class Policy(nn.Module):
     def _hidden(self, batch: Batch, view: View) -> Tensor:
         """Hidden states (N, D) at the positions that predict the completions' tokens."""
         body = self.model.model
-        inputs = {"input_ids": batch.input_ids, "use_cache": False}
+        inputs = {"use_cache": False}
         if supports_shared_prefix(self.model):
             inputs |= {
-                "attention_mask": {"full_attention": shared_prefix_mask(batch.segments)},
+                "attention_mask": shared_prefix_mask(batch.segments),
                 "position_ids": shared_prefix_positions(body, batch, view),
             }
         else:
@@ -80,8 +82,8 @@ class Policy(nn.Module):
         if view.grid_thw is None:
             inputs["inputs_embeds"] = self._embed_without_images(batch.input_ids)
         else:
+            inputs |= {"input_ids": batch.input_ids, "mm_token_type_ids": batch.token_types}
             inputs |= {"pixel_values": view.pixel_values, "image_grid_thw": view.grid_thw}
-            inputs["mm_token_type_ids"] = batch.token_types
         hidden = body(**inputs).last_hidden_state
         return hidden.flatten(0, 1)[batch.positions]
 
@@ -93,12 +95,14 @@ class Policy(nn.Module):
         patch_dim = vision.in_channels * vision.temporal_patch_size * side * side
         blank = torch.zeros(merge * merge, patch_dim, dtype=embeddings.dtype, device=embeddings.device)
         grid = torch.tensor([[1, merge, merge]], device=embeddings.device)
-        features = self.model.model.get_image_features(blank, grid, return_dict=True).pooler_output
-        return embeddings + 0 * torch.cat(tuple(features)).sum().to(embeddings.dtype)
+        vision_output = self.model.model.get_image_features(blank, grid, return_dict=True)
+        features = [vision_output.pooler_output, *getattr(vision_output, "deepstack_features", ())]  # Qwen3-VL has both
+        return embeddings + 0 * sum(torch.cat(tuple(part)).sum() for part in features).to(embeddings.dtype)
 
 
 def supports_shared_prefix(model: PreTrainedModel) -> bool:
-    return model.config.model_type in SHARED_PREFIX_MODELS
+    attention = model.config._attn_implementation
+    return model.config.model_type in SHARED_PREFIX_MODELS and attention == SHARED_PREFIX_ATTENTION
 
 
 def shared_prefix_mask(segments: Tensor) -> Tensor:

@@ -12,20 +12,22 @@ from rich.console import Console
 from rich.table import Table
 
 from vogue import distributed, logs
-from vogue.config import Config
-from vogue.data import Sample, check_images, load_samples
+from vogue.config import Config, ConfigError
+from vogue.data import Sample, load_samples
 from vogue.evaluate import Estimate, summary
+from vogue.inputs import Preprocessor, load_processor
 from vogue.report import plot_curves
 from vogue.trainer import Group, Trainer
 
 
 def run(config: Config, resume: bool) -> int:
     """Train; returns the exit code. Every rank calls it, rank 0 shows and writes."""
+    logs.check_folder(config, resume)
     samples, held_out = _samples(config)
+    preprocessor = Preprocessor(load_processor(config.model.path), config.data.system_prompt, config.data.max_prompt_tokens)
+    preprocessor.check(samples + held_out)
     rank, _, _ = distributed.start()
-    if rank == 0 and not resume:
-        logs.check_new(config)
-    trainer = Trainer(config, samples, resume)
+    trainer = Trainer(config, samples, preprocessor, resume)
     if rank > 0:
         for _ in _events(trainer, held_out):
             pass
@@ -75,11 +77,11 @@ def _events(trainer: Trainer, held_out: list[Sample]) -> Iterator[Step | Evaluat
 
 
 def _samples(config: Config) -> tuple[list[Sample], list[Sample]]:
-    """Training samples, and held-out ones where they are evaluated during the run; every image is opened once."""
+    """Training samples, and held-out ones where they are evaluated during the run."""
+    if config.data.train is None:
+        raise ConfigError("data.train is not set: the samples to train on")
     samples = load_samples(config.data.train, config.data.limit)
     held_out = load_samples(config.data.test, config.data.test_limit) if config.trainer.eval_every else []
-    check_images(samples)
-    check_images(held_out)
     return samples, held_out
 
 

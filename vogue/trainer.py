@@ -25,12 +25,12 @@ from vogue.advantage import group_advantages
 from vogue.config import Config, ConfigError
 from vogue.data import Sample
 from vogue.evaluate import Judged, judge, pass_at_k
-from vogue.inputs import Preprocessor, Prompt, View, load_processor
+from vogue.inputs import Preprocessor, Prompt, View
 from vogue.metrics import Clock, Sums, peak_memory
 from vogue.packing import Batch, Row, collate, pack, spread
 from vogue.perturb import perturb
 from vogue.policy import Policy, supports_shared_prefix
-from vogue.rewards import Score, score_batch
+from vogue.rewards import Score, score_batch, verifier
 from vogue.rollout import Completion, Request, create_engine, media_token_ids
 from vogue.seeds import Purpose, rng_for, seed_for
 from vogue_kernels import BranchStats, GuidanceConfig, LogprobStats, clipped_surrogate, shaped_advantage
@@ -62,14 +62,13 @@ class Group:
 class Trainer:
     """Holds what lives through a run: policy, optimizer, rollout engine and data. `step` is the next step."""
 
-    def __init__(self, config: Config, samples: list[Sample], resume: bool):
+    def __init__(self, config: Config, samples: list[Sample], preprocessor: Preprocessor, resume: bool):
         self.config = config
         self.rank, self.ranks, self.device = distributed.start()
         _check_split(config, self.ranks)
         self.samples = samples
-        self.processor = load_processor(config.model.path)
-        data = config.data
-        self.preprocessor = Preprocessor(self.processor, data.system_prompt, data.max_prompt_tokens)
+        self.preprocessor = preprocessor
+        self.processor = preprocessor.processor
         model = config.model
         self.policy = Policy(
             AutoModelForImageTextToText.from_pretrained(
@@ -108,6 +107,7 @@ class Trainer:
         with clock("sync"):
             self.sync()
         _count(groups, sums)
+        sums.add("verifier_failures", verifier.failures)
         metrics = sums.means(self.device)
         metrics["lr"] = self.engine.get_lr()[0]
         metrics |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
@@ -350,6 +350,7 @@ def _deepspeed_engine(policy: Policy, config: Config):
     settings, model = config.optimizer, config.model
     if model.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.train()  # transformers ignores it in a model that isn't training
     if model.freeze_vision:
         policy.model.model.visual.requires_grad_(False)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]

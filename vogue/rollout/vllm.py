@@ -41,7 +41,7 @@ class VllmEngine:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(max_model_len, CPU_BATCHED_TOKENS),
             }
-        set_num_threads = torch.set_num_threads
+        set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
         self.llm = vllm.LLM(
             model=config.model.path,
             dtype=config.model.dtype,
@@ -54,7 +54,8 @@ class VllmEngine:
             disable_log_stats=True,
             **platform,
         )
-        torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a stub in its place
+        torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a stub in its place, and serves with fewer
+        torch.set_num_threads(threads)
         # A few of vLLM's sampling helpers are torch.compile'd; on a CPU compiling them takes longer than a short run.
         self._stance = contextlib.nullcontext if on_gpu else lambda: torch.compiler.set_stance("force_eager")
         self._banned = {token: BAN for token in media_token_ids(processor)}
