@@ -2,7 +2,7 @@
 
     output_dir/checkpoints/step_000020/hf          config, tokenizer, image processor, model.safetensors
     output_dir/checkpoints/step_000020/deepspeed   optimizer and master weights of every rank
-    output_dir/checkpoints/step_000020/state.json  step, number of ranks, random state's seed
+    output_dir/checkpoints/step_000020/state.json  step and number of ranks
 
 A checkpoint is written beside its place and renamed when it is whole, so that a stop in the middle leaves the one
 before it. Everything random in a run (order of data, perturbation, branch draws, sampling) is a function of the seed

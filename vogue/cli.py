@@ -19,11 +19,19 @@ from rich.table import Table
 from vogue.config import Config, ConfigError, load_config
 
 USAGE_ERROR = 2
+WARMSTART = {
+    "vision_batches": (75, "batches that teach the vision tower"),
+    "batches": (240, "supervised batches of the whole model"),
+    "batch_size": (32, "demonstrations a batch"),
+    "lr": (3e-3, "learning rate of AdamW"),
+    "misread": (0.5, "share of demonstrations that misread a digit, in the second half"),
+    "seed": (0, "of everything random"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     _quiet()
     from vogue.data import DataError
 
@@ -67,15 +75,8 @@ def warmstart(arguments: argparse.Namespace) -> int:
     from vogue import warmstart as module
 
     console = Console()
-    module.warmstart(
-        arguments.out,
-        arguments.batches,
-        arguments.batch_size,
-        arguments.lr,
-        arguments.misread,
-        arguments.seed,
-        console,
-    )
+    settings = {name: getattr(arguments, name) for name in WARMSTART}
+    module.warmstart(arguments.out, **settings, console=console)
     console.print(f"model: {arguments.out}")
     return 0
 
@@ -98,6 +99,17 @@ def doctor(_: argparse.Namespace) -> int:
 # --------------------------------------------------------------------------------------------------------- parser
 
 
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """Settings may stand on both sides of an option; argparse ends a list of them at the first one."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if any(text.startswith("-") for text in rest) or (rest and not hasattr(arguments, "settings")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.settings += rest
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vogue",
@@ -118,13 +130,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "warmstart", warmstart, "make a small Qwen2.5-VL for the digits task from nothing")
     command.add_argument("out", type=Path, help="folder of the model")
-    command.add_argument("--batches", type=int, default=450, help="supervised batches (default %(default)s)")
-    command.add_argument("--batch-size", type=int, default=64, help="demonstrations a batch (default %(default)s)")
-    command.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW (default %(default)s)")
-    command.add_argument(
-        "--misread", type=float, default=0.5, help="share of demonstrations that misread a digit (default %(default)s)"
-    )
-    command.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    for name, (default, help) in WARMSTART.items():
+        flag = "--" + name.replace("_", "-")
+        command.add_argument(flag, type=type(default), default=default, help=f"{help} (default {default})")
 
     command = commands.add_parser("data", help="write a data set in the EasyR1 schema (problem, answer, images)")
     kinds = command.add_subparsers(dest="kind", required=True, metavar="KIND")

@@ -48,7 +48,7 @@ def prepare(config: Config, step: int) -> None:
     """
     folder = config.trainer.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    for name, last in {"metrics.jsonl": step - 1, "completions.jsonl": step - 1, "evaluations.jsonl": step}.items():
+    for name, last in {"metrics.jsonl": step - 1, "completions.jsonl": step - 1, "evaluations.jsonl": step or -1}.items():
         if (folder / name).exists():
             kept = [line for line in (folder / name).read_text().splitlines() if json.loads(line)["step"] <= last]
             (folder / name).write_text("".join(line + "\n" for line in kept))

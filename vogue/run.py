@@ -37,7 +37,7 @@ def run(config: Config, resume: bool) -> int:
     with logs.RunLog(config, trainer.step, console) as log:
         for event in _events(trainer, held_out):
             if isinstance(event, Step):
-                log.step(event.step, event.metrics, _records(event.groups, config))
+                log.step(event.step, event.metrics, _records(event, config))
             else:
                 log.evaluation(event.step, event.estimates)
     _show(config, console)
@@ -85,7 +85,7 @@ def _samples(config: Config) -> tuple[list[Sample], list[Sample]]:
     return samples, held_out
 
 
-def _records(groups: list[Group], config: Config) -> list[dict]:
+def _records(done: Step, config: Config) -> list[dict]:
     """A few completions of a step, drawn at random, for completions.jsonl."""
     rows = [
         {
@@ -97,10 +97,10 @@ def _records(groups: list[Group], config: Config) -> list[dict]:
             "accuracy": score.accuracy,
             "advantage": advantage,
         }
-        for group in groups
+        for group in done.groups
         for completion, score, advantage in zip(group.completions, group.scores, group.advantages, strict=True)
     ]
-    return random.sample(rows, min(config.trainer.log_completions, len(rows)))
+    return random.Random(done.step).sample(rows, min(config.trainer.log_completions, len(rows)))
 
 
 def _show(config: Config, console: Console) -> None:

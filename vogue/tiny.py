@@ -40,10 +40,17 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_processor(corpus: Iterable[str], vocab_size: int = 512, min_tokens: int = 2) -> Qwen2_5_VLProcessor:
+def build_processor(
+    corpus: Iterable[str],
+    vocab_size: int = 512,
+    min_tokens: int = 2,
+    pixel_mean: float = 0.5,
+    pixel_std: float = 0.5,
+) -> Qwen2_5_VLProcessor:
     """Tokenizer trained on `corpus` (at most `vocab_size` tokens) beside Qwen's own image processor.
 
-    `min_tokens` is the least number of image tokens: a smaller image is enlarged to it.
+    `min_tokens` is the least number of image tokens: a smaller image is enlarged to it. Pixels in [0, 1] are
+    normalised by their mean and standard deviation.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
@@ -51,10 +58,11 @@ def build_processor(corpus: Iterable[str], vocab_size: int = 512, min_tokens: in
     )
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     size = {"shortest_edge": min_tokens * TOKEN_PIXELS**2, "longest_edge": 1280 * TOKEN_PIXELS**2}
+    pixels = {"size": size, "image_mean": [pixel_mean] * 3, "image_std": [pixel_std] * 3}
     return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=size),
+        image_processor=Qwen2VLImageProcessor(**pixels),
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=size),
+        video_processor=Qwen2VLVideoProcessor(**pixels),
         chat_template=CHAT_TEMPLATE,
     )
 

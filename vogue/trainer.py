@@ -66,6 +66,7 @@ class Trainer:
         self.config = config
         self.rank, self.ranks, self.device = distributed.start()
         _check_split(config, self.ranks)
+        found = checkpoint.latest(self.checkpoints, self.ranks) if resume else None
         self.samples = samples
         self.preprocessor = preprocessor
         self.processor = preprocessor.processor
@@ -82,9 +83,9 @@ class Trainer:
         self.rollout = create_engine(config, self.processor, tied)
         self.guidance = GuidanceConfig(**config.guidance.model_dump(exclude={"divergence"}))
         self.step = 0
-        if resume:
-            found, self.step = checkpoint.latest(self.checkpoints, self.ranks)
-            checkpoint.load(self.engine, found)
+        if found:
+            folder, self.step = found
+            checkpoint.load(self.engine, folder)
             self.sync()
 
     @property

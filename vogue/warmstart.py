@@ -1,17 +1,20 @@
 """A base model for the digits task, from nothing, in minutes: `vogue warmstart`.
 
-Supervised steps on demonstrations in the reward's format. A share of them misreads a digit and stays consistent with
-what it read, so the base answers in the right format, is wrong about half of the time when sampled, and knows more
-than it shows: what a pretrained model looks like to reinforcement learning, at a millionth of the cost.
+Two stages, as vision-language models are made. The vision tower learns to tell digits apart through a linear
+classifier, which is then dropped. The whole model learns from demonstrations in the reward's format: at first right
+ones, then a share of them misreads a digit and stays consistent with what it read. So the base answers in the right
+format, is wrong about half of the time when sampled, and knows more than it shows: what a pretrained model looks like
+to reinforcement learning, at a millionth of the cost.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vogue.config import ConfigError
@@ -21,54 +24,51 @@ from vogue.seeds import Purpose, rng_for, seed_for
 from vogue.tiny import build_model, build_processor
 from vogue_kernels import linear_logprob
 
-PAIRS = 8000
+PAIRS = 4000
+PIXEL_MEAN, PIXEL_STD = 0.8, 0.3  # of dark ink on white
 
 
 def warmstart(
     folder: Path,
-    batches: int = 450,
-    batch_size: int = 64,
-    lr: float = 2e-3,
-    misread: float = 0.5,
-    seed: int = 0,
+    *,
+    vision_batches: int,
+    batches: int,
+    batch_size: int,
+    lr: float,
+    misread: float,
+    seed: int,
     console: Console | None = None,
-) -> float:
-    """Train a small model for `batches` batches and save it in `folder`; returns the last mean loss (nats a token).
+) -> None:
+    """Train a small model and save it in `folder`.
 
-    `misread` is the share of demonstrations with a wrong digit; `lr` is AdamW's, warmed up and then decayed to a
-    tenth by a cosine.
+    `misread` is the share of demonstrations with a wrong digit in the second half of the `batches`; `lr` is AdamW's,
+    warmed up and then decayed to a tenth by a cosine. Raises `ConfigError` if `folder` exists.
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists already: remove it, or name another folder")
     pairs = digit_pairs("train", PAIRS, seed)
-    processor = build_processor(_corpus(pairs))
+    processor = build_processor(_corpus(pairs), pixel_mean=PIXEL_MEAN, pixel_std=PIXEL_STD)
     torch.manual_seed(seed_for(seed, Purpose.WARMSTART))
     model = build_model(processor).train()
     examples = Examples(pairs, Preprocessor(processor, SYSTEM_PROMPT, 512))
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _cosine(i, batches))
     rng = rng_for(seed, Purpose.WARMSTART)
-    columns = (TextColumn("warm start"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    mean = math.nan
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as progress:
-        task = progress.add_task("", total=batches, loss=mean)
-        for _ in range(batches):
-            chosen = rng.integers(len(pairs), size=batch_size)
-            wrong = rng.random(batch_size) < misread
-            read = [pairs[i].misread(rng) if bad else (None, None) for i, bad in zip(chosen, wrong, strict=True)]
-            loss = examples.loss(model, chosen.tolist(), read)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            mean = loss.item() if math.isnan(mean) else 0.95 * mean + 0.05 * loss.item()
-            progress.update(task, advance=1, loss=mean)
+
+    classifier = nn.Linear(model.config.text_config.hidden_size, 10)
+    step = _training([*model.model.visual.parameters(), *classifier.parameters()], lr, vision_batches)
+    for _ in _progress("vision tower", vision_batches, console):
+        step(examples.classification_loss(model, classifier, rng.integers(len(pairs), size=2 * batch_size)))
+
+    step = _training(list(model.parameters()), lr, batches)
+    for batch in _progress("warm start", batches, console):
+        chosen = rng.integers(len(pairs), size=batch_size)
+        wrong = rng.random(batch_size) < (misread if batch >= batches // 2 else 0)
+        read = [pairs[i].misread(rng) if bad else (None, None) for i, bad in zip(chosen, wrong, strict=True)]
+        step(examples.loss(model, chosen.tolist(), read))
+
     partial = folder.with_name(f".{folder.name}.partial")  # renamed when whole, so that a stop leaves no half model
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
     partial.rename(folder)
-    return mean
 
 
 class Examples:
@@ -81,6 +81,13 @@ class Examples:
         prompts = {pair.question: (pair, view) for pair, view in zip(pairs, self.views, strict=True)}
         self.prompts = {name: preprocessor.prompt(pair.sample(), view) for name, (pair, view) in prompts.items()}
 
+    def classification_loss(self, model: PreTrainedModel, classifier: nn.Module, chosen: list[int]) -> Tensor:
+        """Cross-entropy of the digits of pairs `chosen`; an image is two tokens, one a digit."""
+        images = self._images(chosen)
+        features = model.model.get_image_features(*images.values(), return_dict=True).pooler_output
+        labels = torch.tensor([digit for i in chosen for digit in (self.pairs[i].left, self.pairs[i].right)])
+        return nn.functional.cross_entropy(classifier(torch.cat(tuple(features))), labels)
+
     def loss(self, model: PreTrainedModel, chosen: list[int], read: list[tuple[int | None, int | None]]) -> Tensor:
         """Mean negative log-likelihood (nats a token) of the demonstrations of pairs `chosen`, as `read`."""
         end = [self.tokenizer.eos_token_id]
@@ -91,31 +98,56 @@ class Examples:
         input_ids = _pad(rows, self.tokenizer.pad_token_id)
         labels = _pad(
             [torch.cat([torch.full_like(p.token_ids, -100), a]) for p, a in zip(prompts, answers, strict=True)], -100
-        )
+        )[:, 1:]
         hidden = model.model(
             input_ids=input_ids,
             attention_mask=_pad([torch.ones_like(row) for row in rows], 0),
             mm_token_type_ids=_pad([prompt.token_types for prompt in prompts], 0, input_ids.shape[1]),
-            pixel_values=torch.cat([self.views[i].pixel_values for i in chosen]),
-            image_grid_thw=torch.cat([self.views[i].grid_thw for i in chosen]),
+            **self._images(chosen),
         ).last_hidden_state[:, :-1]
-        kept = labels[:, 1:] != -100
-        return -linear_logprob(hidden[kept], model.lm_head.weight, labels[:, 1:][kept]).logprob.mean()
+        kept = labels != -100
+        return -linear_logprob(hidden[kept], model.lm_head.weight, labels[kept]).logprob.mean()
+
+    def _images(self, chosen: list[int]) -> dict[str, Tensor]:
+        return {
+            "pixel_values": torch.cat([self.views[i].pixel_values for i in chosen]),
+            "image_grid_thw": torch.cat([self.views[i].grid_thw for i in chosen]),
+        }
 
 
-def _corpus(pairs: list[DigitPair]) -> list[str]:
-    """What the tokenizer is trained on: everything the task says."""
-    return [SYSTEM_PROMPT, "system\nuser\nassistant\n", *QUESTIONS.values()] * 100 + [
-        pair.demonstration() for pair in pairs[:1000]
-    ]
+def _training(parameters: list[nn.Parameter], lr: float, batches: int) -> Callable[[Tensor], None]:
+    """A function that takes a loss and makes one step of AdamW on `parameters`."""
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda batch: _cosine(batch, batches))
 
+    def step(loss: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
 
-def _pad(rows: list[Tensor], value: int, length: int | None = None) -> Tensor:
-    length = length or max(len(row) for row in rows)
-    return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=value) for row in rows])
+    return step
 
 
 def _cosine(batch: int, batches: int, warmup: int = 20) -> float:
     if batch < warmup:
         return (batch + 1) / warmup
     return 0.55 + 0.45 * math.cos(math.pi * (batch - warmup) / max(1, batches - warmup))
+
+
+def _progress(name: str, batches: int, console: Console | None) -> Iterator[int]:
+    columns = (TextColumn(f"{name:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        yield from progress.track(range(batches))
+
+
+def _corpus(pairs: list[DigitPair]) -> list[str]:
+    """What the tokenizer is trained on: everything the task says."""
+    prompts = [SYSTEM_PROMPT, "system\nuser\nassistant\n", *QUESTIONS.values()]
+    return prompts * 100 + [pair.demonstration() for pair in pairs[:1000]]
+
+
+def _pad(rows: list[Tensor], value: int, length: int | None = None) -> Tensor:
+    length = length or max(len(row) for row in rows)
+    return torch.stack([nn.functional.pad(row, (0, length - len(row)), value=value) for row in rows])
