@@ -11,20 +11,23 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
-from rich.console import Console
-from rich.table import Table
+try:
+    from pydantic import BaseModel
+    from pydantic_core import PydanticUndefined
+    from rich.console import Console
+    from rich.table import Table
 
-from vogue.config import Config, ConfigError, load_config
+    from vogue.config import Config, ConfigError, load_config
+except ImportError as missing:  # only `vogue_kernels` was installed
+    sys.exit(f"vogue: {missing.name} isn't installed: pip install 'vogue[cpu]' or 'vogue[gpu]' for training")
 
 USAGE_ERROR = 2
 WARMSTART = {
-    "vision_batches": (75, "batches that teach the vision tower"),
-    "batches": (240, "supervised batches of the whole model"),
+    "vision_batches": (60, "batches that teach the vision tower"),
+    "batches": (320, "supervised batches of the whole model"),
     "batch_size": (32, "demonstrations a batch"),
     "lr": (3e-3, "learning rate of AdamW"),
-    "misread": (0.5, "share of demonstrations that misread a digit, in the second half"),
+    "misread": (0.5, "share of demonstrations that misread a digit, in the last quarter"),
     "seed": (0, "of everything random"),
 }
 
@@ -32,7 +35,6 @@ WARMSTART = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     arguments = _parse(argv)
-    _quiet()
     from vogue.data import DataError
 
     try:
@@ -47,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(arguments: argparse.Namespace) -> int:
+    _quiet()
     config = load_config(*_file_and_overrides(arguments.settings))
     from vogue.run import run
 
@@ -54,6 +57,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
+    _quiet()
     config = load_config(*_file_and_overrides(arguments.settings))
     if config.data.test is None:
         raise ConfigError("data.test is not set: the samples to evaluate on")
@@ -72,6 +76,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def warmstart(arguments: argparse.Namespace) -> int:
+    _quiet()
     from vogue import warmstart as module
 
     console = Console()
@@ -189,10 +194,16 @@ def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, object]]
 
 def _quiet() -> None:
     """Leave the terminal to vogue: the libraries below it announce themselves at length."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed finds by itself, with a warning
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

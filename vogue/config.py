@@ -112,7 +112,9 @@ class TrainerConfig(Section):
     shared_prefix: bool = Field(True, description="a group is one row: its prompt is computed once")
     save_every: int = Field(50, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: Count = Field(2, description="checkpoints to keep")
-    eval_every: int = Field(0, ge=0, description="steps between evaluations on data.test, also before and after; 0: none")
+    eval_every: int = Field(
+        0, ge=0, description="steps between evaluations on data.test, also before and after; 0: none"
+    )
     eval_samples: Count = Field(4, description="completions a problem in these evaluations")
     log_completions: int = Field(8, ge=0, description="completions a step in completions.jsonl")
     wandb: str | None = Field(None, description="Weights & Biases project, if it is to be used")

@@ -1,14 +1,13 @@
 """What a run leaves behind and shows while it runs; only rank 0 has one.
 
-    metrics.jsonl       one object a step
-    evaluations.jsonl   held-out pass@k as [mean, low, high], after so many steps
-    completions.jsonl   sampled completions, with their reward, branch and advantage
-    tensorboard/        the same metrics as events
-    config.yaml         the resolved configuration
+metrics.jsonl       one object a step
+evaluations.jsonl   held-out pass@k as [mean, low, high], after so many steps
+completions.jsonl   sampled completions, with their reward, branch and advantage
+tensorboard/        the same metrics as events
+config.yaml         the resolved configuration
 """
 
 import json
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -48,7 +47,11 @@ def prepare(config: Config, step: int) -> None:
     """
     folder = config.trainer.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    for name, last in {"metrics.jsonl": step - 1, "completions.jsonl": step - 1, "evaluations.jsonl": step or -1}.items():
+    for name, last in {
+        "metrics.jsonl": step - 1,
+        "completions.jsonl": step - 1,
+        "evaluations.jsonl": step or -1,
+    }.items():
         if (folder / name).exists():
             kept = [line for line in (folder / name).read_text().splitlines() if json.loads(line)["step"] <= last]
             (folder / name).write_text("".join(line + "\n" for line in kept))

@@ -58,9 +58,7 @@ class Sums:
         values = {f"sum {name}": float(self.sums[name]) for name in self.NAMES}
         values |= {f"count {name}": float(self.counts[name]) for name in self.NAMES}
         summed = distributed.total(values, device)
-        return {
-            name: summed[f"sum {name}"] / summed[f"count {name}"] for name in self.NAMES if summed[f"count {name}"]
-        }
+        return {name: summed[f"sum {name}"] / summed[f"count {name}"] for name in self.NAMES if summed[f"count {name}"]}
 
 
 def peak_memory() -> float:

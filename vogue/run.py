@@ -24,7 +24,9 @@ def run(config: Config, resume: bool) -> int:
     """Train; returns the exit code. Every rank calls it, rank 0 shows and writes."""
     logs.check_folder(config, resume)
     samples, held_out = _samples(config)
-    preprocessor = Preprocessor(load_processor(config.model.path), config.data.system_prompt, config.data.max_prompt_tokens)
+    preprocessor = Preprocessor(
+        load_processor(config.model.path), config.data.system_prompt, config.data.max_prompt_tokens
+    )
     preprocessor.check(samples + held_out)
     rank, _, _ = distributed.start()
     trainer = Trainer(config, samples, preprocessor, resume)

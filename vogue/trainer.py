@@ -265,8 +265,7 @@ class Trainer:
         # Where A is 0 every bonus is, and says nothing about the caps.
         sums.add_tokens(
             real & (batch.advantages != 0),
-            {"out_capped": shaped.out_capped}
-            | ({"per_capped": shaped.per_capped} if divergence is not None else {}),
+            {"out_capped": shaped.out_capped} | ({"per_capped": shaped.per_capped} if divergence is not None else {}),
         )
         sums.add_sum("loss", float((batch.weights * token_loss.detach()).sum()), float(batch.weights.sum()))
         return (batch.weights * token_loss).sum()

@@ -25,6 +25,7 @@ from vogue.tiny import build_model, build_processor
 from vogue_kernels import linear_logprob
 
 PAIRS = 4000
+MISREAD_FROM = 0.75  # of the batches: before that, demonstrations are right
 PIXEL_MEAN, PIXEL_STD = 0.8, 0.3  # of dark ink on white
 
 
@@ -41,7 +42,7 @@ def warmstart(
 ) -> None:
     """Train a small model and save it in `folder`.
 
-    `misread` is the share of demonstrations with a wrong digit in the second half of the `batches`; `lr` is AdamW's,
+    `misread` is the share of demonstrations with a wrong digit in the last part of the `batches`; `lr` is AdamW's,
     warmed up and then decayed to a tenth by a cosine. Raises `ConfigError` if `folder` exists.
     """
     if folder.exists():
@@ -61,7 +62,7 @@ def warmstart(
     step = _training(list(model.parameters()), lr, batches)
     for batch in _progress("warm start", batches, console):
         chosen = rng.integers(len(pairs), size=batch_size)
-        wrong = rng.random(batch_size) < (misread if batch >= batches // 2 else 0)
+        wrong = rng.random(batch_size) < (misread if batch >= MISREAD_FROM * batches else 0)
         read = [pairs[i].misread(rng) if bad else (None, None) for i, bad in zip(chosen, wrong, strict=True)]
         step(examples.loss(model, chosen.tolist(), read))
 

@@ -23,9 +23,7 @@ class HfEngine:
         self._bias = {(token,): BAN for token in media_token_ids(processor)}
         self.version = 0
 
-    def generate(
-        self, requests: list[Request], n: int, max_tokens: int, temperature: float
-    ) -> list[list[Completion]]:
+    def generate(self, requests: list[Request], n: int, max_tokens: int, temperature: float) -> list[list[Completion]]:
         return [self._generate(request, n, max_tokens, temperature) for request in requests]
 
     def _generate(self, request: Request, n: int, max_tokens: int, temperature: float) -> list[Completion]:

@@ -52,6 +52,7 @@ class VllmEngine:
             limit_mm_per_prompt={"video": 0},
             seed=config.seed,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             **platform,
         )
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a stub in its place, and serves with fewer
@@ -62,9 +63,7 @@ class VllmEngine:
         self._tied_head = tied_head
         self.version = 0
 
-    def generate(
-        self, requests: list[Request], n: int, max_tokens: int, temperature: float
-    ) -> list[list[Completion]]:
+    def generate(self, requests: list[Request], n: int, max_tokens: int, temperature: float) -> list[list[Completion]]:
         inputs = [
             {"prompt_token_ids": request.prompt.short_ids}
             | ({"multi_modal_data": {"image": list(request.images)}} if request.images else {})
