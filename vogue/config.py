@@ -113,7 +113,7 @@ class TrainerConfig(Section):
     save_every: int = Field(50, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: Count = Field(2, description="checkpoints to keep")
     eval_every: int = Field(
-        0, ge=0, description="steps between evaluations on data.test, also before and after; 0: none"
+        0, ge=0, description="steps between evaluations on data.test, and before and after; 0: none"
     )
     eval_samples: Count = Field(4, description="completions a problem in these evaluations")
     log_completions: int = Field(8, ge=0, description="completions a step in completions.jsonl")

@@ -1,9 +1,9 @@
 """Exact statistics of one or two policy branches from hidden states and the output head, and VOGUE's loss on them.
 
-    linear_branch_stats   log-probabilities, entropies and both KL directions of two branches
-    linear_logprob        log-probability and entropy of one
-    VogueLoss             the loss for any trainer; its parts: guidance, shaped_advantage, clipped_surrogate,
-                          token_weights
+linear_branch_stats   log-probabilities, entropies and both KL directions of two branches
+linear_logprob        log-probability and entropy of one
+VogueLoss             the loss for any trainer; its parts: guidance, shaped_advantage, clipped_surrogate,
+                      token_weights
 """
 
 from .loss import (

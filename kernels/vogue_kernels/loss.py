@@ -10,7 +10,7 @@ negative advantage rises to 0 at most and a positive one at most doubles.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ def guidance(advantage: Tensor, uncertainty: Tensor, alpha: float, beta: float) 
 
 
 def shaped_advantage(
-    advantage: Tensor, entropy: Tensor, perception: Optional[Tensor], noisy: Tensor, config: GuidanceConfig
+    advantage: Tensor, entropy: Tensor, perception: Tensor | None, noisy: Tensor, config: GuidanceConfig
 ) -> ShapedAdvantage:
     """Â = A + g_out + [noisy] g_per.
 
@@ -78,7 +78,7 @@ def shaped_advantage(
 
 
 def clipped_surrogate(
-    logprob: Tensor, old_logprob: Optional[Tensor], advantage: Tensor, clip_low: float, clip_high: float
+    logprob: Tensor, old_logprob: Tensor | None, advantage: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
     """(−min(r A, clip(r, 1 − clip_low, 1 + clip_high) A), whether the clipped term is the one taken), per token.
 
@@ -149,12 +149,12 @@ class VogueLoss(nn.Module):
         targets: Tensor,
         advantages: Tensor,
         *,
-        old_logprob: Optional[Tensor] = None,
-        mask: Optional[Tensor] = None,
-        hidden_other: Optional[Tensor] = None,
-        noisy: Union[None, bool, Tensor] = None,
-        bias: Optional[Tensor] = None,
-        sequence_ids: Optional[Tensor] = None,
+        old_logprob: Tensor | None = None,
+        mask: Tensor | None = None,
+        hidden_other: Tensor | None = None,
+        noisy: bool | Tensor | None = None,
+        bias: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return (the loss, a dict of detached scalars).
 

@@ -5,7 +5,8 @@ backward, each time by exchanging the parameter's `.data`. So the weight itself 
 view, copy or cast of it, and is read there anew.
 """
 
-from typing import NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def linear_branch_stats(
     hidden_noisy: Tensor,
     weight: Tensor,
     targets: Tensor,
-    bias: Optional[Tensor] = None,
+    bias: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
 ) -> BranchStats:
@@ -65,7 +66,7 @@ def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    bias: Optional[Tensor] = None,
+    bias: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
 ) -> LogprobStats:
@@ -82,7 +83,7 @@ def linear_logprob(
 _BACKENDS = {"torch": reference}  # the fastest first
 
 
-def available_backends() -> dict[str, Optional[str]]:
+def available_backends() -> dict[str, str | None]:
     """Every backend, the fastest first: None if it can run here, else the reason why it can't."""
     return {
         "triton": "this version has no Triton kernels",
@@ -105,7 +106,7 @@ def _implementation(backend: str):
 # ---------------------------------------------------------------------------------------------------- checks
 
 
-def _check_shapes(hiddens: dict[str, Tensor], weight: Tensor, targets: Tensor, bias: Optional[Tensor], temperature):
+def _check_shapes(hiddens: dict[str, Tensor], weight: Tensor, targets: Tensor, bias: Tensor | None, temperature):
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(
             f"weight must be (V, D) and not empty, got {tuple(weight.shape)}; under ZeRO-3 call the operator inside "
@@ -155,12 +156,12 @@ def _empty_rows(targets: Tensor, weight: Tensor, count: int) -> tuple[Tensor, ..
     return tuple(targets.new_empty(targets.shape, dtype=dtype) for _ in range(count))
 
 
-def _wanted(needs: Sequence[bool], gradients: Sequence[Optional[Tensor]]) -> list[Tensor]:
+def _wanted(needs: Sequence[bool], gradients: Sequence[Tensor | None]) -> list[Tensor]:
     """An operator can't return None: keep the gradients that are needed."""
-    return [gradient for need, gradient in zip(needs, gradients) if need]
+    return [gradient for need, gradient in zip(needs, gradients, strict=True) if need]
 
 
-def _spread(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Optional[Tensor]]:
+def _spread(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor | None]:
     """Undo `_wanted`."""
     given = iter(gradients)
     return [next(given) if need else None for need in needs]
@@ -168,7 +169,7 @@ def _spread(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Optional
 
 @torch.library.custom_op("vogue::linear_logprob", mutates_args=())
 def _linear_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Optional[Tensor], temperature: float, backend: str
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
     _check_targets(targets, len(weight))
@@ -183,11 +184,11 @@ def _(hidden, weight, targets, bias, temperature, backend):
 
 @torch.library.custom_op("vogue::linear_logprob_backward", mutates_args=())
 def _linear_logprob_backward(
-    grads: Sequence[Optional[Tensor]],
+    grads: Sequence[Tensor | None],
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     temperature: float,
     backend: str,
     saved: Sequence[Tensor],
@@ -230,7 +231,7 @@ def _linear_branch_stats(
     hidden_noisy: Tensor,
     weight: Tensor,
     targets: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     temperature: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -247,21 +248,19 @@ def _(hidden_raw, hidden_noisy, weight, targets, bias, temperature, backend):
 
 @torch.library.custom_op("vogue::linear_branch_stats_backward", mutates_args=())
 def _linear_branch_stats_backward(
-    grads: Sequence[Optional[Tensor]],
+    grads: Sequence[Tensor | None],
     hidden_raw: Tensor,
     hidden_noisy: Tensor,
     weight: Tensor,
     targets: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     temperature: float,
     backend: str,
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor]:
     backward = _implementation(backend).branch_backward
-    return _wanted(
-        needs, backward(grads, hidden_raw, hidden_noisy, weight, targets, bias, temperature, saved, needs)
-    )
+    return _wanted(needs, backward(grads, hidden_raw, hidden_noisy, weight, targets, bias, temperature, saved, needs))
 
 
 @_linear_branch_stats_backward.register_fake

@@ -23,7 +23,7 @@ and the same with p and q exchanged for b. Inputs of float64 are computed in flo
 Every backend is a module with these four functions, which take checked arguments.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -177,7 +177,7 @@ def _branch_block(hidden_raw, hidden_noisy, weight, targets, bias, temperature):
 
 def _gather(blocks, kept, length, dtype):
     """Join the results of the blocks of tokens, with zeros at the skipped positions."""
-    return tuple(_restore(kept, torch.cat(parts).to(dtype), length) for parts in zip(*blocks))
+    return tuple(_restore(kept, torch.cat(parts).to(dtype), length) for parts in zip(*blocks, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------- backward
@@ -190,11 +190,11 @@ class _Branch(NamedTuple):
     maximum: Tensor
     logsum: Tensor
     entropy: Tensor
-    kl: Optional[Tensor]  # KL(p‖q)
-    g_logprob: Optional[Tensor]
-    g_entropy: Optional[Tensor]
-    g_kl: Optional[Tensor]  # of KL(p‖q)
-    g_kl_other: Optional[Tensor]  # of KL(q‖p)
+    kl: Tensor | None  # KL(p‖q)
+    g_logprob: Tensor | None
+    g_entropy: Tensor | None
+    g_kl: Tensor | None  # of KL(p‖q)
+    g_kl_other: Tensor | None  # of KL(q‖p)
 
     def crosses(self) -> bool:
         return self.g_kl is not None or self.g_kl_other is not None
@@ -221,10 +221,13 @@ def _backward(branches, weight, targets, bias, temperature, needs_hidden, needs_
     originals = [branch.hidden for branch in branches]
     if kept is not None:
         branches, targets = [branch.select(kept) for branch in branches], targets[kept]
-    active = [branch.used() and (need or needs_weight or needs_bias) for branch, need in zip(branches, needs_hidden)]
+    active = [
+        branch.used() and (need or needs_weight or needs_bias)
+        for branch, need in zip(branches, needs_hidden, strict=True)
+    ]
     grad_hidden = [
         torch.zeros_like(branch.hidden, dtype=compute_dtype(weight)) if need else None
-        for branch, need in zip(branches, needs_hidden)
+        for branch, need in zip(branches, needs_hidden, strict=True)
     ]
     grad_weight = torch.empty_like(weight) if needs_weight else None
     grad_bias = torch.empty_like(bias) if needs_bias else None
@@ -248,24 +251,24 @@ def _backward(branches, weight, targets, bias, temperature, needs_hidden, needs_
             grad_bias[tile] = tile_bias
     grad_hidden = [
         None if grad is None else _restore(kept, grad.to(original.dtype), len(original))
-        for grad, original in zip(grad_hidden, originals)
+        for grad, original in zip(grad_hidden, originals, strict=True)
     ]
     return grad_hidden, grad_weight, grad_bias
 
 
 def _logit_gradients(block, active, weight, targets, bias, temperature, tile):
     """Yield (index of the branch, gradient of its logits (n, v)) for the active branches of one block and tile."""
-    crossing = any(on and branch.crosses() for on, branch in zip(active, block))
+    crossing = any(on and branch.crosses() for on, branch in zip(active, block, strict=True))
     logps = [
         branch.log_softmax(weight, bias, temperature, tile) if on or crossing else None
-        for on, branch in zip(active, block)
+        for on, branch in zip(active, block, strict=True)
     ]
     for i, branch in enumerate(block):
         if active[i]:
             yield i, _logit_gradient(branch, logps[i], logps[1 - i] if crossing else None, targets, tile)
 
 
-def _logit_gradient(branch: _Branch, logp: Tensor, logq: Optional[Tensor], targets: Tensor, tile: slice) -> Tensor:
+def _logit_gradient(branch: _Branch, logp: Tensor, logq: Tensor | None, targets: Tensor, tile: slice) -> Tensor:
     """p · (what every result adds) − g_KL(q‖p) q + g_logp 1[v=y], as an (n, v) tensor."""
     constant = torch.zeros_like(branch.maximum)
     if branch.g_logprob is not None:
@@ -289,7 +292,7 @@ def _logit_gradient(branch: _Branch, logp: Tensor, logq: Optional[Tensor], targe
 # ---------------------------------------------------------------------------------------------------- both
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Optional[Tensor], temperature: float, tile: slice) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, tile: slice) -> Tensor:
     """(h Wᵀ + bias) / τ of one tile. Both are raised to the computing type first: nothing is rounded to bfloat16."""
     logits = hidden @ _upcast(weight[tile]).t()
     if bias is not None:
@@ -329,17 +332,17 @@ def _tiles(weight: Tensor) -> list[slice]:
     return [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
 
 
-def _kept(targets: Tensor) -> Optional[Tensor]:
+def _kept(targets: Tensor) -> Tensor | None:
     """Indices of the positions that aren't skipped, or None where that is all of them (then nothing is copied)."""
     kept = (targets != IGNORE).nonzero().squeeze(1)
     return None if len(kept) == len(targets) else kept
 
 
-def _select(kept: Optional[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+def _select(kept: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors if kept is None else tuple(tensor[kept] for tensor in tensors)
 
 
-def _restore(kept: Optional[Tensor], tensor: Tensor, length: int) -> Tensor:
+def _restore(kept: Tensor | None, tensor: Tensor, length: int) -> Tensor:
     """Put the kept positions back among zeros."""
     if kept is None:
         return tensor

@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from vogue_kernels import available_backends
 
 

@@ -5,7 +5,6 @@ the softmax in float32), the yardstick for the operators' error.
 """
 
 import torch
-
 from vogue_kernels import IGNORE, BranchStats, LogprobStats
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import oracle
 import pytest
 import torch
-
 from vogue_kernels import IGNORE, BranchStats, LogprobStats, linear_branch_stats, linear_logprob
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -88,7 +87,7 @@ def evaluate(operator, hiddens, weight, targets, bias, temperature, dtype=None):
 
 
 def assert_as_exact_as_plain(actual, plain, truth, names, size=lambda name, true: true):
-    for ours, theirs, true, name in zip(actual, plain, truth, names):
+    for ours, theirs, true, name in zip(actual, plain, truth, names, strict=False):
         assert ours.shape == true.shape
         error, plain_error = (ours - true).abs().max(), (theirs - true).abs().max()
         allowed = 2 * plain_error + 4 * torch.finfo(torch.float32).eps * size(name, true.abs().max())
@@ -103,7 +102,7 @@ def test_branch_stats_and_gradients_are_as_exact_as_plain_pytorch(case, backend)
     plain = evaluate(oracle.linear_branch_stats, *args)
     actual = evaluate(lambda *a, **k: linear_branch_stats(*a, **k, backend=backend), *args)
     terms = oracle.divergence_terms(raw, noisy, weight, bias, case.temperature).max()
-    values, gradients = zip(actual, plain, truth)
+    values, gradients = zip(actual, plain, truth, strict=True)
     assert_as_exact_as_plain(*values, BranchStats._fields, lambda name, true: terms if "kl" in name else true)
     assert_as_exact_as_plain(*gradients, ("grad raw", "grad noisy", *GRADIENTS), lambda name, true: max(true, terms))
 
@@ -115,7 +114,7 @@ def test_logprob_and_gradients_are_as_exact_as_plain_pytorch(case, backend):
     truth = evaluate(oracle.linear_logprob, *args, dtype=torch.float64)
     plain = evaluate(oracle.linear_logprob, *args)
     actual = evaluate(lambda *a, **k: linear_logprob(*a, **k, backend=backend), *args)
-    values, gradients = zip(actual, plain, truth)
+    values, gradients = zip(actual, plain, truth, strict=True)
     assert_as_exact_as_plain(*values, LogprobStats._fields)
     assert_as_exact_as_plain(*gradients, ("grad hidden", *GRADIENTS))
 

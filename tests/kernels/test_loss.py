@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from vogue_kernels import (
     IGNORE,
     GuidanceConfig,
@@ -69,7 +68,10 @@ def test_a_guidance_setting_out_of_range_is_refused(setting):
         GuidanceConfig(**setting)
 
 
-def shaped_value(advantage, entropy, perception, noisy, config=GuidanceConfig()):
+PAPER = GuidanceConfig()
+
+
+def shaped_value(advantage, entropy, perception, noisy, config=PAPER):
     row = [torch.tensor([x], dtype=torch.float32) for x in (advantage, entropy, perception)]
     return shaped_advantage(*row, torch.tensor([noisy]), config).advantage.item()
 

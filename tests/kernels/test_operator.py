@@ -7,9 +7,7 @@ import sys
 
 import pytest
 import torch
-
-from vogue_kernels import available_backends, linear_branch_stats, linear_logprob
-from vogue_kernels import reference
+from vogue_kernels import available_backends, linear_branch_stats, linear_logprob, reference
 
 
 def inputs(n=6, d=8, v=50, dtype=torch.float32):
@@ -184,6 +182,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_under_zero3_a_tied_head_gets_the_unpartitioned_gradient():
     pytest.importorskip("deepspeed")
     with socket.socket() as free:

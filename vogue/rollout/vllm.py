@@ -95,7 +95,11 @@ class VllmEngine:
         """Take the trainer's weights, streamed, and mark them as those of update `version`."""
         with self._stance():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._with_head(weights)})
+        # What was computed with the old weights: keys and values, and image embeddings. The worker has dropped its
+        # own part of the image caches; the scheduler's must go too, or it counts on entries that are gone.
         self.llm.reset_prefix_cache()
+        self.llm.reset_mm_cache()
+        self.llm.llm_engine.reset_encoder_cache()
         self.llm.update_weight_version(str(version))
         self.version = int(self.llm.get_weight_version())
 
