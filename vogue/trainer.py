@@ -213,7 +213,8 @@ class Trainer:
 
     def rows(self, group: Group) -> list[Row]:
         """A group as one row, or as a row a completion where the model can't share the prompt."""
-        kept = [pair for pair, keep in zip(zip(group.completions, group.advantages), group.kept, strict=True) if keep]
+        drawn = zip(group.completions, group.advantages, group.kept, strict=True)
+        kept = [(completion, advantage) for completion, advantage, keep in drawn if keep]
         view, other = (group.item.noisy, group.item.raw) if group.noisy else (group.item.raw, None)
         shared = self.config.trainer.shared_prefix and supports_shared_prefix(self.policy.model)
         parts = [kept] if shared else [[pair] for pair in kept]
