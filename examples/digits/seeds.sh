@@ -12,7 +12,7 @@ run() {
     base=$out/$seed/base
     [ -d "$base" ] || vogue warmstart "$base" --seed "$seed" > "$out/warmstart-$seed.log" 2>&1
     [ -d "$out/$seed/$name/checkpoints" ] || vogue train examples/digits/vogue.yaml seed="$seed" model.path="$base" \
-        data.train=$out/data/train.parquet data.test=$out/data/test.parquet data.test_limit=1000 \
+        data.train=$out/data/train.parquet data.test=$out/data/test.parquet data.test_limit=500 \
         trainer.output_dir="$out/$seed/$name" "$@" > "$out/$name-$seed.log" 2>&1
 }
 export -f run
