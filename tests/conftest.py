@@ -1,0 +1,130 @@
+"""A random model and a few digits: enough for the real path from a parquet file to an update."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model folder that is missing must not be looked for elsewhere
+
+import pytest
+import torch
+
+from vogue.config import load_config
+from vogue.data.digits import QUESTIONS, digits_samples, write_digits
+from vogue.inputs import Preprocessor, load_processor
+from vogue.packing import Row, collate
+from vogue.policy import Policy
+from vogue.rollout import Completion
+from vogue.tiny import build_model, build_processor
+
+CORPUS = ["<think></think>\\boxed{}"] * 100 + ["system\nuser\nassistant\n", "Think.", *QUESTIONS.values()]
+
+
+@pytest.fixture(scope="session")
+def processor():
+    """Byte-level: 256 bytes, the special tokens, and a few merges."""
+    return build_processor(CORPUS, vocab_size=300)
+
+
+@pytest.fixture
+def preprocessor(processor):
+    return Preprocessor(processor, "Think.", 512)
+
+
+@pytest.fixture(scope="session")
+def new_model(processor):
+    """A function: a random float32 model, larger where asked for; equal seeds give equal weights."""
+
+    def build(seed=0, scale=4.0, **size):
+        torch.manual_seed(seed)
+        model = build_model(processor, **({"hidden_size": 64, "layers": 2, "vision_layers": 2} | size)).eval()
+        # Fresh weights predict every token alike; larger ones make entropies, divergences and ratios worth comparing.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(scale)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, processor, new_model, samples):
+    """A Hugging Face folder, as `vogue warmstart` leaves it: a model that answers in the format, with any digit.
+
+    Without the format every reward would be 0, and every advantage, loss and gradient too.
+    """
+    folder = tmp_path_factory.mktemp("model")
+    model, preprocessor = new_model(), Preprocessor(processor, "Think.", 512)
+    answers = [processor.tokenizer(f"<think></think>\\boxed{{{digit}}}<|im_end|>")["input_ids"] for digit in range(10)]
+    completions = tuple(Completion(tuple(ids), (0.0,) * len(ids), "", True) for ids in answers)
+    rows = []
+    for sample in samples[:3]:
+        view = preprocessor.view(sample.load_images())
+        rows.append(Row(preprocessor.prompt(sample, view), view, None, completions, (0.0,) * 10))
+    batch = collate(rows, processor.tokenizer.pad_token_id, token_mean=True)
+    projection = model.lm_head
+    policy = Policy(model, 1.0)
+    # The tied head alone: layers that learned too would learn to ignore the image, whose answer is any digit.
+    optimizer = torch.optim.Adam([projection.weight], 5e-3)
+    for _ in range(60):
+        loss = -policy(batch).logprob.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.lm_head = projection
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits_folder(tmp_path_factory):
+    """train.parquet with 24 samples, validation.parquet with 4, test.parquet with 6."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder, train=24, validation=4, test=6)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def samples():
+    return digits_samples("train", 6, seed=0)
+
+
+@pytest.fixture
+def settings(model_folder, digits_folder, tmp_path):
+    """The `key=value` settings of a small run; append others to override them."""
+    return [
+        f"model.path={model_folder}",
+        "model.dtype=float32",
+        f"data.train={digits_folder}/train.parquet",
+        f"data.test={digits_folder}/test.parquet",
+        "data.system_prompt=Think.",
+        "data.max_prompt_tokens=128",
+        "rollout.engine=hf",
+        "rollout.prompts=4",
+        "rollout.n=2",
+        "rollout.max_tokens=12",
+        "optimizer.lr=1e-3",
+        "trainer.steps=4",
+        f"trainer.output_dir={tmp_path}/run",
+    ]
+
+
+@pytest.fixture
+def config(settings):
+    """A function: the configuration of a small run, with overrides."""
+    return lambda *overrides: load_config(None, [*settings, *overrides])
+
+
+@pytest.fixture
+def new_trainer(config):
+    """A function: a trainer of one rank. Unpartitioned (stage 0) unless overrides ask otherwise: gradients are plain."""
+    from vogue.data import load_samples
+    from vogue.trainer import Trainer
+
+    def build(*overrides):
+        chosen = config("trainer.deepspeed.zero_optimization.stage=0", *overrides)
+        data = chosen.data
+        preprocessor = Preprocessor(load_processor(chosen.model.path), data.system_prompt, data.max_prompt_tokens)
+        return Trainer(chosen, load_samples(data.train), preprocessor, resume=False)
+
+    return build

@@ -1,0 +1,160 @@
+"""What a user sees who gets something wrong: exit code 2 and one message that names it, before anything is trained."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+from vogue.cli import _fields, main
+from vogue.config import Config
+
+
+@pytest.fixture
+def fails(capsys):
+    """A function: run a command that must fail; returns its message."""
+
+    def run(*arguments):
+        assert main(list(arguments)) == 2
+        output = capsys.readouterr()
+        assert "Traceback" not in output.out + output.err
+        message = [line for line in output.err.splitlines() if line.startswith("vogue ")]
+        assert len(message) == 1
+        return message[0]
+
+    return run
+
+
+def data_file(folder, **changes):
+    path = folder / "bad.json"
+    path.write_text(json.dumps([{"problem": "How many?", "answer": "3", "images": []} | changes]))
+    return f"data.train={path}"
+
+
+def test_an_unknown_setting(fails, settings):
+    message = fails("train", *settings, "trainer.stepz=3")
+    assert message == "vogue train: unknown setting trainer.stepz; `vogue train --help` lists them all"
+
+
+def test_a_configuration_file_that_is_missing(fails, settings):
+    assert fails("train", "nowhere.yaml", *settings) == "vogue train: configuration file nowhere.yaml does not exist"
+
+
+def test_two_configuration_files(fails, settings):
+    assert "second.yaml: one YAML file may stand before" in fails("train", "first.yaml", "second.yaml", *settings)
+
+
+def test_a_missing_model_folder(fails, settings):
+    assert fails("train", *settings, "model.path=/nowhere/model").startswith("vogue train: model.path=/nowhere/model: ")
+
+
+def test_a_missing_data_file(fails, settings):
+    assert "nowhere.parquet: no such file" in fails("train", *settings, "data.train=nowhere.parquet")
+
+
+def test_no_data_file(fails, settings):
+    assert "data.train is not set" in fails("train", *[text for text in settings if not text.startswith("data.train=")])
+    assert "data.test is not set" in fails("eval", *[text for text in settings if not text.startswith("data.test=")])
+
+
+def test_an_image_that_cannot_be_read(fails, settings, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    message = fails("train", *settings, data_file(tmp_path, images=["broken.png"]))
+    assert "bad.json, row 0: image 1 of 1" in message
+    assert "broken.png) cannot be read" in message
+
+
+def test_an_image_that_is_missing(fails, settings, tmp_path):
+    assert "nowhere.png) cannot be read" in fails("train", *settings, data_file(tmp_path, images=["nowhere.png"]))
+
+
+def test_a_sample_without_an_answer(fails, settings, tmp_path):
+    message = fails("train", *settings, data_file(tmp_path, answer=""))
+    assert "bad.json, row 0: 'answer' must be text and not empty" in message
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_its_length(fails, settings, tmp_path):
+    message = fails("train", *settings, data_file(tmp_path, problem="word " * 200))
+    assert "bad.json, row 0: the prompt has " in message
+    assert "more than data.max_prompt_tokens=128" in message
+
+
+def test_an_output_folder_that_holds_a_run(fails, settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert "run holds a run already: pass --resume" in fails("train", *settings)
+
+
+def test_resume_with_nothing_to_resume(fails, settings):
+    assert "--resume: there is no checkpoint in " in fails("train", *settings, "--resume")
+
+
+def test_settings_may_stand_on_both_sides_of_an_option(fails, settings):
+    assert "--resume: there is no checkpoint in " in fails("train", "--resume", *settings)
+    assert "--resume: there is no checkpoint in " in fails("train", settings[0], "--resume", *settings[1:])
+
+
+def test_prompts_that_updates_do_not_divide(fails, settings):
+    assert "trainer.updates=3 does not divide rollout.prompts=4" in fails("train", *settings, "trainer.updates=3")
+
+
+def test_nothing_is_written_by_a_run_that_cannot_start(fails, settings, tmp_path):
+    fails("train", *settings, "model.path=/nowhere/model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_warmstart_does_not_overwrite_a_folder(fails, tmp_path):
+    assert f"{tmp_path} exists already" in fails("warmstart", str(tmp_path))
+
+
+def test_help_lists_every_setting_with_its_default_and_meaning(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for key, field in _fields(Config, ""):
+        default = "required" if field.is_required() else field.default
+        assert f"  {key} [{default}]\n      {field.description}" in text
+
+
+def test_evaluation_prints_pass_at_k_with_its_interval_and_writes_the_completions(settings, capsys, tmp_path):
+    assert main(["eval", *settings, "--samples", "4", "--out", str(tmp_path / "out.jsonl")]) == 0
+    printed = capsys.readouterr().out
+    assert "pass@1" in printed
+    assert "pass@4" in printed
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 6 * 4
+
+
+def test_an_option_that_does_not_exist(settings, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *settings, "--frobnicate"])
+    assert stop.value.code == 2
+    assert "unrecognized arguments: --frobnicate" in capsys.readouterr().err
+
+
+def curves(folder):
+    """metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time/", "throughput/", "memory")
+    return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in rows]
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_it_promises_and_goes_on_as_if_it_had_not_stopped(settings, capsys, tmp_path):
+    settings = [*settings, "trainer.save_every=2", "trainer.eval_every=2", "data.test_limit=2", "rollout.n=4"]
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    assert main(["train", *settings]) == 0
+    assert str(run / "curves.png") in capsys.readouterr().out.replace("\n", "")
+    files = {"metrics.jsonl", "completions.jsonl", "evaluations.jsonl", "config.yaml", "curves.png"}
+    assert {path.name for path in run.iterdir()} == files | {"tensorboard", "checkpoints"}
+    shutil.copytree(run, straight)
+
+    shutil.rmtree(run / "checkpoints" / "step_000004")  # as if it had stopped before that was whole
+    assert main(["train", *settings, "--resume"]) == 0
+    assert [row["step"] for row in curves(run)] == [0, 1, 2, 3]
+    assert any(row["loss"] != 0 for row in curves(run)[2:])
+    assert curves(run) == curves(straight)
+    for name in ("evaluations.jsonl", "completions.jsonl"):
+        assert (run / name).read_text() == (straight / name).read_text()
+    weights = [load_file(folder / "checkpoints/step_000004/hf/model.safetensors") for folder in (straight, run)]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])

@@ -1,0 +1,112 @@
+import pytest
+import yaml
+
+from vogue.cli import _fields
+from vogue.config import METHODS, Config, ConfigError, load_config, save_config
+
+NEEDED = ["model.path=some/model", "data.train=train.parquet"]
+
+
+def load(*overrides, path=None):
+    return load_config(path, [*NEEDED, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("trainer.stepz=3", "unknown setting trainer.stepz; `vogue train --help` lists them all"),
+        ("stepz=3", "unknown setting stepz; `vogue train --help` lists them all"),
+        ("trainer.steps=0", "trainer.steps=0: input should be greater than or equal to 1"),
+        ("trainer.steps=many", "trainer.steps='many': input should be a valid integer"),
+        ("trainer.steps=1.5", "trainer.steps=1.5: input should be a valid integer"),
+        ("trainer.steps=", "trainer.steps=None: input should be a valid integer"),
+        ("rollout.n=1", "rollout.n=1: input should be greater than or equal to 2"),
+        ("rollout.temperature=0", "rollout.temperature=0: input should be greater than 0"),
+        ("rollout.engine=sglang", "rollout.engine='sglang': input should be 'vllm' or 'hf'"),
+        ("branch.probability=1.5", "branch.probability=1.5: input should be less than or equal to 1"),
+        ("branch.granularity=token", "branch.granularity='token': input should be 'prompt', 'response' or 'step'"),
+        ("guidance.beta_per=0", "guidance.beta_per=0: input should be greater than 0"),
+        ("guidance.alpha_out=-1", "guidance.alpha_out=-1: input should be greater than or equal to 0"),
+        ("perturb.sigma=nan", "perturb.sigma='nan': input should be a finite number"),
+        ("optimizer.lr=-1e-6", "optimizer.lr=-1e-06: input should be greater than 0"),
+        ("optimizer.betas=[0.9,2]", "optimizer.betas.1=2: input should be less than or equal to 1"),
+        ("model=7b", "model='7b': input should be a valid dictionary"),
+        ("model.path=", "model.path=None: input should be a valid string"),
+        ("method=ppo", "method='ppo': input should be 'vogue' or 'grpo'"),
+        ("seed=-1", "seed=-1: input should be greater than or equal to 0"),
+        ("trainer.updates=5", "trainer.updates=5 does not divide rollout.prompts=32"),
+        ("trainer.eval_every=10", "trainer.eval_every is set, but data.test is not"),
+    ],
+)
+def test_a_wrong_setting_is_told_by_key_and_value_in_one_line(override, told):
+    with pytest.raises(ConfigError) as error:
+        load(override)
+    assert str(error.value).startswith(told)
+    assert "\n" not in str(error.value)
+
+
+def test_every_wrong_setting_has_its_own_line():
+    with pytest.raises(ConfigError) as error:
+        load("rollout.n=1", "seed=-1", "nonsense=1")
+    keys = {line.split("=")[0].split(";")[0] for line in str(error.value).splitlines()}
+    assert keys == {"rollout.n", "seed", "unknown setting nonsense"}
+
+
+def test_a_model_that_is_not_named_is_asked_for():
+    with pytest.raises(ConfigError, match=r"^model\.path is not set: Hugging Face model folder or hub name$"):
+        load_config(None, ["data.train=train.parquet"])
+
+
+@pytest.mark.parametrize("override", ["branch.probability=0.5", "guidance.alpha_out=0.4", "guidance.alpha_per=1"])
+def test_a_setting_cannot_contradict_the_method(override):
+    key, value = override.split("=")
+    with pytest.raises(ConfigError, match=rf"^method=grpo fixes {key}=0\.0, but it is set to {value}$"):
+        load("method=grpo", override)
+
+
+def test_a_method_fixes_what_makes_it_what_it_is():
+    assert load().branch.probability is None
+    grpo = load("method=grpo", "branch.probability=0")
+    assert (grpo.branch.probability, grpo.guidance.alpha_out, grpo.guidance.alpha_per) == (0, 0, 0)
+    for preset in METHODS.values():
+        assert preset.keys() <= {key for key, _ in _fields(Config, "")}
+
+
+def test_overrides_win_over_the_file_and_leave_the_rest_of_it(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {path: from/file, dtype: float32}\ndata: {train: file.parquet}\nrollout: {n: 4}\n")
+    config = load_config(path, ["rollout.n=6", "data.train=override.parquet", "optimizer.lr=1e-4"])
+    assert (config.model.path, config.model.dtype) == ("from/file", "float32")
+    assert (config.rollout.n, config.data.train) == (6, "override.parquet")
+    assert config.optimizer.lr == 1e-4
+    assert config.rollout.temperature == 1.0  # the default
+
+
+def test_deepspeeds_own_settings_go_through_at_any_depth():
+    config = load("trainer.deepspeed.zero_optimization.stage3_param_persistence_threshold=0")
+    assert config.trainer.deepspeed == {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+
+
+def test_a_file_that_is_missing_or_not_yaml_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"missing\.yaml does not exist"):
+        load(path=tmp_path / "missing.yaml")
+    (tmp_path / "broken.yaml").write_text("rollout: [1\n")
+    with pytest.raises(ConfigError, match=r"broken\.yaml"):
+        load(path=tmp_path / "broken.yaml")
+
+
+@pytest.mark.parametrize("overrides", [[], ["method=grpo"], ["branch.probability=0.5", "data.system_prompt=''"]])
+def test_a_saved_configuration_is_read_back_as_it_was(tmp_path, overrides):
+    config = load(*overrides, "trainer.deepspeed.zero_optimization.stage=2", "trainer.wandb=project")
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml", []) == config
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["method"] == config.method
+
+
+def test_a_configuration_cannot_be_changed_in_passing():
+    with pytest.raises(Exception, match="frozen"):
+        load().rollout.n = 3
+
+
+def test_every_setting_says_what_it_is():
+    assert [key for key, field in _fields(Config, "") if not field.description] == []

@@ -1,0 +1,99 @@
+import json
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vogue.data import Sample
+from vogue.evaluate import Estimate, Judged, estimate, judge, pass_at_k, summary, write_judged
+from vogue.rewards import Score, score_batch
+from vogue.rollout import Completion
+from vogue.rollout.hf import HfEngine
+
+
+@given(st.integers(1, 7).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+def test_pass_at_k_is_the_share_of_all_choices_that_hold_a_right_sample(numbers):
+    n, right, k = numbers
+    samples = [True] * right + [False] * (n - right)
+    choices = [any(chosen) for chosen in combinations(samples, k)]
+    assert pass_at_k(n, right, k) == pytest.approx(sum(choices) / len(choices))
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_more_than_there_are_samples_cannot_be_asked(k):
+    with pytest.raises(ValueError, match=f"pass@{k} needs at least {k} samples a problem, there are 4"):
+        pass_at_k(4, 2, k)
+
+
+def test_the_interval_covers_the_true_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        found = estimate((rng.random(60) < 0.3).tolist())
+        assert found.low <= found.value <= found.high
+        covered += found.low <= 0.3 <= found.high
+    assert 0.89 <= covered / 200 <= 0.99  # 95%, four standard deviations, and the bootstrap's own shortfall
+
+
+def test_the_interval_of_a_mean_narrows_with_the_square_root_of_the_problems():
+    few, many = estimate([0.0, 1.0] * 50), estimate([0.0, 1.0] * 5000)
+    assert few.value == many.value == 0.5
+    assert few.high - few.low == pytest.approx(2 * 1.96 * 0.5 / 100**0.5, rel=0.15)
+    assert (few.high - few.low) / (many.high - many.low) == pytest.approx(10, rel=0.15)
+
+
+def judged(*right_of_four):
+    completion = Completion((1,), (0.0,), "text", True)
+    return [
+        Judged(
+            Sample("Which?", "4", ()),
+            (completion,) * 4,
+            tuple(Score(0.9 * (i < right), float(i < right), 0.0, None) for i in range(4)),
+        )
+        for right in right_of_four
+    ]
+
+
+def test_the_summary_averages_over_problems():
+    found = summary(judged(0, 1, 4))
+    assert found["pass@1"].value == pytest.approx((0 + 0.25 + 1) / 3)
+    assert found["pass@4"].value == pytest.approx(2 / 3)
+
+
+def test_fewer_than_four_samples_give_pass_at_1_alone():
+    two = [Judged(item.sample, item.completions[:2], item.scores[:2]) for item in judged(1, 0)]
+    assert list(summary(two)) == ["pass@1"]
+
+
+def test_an_estimate_reads_as_percent_with_its_interval():
+    assert str(Estimate(0.5, 0.4219, 0.578)) == "50.0% [42.2, 57.8]"
+
+
+def test_judging_depends_on_the_number_of_a_problem_and_not_on_its_company(config, processor, preprocessor, samples):
+    settings = config()
+    engine = HfEngine(settings, processor)
+    together = judge(engine, preprocessor, settings, samples[:3], n=2)
+    alone = judge(engine, preprocessor, settings, samples[2:3], n=2, first=2)
+    assert alone[0].completions == together[2].completions
+    assert together[0].completions[0] != together[0].completions[1]
+    for item in together:
+        texts = [completion.text for completion in item.completions]
+        assert list(item.scores) == score_batch(texts, [item.sample.answer] * 2, (0.9, 0.1))
+
+
+def test_judged_completions_are_written_one_a_line(tmp_path):
+    write_judged(judged(1, 0), tmp_path / "out.jsonl")
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(records) == 8
+    assert records[0] == {
+        "problem": 0,
+        "question": "Which?",
+        "answer": "4",
+        "completion": "text",
+        "parsed": None,
+        "reward": 0.9,
+        "accuracy": 1.0,
+    }
+    assert [record["problem"] for record in records] == [0] * 4 + [1] * 4

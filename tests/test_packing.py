@@ -1,0 +1,98 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vogue.data import Sample
+from vogue.inputs import Prompt, View
+from vogue.packing import PAD, Row, collate, pack, spread
+from vogue.rollout import Completion
+
+NOTHING = View((), None, None)
+
+
+def row(prompt_ids, *completions, advantages=None, other=None, weight=1.0):
+    """A text-only row; a completion is (token ids, log-probabilities)."""
+    ids = torch.tensor(prompt_ids)
+    prompt = Prompt(Sample("?", "!", ()), list(prompt_ids), ids, torch.zeros_like(ids))
+    made = tuple(Completion(tuple(tokens), tuple(logprobs), "", True) for tokens, logprobs in completions)
+    return Row(prompt, NOTHING, other, made, tuple(advantages or [0.0] * len(made)), weight)
+
+
+def flat(length):
+    """A row of `length` tokens, one of them a completion's."""
+    return row(range(length - 1), ((7,), (0.0,)))
+
+
+lengths = st.lists(st.integers(2, 40), max_size=30)
+
+
+@given(lengths, st.integers(1, 100))
+def test_packing_loses_no_row_and_keeps_to_the_budget_with_padding(sizes, budget):
+    rows = [flat(size) for size in sizes]
+    packed = pack(rows, budget)
+    assert sorted(id(r) for batch in packed for r in batch) == sorted(id(r) for r in rows)
+    for batch in packed:
+        assert len(batch) == 1 or max(r.tokens for r in batch) * len(batch) <= budget
+
+
+@given(lengths.filter(bool), st.integers(0, 5))
+def test_spreading_adds_idle_batches_up_to_the_count(sizes, missing):
+    packed = pack([flat(size) for size in sizes], 50)
+    spread_out = spread(packed, len(packed) + missing, packed[0][0])
+    assert spread_out[: len(packed)] == packed
+    assert len(spread_out) == len(packed) + missing
+    assert all(r.weight == 0 and len(r.completions) == 1 for batch in spread_out[len(packed) :] for r in batch)
+
+
+def test_rows_of_similar_length_share_a_batch():
+    packed = pack([flat(size) for size in (9, 3, 10, 4)], budget=20)
+    assert [[r.tokens for r in batch] for batch in packed] == [[10, 9], [4, 3]]
+
+
+def test_collating_by_hand():
+    long = row([10, 11, 12], ((20, 21), (-0.5, -0.25)), ((30, 31, 32), (-1.0, -2.0, -3.0)), advantages=(1.5, -0.5))
+    short = row([40, 41], ((50,), (-4.0,)), advantages=(2.0,))
+    batch = collate([long, short], pad_id=99, token_mean=True)
+    assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 30, 31, 32], [40, 41, 50, 99, 99, 99, 99, 99]]
+    assert batch.segments.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 1, PAD, PAD, PAD, PAD, PAD]]
+    # 20 is predicted where the prompt ends (2), 21 at 20's place (3); 30 where the prompt ends again, and so on.
+    # The second row starts at 8: 50 is predicted at its position 1.
+    assert batch.positions.tolist() == [2, 3, 2, 5, 6, 9]
+    assert batch.targets.tolist() == [20, 21, 30, 31, 32, 50]
+    assert batch.sequence.tolist() == [0, 0, 1, 1, 1, 2]
+    assert batch.advantages.tolist() == [1.5, 1.5, -0.5, -0.5, -0.5, 2.0]
+    assert batch.rollout_logprob.tolist() == [-0.5, -0.25, -1.0, -2.0, -3.0, -4.0]
+    assert batch.weights.tolist() == [1.0] * 6
+    assert batch.other is None
+
+
+def test_a_sequence_mean_gives_each_completion_the_same_weight():
+    rows = [row([1], ((2, 3, 4, 5), (0.0,) * 4), ((6, 7), (0.0,) * 2)), row([1], ((8, 9), (0.0,) * 2), weight=0.0)]
+    assert collate(rows, 0, token_mean=False).weights.tolist() == [0.25] * 4 + [0.5] * 2 + [0.0] * 2
+    assert collate(rows, 0, token_mean=True).weights.tolist() == [1.0] * 6 + [0.0] * 2
+
+
+def test_images_of_a_batch_follow_the_order_of_its_rows():
+    def view(value, grid):
+        patches = grid[1] * grid[2]
+        return View((f"image {value}",), torch.full((patches, 3), float(value)), torch.tensor([grid]))
+
+    rows = [
+        Row(row([1], ((2,), (0.0,))).prompt, behaviour, raw, row([1], ((2,), (0.0,))).completions, (0.0,))
+        for behaviour, raw in [
+            (view(1, (1, 2, 2)), view(5, (1, 2, 2))),
+            (NOTHING, NOTHING),
+            (view(3, (1, 2, 4)), view(7, (1, 2, 4))),
+        ]
+    ]
+    batch = collate(rows, 0, token_mean=True)
+    assert batch.view.pixel_values[:, 0].tolist() == [1.0] * 4 + [3.0] * 8
+    assert batch.other.pixel_values[:, 0].tolist() == [5.0] * 4 + [7.0] * 8
+    assert batch.view.grid_thw.tolist() == [[1, 2, 2], [1, 2, 4]]
+    assert batch.view.images == ("image 1", "image 3")
+
+
+def test_advantages_and_completions_must_pair():
+    with pytest.raises(ValueError, match="zip"):
+        collate([row([1], ((2,), (0.0,)), advantages=(1.0, 2.0))], 0, token_mean=True)

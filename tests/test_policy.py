@@ -1,0 +1,290 @@
+"""The shared-prefix forward against plain Hugging Face forwards of each completion alone, in float64."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, Qwen2VLConfig, Qwen3VLConfig
+
+from vogue.data import Sample
+from vogue.inputs import Prompt, View
+from vogue.packing import PAD, Row, collate
+from vogue.perturb import perturb
+from vogue.policy import Policy, shared_prefix_mask, supports_shared_prefix
+from vogue.rollout import BAN, Completion, media_token_ids
+from vogue_kernels import BranchStats, LogprobStats
+
+TEMPERATURE = 0.7
+PAD_ID = 0
+
+
+def completion(*token_ids):
+    return Completion(token_ids, (0.0,) * len(token_ids), "", True)
+
+
+def copy_of(model):
+    twin = type(model)(model.config).to(torch.float64).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def row(preprocessor, sample, lengths, sigma=None, seed=0):
+    """A row with completions of these lengths; on the noisy branch if there is a sigma."""
+    raw = preprocessor.view(sample.load_images())
+    noisy = None
+    if sigma is not None:
+        noisy = preprocessor.view([perturb(image, "noise", sigma, seed) for image in raw.images])
+    generator = torch.Generator().manual_seed(seed)
+    completions = tuple(
+        completion(*torch.randint(60, 250, (length,), generator=generator).tolist()) for length in lengths
+    )
+    prompt = preprocessor.prompt(sample, raw)
+    return Row(prompt, noisy or raw, raw if noisy else None, completions, (0.0,) * len(completions))
+
+
+@pytest.fixture
+def kinds(samples):
+    """Samples whose prompts differ in length and in number of images."""
+    (image,) = samples[0].load_images()
+    (other,) = samples[1].load_images()
+    return {
+        "one image": samples[0],
+        "another image": samples[1],
+        "no image": Sample("What is 2 + 2?", "4", ()),
+        "two images": Sample("Is <image> larger than <image>?", "yes", (image, other.resize((112, 84)))),
+    }
+
+
+def banned_logits(logits, banned):
+    bias = torch.zeros(logits.shape[-1], dtype=logits.dtype)
+    bias[banned] = BAN
+    return (logits + bias) / TEMPERATURE
+
+
+def alone(model, prompt, view, tokens, banned):
+    """(T, V) log-probabilities of one completion's positions, from the model's own forward with its own logits."""
+    ids = torch.cat([prompt.token_ids, torch.tensor(tokens)])[None]
+    images = {}
+    if view.grid_thw is not None:
+        types = torch.cat([prompt.token_types, torch.zeros(len(tokens), dtype=torch.long)])[None]
+        images = {
+            "pixel_values": view.pixel_values.double(),
+            "image_grid_thw": view.grid_thw,
+            "mm_token_type_ids": types,
+        }
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images).logits[0]
+    return banned_logits(logits[len(prompt.token_ids) - 1 : -1], banned).log_softmax(-1)
+
+
+def in_double(batch):
+    views = {
+        name: replace(view, pixel_values=view.pixel_values.double())
+        for name in ("view", "other")
+        if (view := getattr(batch, name)) is not None and view.grid_thw is not None
+    }
+    return replace(batch, **views)
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_equal_gradients(policy, plain):
+    """`plain`'s missing gradients (an unused vision tower) must be zeros here, not missing."""
+    # Under ZeRO-3 a rank whose tower had no gradient would leave the others waiting for it.
+    ours, theirs = gradients(policy.model), gradients(plain)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        expected = torch.zeros_like(gradient) if theirs[name] is None else theirs[name]
+        # Norms and vision rotations of transformers are float32 in a float64 model too: hence not 1e-9.
+        assert (gradient - expected).norm() <= 1e-6 * expected.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("names", "tied"),
+    [
+        (["one image", "another image"], True),
+        (["one image", "no image", "two images"], True),
+        (["no image"], True),
+        (["one image", "two images"], False),
+    ],
+    ids=["prompts-of-two-lengths", "mixed-images", "text-only", "untied-head"],
+)
+def test_sharing_a_prompt_changes_no_logprob_entropy_or_gradient(names, tied, kinds, preprocessor, new_model):
+    plain = untied(new_model()) if not tied else new_model().double()
+    banned = media_token_ids(preprocessor.processor)
+    policy = Policy(copy_of(plain), TEMPERATURE, banned)
+    rows = [row(preprocessor, kinds[name], (3, 5, 1), seed=i) for i, name in enumerate(names)]
+    batch = in_double(collate(rows, PAD_ID, token_mean=True))
+    stats = policy(batch)
+    assert isinstance(stats, LogprobStats)
+
+    logps = torch.cat([alone(plain, r.prompt, r.view, c.token_ids, banned) for r in rows for c in r.completions])
+    logprob = logps.gather(1, batch.targets[:, None])[:, 0]
+    entropy = -(logps.exp() * logps).sum(1)
+    assert stats.logprob.sub(logprob).abs().max() < 1e-9
+    assert stats.entropy.sub(entropy).abs().max() < 1e-9
+
+    # Weights that differ from token to token: a gradient that went to the wrong token would show.
+    weights = torch.linspace(-1, 2, len(logprob), dtype=torch.float64)
+    (weights * (stats.logprob + 0.5 * stats.entropy)).sum().backward()
+    (weights * (logprob + 0.5 * entropy)).sum().backward()
+    assert_equal_gradients(policy, plain)
+
+
+def untied(model):
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    twin = type(model)(model.config).double().eval()
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        twin.lm_head.weight.mul_(torch.linspace(0.5, 1.5, twin.lm_head.weight.shape[1]))
+    assert twin.lm_head.weight is not twin.get_input_embeddings().weight
+    return twin
+
+
+def test_noisy_rows_compare_both_branches_and_learn_through_the_noisy_one_alone(kinds, preprocessor, new_model):
+    plain = new_model().double()
+    banned = media_token_ids(preprocessor.processor)
+    policy = Policy(copy_of(plain), TEMPERATURE, banned)
+    names = ("one image", "two images", "no image")
+    rows = [row(preprocessor, kinds[name], (2, 4), sigma=0.8, seed=i) for i, name in enumerate(names)]
+    batch = in_double(collate(rows, PAD_ID, token_mean=True))
+    stats = policy(batch)
+    assert isinstance(stats, BranchStats)
+
+    completions = [(r, c.token_ids) for r in rows for c in r.completions]
+    noisy = torch.cat([alone(plain, r.prompt, r.view, tokens, banned) for r, tokens in completions])
+    with torch.no_grad():
+        raw = torch.cat([alone(plain, r.prompt, r.other, tokens, banned) for r, tokens in completions])
+    targets = batch.targets[:, None]
+    forward, reverse = (raw.exp() * (raw - noisy)).sum(1), (noisy.exp() * (noisy - raw)).sum(1)
+    expected = BranchStats(
+        logprob_raw=raw.gather(1, targets)[:, 0],
+        logprob_noisy=noisy.gather(1, targets)[:, 0],
+        entropy_raw=-(raw.exp() * raw).sum(1),
+        entropy_noisy=-(noisy.exp() * noisy).sum(1),
+        kl_raw_noisy=forward,
+        kl_noisy_raw=reverse,
+        symmetric_kl=(forward + reverse) / 2,
+    )
+    for name, value in expected._asdict().items():
+        assert getattr(stats, name).sub(value).abs().max() < 1e-9, name
+    assert stats.symmetric_kl[: 2 * 6].min() > 1e-4  # the branches do differ where there is an image
+    assert stats.symmetric_kl[2 * 6 :].max() < 1e-12  # and are one where there is none
+
+    weights = torch.linspace(-1, 2, len(targets), dtype=torch.float64)
+    (weights * stats.logprob_noisy).sum().backward()
+    (weights * expected.logprob_noisy).sum().backward()
+    assert_equal_gradients(policy, plain)
+
+
+def test_the_raw_branch_of_noisy_rows_keeps_no_graph(kinds, preprocessor, new_model):
+    policy = Policy(new_model(), 1.0)
+    stats = policy(collate([row(preprocessor, kinds["one image"], (2,), sigma=0.8)], PAD_ID, token_mean=True))
+    stats.entropy_raw.sum().backward()
+    reached = {name for name, gradient in gradients(policy.model).items() if gradient is not None and gradient.any()}
+    assert reached == {"model.language_model.embed_tokens.weight"}  # the tied head itself, no layer below it
+
+
+def test_media_tokens_have_no_probability_even_where_the_head_favours_them(processor, new_model):
+    media = media_token_ids(processor)
+    assert processor.tokenizer.convert_ids_to_tokens(media) == [
+        "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+    ]  # fmt: skip
+    head = Policy(new_model(), 1.0, media).model.lm_head
+    hidden = 25 * torch.nn.functional.normalize(head.weight.detach()[media])
+    free = (hidden @ head.weight.T).log_softmax(1)[range(4), media]
+    assert free.min() > -0.1  # each would be sampled nearly always
+    assert head(hidden, None, torch.tensor(media)).logprob.max() < -69  # a probability below 1e-30
+
+
+def test_padding_has_a_row_to_attend_to_and_nothing_attends_to_it():
+    allowed = shared_prefix_mask(torch.tensor([[0, 0, 1, 1, 2, PAD]]))[0, 0]
+    by_hand = [
+        [1, 0, 0, 0, 0, 0],  # prompt
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],  # first completion
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],  # the second one sees the prompt and itself, not the first
+        [0, 0, 0, 0, 0, 1],  # padding
+    ]
+    assert allowed.int().tolist() == by_hand
+
+
+def test_attention_that_takes_no_mask_of_ours_is_not_given_one(kinds, preprocessor, new_model, tmp_path):
+    new_model().save_pretrained(tmp_path)
+    rows = [row(preprocessor, kinds["one image"], (3,)), row(preprocessor, kinds["two images"], (2,))]
+    batch = collate(rows, PAD_ID, token_mean=True)
+    logprobs = {}
+    for name in ("sdpa", "eager"):
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype="float32", attn_implementation=name)
+        assert supports_shared_prefix(model) == (name == "sdpa")
+        logprobs[name] = Policy(model, 1.0)(batch).logprob
+    torch.testing.assert_close(logprobs["eager"], logprobs["sdpa"], rtol=0, atol=2e-5)
+
+
+def other_family(kind):
+    """A tiny random model of another family, its patch dimension, and its tokens: image 1, video 2, start 3, end 4."""
+    text = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 5,
+    }
+    tokens = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
+    if kind == "qwen2_vl":
+        vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
+        config = Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)
+    else:
+        vision = {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "deepstack_visual_indexes": [0, 1],
+            "num_position_embeddings": 16,
+            "patch_size": 16,
+        }
+        config = Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model, 3 * 2 * vision["patch_size"] ** 2
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("images", [True, False], ids=["images", "text-only"])
+def test_the_other_families_share_a_prompt_too(kind, images):
+    model, patch_dim = other_family(kind)
+    plain = copy.deepcopy(model)
+    policy = Policy(model, TEMPERATURE, [1, 2, 3, 4])
+    sample = Sample("?", "!", ())
+    rows = []
+    for height, length in [(4, 3), (2, 5)]:
+        grid, image_tokens = torch.tensor([[1, height, 4]]), height
+        ids = torch.tensor([6, 3, *[1] * image_tokens, 4, 7, 8]) if images else torch.arange(6, 9)
+        pixels = torch.rand(height * 4, patch_dim, generator=torch.Generator().manual_seed(height))
+        view = View((), pixels, grid) if images else View((), None, None)
+        prompt = Prompt(sample, [], ids, (ids == 1).long())
+        completions = (completion(*range(10, 10 + length)), completion(20, 21))
+        rows.append(Row(prompt, view, None, completions, (0.0, 0.0)))
+    batch = in_double(collate(rows, PAD_ID, token_mean=True))
+    stats = policy(batch)
+    logps = torch.cat([alone(plain, r.prompt, r.view, c.token_ids, [1, 2, 3, 4]) for r in rows for c in r.completions])
+    logprob = logps.gather(1, batch.targets[:, None])[:, 0]
+    assert stats.logprob.sub(logprob).abs().max() < 1e-6
+    stats.logprob.sum().backward()
+    logprob.sum().backward()
+    assert_equal_gradients(policy, plain)
