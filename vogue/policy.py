@@ -11,6 +11,7 @@ completion sees exactly what it would see alone.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +71,11 @@ class Policy(nn.Module):
 
     def _hidden(self, batch: Batch, view: View) -> Tensor:
         """Hidden states (N, D) at the positions that predict the completions' tokens."""
-        body = self.model.model
-        inputs = {"use_cache": False}
+        body, length = self.model.model, batch.input_ids.shape[1]
+        if view.grid_thw is None:
+            batch, view = self._with_blank_image(batch)
+        inputs = {"input_ids": batch.input_ids, "mm_token_type_ids": batch.token_types, "use_cache": False}
+        inputs |= {"pixel_values": view.pixel_values, "image_grid_thw": view.grid_thw}
         if supports_shared_prefix(self.model):
             inputs |= {
                 "attention_mask": shared_prefix_mask(batch.segments),
@@ -79,25 +83,24 @@ class Policy(nn.Module):
             }
         else:
             inputs |= {"attention_mask": (batch.segments != PAD).long()}
-        if view.grid_thw is None:
-            inputs["inputs_embeds"] = self._embed_without_images(batch.input_ids)
-        else:
-            inputs |= {"input_ids": batch.input_ids, "mm_token_type_ids": batch.token_types}
-            inputs |= {"pixel_values": view.pixel_values, "image_grid_thw": view.grid_thw}
-        hidden = body(**inputs).last_hidden_state
+        hidden = body(**inputs).last_hidden_state[:, :length]
         return hidden.flatten(0, 1)[batch.positions]
 
-    def _embed_without_images(self, input_ids: Tensor) -> Tensor:
-        """Embeddings, and the vision tower run on one blank token: under ZeRO-3 every rank must take part in it."""
-        embeddings = self.model.get_input_embeddings()(input_ids)
-        vision = self.model.config.vision_config
-        merge, side = vision.spatial_merge_size, vision.patch_size
-        patch_dim = vision.in_channels * vision.temporal_patch_size * side * side
-        blank = torch.zeros(merge * merge, patch_dim, dtype=embeddings.dtype, device=embeddings.device)
-        grid = torch.tensor([[1, merge, merge]], device=embeddings.device)
-        vision_output = self.model.model.get_image_features(blank, grid, return_dict=True)
-        features = [vision_output.pooler_output, *getattr(vision_output, "deepstack_features", ())]  # Qwen3-VL has both
-        return embeddings + 0 * sum(torch.cat(tuple(part)).sum() for part in features).to(embeddings.dtype)
+    def _with_blank_image(self, batch: Batch) -> tuple[Batch, View]:
+        """`batch` with one more column of padding, which holds an image token in the first row, and its image.
+
+        Nothing attends to it. Under ZeRO-3 every rank must call the same modules in the same order, vision included.
+        """
+        config, vision = self.model.config, self.model.config.vision_config
+        merge = vision.spatial_merge_size
+        patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        grid = torch.tensor([[1, merge, merge]], device=batch.input_ids.device)
+        is_image = torch.zeros_like(batch.input_ids[:, :1])
+        is_image[0] = 1
+        columns = {"input_ids": config.image_token_id * is_image, "token_types": is_image}
+        columns["segments"] = torch.full_like(is_image, PAD)
+        batch = replace(batch, **{name: torch.cat([getattr(batch, name), c], dim=1) for name, c in columns.items()})
+        return batch, View((), torch.zeros(merge * merge, patch_dim, device=grid.device), grid)
 
 
 def supports_shared_prefix(model: PreTrainedModel) -> bool:
@@ -118,12 +121,9 @@ def shared_prefix_mask(segments: Tensor) -> Tensor:
 def shared_prefix_positions(body: nn.Module, batch: Batch, view: View) -> Tensor:
     """(3, B, L) rotary positions: the model's own for the prompt, each completion counting on from there."""
     prompt = batch.segments == 0
-    if view.grid_thw is None:
-        in_prompt = (prompt.cumsum(dim=1) - 1).expand(3, -1, -1)
-    else:
-        in_prompt, _ = body.get_rope_index(
-            batch.input_ids, batch.token_types, image_grid_thw=view.grid_thw, attention_mask=prompt
-        )
+    in_prompt, _ = body.get_rope_index(
+        batch.input_ids, batch.token_types, image_grid_thw=view.grid_thw, attention_mask=prompt
+    )
     last = in_prompt.masked_fill(~prompt, -1).amax(dim=(0, 2))  # (B,)
     index = torch.arange(batch.segments.shape[1], device=batch.segments.device).expand_as(batch.segments)
     begins = torch.ones_like(prompt)

@@ -1,0 +1,325 @@
+"""The real engines together: vLLM and transformers against the policy, DeepSpeed's ranks against one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vogue.config import load_config
+from vogue.data import Sample, load_samples, write_parquet
+from vogue.inputs import Preprocessor, load_processor
+from vogue.rollout import Request, media_token_ids
+from vogue.rollout.hf import HfEngine
+from vogue.trainer import Trainer
+
+pytestmark = pytest.mark.slow
+
+
+# ------------------------------------------------------------------------------------------------- rollout engines
+
+
+def base_settings(model_folder, data, folder):
+    return [
+        f"model.path={model_folder}",
+        "model.dtype=float32",
+        f"data.train={data}",
+        "data.system_prompt=Think.",
+        "data.max_prompt_tokens=128",
+        "rollout.prompts=4",
+        "rollout.n=4",
+        "rollout.max_tokens=12",
+        "rollout.kv_cache_gb=0.1",
+        "branch.probability=0.5",
+        "perturb.sigma=0.8",
+        f"trainer.output_dir={folder}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def trainer(model_folder, digits_folder, tmp_path_factory):
+    """A trainer with vLLM, sampling at another temperature than 1."""
+    settings = base_settings(model_folder, digits_folder / "train.parquet", tmp_path_factory.mktemp("run"))
+    stage = "trainer.deepspeed.zero_optimization.stage=0"
+    config = load_config(None, [*settings, "rollout.engine=vllm", "rollout.temperature=0.7", stage])
+    preprocessor = Preprocessor(load_processor(config.model.path), "Think.", 128)
+    return Trainer(config, load_samples(config.data.train), preprocessor, resume=False)
+
+
+@pytest.fixture(params=["vllm", "hf"])
+def engine(request, trainer):
+    """Each engine in turn in the trainer's hands; its weights are put back afterwards."""
+    before = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
+    vllm = trainer.rollout
+    if request.param == "hf":
+        trainer.rollout = HfEngine(trainer.config, trainer.processor)
+    yield trainer.rollout
+    with torch.no_grad():
+        for name, parameter in trainer.policy.named_parameters():
+            parameter.copy_(before[name])
+    trainer.sync()
+    trainer.rollout = vllm
+
+
+def disagreement(trainer):
+    """Largest difference (nats) of the policy's log-probabilities from those its engine sampled with, on fresh tokens."""
+    groups = trainer.generate(trainer.items())
+    trainer_batches = trainer.batches([give_advantages(group) for group in groups])
+    differences = []
+    with torch.no_grad():
+        for batch in trainer_batches:
+            logprob, _, _ = trainer.read(trainer.policy(batch))
+            differences.append((logprob - batch.rollout_logprob).abs().max().item())
+    return max(differences)
+
+
+def give_advantages(group):
+    from dataclasses import replace
+
+    return replace(group, advantages=(1.0,) * len(group.completions))
+
+
+@pytest.mark.parametrize("part", ["visual", "language_model.layers", "embed_tokens", ""])
+def test_the_engine_follows_the_policys_weights(trainer, engine, part):
+    """One part of the model at a time, so that nothing it keeps (vision features, prefixes, a packed head) is stale."""
+    trainer.sync()
+    assert disagreement(trainer) < 1e-3  # also: this step's images and prompts are in its caches now
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in trainer.policy.model.named_parameters():
+            if part in name:
+                parameter.mul_(1 + 0.5 * torch.randn(parameter.shape, generator=generator))
+    assert disagreement(trainer) > 1e-2  # stale
+    trainer.step += 1
+    try:
+        trainer.sync()
+        assert engine.version == trainer.step
+        trainer.step -= 1  # the same prompts, images and seeds as before
+        assert disagreement(trainer) < 1e-3
+    finally:
+        trainer.step = 0
+
+
+def requests_of(trainer, count):
+    items = [trainer.item(sample, i, (False,)) for i, sample in enumerate(trainer.samples[:count])]
+    return [Request(item.prompt, item.raw.images, seed=10 + i) for i, item in enumerate(items)]
+
+
+def generate(engine, requests, n=3):
+    return engine.generate(requests, n, 12, 0.7)
+
+
+def test_media_tokens_are_never_sampled_even_where_the_model_favours_them(trainer, engine):
+    media = media_token_ids(trainer.processor)
+    head = trainer.policy.model.lm_head
+    batch = trainer.batches([give_advantages(group) for group in trainer.generate(trainer.items())])[0]
+    with torch.no_grad():
+        hidden = trainer.policy._hidden(batch, batch.view)
+        direction = hidden.mean(0) / hidden.mean(0).norm() ** 2
+        # Those that never stand in a prompt as themselves: the head is tied, so they are embeddings too.
+        favoured = [
+            token for token in media if trainer.processor.tokenizer.convert_ids_to_tokens(token)[-5:] == "pad|>"
+        ]
+        head.weight[favoured] = 40 * direction
+        free = (hidden @ head.weight.T).argmax(1)
+    assert len(favoured) == 2
+    assert torch.isin(free, torch.tensor(favoured)).float().mean() > 0.9
+    trainer.sync()
+    sampled = {t for group in generate(engine, requests_of(trainer, 4)) for c in group for t in c.token_ids}
+    assert not sampled & set(media)
+    assert disagreement(trainer) < 1e-3  # the policy excludes them too
+
+
+def test_equal_seeds_give_equal_completions_whatever_else_is_generated(trainer, engine):
+    requests = requests_of(trainer, 3)
+    together = generate(engine, requests)
+    assert [c.token_ids for c in generate(engine, requests[1:2])[0]] == [c.token_ids for c in together[1]]
+    assert len({c.token_ids for c in together[1]}) > 1
+    other = Request(requests[1].prompt, requests[1].images, seed=99)
+    assert [c.token_ids for c in generate(engine, [other])[0]] != [c.token_ids for c in together[1]]
+
+
+def test_a_completion_holds_its_end_token_its_text_and_a_logprob_a_token(trainer, engine):
+    end = trainer.processor.tokenizer.eos_token_id
+    completions = [c for group in generate(engine, requests_of(trainer, 4), n=8) for c in group]
+    assert len(completions) == 32
+    assert {c.finished for c in completions} == {True, False}
+    for c in completions:
+        assert c.finished == (c.token_ids[-1] == end)
+        assert end not in c.token_ids[:-1]
+        assert len(c.logprobs) == len(c.token_ids) <= 12
+        assert c.finished or len(c.token_ids) == 12
+        assert max(c.logprobs) <= 0
+        assert c.text == trainer.processor.tokenizer.decode(c.token_ids, skip_special_tokens=True)
+
+
+def test_prompts_without_and_with_several_images_are_generated_for(trainer, engine):
+    (image,) = trainer.samples[0].load_images()
+    samples = [Sample("2 + 2?", "4", ()), Sample("Is <image> in <image>?", "no", (image, image.resize((84, 56))))]
+    items = [trainer.item(sample, i, (False,)) for i, sample in enumerate(samples)]
+    groups = generate(engine, [Request(item.prompt, item.raw.images, 7) for item in items])
+    assert [len(group) for group in groups] == [3, 3]
+
+
+def test_nothing_is_generated_for_no_prompts(trainer, engine):
+    assert generate(engine, []) == []
+
+
+# -------------------------------------------------------------------------------------------------- several ranks
+
+
+def launch(ranks, *command):
+    """Run a module or script on this many ranks; returns its output."""
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), f"--num_gpus={ranks}", f"--master_port={free_port()}"]
+    ours = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    done = subprocess.run([*launcher, *map(str, command)], env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def mixed_data(digits_folder, tmp_path_factory):
+    """Digits, and problems without an image between them: often one rank has images and the other none."""
+    samples = load_samples(digits_folder / "train.parquet")
+    for i in range(0, len(samples), 3):
+        samples[i] = Sample(f"What is {i} + 1?", str(i + 1), ())
+    path = tmp_path_factory.mktemp("mixed") / "train.parquet"
+    write_parquet(samples, path)
+    return path
+
+
+# Partitions every parameter, which DeepSpeed doesn't do to small ones by itself.
+PARTITIONED = "trainer.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
+
+
+@pytest.fixture(scope="module")
+def train(model_folder, mixed_data, tmp_path_factory):
+    """A function: train on this many ranks in a folder of its own; returns the folder."""
+
+    def run(ranks, name, *overrides, resume=False, engine="hf"):
+        folder = root / name
+        settings = [*base_settings(model_folder, mixed_data, folder), f"rollout.engine={engine}", PARTITIONED]
+        settings += ["branch.granularity=response", "trainer.micro_batch_tokens=200", "optimizer.lr=1e-4"]
+        launch(ranks, "--module", "vogue.train", *settings, *overrides, *(["--resume"] if resume else []))
+        return folder
+
+    root = tmp_path_factory.mktemp("runs")
+    return run
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_weights(folder, step):
+    return load_file(folder / f"checkpoints/step_{step:06d}/hf/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(train):
+    return train(2, "two", "trainer.steps=3")
+
+
+CURVES = ("reward", "format", "loss", "entropy", "u_per", "grad_norm", "noisy_share", "tokens")
+
+
+def test_two_ranks_train_as_one_does(train, on_two_ranks):
+    one, two = metrics(train(1, "one", "trainer.steps=3")), metrics(on_two_ranks)
+    assert len(one) == len(two) == 3
+    assert all(row["grad_norm"] > 1e-3 for row in one)
+    for a, b in zip(one, two, strict=True):
+        assert {name: b[name] for name in CURVES} == pytest.approx({name: a[name] for name in CURVES}, rel=1e-4)
+
+
+def test_two_ranks_go_on_from_a_checkpoint_as_if_they_had_not_stopped(train, on_two_ranks):
+    train(2, "resumed", "trainer.steps=1")
+    resumed = train(2, "resumed", "trainer.steps=3", resume=True)
+    for a, b in zip(metrics(on_two_ranks), metrics(resumed), strict=True):
+        assert {name: b[name] for name in CURVES} == pytest.approx({name: a[name] for name in CURVES}, rel=1e-6)
+    straight, again = final_weights(on_two_ranks, 3), final_weights(resumed, 3)
+    assert all((straight[name] - again[name]).abs().max() < 1e-6 for name in straight)
+
+
+def test_two_ranks_each_with_vllm_train_and_stay_in_step(train):
+    rows = metrics(train(2, "vllm", "trainer.steps=2", "optimizer.lr=1e-3", engine="vllm"))
+    assert len(rows) == 2
+    for row in rows:
+        assert row["grad_norm"] > 1e-3
+        assert row["mismatch/logprob"] < 1e-3  # in step 1: with the weights of the update before
+        assert row["ratio_error"] == 0
+
+
+GRADIENTS = """
+import sys, torch
+from dataclasses import replace
+from deepspeed.utils import safe_get_full_grad
+from vogue.config import load_config
+from vogue.data import load_samples
+from vogue.inputs import Preprocessor, load_processor
+from vogue.metrics import Sums
+from vogue.trainer import Trainer
+
+target, *settings = [text for text in sys.argv[1:] if not text.startswith("--")]
+config = load_config(None, settings)
+preprocessor = Preprocessor(load_processor(config.model.path), "Think.", 128)
+trainer = Trainer(config, load_samples(config.data.train), preprocessor, resume=False)
+groups = trainer.generate(trainer.items())
+# Advantages of the prompt's number, not of where it is computed.
+groups = [
+    replace(g, advantages=tuple((-1.0) ** (g.item.number + i) * (1 + g.item.number) for i in range(4))) for g in groups
+]
+found = {}
+
+def record():
+    for name, parameter in trainer.policy.named_parameters():
+        found[name] = safe_get_full_grad(parameter).clone()
+
+trainer.engine.step = record
+if config.trainer.deepspeed["zero_optimization"].get("stage") != 0:
+    assert all(p.numel() == 0 for p in trainer.policy.parameters()), "nothing is partitioned"
+trainer.update(groups, Sums())
+if trainer.rank == 0:
+    torch.save(found, target)
+"""
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_gradients_of_partitioned_parameters_equal_those_of_whole_ones(tied, model_folder, mixed_data, tmp_path):
+    folder = model_folder if tied else untie(model_folder, tmp_path / "untied")
+    script = tmp_path / "gradients.py"
+    script.write_text(GRADIENTS)
+    settings = [*base_settings(folder, mixed_data, tmp_path / "run"), "rollout.engine=hf"]
+    settings += ["branch.granularity=response", "trainer.micro_batch_tokens=200"]
+    launch(1, script, tmp_path / "whole.pt", *settings, "trainer.deepspeed.zero_optimization.stage=0")
+    launch(2, script, tmp_path / "partitioned.pt", *settings, PARTITIONED)
+    whole, partitioned = torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "partitioned.pt")
+    assert whole.keys() == partitioned.keys()
+    assert ("model.lm_head.weight" in whole) == (not tied)
+    for name, gradient in whole.items():
+        assert (partitioned[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+    head = whole["model.model.language_model.embed_tokens.weight" if tied else "model.lm_head.weight"]
+    assert head.norm() > 1e-2
+
+
+def untie(model_folder, target):
+    """The model with a head of its own."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype="float32")
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(target)
+    load_processor(str(model_folder)).save_pretrained(target)
+    return target
