@@ -2,15 +2,19 @@
 
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
+from vogue.cli import main
 from vogue.config import load_config
 from vogue.data import Sample, load_samples, write_parquet
 from vogue.inputs import Preprocessor, load_processor
@@ -67,20 +71,17 @@ def engine(request, trainer):
 
 
 def disagreement(trainer):
-    """Largest difference (nats) of the policy's log-probabilities from those its engine sampled with, on fresh tokens."""
-    groups = trainer.generate(trainer.items())
-    trainer_batches = trainer.batches([give_advantages(group) for group in groups])
+    """Largest difference (nats) between the policy's log-probabilities of fresh tokens and its engine's."""
+    groups = [give_advantages(group) for group in trainer.generate(trainer.items())]
     differences = []
     with torch.no_grad():
-        for batch in trainer_batches:
+        for batch in trainer.batches(groups):
             logprob, _, _ = trainer.read(trainer.policy(batch))
             differences.append((logprob - batch.rollout_logprob).abs().max().item())
     return max(differences)
 
 
 def give_advantages(group):
-    from dataclasses import replace
-
     return replace(group, advantages=(1.0,) * len(group.completions))
 
 
@@ -212,7 +213,11 @@ def train(model_folder, mixed_data, tmp_path_factory):
         folder = root / name
         settings = [*base_settings(model_folder, mixed_data, folder), f"rollout.engine={engine}", PARTITIONED]
         settings += ["branch.granularity=response", "trainer.micro_batch_tokens=200", "optimizer.lr=1e-4"]
-        launch(ranks, "--module", "vogue.train", *settings, *overrides, *(["--resume"] if resume else []))
+        settings += [*overrides, *(["--resume"] if resume else [])]
+        if ranks == 1:
+            assert main(["train", *settings]) == 0
+        else:
+            launch(ranks, "--module", "vogue.train", *settings)
         return folder
 
     root = tmp_path_factory.mktemp("runs")
@@ -271,52 +276,63 @@ from vogue.inputs import Preprocessor, load_processor
 from vogue.metrics import Sums
 from vogue.trainer import Trainer
 
-target, *settings = [text for text in sys.argv[1:] if not text.startswith("--")]
-config = load_config(None, settings)
-preprocessor = Preprocessor(load_processor(config.model.path), "Think.", 128)
-trainer = Trainer(config, load_samples(config.data.train), preprocessor, resume=False)
-groups = trainer.generate(trainer.items())
-# Advantages of the prompt's number, not of where it is computed.
-groups = [
-    replace(g, advantages=tuple((-1.0) ** (g.item.number + i) * (1 + g.item.number) for i in range(4))) for g in groups
-]
-found = {}
+# argv: where to save, a model with a tied and one with an untied head, settings
+target, tied, untied, *settings = [text for text in sys.argv[1:] if not text.startswith("--")]
 
-def record():
-    for name, parameter in trainer.policy.named_parameters():
-        found[name] = safe_get_full_grad(parameter).clone()
+def gradients(path):
+    config = load_config(None, [*settings, f"model.path={path}"])
+    preprocessor = Preprocessor(load_processor(config.model.path), "Think.", 128)
+    trainer = Trainer(config, load_samples(config.data.train), preprocessor, resume=False)
+    advantages = lambda prompt: tuple((-1.0) ** (prompt + i) * (1 + prompt) for i in range(4))
+    groups = [replace(g, advantages=advantages(g.item.number)) for g in trainer.generate(trainer.items())]
+    whole = config.trainer.deepspeed["zero_optimization"].get("stage") == 0
+    assert whole or all(p.numel() == 0 for p in trainer.policy.parameters()), "nothing is partitioned"
+    found = {}
 
-trainer.engine.step = record
-if config.trainer.deepspeed["zero_optimization"].get("stage") != 0:
-    assert all(p.numel() == 0 for p in trainer.policy.parameters()), "nothing is partitioned"
-trainer.update(groups, Sums())
-if trainer.rank == 0:
+    def record():  # in place of the optimizer's step
+        found.update({name: safe_get_full_grad(p).clone() for name, p in trainer.policy.named_parameters()})
+
+    trainer.engine.step = record
+    trainer.update(groups, Sums())
+    return found, trainer.rank
+
+found = {"tied": gradients(tied)[0]}
+found["untied"], rank = gradients(untied)
+if rank == 0:
     torch.save(found, target)
 """
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_gradients_of_partitioned_parameters_equal_those_of_whole_ones(tied, model_folder, mixed_data, tmp_path):
-    folder = model_folder if tied else untie(model_folder, tmp_path / "untied")
-    script = tmp_path / "gradients.py"
+@pytest.fixture(scope="module")
+def gradients(model_folder, mixed_data, tmp_path_factory):
+    """(whole, partitioned): gradients by name, of a tied and an untied model, on one rank and on two."""
+    folder = tmp_path_factory.mktemp("gradients")
+    script = folder / "gradients.py"
     script.write_text(GRADIENTS)
-    settings = [*base_settings(folder, mixed_data, tmp_path / "run"), "rollout.engine=hf"]
+    settings = [*base_settings(model_folder, mixed_data, folder / "run"), "rollout.engine=hf"]
     settings += ["branch.granularity=response", "trainer.micro_batch_tokens=200"]
-    launch(1, script, tmp_path / "whole.pt", *settings, "trainer.deepspeed.zero_optimization.stage=0")
-    launch(2, script, tmp_path / "partitioned.pt", *settings, PARTITIONED)
-    whole, partitioned = torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "partitioned.pt")
+    models = [model_folder, untie(model_folder, folder / "untied")]
+    with pytest.MonkeyPatch.context() as patch:
+        stage = "trainer.deepspeed.zero_optimization.stage=0"
+        patch.setattr(sys, "argv", [str(script), str(folder / "whole.pt"), *map(str, models), *settings, stage])
+        runpy.run_path(str(script), run_name="__main__")
+    launch(2, script, folder / "partitioned.pt", *models, *settings, PARTITIONED)
+    return torch.load(folder / "whole.pt"), torch.load(folder / "partitioned.pt")
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_gradients_of_partitioned_parameters_equal_those_of_whole_ones(head, gradients):
+    whole, partitioned = (found[head] for found in gradients)
     assert whole.keys() == partitioned.keys()
-    assert ("model.lm_head.weight" in whole) == (not tied)
+    assert ("model.lm_head.weight" in whole) == (head == "untied")
     for name, gradient in whole.items():
         assert (partitioned[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
-    head = whole["model.model.language_model.embed_tokens.weight" if tied else "model.lm_head.weight"]
-    assert head.norm() > 1e-2
+    weight = "model.model.language_model.embed_tokens.weight" if head == "tied" else "model.lm_head.weight"
+    assert whole[weight].norm() > 1e-2
 
 
 def untie(model_folder, target):
     """The model with a head of its own."""
-    from transformers import AutoModelForImageTextToText
-
     model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype="float32")
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())

@@ -161,6 +161,7 @@ def loss(model):
 expected = Model()
 loss(expected).backward()
 
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # not used here, and compiled for minutes
 deepspeed.init_distributed("gloo")
 model = Model()
 engine, *_ = deepspeed.initialize(
