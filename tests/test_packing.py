@@ -60,7 +60,6 @@ def test_collating_by_hand():
     # The second row starts at 8: 50 is predicted at its position 1.
     assert batch.positions.tolist() == [2, 3, 2, 5, 6, 9]
     assert batch.targets.tolist() == [20, 21, 30, 31, 32, 50]
-    assert batch.sequence.tolist() == [0, 0, 1, 1, 1, 2]
     assert batch.advantages.tolist() == [1.5, 1.5, -0.5, -0.5, -0.5, 2.0]
     assert batch.rollout_logprob.tolist() == [-0.5, -0.25, -1.0, -2.0, -3.0, -4.0]
     assert batch.weights.tolist() == [1.0] * 6

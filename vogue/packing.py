@@ -50,9 +50,8 @@ class Batch:
     """B rows padded to L tokens, and their N completion tokens, flat.
 
     `input_ids`, `token_types`, `segments`: (B, L) int64. `positions` (N,): where in the B·L hidden states token n
-    is predicted. `targets` (N,) int64; `sequence` (N,): which completion of the batch; `advantages`,
-    `rollout_logprob`, `weights` (N,) float32: base advantage, the engine's log-probability, and the token's weight
-    in the loss. `old` holds what a pass before several updates found (log-probability, entropy, divergence).
+    is predicted. `targets` (N,) int64; `advantages`, `rollout_logprob`, `weights` (N,) float32: base advantage, the
+    engine's log-probability, and the token's weight in the loss. `old` holds what a pass before several updates found (log-probability, entropy, divergence).
     """
 
     input_ids: Tensor
@@ -62,7 +61,6 @@ class Batch:
     other: View | None
     positions: Tensor
     targets: Tensor
-    sequence: Tensor
     advantages: Tensor
     rollout_logprob: Tensor
     weights: Tensor
@@ -105,7 +103,6 @@ def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
     token_types = torch.zeros_like(input_ids)
     segments = torch.full_like(input_ids, PAD)
     flat: dict[str, list[Tensor]] = {name: [] for name in _FLAT}
-    sequences = 0
     for b, row in enumerate(rows):
         start = len(row.prompt.token_ids)
         input_ids[b, :start] = row.prompt.token_ids
@@ -122,11 +119,10 @@ def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
             weight = row.weight if token_mean else row.weight / len(tokens)
             flat["positions"].append(b * length + at)
             flat["targets"].append(tokens)
-            flat["sequence"].append(torch.full_like(tokens, sequences))
             flat["advantages"].append(torch.full((len(tokens),), advantage))
             flat["rollout_logprob"].append(torch.tensor(completion.logprobs))
             flat["weights"].append(torch.full((len(tokens),), weight))
-            start, sequences = end, sequences + 1
+            start = end
     return Batch(
         input_ids=input_ids,
         token_types=token_types,
@@ -137,7 +133,7 @@ def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
     )
 
 
-_FLAT = ("positions", "targets", "sequence", "advantages", "rollout_logprob", "weights")
+_FLAT = ("positions", "targets", "advantages", "rollout_logprob", "weights")
 
 
 def _stack(views: Sequence[View]) -> View:
