@@ -51,7 +51,8 @@ class Batch:
 
     `input_ids`, `token_types`, `segments`: (B, L) int64. `positions` (N,): where in the B·L hidden states token n
     is predicted. `targets` (N,) int64; `advantages`, `rollout_logprob`, `weights` (N,) float32: base advantage, the
-    engine's log-probability, and the token's weight in the loss. `old` holds what a pass before several updates found (log-probability, entropy, divergence).
+    engine's log-probability, and the token's weight in the loss. `old` holds what a pass before several updates found
+    (log-probability, entropy, divergence).
     """
 
     input_ids: Tensor
