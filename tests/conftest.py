@@ -117,7 +117,7 @@ def config(settings):
 
 @pytest.fixture
 def new_trainer(config):
-    """A function: a trainer of one rank. Unpartitioned (stage 0) unless overrides ask otherwise: gradients are plain."""
+    """A function: a trainer of one rank, unpartitioned (stage 0), so that gradients are plain ones."""
     from vogue.data import load_samples
     from vogue.trainer import Trainer
 

@@ -5,6 +5,9 @@ backward, each time by exchanging the parameter's `.data`. So the weight itself 
 view, copy or cast of it, and is read there anew.
 """
 
+import importlib
+import importlib.util
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -80,27 +83,48 @@ def linear_logprob(
 
 # ---------------------------------------------------------------------------------------------------- backends
 
-_BACKENDS = {"torch": reference}  # the fastest first
+_BACKENDS = {"triton": ".gpu", "torch": ".reference"}  # the fastest first; imported when first used
 
 
 def available_backends() -> dict[str, str | None]:
     """Every backend, the fastest first: None if it can run here, else the reason why it can't."""
     return {
-        "triton": "this version has no Triton kernels",
+        "triton": _why_not_triton(),
         "cpu": "this version has no compiled CPU library",
         "torch": None,
     }
 
 
-def _implementation(backend: str):
-    reasons = available_backends()
-    if backend == "auto":
-        return next(_BACKENDS[name] for name, reason in reasons.items() if reason is None)
-    if backend not in reasons:
+def _why_not_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton isn't installed"
+    if not torch.cuda.is_available() and not _interpreting():
+        return "no GPU (TRITON_INTERPRET=1 runs its kernels on the CPU, for tests)"
+    return None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _refusal(name: str, weight: Tensor) -> str | None:
+    """Why a backend can't take tensors like this one."""
+    if name == "triton" and weight.dtype == torch.float64:
+        return "it computes in float32; use torch for torch.float64"
+    if name == "triton" and not weight.is_cuda and not _interpreting():
+        return f"the tensors are on {weight.device}"
+    return None
+
+
+def _implementation(backend: str, weight: Tensor):
+    reasons = {name: reason or _refusal(name, weight) for name, reason in available_backends().items()}
+    if backend == "auto":  # the interpreter is for those who ask for it
+        backend = next(name for name, reason in reasons.items() if not reason and (weight.is_cuda or name != "triton"))
+    elif backend not in reasons:
         raise ValueError(f"unknown backend {backend!r}: choose one of auto, {', '.join(reasons)}")
-    if reasons[backend] is not None:
+    elif reasons[backend] is not None:
         raise ValueError(f"backend {backend!r} can't run: {reasons[backend]}")
-    return _BACKENDS[backend]
+    return importlib.import_module(_BACKENDS[backend], __package__)
 
 
 # ---------------------------------------------------------------------------------------------------- checks
@@ -138,7 +162,7 @@ def _check_shapes(hiddens: dict[str, Tensor], weight: Tensor, targets: Tensor, b
 
 def _check_targets(targets: Tensor, vocab: int):
     bad = ((targets < 0) | (targets >= vocab)) & (targets != IGNORE)
-    if bad.any():  # the one synchronisation of a call on a GPU
+    if bad.any():  # waits for the GPU, as finding the positions to skip does
         position = int(bad.nonzero()[0])
         raise ValueError(
             f"targets[{position}] = {int(targets[position])} is outside [0, {vocab}); "
@@ -173,7 +197,7 @@ def _linear_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
     _check_targets(targets, len(weight))
-    return _implementation(backend).logprob_forward(hidden, weight, targets, bias, temperature)
+    return _implementation(backend, weight).logprob_forward(hidden, weight, targets, bias, temperature)
 
 
 @_linear_logprob.register_fake
@@ -194,7 +218,7 @@ def _linear_logprob_backward(
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    backward = _implementation(backend).logprob_backward
+    backward = _implementation(backend, weight).logprob_backward
     return _wanted(needs, backward(grads, hidden, weight, targets, bias, temperature, saved, needs))
 
 
@@ -237,7 +261,7 @@ def _linear_branch_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_shapes({"hidden_raw": hidden_raw, "hidden_noisy": hidden_noisy}, weight, targets, bias, temperature)
     _check_targets(targets, len(weight))
-    return _implementation(backend).branch_forward(hidden_raw, hidden_noisy, weight, targets, bias, temperature)
+    return _implementation(backend, weight).branch_forward(hidden_raw, hidden_noisy, weight, targets, bias, temperature)
 
 
 @_linear_branch_stats.register_fake
@@ -259,7 +283,7 @@ def _linear_branch_stats_backward(
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    backward = _implementation(backend).branch_backward
+    backward = _implementation(backend, weight).branch_backward
     return _wanted(needs, backward(grads, hidden_raw, hidden_noisy, weight, targets, bias, temperature, saved, needs))
 
 

@@ -1,6 +1,25 @@
+import os
+import types
+
 import pytest
 import torch
+
 from vogue_kernels import available_backends
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    # The interpreter patches triton.language anew at every call of a device function, which takes most of its time.
+    # Here nothing else uses triton, so that once for each module is enough.
+    from triton.runtime import interpreter
+
+    _patch, _patched = interpreter._patch_lang, set()
+
+    def _patch_once(function):
+        if id(function.__globals__) not in _patched:
+            _patched.add(id(function.__globals__))
+            _patch(function)
+        return types.SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = _patch_once
 
 
 @pytest.fixture(params=list(available_backends()))

@@ -5,6 +5,7 @@ the softmax in float32), the yardstick for the operators' error.
 """
 
 import torch
+
 from vogue_kernels import IGNORE, BranchStats, LogprobStats
 
 

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from vogue_kernels import available_backends, linear_branch_stats, linear_logprob, reference
+
+from vogue_kernels import available_backends, linear_branch_stats, linear_logprob
 
 
 def inputs(n=6, d=8, v=50, dtype=torch.float32):
@@ -44,14 +45,18 @@ def largest_allocation(function):
     return max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
 
 
-def test_no_allocation_is_of_tokens_times_vocabulary(backend):
-    raw, noisy, weight, targets = inputs(n=600, d=4, v=20011)
+def test_no_allocation_is_of_tokens_times_vocabulary(backend, monkeypatch):
+    n = 600
+    if backend == "triton":  # a chunk made for GPUs would hold all of it, and the interpreter is slow
+        n = 60
+        monkeypatch.setattr("vogue_kernels.gpu.CHUNK_ELEMENTS", 1 << 16)
+    raw, noisy, weight, targets = inputs(n=n, d=4, v=20011)
 
     def step():
         sum(result.sum() for result in linear_branch_stats(raw, noisy, weight, targets, backend=backend)).backward()
 
-    assert largest_allocation(lambda: torch.nn.functional.linear(raw, weight)) >= 600 * 20011 * 4  # it does see one
-    assert largest_allocation(step) <= 4 * reference.TILE_ELEMENTS < 600 * 20011 * 4 / 10
+    assert largest_allocation(lambda: torch.nn.functional.linear(raw, weight)) >= n * 20011 * 4  # it does see one
+    assert largest_allocation(step) <= n * 20011 * 4 / 10
 
 
 def count_matrix_products(function):

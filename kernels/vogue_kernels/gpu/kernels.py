@@ -1,0 +1,246 @@
+"""The two Triton kernels. A program takes one block of tokens; a tile of the weight is read once for both branches.
+
+With l = h Wᵀ + bias, and a = log2(e) / τ · (l − m) of the raw branch and b of the noisy one, the logits below their
+maximum in bits, the forward kernel keeps, per token and branch, over its share of the vocabulary
+
+    m = max l      s = Σ 2^a      t = Σ 2^a a      x = Σ 2^a (a − b)
+
+and leaves the rest to a merge in float64. A share is short (MOST_TILES in __init__.py), because in float32 a sum over a
+thousand tiles would be the largest error of all. Everything is relative to the maximum, as in reference.py.
+
+The backward kernel computes one tile of logits again and writes the gradient of the loss with respect to it,
+
+    ∂l_v = p_v (c₀ + c₁ log2 p_v + c₂ (log2 p_v − log2 q_v)) − c₃ q_v + c₄ 1[v=y]
+
+with the per-token numbers c of __init__.py. The matrix products with it are left to cuBLAS.
+
+Rows past the last token and columns past the vocabulary read the last one again, so that no load of whole tiles needs a
+mask; such a column then counts as a logit of LOWEST, and such a row isn't written. The tail of D is masked with 0.
+"""
+
+import triton
+import triton.language as tl
+
+# Stands for −∞: differences and multiples of it stay finite, and 0 · finite is 0 where 0 · ∞ is NaN.
+LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit(do_not_specialize=["N", "V", "splits", "tiles"])
+def forward_kernel(
+    hidden_raw,  # (N, D)
+    hidden_noisy,  # (N, D); unused unless BOTH
+    weight,  # (V, D)
+    bias,  # (V,); unused unless BIAS
+    targets,  # (N,) int64
+    partial,  # (branches, fields, splits, N) float32, the fields m, s, t and, if BOTH, x
+    target_logits,  # (branches, N) float32: l of the target
+    N,
+    V,
+    D,
+    log2_scale,  # log2(e) / τ
+    splits,  # shares of the vocabulary
+    tiles,  # of the vocabulary in a share
+    BOTH: tl.constexpr,
+    BIAS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    VOCAB: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    WHOLE_DEPTH: tl.constexpr,  # D is a multiple of DEPTH
+):
+    block, split = _program(tl.cdiv(N, TOKENS), splits, GROUP)
+    rows = block * TOKENS + tl.arange(0, TOKENS)
+    inside = rows < N
+
+    zero = tl.zeros((TOKENS,), tl.float32)
+    max_a, sum_a, weighted_a, cross_a = zero + LOWEST, zero, zero, zero
+    max_b, sum_b, weighted_b, cross_b = zero + LOWEST, zero, zero, zero
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(V, VOCAB))):
+        columns = tile * VOCAB + tl.arange(0, VOCAB)
+        a, b = _products(
+            hidden_raw, hidden_noisy, weight, block * TOKENS, tile * VOCAB, N, V, D,
+            BOTH, TOKENS, VOCAB, DEPTH, WHOLE_DEPTH,
+        )  # fmt: skip
+        target = tl.load(targets + rows, inside, -1).to(tl.int32)
+        here = (target >= tile * VOCAB) & (target < (tile + 1) * VOCAB)
+        a = _with_bias(a, bias, columns, V, BIAS)
+        if BOTH:
+            b = _with_bias(b, bias, columns, V, BIAS)
+        if tl.max(here.to(tl.int32), 0) != 0:
+            _store_target(target_logits + rows, a, target, columns, here)
+            if BOTH:
+                _store_target(target_logits + N + rows, b, target, columns, here)
+        if (tile + 1) * VOCAB > V:
+            a = tl.where((columns < V)[None, :], a, LOWEST)
+            if BOTH:
+                b = tl.where((columns < V)[None, :], b, LOWEST)
+        a, max_a, shift_a, scale_a = _shift(a, max_a, log2_scale)
+        if BOTH:
+            b, max_b, shift_b, scale_b = _shift(b, max_b, log2_scale)
+            moved = shift_a - shift_b
+            cross_a = scale_a * (cross_a + sum_a * moved)
+            cross_b = scale_b * (cross_b + sum_b * moved)
+            exp_b = tl.exp2(b)
+            weighted_b = scale_b * (weighted_b + sum_b * shift_b) + tl.sum(exp_b * b, 1)
+            sum_b = scale_b * sum_b + tl.sum(exp_b, 1)
+            b = a - b
+            cross_b += tl.sum(exp_b * b, 1)
+        exp_a = tl.exp2(a)
+        weighted_a = scale_a * (weighted_a + sum_a * shift_a) + tl.sum(exp_a * a, 1)
+        sum_a = scale_a * sum_a + tl.sum(exp_a, 1)
+        if BOTH:
+            cross_a += tl.sum(exp_a * b, 1)
+
+    field = splits.to(tl.int64) * N
+    out = partial + split.to(tl.int64) * N + rows
+    tl.store(out, max_a, inside)
+    tl.store(out + field, sum_a, inside)
+    tl.store(out + 2 * field, weighted_a, inside)
+    if BOTH:
+        tl.store(out + 3 * field, cross_a, inside)
+        tl.store(out + 4 * field, max_b, inside)
+        tl.store(out + 5 * field, sum_b, inside)
+        tl.store(out + 6 * field, weighted_b, inside)
+        tl.store(out + 7 * field, cross_b, inside)
+
+
+@triton.jit(do_not_specialize=["N", "V", "first", "width"])
+def logit_gradient_kernel(
+    hidden_a,  # (N, D)
+    hidden_b,  # (N, D); unused unless BOTH
+    weight,  # (V, D)
+    bias,  # (V,); unused unless BIAS
+    targets,  # (N,) int64
+    numbers_a,  # (7, N) float32: m, log2 s, c₀, c₁, c₂, c₃, c₄ of branch a
+    numbers_b,  # the same of branch b; unused unless BOTH
+    gradient_a,  # (N, stride): columns first ... first + width of the gradient; unused unless WRITE_A
+    gradient_b,  # unused unless WRITE_B
+    N,
+    V,
+    D,
+    log2_scale,
+    first,
+    width,
+    stride,
+    BOTH: tl.constexpr,  # compute the logits of both branches
+    WRITE_A: tl.constexpr,
+    WRITE_B: tl.constexpr,
+    LOGPROB: tl.constexpr,  # whether c₄, c₁, and c₂ and c₃, aren't all 0
+    ENTROPY: tl.constexpr,
+    CROSS: tl.constexpr,
+    BIAS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    VOCAB: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    WHOLE_DEPTH: tl.constexpr,
+):
+    block, tile = _program(tl.cdiv(N, TOKENS), tl.cdiv(width, VOCAB), GROUP)
+    rows = block * TOKENS + tl.arange(0, TOKENS)
+    safe = tl.minimum(rows, N - 1)
+    local = tile * VOCAB + tl.arange(0, VOCAB)
+    columns = first + local
+    a, b = _products(
+        hidden_a, hidden_b, weight, block * TOKENS, first + tile * VOCAB, N, V, D,
+        BOTH, TOKENS, VOCAB, DEPTH, WHOLE_DEPTH,
+    )  # fmt: skip
+    a = _log2_softmax(a, bias, columns, V, log2_scale, numbers_a + safe, N, BIAS)
+    if BOTH:
+        b = _log2_softmax(b, bias, columns, V, log2_scale, numbers_b + safe, N, BIAS)
+
+    hit = tl.load(targets + safe).to(tl.int32)[:, None] == columns[None, :]
+    inside = (rows < N)[:, None] & (local < width)[None, :]
+    out = rows.to(tl.int64)[:, None] * stride + local[None, :]
+    if WRITE_A:
+        gradient = _logit_gradient(a, b, hit, numbers_a + safe, N, LOGPROB, ENTROPY, CROSS)
+        tl.store(gradient_a + out, gradient.to(gradient_a.dtype.element_ty), inside)
+    if WRITE_B:
+        gradient = _logit_gradient(b, a, hit, numbers_b + safe, N, LOGPROB, ENTROPY, CROSS)
+        tl.store(gradient_b + out, gradient.to(gradient_b.dtype.element_ty), inside)
+
+
+@triton.jit
+def _program(blocks, columns, GROUP: tl.constexpr):
+    """(block of tokens, column) of this program. GROUP blocks go down one column of the grid before the next, so that
+    programs that run together read the same weights, and the hidden states of a group stay in L2."""
+    program = tl.program_id(0)
+    group = program // (GROUP * columns)
+    within = program - group * GROUP * columns
+    size = tl.minimum(blocks - group * GROUP, GROUP)
+    return group * GROUP + within % size, within // size
+
+
+@triton.jit
+def _products(
+    hidden_a, hidden_b, weight, row, column, N, V, D,
+    BOTH: tl.constexpr, TOKENS: tl.constexpr, VOCAB: tl.constexpr, DEPTH: tl.constexpr, WHOLE_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """h Wᵀ of both branches, (TOKENS, VOCAB) float32; twice the first without BOTH."""
+    depth = tl.arange(0, DEPTH)
+    of_hidden = tl.minimum(tl.arange(0, TOKENS), N - 1 - row)[:, None] * D + depth[None, :]
+    of_weight = tl.minimum(tl.arange(0, VOCAB), V - 1 - column)[:, None] * D + depth[None, :]
+    hidden_a += tl.cast(row, tl.int64) * D
+    hidden_b += tl.cast(row, tl.int64) * D
+    weight += tl.cast(column, tl.int64) * D
+    a = tl.zeros((TOKENS, VOCAB), tl.float32)
+    b = tl.zeros((TOKENS, VOCAB), tl.float32)
+    for start in range(0, D, DEPTH):
+        if WHOLE_DEPTH:
+            w = tl.load(weight + of_weight)
+            h_a = tl.load(hidden_a + of_hidden)
+        else:
+            inside = (depth < D - start)[None, :]
+            w = tl.load(weight + of_weight, inside, 0.0)
+            h_a = tl.load(hidden_a + of_hidden, inside, 0.0)
+        a = tl.dot(h_a, tl.trans(w), a, input_precision="ieee")
+        if BOTH:
+            h_b = tl.load(hidden_b + of_hidden) if WHOLE_DEPTH else tl.load(hidden_b + of_hidden, inside, 0.0)
+            b = tl.dot(h_b, tl.trans(w), b, input_precision="ieee")
+            hidden_b += DEPTH
+        weight += DEPTH
+        hidden_a += DEPTH
+    return a, b if BOTH else a
+
+
+@triton.jit
+def _with_bias(products, bias, columns, V, BIAS: tl.constexpr):
+    if BIAS:
+        products += tl.load(bias + tl.minimum(columns, V - 1)).to(tl.float32)[None, :]
+    return products
+
+
+@triton.jit
+def _store_target(out, logits, target, columns, here):
+    hit = target[:, None] == columns[None, :]
+    tl.store(out, tl.sum(tl.where(hit, logits, 0.0), 1), here)
+
+
+@triton.jit
+def _shift(logits, maximum, log2_scale):
+    """(l below the new maximum in bits, the new maximum, how far it moved in bits (≤ 0), 2 to that)."""
+    new = tl.maximum(maximum, tl.max(logits, 1))
+    shift = (maximum - new) * log2_scale
+    return (logits - new[:, None]) * log2_scale, new, shift, tl.exp2(shift)
+
+
+@triton.jit
+def _log2_softmax(products, bias, columns, V, log2_scale, numbers, N, BIAS: tl.constexpr):
+    products = _with_bias(products, bias, columns, V, BIAS)
+    return (products - tl.load(numbers)[:, None]) * log2_scale - tl.load(numbers + N)[:, None]
+
+
+@triton.jit
+def _logit_gradient(
+    logp, logq, hit, numbers, N, LOGPROB: tl.constexpr, ENTROPY: tl.constexpr, CROSS: tl.constexpr
+):  # fmt: skip
+    inner = tl.load(numbers + 2 * N)[:, None]
+    if ENTROPY:
+        inner += tl.load(numbers + 3 * N)[:, None] * logp
+    if CROSS:
+        inner += tl.load(numbers + 4 * N)[:, None] * (logp - logq)
+    gradient = tl.exp2(logp) * inner
+    if CROSS:
+        gradient -= tl.load(numbers + 5 * N)[:, None] * tl.exp2(logq)
+    if LOGPROB:
+        gradient += tl.where(hit, tl.load(numbers + 6 * N)[:, None], 0.0)
+    return gradient
