@@ -1,7 +1,7 @@
 """The Triton backend: NVIDIA and AMD GPUs, and Triton's interpreter. Drop-in for reference.py, but not for float64.
 
-Forward: one kernel, the vocabulary split over programs; torch merges the shares in float64. Backward: for a chunk of the
-vocabulary at a time, one kernel writes the gradient of the logits, in the inputs' dtype, and torch.mm does the rest:
+Forward: one kernel, the vocabulary split over programs; torch merges the shares in float64. Backward: for a chunk of
+the vocabulary at a time, one kernel writes the gradient of the logits, in the inputs' dtype, and torch.mm does the rest:
 
     ∂H += ∂L W[chunk]   (float32)      ∂W[chunk] = ∂Lᵀ H
 
@@ -103,9 +103,7 @@ def branch_backward(grads, hidden_raw, hidden_noisy, weight, targets, bias, temp
     noisy = _Branch(
         hidden_noisy, max_noisy, logsum_noisy, ent_noisy, kl_reverse, g_logp_noisy, g_ent_noisy, g_reverse, g_forward
     )
-    (grad_raw, grad_noisy), *rest = _backward(
-        [raw, noisy], weight, targets, bias, temperature, needs[:2], *needs[2:]
-    )
+    (grad_raw, grad_noisy), *rest = _backward([raw, noisy], weight, targets, bias, temperature, needs[:2], *needs[2:])
     return grad_raw, grad_noisy, *rest
 
 
@@ -209,7 +207,12 @@ def _backward(branches, weight, targets, bias, temperature, needs_hidden, needs_
         batches = []
         for rows in _batches(targets):
             sides = [
-                _Side(branch.hidden[rows].contiguous(), _numbers(branch.select(rows)), on, grad if grad is None else grad[rows])
+                _Side(
+                    branch.hidden[rows].contiguous(),
+                    _numbers(branch.select(rows)),
+                    on,
+                    grad if grad is None else grad[rows],
+                )
                 for on, branch, grad in zip(written, branches, grad_hidden, strict=True)
                 if on or terms["CROSS"]
             ]
@@ -241,7 +244,9 @@ def _add_gradients(batches, weight, bias, temperature, terms, grad_weight, grad_
     for first in range(0, len(weight), columns):
         chunk = slice(first, first + columns)
         w = weight[chunk]
-        chunk_weight = torch.zeros_like(w, dtype=torch.float32) if grad_weight is not None and len(batches) > 1 else None
+        chunk_weight = (
+            torch.zeros_like(w, dtype=torch.float32) if grad_weight is not None and len(batches) > 1 else None
+        )
         for (targets, sides), hiddens in zip(batches, stacked, strict=True):
             grad_logits = buffer[: len(hiddens), : len(w)]
             parts = iter(grad_logits.split(len(targets)))

@@ -1,0 +1,182 @@
+"""What the Triton kernels compile to, and the roofline bound of two models' heads. Needs no GPU.
+
+    python bench/gpu_static.py [--arch 80 90 100] [--json FILE]
+
+Every tile of vogue_kernels/gpu is compiled ahead of time for bfloat16 and float32: registers and local memory of a
+thread, shared memory of a program, programs that fit on a multiprocessor, tensor instructions. D and V are arguments of
+the compiled kernels: D = 2048 and 3584 and V = 151,936 and 152,064 give the same code, as does every D that is a
+multiple of a tile's depth with every V that is one of 16. For other V a few registers may spill.
+
+The bound says how fast an H100 could be at most, by operations at 798 TFLOP/s and bytes at 3.0 TB/s. No kernel was
+timed for it.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel can't be compiled
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vogue_kernels import gpu
+
+ARCHITECTURES = (80, 90, 100)
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+TENSOR_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # of a multiprocessor; 1 KB goes to each program
+REGISTERS = 1 << 16
+
+# Name: kernel, constants, key of the tile. Terms of a gradient that isn't asked for are compiled out: these are the one
+# of VOGUE's own loss and those with everything.
+FORWARD, GRADIENT = gpu.forward_kernel, gpu.logit_gradient_kernel
+LOGPROB = {"LOGPROB": True, "ENTROPY": False, "CROSS": False, "WRITE_A": True, "WRITE_B": False}
+ENTROPY = {**LOGPROB, "ENTROPY": True}
+EVERYTHING = {"LOGPROB": True, "ENTROPY": True, "CROSS": True, "WRITE_A": True, "WRITE_B": True}
+VARIANTS = {
+    "forward": (FORWARD, {"BOTH": False, "BIAS": False}, "forward"),
+    "forward, bias": (FORWARD, {"BOTH": False, "BIAS": True}, "forward with bias"),
+    "forward both": (FORWARD, {"BOTH": True, "BIAS": False}, "forward both"),
+    "forward both, bias": (FORWARD, {"BOTH": True, "BIAS": True}, "forward both"),
+    "gradient of logprob": (GRADIENT, {"BOTH": False, "BIAS": False, **LOGPROB}, "gradient of logprob"),
+    "gradient, entropy": (GRADIENT, {"BOTH": False, "BIAS": False, **ENTROPY}, "gradient"),
+    "gradient, entropy, bias": (GRADIENT, {"BOTH": False, "BIAS": True, **ENTROPY}, "gradient"),
+    "gradient both": (GRADIENT, {"BOTH": True, "BIAS": False, **EVERYTHING}, "gradient both"),
+    "gradient both, bias": (GRADIENT, {"BOTH": True, "BIAS": True, **EVERYTHING}, "gradient both"),
+}
+
+POINTERS = {"targets": "*i64", "partial": "*fp32", "target_logits": "*fp32", "numbers_a": "*fp32", "numbers_b": "*fp32"}
+IN_DTYPE = ("hidden_raw", "hidden_noisy", "hidden_a", "hidden_b", "weight", "bias", "gradient_a", "gradient_b")
+MULTIPLES_OF_16 = ("V", "D", "stride")
+
+
+def compile_variant(name: str, dtype: str, architecture: int) -> dict:
+    """Compile as a launch with aligned tensors would, and return what the compiled kernel uses."""
+    kernel, constants, key = VARIANTS[name]
+    tile = gpu.pick_tile(key, DTYPES[dtype], architecture)
+    options = {**gpu.launch_options(tile, tile.depth), **constants}
+    launch = {option: options.pop(option) for option in ("num_warps", "num_stages", "enable_fp_fusion")}
+    names = kernel.arg_names
+    types = {**POINTERS, **{name: {"bf16": "*bf16", "f32": "*fp32"}[dtype] for name in IN_DTYPE}, "log2_scale": "fp32"}
+    signature = {name: "constexpr" if name in options else types.get(name, "i32") for name in names}
+    aligned = [name for name in names if signature[name].startswith("*") or name in MULTIPLES_OF_16]
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={(names.index(name),): value for name, value in options.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
+    registers, stack, local = resources(compiled.asm["cubin"])
+    shared, threads = compiled.metadata.shared, 32 * tile.warps
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
+    return {
+        "architecture": f"sm_{architecture}",
+        "kernel": name,
+        "dtype": dtype,
+        "tile": tile._asdict(),
+        "registers": registers,
+        "local_bytes": stack + local,  # of a thread; all of it is spilled registers
+        "shared_bytes": shared,
+        "programs_per_sm": min(by_registers, SHARED_BYTES[architecture] // (shared + 1024), 2048 // threads),
+        "tensor_instructions": {
+            instruction: count
+            for instruction in TENSOR_INSTRUCTIONS
+            if (count := len(re.findall(rf"\b{re.escape(instruction)}\b", compiled.asm["ptx"])))
+        },
+    }
+
+
+def resources(cubin: bytes) -> tuple[int, ...]:
+    """(registers, bytes of stack, bytes of local memory) of a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return tuple(int(re.search(rf"{field}:(\d+)", text)[1]) for field in ("REG", "STACK", "LOCAL"))
+
+
+# ---------------------------------------------------------------------------------------------------- roofline
+
+H100_FLOPS, H100_BYTES = 798e12, 3.0e12  # per second; measured by others, for bfloat16 products and for copies
+HEADS = {"Qwen2.5-VL-3B": (2048, 151936), "Qwen2.5-VL-7B": (3584, 152064)}
+
+
+def bounds() -> list[dict]:
+    """The least time an H100 could take for these steps as they are done here, in bfloat16."""
+    rows = []
+    for model, (width, vocab) in HEADS.items():
+        for n in (1024, 8192):
+            weight, hidden, product = 2 * vocab * width, 2 * n * width, 2 * n * vocab * width
+            steps = {
+                # both branches' products; the weight and both hidden states read
+                "forward, both branches": (2 * product, weight + 2 * hidden),
+                # logits again, and the two products; the weight read and its gradient written, the gradient of the
+                # logits written once and read twice, hidden states read and their gradient written
+                "backward of one branch's logprob": (3 * product, 2 * weight + 3 * 2 * n * vocab + 2 * hidden),
+            }
+            for step, (operations, moved) in steps.items():
+                seconds = {"operations": operations / H100_FLOPS, "bytes": moved / H100_BYTES}
+                limit = max(seconds, key=seconds.get)
+                rows.append(
+                    {
+                        "model": model, "D": width, "V": vocab, "tokens_per_branch": n, "step": step,
+                        "operations": operations, "bytes": moved, "bound_ms": 1e3 * seconds[limit], "bound_by": limit,
+                    }
+                )  # fmt: skip
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------- output
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--json", type=Path, help="write everything there too")
+    arguments = parser.parse_args()
+
+    print(f"triton {triton.__version__}, torch {torch.__version__}; compiled ahead of time, nothing was run\n")
+    line = "{:7} {:25} {:5} {:>15} {:>5} {:>6} {:>9} {:>11} {:>11} {:>10}  {}"
+    titles = ("tokens×V×D", "warps", "stages", "registers", "local bytes", "shared", "programs/SM", "instructions")
+    print(line.format("arch", "kernel", "dtype", *titles))
+    compiled = []
+    for architecture in arguments.arch:
+        for dtype in arguments.dtype:
+            for name in VARIANTS:
+                row = compile_variant(name, dtype, architecture)
+                compiled.append(row)
+                tile = row["tile"]
+                shape = f"{tile['tokens']}×{tile['vocab']}×{tile['depth']}"
+                found = ", ".join(f"{count} {key}" for key, count in row["tensor_instructions"].items()) or "none"
+                figures = [row[key] for key in ("registers", "local_bytes", "shared_bytes", "programs_per_sm")]
+                shown = (row["architecture"], name, dtype, shape, tile["warps"], tile["stages"], *figures, found)
+                print(line.format(*shown), flush=True)
+
+    print("\nBound of an H100 in bfloat16 (798 TFLOP/s, 3.0 TB/s); a bound, not a measurement\n")
+    line = "{:14} {:>6} {:34} {:>8} {:>7} {:>9}  {}"
+    print(line.format("model", "tokens", "step", "TFLOP", "GB", "bound ms", "by"))
+    for row in bounds():
+        figures = f"{row['operations'] / 1e12:.2f}", f"{row['bytes'] / 1e9:.2f}", f"{row['bound_ms']:.2f}"
+        print(line.format(row["model"], row["tokens_per_branch"], row["step"], *figures, row["bound_by"]))
+
+    if arguments.json:
+        versions = {"triton": triton.__version__, "torch": torch.__version__}
+        arguments.json.write_text(
+            json.dumps({"versions": versions, "compiled": compiled, "bounds": bounds()}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()
