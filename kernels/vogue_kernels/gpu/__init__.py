@@ -1,7 +1,7 @@
 """The Triton backend: NVIDIA and AMD GPUs, and Triton's interpreter. Drop-in for reference.py, but not for float64.
 
 Forward: one kernel, the vocabulary split over programs; torch merges the shares in float64. Backward: for a chunk of
-the vocabulary at a time, one kernel writes the gradient of the logits, in the inputs' dtype, and torch.mm does the rest:
+the vocabulary at a time, one kernel writes the gradient of the logits, in the inputs' dtype, torch.mm does the rest:
 
     ∂H += ∂L W[chunk]   (float32)      ∂W[chunk] = ∂Lᵀ H
 
@@ -39,24 +39,31 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By compute capability and kernel.
+# By compute capability and kernel: wide tiles that keep everything in registers (bench/gpu_static.py) where V and D are
+# multiples of 16. A bias, a second branch and the entropy's gradient need registers of their own.
 TILES = {
     80: {
         "forward": Tile(128, 128, 32, 8, 4),
-        "forward both": Tile(64, 128, 64, 8, 3),
+        "forward with bias": Tile(128, 128, 32, 8, 4),
+        "forward both": Tile(128, 64, 32, 8, 4),
+        "gradient of logprob": Tile(128, 128, 32, 8, 4),
         "gradient": Tile(128, 128, 32, 8, 4),
         "gradient both": Tile(64, 128, 64, 8, 3),
     },
     90: {
         "forward": Tile(128, 256, 64, 8, 4),
+        "forward with bias": Tile(128, 128, 64, 8, 4),
         "forward both": Tile(128, 128, 64, 8, 4),
-        "gradient": Tile(128, 256, 64, 8, 4),
+        "gradient of logprob": Tile(128, 256, 64, 8, 4),
+        "gradient": Tile(128, 128, 64, 8, 4),
         "gradient both": Tile(128, 64, 64, 8, 4),
     },
     100: {
         "forward": Tile(128, 256, 64, 8, 4),
+        "forward with bias": Tile(128, 128, 64, 8, 4),
         "forward both": Tile(128, 64, 64, 8, 4),
-        "gradient": Tile(128, 256, 64, 8, 4),
+        "gradient of logprob": Tile(128, 256, 64, 8, 4),
+        "gradient": Tile(128, 128, 64, 8, 4),
         "gradient both": Tile(128, 64, 64, 8, 4),
     },
 }
@@ -69,7 +76,7 @@ def pick_tile(kernel: str, dtype: torch.dtype, capability: int) -> Tile:
     """kernel: a key of TILES[80]; capability: 90 for sm_90."""
     if dtype == torch.float32:
         return FLOAT32_TILE
-    return TILES.get(capability, {}).get(kernel, DEFAULT_TILE)
+    return TILES[capability][kernel] if capability in TILES else DEFAULT_TILE
 
 
 def logprob_forward(hidden, weight, targets, bias, temperature):
@@ -123,7 +130,7 @@ def _forward_batch(hiddens, weight, targets, bias, temperature):
     n, (vocab, width), both = len(targets), weight.shape, len(hiddens) == 2
     if n == 0:
         return [weight.new_zeros(0)] * (11 if both else 4)
-    tile = _tile("forward both" if both else "forward", weight)
+    tile = _tile("forward both" if both else "forward" if bias is None else "forward with bias", weight)
     blocks, tiles = -(-n // tile.tokens), -(-vocab // tile.vocab)
     share = share_size(blocks, tiles, _processors(weight))
     splits = -(-tiles // share)
@@ -269,7 +276,8 @@ def _write_logit_gradients(outputs, sides, weight, bias, targets, temperature, f
     """Fill each output that isn't None, (n, columns), with the gradient of a side's logits from column `first` on."""
     n, (vocab, width), both = len(targets), weight.shape, len(sides) == 2
     some = next(output for output in outputs if output is not None)
-    tile = _tile("gradient both" if both else "gradient", weight)
+    plain = bias is None and not terms["ENTROPY"]
+    tile = _tile("gradient both" if both else "gradient of logprob" if plain else "gradient", weight)
     grid = (-(-n // tile.tokens) * -(-some.shape[1] // tile.vocab),)
     with torch.cuda.device_of(weight):
         logit_gradient_kernel[grid](

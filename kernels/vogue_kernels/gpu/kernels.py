@@ -25,7 +25,7 @@ import triton.language as tl
 LOWEST = tl.constexpr(-1e30)
 
 
-@triton.jit(do_not_specialize=["N", "V", "splits", "tiles"])
+@triton.jit(do_not_specialize=["N", "splits", "tiles"])
 def forward_kernel(
     hidden_raw,  # (N, D)
     hidden_noisy,  # (N, D); unused unless BOTH
@@ -70,13 +70,9 @@ def forward_kernel(
             _store_target(target_logits + rows, a, target, columns, here)
             if BOTH:
                 _store_target(target_logits + N + rows, b, target, columns, here)
-        if (tile + 1) * VOCAB > V:
-            a = tl.where((columns < V)[None, :], a, LOWEST)
-            if BOTH:
-                b = tl.where((columns < V)[None, :], b, LOWEST)
-        a, max_a, shift_a, scale_a = _shift(a, max_a, log2_scale)
+        a, max_a, shift_a, scale_a = _shift(a, max_a, columns, V, log2_scale)
         if BOTH:
-            b, max_b, shift_b, scale_b = _shift(b, max_b, log2_scale)
+            b, max_b, shift_b, scale_b = _shift(b, max_b, columns, V, log2_scale)
             moved = shift_a - shift_b
             cross_a = scale_a * (cross_a + sum_a * moved)
             cross_b = scale_b * (cross_b + sum_b * moved)
@@ -104,7 +100,7 @@ def forward_kernel(
         tl.store(out + 7 * field, cross_b, inside)
 
 
-@triton.jit(do_not_specialize=["N", "V", "first", "width"])
+@triton.jit(do_not_specialize=["N", "first", "width"])
 def logit_gradient_kernel(
     hidden_a,  # (N, D)
     hidden_b,  # (N, D); unused unless BOTH
@@ -216,8 +212,9 @@ def _store_target(out, logits, target, columns, here):
 
 
 @triton.jit
-def _shift(logits, maximum, log2_scale):
+def _shift(logits, maximum, columns, V, log2_scale):
     """(l below the new maximum in bits, the new maximum, how far it moved in bits (≤ 0), 2 to that)."""
+    logits = tl.where((columns < V)[None, :], logits, LOWEST)
     new = tl.maximum(maximum, tl.max(logits, 1))
     shift = (maximum - new) * log2_scale
     return (logits - new[:, None]) * log2_scale, new, shift, tl.exp2(shift)
