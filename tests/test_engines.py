@@ -50,8 +50,10 @@ def trainer(model_folder, digits_folder, tmp_path_factory):
     """A trainer with vLLM, sampling at another temperature than 1."""
     settings = base_settings(model_folder, digits_folder / "train.parquet", tmp_path_factory.mktemp("run"))
     stage = "trainer.deepspeed.zero_optimization.stage=0"
-    config = load_config(None, [*settings, "rollout.engine=vllm", "rollout.temperature=0.7", stage])
-    preprocessor = Preprocessor(load_processor(config.model.path), "Think.", 128)
+    long = "data.max_prompt_tokens=512"
+    config = load_config(None, [*settings, "rollout.engine=vllm", "rollout.temperature=0.7", stage, long])
+    # Longer than a block of vLLM's prefix cache (128 tokens on a CPU), which so holds something.
+    preprocessor = Preprocessor(load_processor(config.model.path), "Think. " * 60, 512)
     return Trainer(config, load_samples(config.data.train), preprocessor, resume=False)
 
 
@@ -145,9 +147,12 @@ def test_equal_seeds_give_equal_completions_whatever_else_is_generated(trainer, 
     assert [c.token_ids for c in generate(engine, [other])[0]] != [c.token_ids for c in together[1]]
 
 
-def test_a_completion_holds_its_end_token_its_text_and_a_logprob_a_token(trainer, engine):
+def test_a_completion_holds_its_end_token_its_text_and_a_logprob_a_token(trainer, engine, preprocessor):
     end = trainer.processor.tokenizer.eos_token_id
-    completions = [c for group in generate(engine, requests_of(trainer, 4), n=8) for c in group]
+    views = [preprocessor.view(sample.load_images()) for sample in trainer.samples[:4]]
+    prompts = [preprocessor.prompt(sample, view) for sample, view in zip(trainer.samples, views, strict=False)]
+    requests = [Request(prompt, view.images, seed=7) for prompt, view in zip(prompts, views, strict=True)]
+    completions = [c for group in generate(engine, requests, n=8) for c in group]
     assert len(completions) == 32
     assert {c.finished for c in completions} == {True, False}
     for c in completions:
