@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from .branches import Branch, one_branch, two_branches
 
-IGNORE = reference.IGNORE
+IGNORE = -100  # the target of a position to skip, as in torch.nn.functional.cross_entropy
 
 
 class LogprobStats(NamedTuple):
@@ -83,14 +83,14 @@ def linear_logprob(
 
 # ---------------------------------------------------------------------------------------------------- backends
 
-_BACKENDS = {"triton": ".gpu", "torch": ".reference"}  # the fastest first; imported when first used
+_BACKENDS = {"triton": ".gpu", "cpu": ".cpu", "torch": ".reference"}  # the fastest first; imported when first used
 
 
 def available_backends() -> dict[str, str | None]:
     """Every backend, the fastest first: None if it can run here, else the reason why it can't."""
     return {
         "triton": _why_not_triton(),
-        "cpu": "this version has no compiled CPU library",
+        "cpu": _why_not_cpu(),
         "torch": None,
     }
 
@@ -103,14 +103,20 @@ def _why_not_triton() -> str | None:
     return None
 
 
+def _why_not_cpu() -> str | None:
+    return importlib.import_module(".cpu", __package__).why_not()
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _refusal(name: str, weight: Tensor) -> str | None:
     """Why a backend can't take tensors like this one."""
-    if name == "triton" and weight.dtype == torch.float64:
-        return "it computes in float32; use torch for torch.float64"
+    if name != "torch" and weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it computes in float32; use torch for {weight.dtype}"
+    if name == "cpu" and weight.device.type != "cpu":
+        return f"the tensors are on {weight.device}"
     if name == "triton" and not weight.is_cuda and not _interpreting():
         return f"the tensors are on {weight.device}"
     return None
@@ -125,6 +131,56 @@ def _implementation(backend: str, weight: Tensor):
     elif reasons[backend] is not None:
         raise ValueError(f"backend {backend!r} can't run: {reasons[backend]}")
     return importlib.import_module(_BACKENDS[backend], __package__)
+
+
+def _forward(backend: str, hiddens: list[Tensor], weight, targets, bias, temperature) -> tuple[Tensor, ...]:
+    """The results, with zeros at the skipped positions, then what the backward pass needs, in float64."""
+    kept, length = _kept(targets), len(targets)
+    if kept is not None:
+        hiddens, targets = [hidden[kept] for hidden in hiddens], targets[kept]
+    if len(targets):
+        found = _implementation(backend, weight).forward(hiddens, weight, targets, bias, temperature)
+    else:
+        found = weight.new_zeros((4 if len(hiddens) == 1 else 11, 0), dtype=torch.float64)
+    found = [_restore(kept, x, length) for x in found]
+    results, saved = (found[:2], found[1:]) if len(hiddens) == 1 else (found[:7], found[2:6] + found[7:])
+    dtype = compute_dtype(weight)
+    return *(x.to(dtype, copy=True) for x in results), *(x.clone() for x in saved)
+
+
+def _backward(backend: str, branches: list[Branch], weight, targets, bias, temperature, needs) -> list[Tensor]:
+    """Gradients of the hidden states, weight and bias, those that are needed."""
+    *needs_hidden, needs_weight, needs_bias = needs
+    kept, length = _kept(targets), len(targets)
+    if kept is not None:
+        branches, targets = [branch.select(kept) for branch in branches], targets[kept]
+    wanted = [need or needs_weight or needs_bias for need in needs_hidden]
+    if len(targets) == 0 or not any(branch.used and want for branch, want in zip(branches, wanted, strict=True)):
+        hiddens = [weight.new_zeros(length, weight.shape[1])] * len(branches)
+        return [torch.zeros_like(x) for need, x in zip(needs, (*hiddens, weight, bias), strict=True) if need]
+    grads_hidden, grad_weight, grad_bias = _implementation(backend, weight).backward(
+        branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias
+    )
+    grads_hidden = [None if grad is None else _restore(kept, grad, length) for grad in grads_hidden]
+    return [grad for need, grad in zip(needs, (*grads_hidden, grad_weight, grad_bias), strict=True) if need]
+
+
+def _kept(targets: Tensor) -> Tensor | None:
+    """Indices of the positions that aren't skipped, or None where that is all of them (then nothing is copied)."""
+    kept = (targets != IGNORE).nonzero().squeeze(1)
+    return None if len(kept) == len(targets) else kept
+
+
+def _restore(kept: Tensor | None, tensor: Tensor, length: int) -> Tensor:
+    """Put the kept positions back among zeros."""
+    if kept is None:
+        return tensor
+    return tensor.new_zeros(length, *tensor.shape[1:]).index_copy_(0, kept, tensor)
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of the results."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------- checks
@@ -172,21 +228,21 @@ def _check_targets(targets: Tensor, vocab: int):
 
 # ---------------------------------------------------------------------------------------------------- linear_logprob
 
-# Each operator returns its results first, then what the backward pass needs besides them.
+# Each operator returns its results first, then what the backward pass needs, in float64.
 
 
-def _empty_rows(targets: Tensor, weight: Tensor, count: int) -> tuple[Tensor, ...]:
-    dtype = reference.compute_dtype(weight)
-    return tuple(targets.new_empty(targets.shape, dtype=dtype) for _ in range(count))
+def _empty_rows(targets: Tensor, weight: Tensor, results: int, saved: int) -> tuple[Tensor, ...]:
+    dtypes = [compute_dtype(weight)] * results + [torch.float64] * saved
+    return tuple(targets.new_empty(targets.shape, dtype=dtype) for dtype in dtypes)
 
 
-def _wanted(needs: Sequence[bool], gradients: Sequence[Tensor | None]) -> list[Tensor]:
-    """An operator can't return None: keep the gradients that are needed."""
-    return [gradient for need, gradient in zip(needs, gradients, strict=True) if need]
+def _empty_gradients(needs: Sequence[bool], inputs: Sequence[Tensor | None]) -> list[Tensor]:
+    """An operator can't return None: it returns the gradients that are needed."""
+    return [torch.empty_like(x) for need, x in zip(needs, inputs, strict=True) if need]
 
 
 def _spread(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor | None]:
-    """Undo `_wanted`."""
+    """The gradients, with None where none is needed."""
     given = iter(gradients)
     return [next(given) if need else None for need in needs]
 
@@ -194,16 +250,16 @@ def _spread(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor |
 @torch.library.custom_op("vogue::linear_logprob", mutates_args=())
 def _linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
     _check_targets(targets, len(weight))
-    return _implementation(backend, weight).logprob_forward(hidden, weight, targets, bias, temperature)
+    return _forward(backend, [hidden], weight, targets, bias, temperature)
 
 
 @_linear_logprob.register_fake
 def _(hidden, weight, targets, bias, temperature, backend):
     _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
-    return _empty_rows(targets, weight, 4)
+    return _empty_rows(targets, weight, 2, 3)
 
 
 @torch.library.custom_op("vogue::linear_logprob_backward", mutates_args=())
@@ -218,19 +274,19 @@ def _linear_logprob_backward(
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    backward = _implementation(backend, weight).logprob_backward
-    return _wanted(needs, backward(grads, hidden, weight, targets, bias, temperature, saved, needs))
+    branches = one_branch(grads, hidden, saved, temperature)
+    return _backward(backend, branches, weight, targets, bias, temperature, needs)
 
 
 @_linear_logprob_backward.register_fake
 def _(grads, hidden, weight, targets, bias, temperature, backend, saved, needs):
-    return _wanted(needs, [None if x is None else torch.empty_like(x) for x in (hidden, weight, bias)])
+    return _empty_gradients(needs, (hidden, weight, bias))
 
 
 def _linear_logprob_setup(ctx, inputs, output):
     hidden, weight, targets, bias, ctx.temperature, ctx.backend = inputs
     ctx.set_materialize_grads(False)  # None is how a result says that nobody asks for its gradient
-    ctx.save_for_backward(hidden, weight, targets, bias, *output[1:])
+    ctx.save_for_backward(hidden, weight, targets, bias, *output[2:])
 
 
 def _linear_logprob_autograd(ctx, *grads):
@@ -258,16 +314,19 @@ def _linear_branch_stats(
     bias: Tensor | None,
     temperature: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+]:  # fmt: skip
     _check_shapes({"hidden_raw": hidden_raw, "hidden_noisy": hidden_noisy}, weight, targets, bias, temperature)
     _check_targets(targets, len(weight))
-    return _implementation(backend, weight).branch_forward(hidden_raw, hidden_noisy, weight, targets, bias, temperature)
+    return _forward(backend, [hidden_raw, hidden_noisy], weight, targets, bias, temperature)
 
 
 @_linear_branch_stats.register_fake
 def _(hidden_raw, hidden_noisy, weight, targets, bias, temperature, backend):
     _check_shapes({"hidden_raw": hidden_raw, "hidden_noisy": hidden_noisy}, weight, targets, bias, temperature)
-    return _empty_rows(targets, weight, 11)
+    return _empty_rows(targets, weight, 7, 8)
 
 
 @torch.library.custom_op("vogue::linear_branch_stats_backward", mutates_args=())
@@ -283,20 +342,19 @@ def _linear_branch_stats_backward(
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    backward = _implementation(backend, weight).branch_backward
-    return _wanted(needs, backward(grads, hidden_raw, hidden_noisy, weight, targets, bias, temperature, saved, needs))
+    branches = two_branches(grads, hidden_raw, hidden_noisy, saved, temperature)
+    return _backward(backend, branches, weight, targets, bias, temperature, needs)
 
 
 @_linear_branch_stats_backward.register_fake
 def _(grads, hidden_raw, hidden_noisy, weight, targets, bias, temperature, backend, saved, needs):
-    inputs = (hidden_raw, hidden_noisy, weight, bias)
-    return _wanted(needs, [None if x is None else torch.empty_like(x) for x in inputs])
+    return _empty_gradients(needs, (hidden_raw, hidden_noisy, weight, bias))
 
 
 def _linear_branch_stats_setup(ctx, inputs, output):
     hidden_raw, hidden_noisy, weight, targets, bias, ctx.temperature, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden_raw, hidden_noisy, weight, targets, bias, *output[2:6], *output[7:])
+    ctx.save_for_backward(hidden_raw, hidden_noisy, weight, targets, bias, *output[7:])
 
 
 def _linear_branch_stats_autograd(ctx, *grads):

@@ -20,81 +20,29 @@ The backward pass computes each tile of logits again. With g_r the gradient that
 
 and the same with p and q exchanged for b. Inputs of float64 are computed in float64, all others in float32.
 
-Every backend is a module with these four functions, which take checked arguments.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-IGNORE = -100  # the target of a position to skip, as in torch.nn.functional.cross_entropy
+from .branches import Branch
+
 TILE_ELEMENTS = 1 << 20  # of a tile of logits: 4 MB of float32; larger leaves the cache, smaller pays in launches
 VOCAB_TILE = 1024
 SLICE_ELEMENTS = 1 << 22  # of a slice of the hidden states or of the weight: 16 MB of float32
 
 
-def logprob_forward(hidden, weight, targets, bias, temperature):
-    """Return (logprob, entropy, maximum, logsum), each (N,); the last two are kept for the backward pass."""
-    kept, length = _kept(targets), len(targets)
-    hidden, targets = _select(kept, hidden, targets)
-    blocks = []
-    for rows in _blocks(hidden, weight):
-        h = _upcast(hidden[rows])
-        softmax = _RunningSoftmax(h, targets[rows])
-        for tile in _tiles(weight):
-            softmax.add(_logits(h, weight, bias, temperature, tile), tile)
-        blocks.append((softmax.logprob(), softmax.entropy(), softmax.maximum, softmax.sum.log()))
-    return _gather(blocks, kept, length, compute_dtype(weight))
-
-
-def logprob_backward(grads, hidden, weight, targets, bias, temperature, saved, needs):
-    """Gradients of (hidden, weight, bias), None where `needs` is False.
-
-    grads: those of (logprob, entropy), each (N,) or None. saved: (entropy, maximum, logsum).
-    """
-    entropy, maximum, logsum = saved
-    g_logprob, g_entropy = _over(grads, temperature)
-    branch = _Branch(hidden, maximum, logsum, entropy, None, g_logprob, g_entropy, None, None)
-    (grad_hidden,), grad_weight, grad_bias = _backward(
-        [branch], weight, targets, bias, temperature, needs[:1], needs[1], needs[2]
-    )
-    return grad_hidden, grad_weight, grad_bias
-
-
-def branch_forward(hidden_raw, hidden_noisy, weight, targets, bias, temperature):
-    """Return the seven results of BranchStats and (maximum, logsum) of each branch, each (N,)."""
-    kept, length = _kept(targets), len(targets)
-    hidden_raw, hidden_noisy, targets = _select(kept, hidden_raw, hidden_noisy, targets)
-    blocks = []
-    for rows in _blocks(hidden_raw, weight):
-        blocks.append(_branch_block(hidden_raw[rows], hidden_noisy[rows], weight, targets[rows], bias, temperature))
-    return _gather(blocks, kept, length, compute_dtype(weight))
-
-
-def branch_backward(grads, hidden_raw, hidden_noisy, weight, targets, bias, temperature, saved, needs):
-    """Gradients of (hidden_raw, hidden_noisy, weight, bias), None where `needs` is False.
-
-    grads: those of the seven results, each (N,) or None.
-    saved: (entropy_raw, entropy_noisy, kl_raw_noisy, kl_noisy_raw, then maximum and logsum of raw and of noisy).
-    """
-    g_logp_raw, g_logp_noisy, g_ent_raw, g_ent_noisy, g_forward, g_reverse, g_symmetric = _over(grads, temperature)
-    ent_raw, ent_noisy, kl_forward, kl_reverse, max_raw, logsum_raw, max_noisy, logsum_noisy = saved
-    if g_symmetric is not None:
-        half = g_symmetric / 2
-        g_forward = half if g_forward is None else g_forward + half
-        g_reverse = half if g_reverse is None else g_reverse + half
-    raw = _Branch(hidden_raw, max_raw, logsum_raw, ent_raw, kl_forward, g_logp_raw, g_ent_raw, g_forward, g_reverse)
-    noisy = _Branch(
-        hidden_noisy, max_noisy, logsum_noisy, ent_noisy, kl_reverse, g_logp_noisy, g_ent_noisy, g_reverse, g_forward
-    )
-    (grad_raw, grad_noisy), grad_weight, grad_bias = _backward(
-        [raw, noisy], weight, targets, bias, temperature, needs[:2], needs[2], needs[3]
-    )
-    return grad_raw, grad_noisy, grad_weight, grad_bias
-
-
 # ---------------------------------------------------------------------------------------------------- forward
+
+
+def forward(hiddens, weight, targets, bias, temperature):
+    """As branches.py says; the maximum is that of the logits, the logsum in nats."""
+    block = _one_branch if len(hiddens) == 1 else _two_branches
+    blocks = [
+        block([_upcast(hidden[rows]) for hidden in hiddens], weight, targets[rows], bias, temperature)
+        for rows in _blocks(hiddens[0], weight)
+    ]
+    return tuple(torch.cat(parts).double() for parts in zip(*blocks, strict=True))
 
 
 class _RunningSoftmax:
@@ -141,8 +89,15 @@ class _RunningSoftmax:
         return self.sum.log() - self.weighted / self.sum
 
 
-def _branch_block(hidden_raw, hidden_noisy, weight, targets, bias, temperature):
-    hidden_raw, hidden_noisy = _upcast(hidden_raw), _upcast(hidden_noisy)
+def _one_branch(hiddens, weight, targets, bias, temperature):
+    softmax = _RunningSoftmax(hiddens[0], targets)
+    for tile in _tiles(weight):
+        softmax.add(_logits(hiddens[0], weight, bias, temperature, tile), tile)
+    return softmax.logprob(), softmax.entropy(), softmax.maximum, softmax.sum.log()
+
+
+def _two_branches(hiddens, weight, targets, bias, temperature):
+    hidden_raw, hidden_noisy = hiddens
     raw, noisy = _RunningSoftmax(hidden_raw, targets), _RunningSoftmax(hidden_noisy, targets)
     cross_raw, cross_noisy = torch.zeros_like(raw.sum), torch.zeros_like(raw.sum)  # Σ e^(·−m) (a − b), shifted
     for tile in _tiles(weight):
@@ -175,54 +130,13 @@ def _branch_block(hidden_raw, hidden_noisy, weight, targets, bias, temperature):
     )
 
 
-def _gather(blocks, kept, length, dtype):
-    """Join the results of the blocks of tokens, with zeros at the skipped positions."""
-    return tuple(_restore(kept, torch.cat(parts).to(dtype), length) for parts in zip(*blocks, strict=True))
-
-
 # ---------------------------------------------------------------------------------------------------- backward
 
 
-class _Branch(NamedTuple):
-    """One branch in the backward pass: p is its own softmax, q the other's. All but `hidden` are (N,)."""
-
-    hidden: Tensor
-    maximum: Tensor
-    logsum: Tensor
-    entropy: Tensor
-    kl: Tensor | None  # KL(p‖q)
-    g_logprob: Tensor | None
-    g_entropy: Tensor | None
-    g_kl: Tensor | None  # of KL(p‖q)
-    g_kl_other: Tensor | None  # of KL(q‖p)
-
-    def crosses(self) -> bool:
-        return self.g_kl is not None or self.g_kl_other is not None
-
-    def used(self) -> bool:
-        return self.crosses() or self.g_logprob is not None or self.g_entropy is not None
-
-    def select(self, index) -> "_Branch":
-        return _Branch(*(field if field is None else field[index] for field in self))
-
-    def log_softmax(self, weight, bias, temperature, tile) -> Tensor:
-        logits = _logits(self.hidden, weight, bias, temperature, tile)
-        return logits.sub_(self.maximum.unsqueeze(1)).sub_(self.logsum.unsqueeze(1))
-
-
-def _over(grads, temperature):
-    """∂/∂(h Wᵀ + bias) = ∂/∂logits / τ: dividing the (N,) gradients saves a pass over every tile."""
-    return [None if grad is None else grad / temperature for grad in grads]
-
-
-def _backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias):
+def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias):
     """Vocabulary tiles outside, tokens inside: a tile of the weight's gradient is complete when it is written."""
-    kept = _kept(targets)
-    originals = [branch.hidden for branch in branches]
-    if kept is not None:
-        branches, targets = [branch.select(kept) for branch in branches], targets[kept]
     active = [
-        branch.used() and (need or needs_weight or needs_bias)
+        branch.used and (need or needs_weight or needs_bias)
         for branch, need in zip(branches, needs_hidden, strict=True)
     ]
     grad_hidden = [
@@ -236,8 +150,7 @@ def _backward(branches, weight, targets, bias, temperature, needs_hidden, needs_
         tile_weight = torch.zeros_like(w) if needs_weight else None
         tile_bias = w.new_zeros(len(w)) if needs_bias else None
         for rows in _blocks(branches[0].hidden, weight):
-            block = [branch.select(rows) for branch in branches]
-            block = [branch._replace(hidden=_upcast(branch.hidden)) for branch in block]
+            block = [_in_computing_type(branch.select(rows), weight) for branch in branches]
             for i, grad_logits in _logit_gradients(block, active, weight, targets[rows], bias, temperature, tile):
                 if needs_hidden[i]:
                     grad_hidden[i][rows].addmm_(grad_logits, w)
@@ -249,18 +162,15 @@ def _backward(branches, weight, targets, bias, temperature, needs_hidden, needs_
             grad_weight[tile] = tile_weight
         if needs_bias:
             grad_bias[tile] = tile_bias
-    grad_hidden = [
-        None if grad is None else _restore(kept, grad.to(original.dtype), len(original))
-        for grad, original in zip(grad_hidden, originals, strict=True)
-    ]
+    grad_hidden = [None if grad is None else grad.to(weight.dtype) for grad in grad_hidden]
     return grad_hidden, grad_weight, grad_bias
 
 
 def _logit_gradients(block, active, weight, targets, bias, temperature, tile):
     """Yield (index of the branch, gradient of its logits (n, v)) for the active branches of one block and tile."""
-    crossing = any(on and branch.crosses() for on, branch in zip(active, block, strict=True))
+    crossing = any(on and branch.crosses for on, branch in zip(active, block, strict=True))
     logps = [
-        branch.log_softmax(weight, bias, temperature, tile) if on or crossing else None
+        _log_softmax(branch, weight, bias, temperature, tile) if on or crossing else None
         for on, branch in zip(active, block, strict=True)
     ]
     for i, branch in enumerate(block):
@@ -268,7 +178,16 @@ def _logit_gradients(block, active, weight, targets, bias, temperature, tile):
             yield i, _logit_gradient(branch, logps[i], logps[1 - i] if crossing else None, targets, tile)
 
 
-def _logit_gradient(branch: _Branch, logp: Tensor, logq: Tensor | None, targets: Tensor, tile: slice) -> Tensor:
+def _in_computing_type(branch: Branch, weight: Tensor) -> Branch:
+    return Branch(*(None if field is None else field.to(compute_dtype(weight)) for field in branch))
+
+
+def _log_softmax(branch: Branch, weight, bias, temperature, tile) -> Tensor:
+    logits = _logits(branch.hidden, weight, bias, temperature, tile)
+    return logits.sub_(branch.maximum.unsqueeze(1)).sub_(branch.logsum.unsqueeze(1))
+
+
+def _logit_gradient(branch: Branch, logp: Tensor, logq: Tensor | None, targets: Tensor, tile: slice) -> Tensor:
     """p · (what every result adds) − g_KL(q‖p) q + g_logp 1[v=y], as an (n, v) tensor."""
     constant = torch.zeros_like(branch.maximum)
     if branch.g_logprob is not None:
@@ -322,28 +241,11 @@ def _tile_shape(width: int, vocab: int) -> tuple[int, int]:
 
 
 def _blocks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Slices of tokens: at least one, if empty, so that no tokens give empty results rather than none."""
+    """Slices of tokens."""
     size = _tile_shape(weight.shape[1], weight.shape[0])[0]
-    return [slice(start, min(start + size, len(hidden))) for start in range(0, max(1, len(hidden)), size)]
+    return [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]
 
 
 def _tiles(weight: Tensor) -> list[slice]:
     size = _tile_shape(weight.shape[1], weight.shape[0])[1]
     return [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
-
-
-def _kept(targets: Tensor) -> Tensor | None:
-    """Indices of the positions that aren't skipped, or None where that is all of them (then nothing is copied)."""
-    kept = (targets != IGNORE).nonzero().squeeze(1)
-    return None if len(kept) == len(targets) else kept
-
-
-def _select(kept: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    return tensors if kept is None else tuple(tensor[kept] for tensor in tensors)
-
-
-def _restore(kept: Tensor | None, tensor: Tensor, length: int) -> Tensor:
-    """Put the kept positions back among zeros."""
-    if kept is None:
-        return tensor
-    return tensor.new_zeros(length, *tensor.shape[1:]).index_copy_(0, kept, tensor)

@@ -10,14 +10,13 @@ and copies of hidden states and targets, memory is that of CHUNK_ELEMENTS and a 
 gradient, whatever V.
 """
 
-import math
 import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..reference import _Branch, _kept, _over, _restore, _select
+from ..branches import log2_scale, merge, numbers
 from .kernels import forward_kernel, logit_gradient_kernel
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -28,7 +27,6 @@ MOST_COLUMNS = 1 << 15  # of a chunk: more makes its two products no faster
 MOST_TOKENS = 1 << 13  # of a batch: bounds the shares' sums, and leaves chunks wide
 MOST_TILES = 32  # of a share of the vocabulary: longer float32 sums would cost digits
 GROUP = 8  # blocks of tokens that share a tile of the weight through L2
-LN2 = math.log(2)
 
 
 class Tile(NamedTuple):
@@ -79,71 +77,33 @@ def pick_tile(kernel: str, dtype: torch.dtype, capability: int) -> Tile:
     return TILES[capability][kernel] if capability in TILES else DEFAULT_TILE
 
 
-def logprob_forward(hidden, weight, targets, bias, temperature):
-    """As in reference.py; the maximum is that of h Wᵀ + bias, the logsum in bits."""
-    return _forward([hidden], weight, targets, bias, temperature)
-
-
-def branch_forward(hidden_raw, hidden_noisy, weight, targets, bias, temperature):
-    """As in reference.py; the maxima are those of h Wᵀ + bias, the logsums in bits."""
-    return _forward([hidden_raw, hidden_noisy], weight, targets, bias, temperature)
-
-
-def logprob_backward(grads, hidden, weight, targets, bias, temperature, saved, needs):
-    """As in reference.py."""
-    entropy, maximum, logsum = saved
-    g_logprob, g_entropy = _over(grads, temperature)
-    branch = _Branch(hidden, maximum, logsum, entropy, None, g_logprob, g_entropy, None, None)
-    (grad_hidden,), *rest = _backward([branch], weight, targets, bias, temperature, needs[:1], *needs[1:])
-    return grad_hidden, *rest
-
-
-def branch_backward(grads, hidden_raw, hidden_noisy, weight, targets, bias, temperature, saved, needs):
-    """As in reference.py."""
-    g_logp_raw, g_logp_noisy, g_ent_raw, g_ent_noisy, g_forward, g_reverse, g_symmetric = _over(grads, temperature)
-    ent_raw, ent_noisy, kl_forward, kl_reverse, max_raw, logsum_raw, max_noisy, logsum_noisy = saved
-    if g_symmetric is not None:
-        half = g_symmetric / 2
-        g_forward = half if g_forward is None else g_forward + half
-        g_reverse = half if g_reverse is None else g_reverse + half
-    raw = _Branch(hidden_raw, max_raw, logsum_raw, ent_raw, kl_forward, g_logp_raw, g_ent_raw, g_forward, g_reverse)
-    noisy = _Branch(
-        hidden_noisy, max_noisy, logsum_noisy, ent_noisy, kl_reverse, g_logp_noisy, g_ent_noisy, g_reverse, g_forward
-    )
-    (grad_raw, grad_noisy), *rest = _backward([raw, noisy], weight, targets, bias, temperature, needs[:2], *needs[2:])
-    return grad_raw, grad_noisy, *rest
-
-
 # ---------------------------------------------------------------------------------------------------- forward
 
 
-def _forward(hiddens, weight, targets, bias, temperature):
-    kept, length = _kept(targets), len(targets)
-    *hiddens, targets = (x.contiguous() for x in _select(kept, *hiddens, targets))
-    weight = weight.contiguous()
+def forward(hiddens, weight, targets, bias, temperature):
+    """As branches.py says."""
+    hiddens, weight, targets = [h.contiguous() for h in hiddens], weight.contiguous(), targets.contiguous()
     batches = [_forward_batch([h[rows] for h in hiddens], weight, targets[rows], bias, temperature)
                for rows in _batches(targets)]  # fmt: skip
-    return tuple(_restore(kept, torch.cat(parts).float(), length) for parts in zip(*batches, strict=True))
+    return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
 
 
 def _forward_batch(hiddens, weight, targets, bias, temperature):
     n, (vocab, width), both = len(targets), weight.shape, len(hiddens) == 2
-    if n == 0:
-        return [weight.new_zeros(0)] * (11 if both else 4)
     tile = _tile("forward both" if both else "forward" if bias is None else "forward with bias", weight)
     blocks, tiles = -(-n // tile.tokens), -(-vocab // tile.vocab)
     share = share_size(blocks, tiles, _processors(weight))
     splits = -(-tiles // share)
-    log2_scale = _log2_scale(temperature)
+    scale = log2_scale(temperature)
     partial = targets.new_empty((len(hiddens), 4 if both else 3, splits, n), dtype=torch.float32)
     target_logits = targets.new_empty((len(hiddens), n), dtype=torch.float32)
     with torch.cuda.device_of(weight):
         forward_kernel[(blocks * splits,)](
             hiddens[0], hiddens[-1], weight, weight if bias is None else bias, targets, partial, target_logits,
-            n, vocab, width, log2_scale, splits, share,
+            n, vocab, width, scale, splits, share,
             BOTH=both, BIAS=bias is not None, **launch_options(tile, width),
         )  # fmt: skip
-    return _merge(partial.double(), target_logits.double(), log2_scale)
+    return merge(partial.double(), target_logits.double(), scale)
 
 
 def share_size(blocks: int, tiles: int, processors: int) -> int:
@@ -153,28 +113,6 @@ def share_size(blocks: int, tiles: int, processors: int) -> int:
     """
     sizes = range(min(tiles, MOST_TILES), 0, -1)
     return min(sizes, key=lambda size: -(-blocks * -(-tiles // size) // processors) * (size + 0.25))
-
-
-def _merge(partial, target_logits, log2_scale):
-    """The results from the shares' sums, all float64, for one or two branches."""
-    maximum, total, weighted = partial[:, 0], partial[:, 1], partial[:, 2]
-    top = maximum.amax(1)
-    shift = (maximum - top.unsqueeze(1)) * log2_scale
-    scale = shift.exp2()
-    weighted = (scale * (weighted + total * shift)).sum(1)
-    if len(partial) == 2:
-        cross = (scale * (partial[:, 3] + total * (shift[0] - shift[1]))).sum(1)
-    total = (scale * total).sum(1)
-    logsum = total.log2()
-    logprob = ((target_logits - top) * log2_scale - logsum) * LN2
-    entropy = (logsum - weighted / total) * LN2
-    if len(partial) == 1:
-        return logprob[0], entropy[0], top[0], logsum[0]
-    expected = cross / total
-    difference = logsum[0] - logsum[1]
-    divergences = (expected[0] - difference, difference - expected[1], (expected[0] - expected[1]) / 2)
-    # A divergence below zero is rounding.
-    return *logprob, *entropy, *((x * LN2).clamp(min=0) for x in divergences), top[0], logsum[0], top[1], logsum[1]
 
 
 # ---------------------------------------------------------------------------------------------------- backward
@@ -189,57 +127,41 @@ class _Side(NamedTuple):
     grad_hidden: Tensor | None  # float32, to be added to
 
 
-def _backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias):
-    """(gradients of the branches' hidden states, of weight, of bias), None where they aren't needed."""
-    kept, length = _kept(targets), len(targets)
+def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias):
+    """As branches.py says."""
     weight = weight.contiguous()
-    grad_hidden = [None if not need else weight.new_zeros((length if kept is None else len(kept), weight.shape[1]),
-                   dtype=torch.float32) for need in needs_hidden]  # fmt: skip
-    grad_weight = torch.zeros_like(weight) if needs_weight else None
-    grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
-
-    if kept is not None:
-        branches, targets = [branch.select(kept) for branch in branches], targets[kept]
-    written = [
-        branch.used() and (need or needs_weight or needs_bias)
+    grad_hidden = [
+        torch.zeros_like(branch.hidden, dtype=torch.float32) if need else None
         for branch, need in zip(branches, needs_hidden, strict=True)
     ]
-    if any(written) and len(targets) > 0:
-        used = [branch for branch, on in zip(branches, written, strict=True) if on]
-        terms = {
-            "LOGPROB": any(branch.g_logprob is not None for branch in used),
-            "ENTROPY": any(branch.g_entropy is not None for branch in used),
-            "CROSS": any(branch.crosses() for branch in used),
-        }
-        batches = []
-        for rows in _batches(targets):
-            sides = [
-                _Side(
-                    branch.hidden[rows].contiguous(),
-                    _numbers(branch.select(rows)),
-                    on,
-                    grad if grad is None else grad[rows],
-                )
-                for on, branch, grad in zip(written, branches, grad_hidden, strict=True)
-                if on or terms["CROSS"]
-            ]
-            batches.append((targets[rows].contiguous(), sides))
-        _add_gradients(batches, weight, bias, temperature, terms, grad_weight, grad_bias)
-
-    grad_hidden = [None if grad is None else _restore(kept, grad.to(weight.dtype), length) for grad in grad_hidden]
+    grad_weight = torch.zeros_like(weight) if needs_weight else None
+    grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+    written = [
+        branch.used and (need or needs_weight or needs_bias)
+        for branch, need in zip(branches, needs_hidden, strict=True)
+    ]
+    used = [branch for branch, on in zip(branches, written, strict=True) if on]
+    terms = {
+        "LOGPROB": any(branch.g_logprob is not None for branch in used),
+        "ENTROPY": any(branch.g_entropy is not None for branch in used),
+        "CROSS": any(branch.crosses for branch in used),
+    }
+    batches = []
+    for rows in _batches(targets):
+        sides = [
+            _Side(
+                branch.hidden[rows].contiguous(),
+                numbers(branch.select(rows)).float(),
+                on,
+                None if grad is None else grad[rows],
+            )
+            for on, branch, grad in zip(written, branches, grad_hidden, strict=True)
+            if on or terms["CROSS"]
+        ]
+        batches.append((targets[rows].contiguous(), sides))
+    _add_gradients(batches, weight, bias, temperature, terms, grad_weight, grad_bias)
+    grad_hidden = [None if grad is None else grad.to(weight.dtype) for grad in grad_hidden]
     return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(bias.dtype)
-
-
-def _numbers(branch: _Branch) -> Tensor:
-    """(7, N) float32: m, log2 s, c₀ ... c₄ of kernels.py."""
-    zero = torch.zeros_like(branch.maximum)
-    g_logprob, g_entropy, g_kl, g_kl_other = (
-        zero if g is None else g for g in (branch.g_logprob, branch.g_entropy, branch.g_kl, branch.g_kl_other)
-    )
-    constant = g_kl_other - g_logprob - g_entropy * branch.entropy - g_kl * (zero if branch.kl is None else branch.kl)
-    return torch.stack(
-        [branch.maximum, branch.logsum, constant, -LN2 * g_entropy, LN2 * g_kl, g_kl_other, g_logprob]
-    ).float()
 
 
 def _add_gradients(batches, weight, bias, temperature, terms, grad_weight, grad_bias):
@@ -284,7 +206,7 @@ def _write_logit_gradients(outputs, sides, weight, bias, targets, temperature, f
             sides[0].hidden, sides[-1].hidden, weight, weight if bias is None else bias, targets,
             sides[0].numbers, sides[-1].numbers,
             some if outputs[0] is None else outputs[0], some if outputs[-1] is None else outputs[-1],
-            n, vocab, width, _log2_scale(temperature), first, some.shape[1], some.stride(0),
+            n, vocab, width, log2_scale(temperature), first, some.shape[1], some.stride(0),
             BOTH=both, WRITE_A=outputs[0] is not None, WRITE_B=both and outputs[1] is not None,
             BIAS=bias is not None, **terms, **launch_options(tile, width),
         )  # fmt: skip
@@ -302,13 +224,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _batches(targets: Tensor) -> list[slice]:
-    """At least one, if empty, so that no tokens give empty results rather than none."""
-    return [slice(start, start + MOST_TOKENS) for start in range(0, max(1, len(targets)), MOST_TOKENS)]
-
-
-def _log2_scale(temperature: float) -> float:
-    """What the kernels multiply differences of h Wᵀ + bias by: rounded to float32, as they do, for the merge's sake."""
-    return torch.tensor(1 / (temperature * LN2), dtype=torch.float32).item()
+    return [slice(start, start + MOST_TOKENS) for start in range(0, len(targets), MOST_TOKENS)]
 
 
 def _tile(kernel: str, weight: Tensor) -> Tile:

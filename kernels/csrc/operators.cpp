@@ -1,0 +1,384 @@
+// The operators of the CPU backend, called by vogue_kernels/cpu: forward and backward over tiles of the vocabulary.
+//
+// Forward: the hidden states are packed once; the threads share the vocabulary. A thread packs a tile of the weight,
+// multiplies each panel of tokens of both branches by it, and takes the logits, while they are in its first-level
+// cache, into running sums. Backward: for a chunk of the vocabulary and a batch of tokens at a time,
+//
+//   G = gradient of the logits, recomputed by tile      ∂W[chunk] += Gᵀ H      ∂H += G W[chunk]
+//
+// each shared by the threads over rows of the result. Nothing here is of the size tokens × vocabulary.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/native/CPUBlas.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "processor.h"
+
+namespace vogue {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kTileBytes = 512 << 10;      // of a packed tile of the weight: it is to stay in the second-level cache
+constexpr int64_t kMostTileColumns = 256;
+constexpr int64_t kChunkColumns = 512;         // of the vocabulary in the backward pass, or a tile for each thread
+constexpr int64_t kChunkElements = 1 << 21;    // of the gradient of a branch's logits: 8 MB
+constexpr double kLowest = -1e30;              // below every logit, and far from overflow
+
+// ------------------------------------------------------------------------------------------------------ processor
+
+const Processor& processor() {
+#if defined(__x86_64__)
+  static const std::string capability = at::get_cpu_capability();  // obeys ATEN_CPU_CAPABILITY
+  if (capability == "AVX512") return avx512;
+  if (capability == "AVX2") return avx2;
+#endif
+  return portable;
+}
+
+void multiply_brgemm(
+    int64_t depth, int64_t columns, const void* a, const void* b, float* c, int64_t stride, bool add) {
+  at::native::cpublas::brgemm(
+      processor().bf16.panel, columns, depth, depth, columns, stride, add, static_cast<const at::BFloat16*>(a),
+      static_cast<const at::BFloat16*>(b), c, /*is_vnni=*/true);
+}
+
+void release_brgemm() { at::native::cpublas::brgemm_release(); }
+
+bool has_bf16_products() { return at::native::cpublas::could_pack(at::kBFloat16); }
+
+// VOGUE_CPU_PRODUCTS (bf16 or f32) says otherwise, for tests and comparisons.
+bool uses_bf16(at::ScalarType dtype) {
+  static const char* said = std::getenv("VOGUE_CPU_PRODUCTS");
+  return dtype == at::kBFloat16 && (said ? std::string(said) == "bf16" : has_bf16_products());
+}
+
+Products products_for(at::ScalarType dtype) {
+  if (!uses_bf16(dtype)) return processor().f32;
+  Products products = processor().bf16;
+  if (has_bf16_products()) {
+    products.multiply = multiply_brgemm;
+    products.release = release_brgemm;
+  }
+  return products;
+}
+
+std::string description() {
+  return std::string(processor().name) + (uses_bf16(at::kBFloat16) ? ", products of bfloat16" : "");
+}
+
+// ------------------------------------------------------------------------------------------------------ operands
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+View view(const Tensor& tensor) {
+  const auto dtype = tensor.scalar_type();
+  return {tensor.const_data_ptr(),
+          dtype == at::kFloat ? Dtype::f32 : dtype == at::kBFloat16 ? Dtype::bf16 : Dtype::f16,
+          tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1)};
+}
+
+View slice_rows(View matrix, int64_t first, int64_t count, int64_t element_bytes) {
+  matrix.data = static_cast<const char*>(matrix.data) + first * matrix.row_stride * element_bytes;
+  matrix.rows = std::min(count, matrix.rows - first);
+  return matrix;
+}
+
+View transposed(const View& matrix) {
+  return {matrix.data, matrix.dtype, matrix.columns, matrix.rows, matrix.column_stride, matrix.row_stride};
+}
+
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes) : memory_(at::empty({bytes}, at::kByte)) {}
+  char* at_byte(int64_t offset) const { return static_cast<char*>(memory_.mutable_data_ptr()) + offset; }
+  float* floats() const { return reinterpret_cast<float*>(at_byte(0)); }
+
+ private:
+  Tensor memory_;
+};
+
+// The left operand of a product: rows [first, last) of a matrix in panels.
+class Panels {
+ public:
+  Panels(const Products& products, int64_t rows, int64_t depth)
+      : products_(products),
+        depth_(round_up(depth, products.depth_group)),
+        bytes_(products.panel * depth_ * products.element_bytes),
+        buffer_(round_up(rows, products.panel) / products.panel * bytes_) {}
+  int64_t depth() const { return depth_; }
+  char* operator[](int64_t panel) const { return buffer_.at_byte(panel * bytes_); }
+  void pack(const View& matrix, int64_t first, int64_t panel) const {
+    products_.pack_panel(matrix, first, depth_, (*this)[panel]);
+  }
+
+ private:
+  Products products_;
+  int64_t depth_, bytes_;
+  Buffer buffer_;
+};
+
+// The right operand: a matrix in tiles of `width` columns.
+class Tiles {
+ public:
+  Tiles(const Products& products, int64_t columns, int64_t depth, int64_t width)
+      : products_(products),
+        columns_(columns),
+        depth_(round_up(depth, products.depth_group)),
+        width_(width),
+        bytes_(width * depth_ * products.element_bytes),
+        buffer_(count() * bytes_) {}
+  int64_t count() const { return (columns_ + width_ - 1) / width_; }
+  int64_t width() const { return width_; }
+  int64_t depth() const { return depth_; }
+  int64_t padded_columns(int64_t tile) const {
+    return round_up(std::min(width_, columns_ - tile * width_), products_.group);
+  }
+  char* operator[](int64_t tile) const { return buffer_.at_byte(tile * bytes_); }
+  void pack(const View& matrix, int64_t tile) const {
+    const int64_t first = tile * width_;
+    products_.pack_tile(matrix, first, std::min(width_, columns_ - first), depth_, (*this)[tile]);
+  }
+
+ private:
+  Products products_;
+  int64_t columns_, depth_, width_, bytes_;
+  Buffer buffer_;
+};
+
+int64_t tile_columns(const Products& products, int64_t depth) {
+  const int64_t fitting = kTileBytes / (round_up(depth, products.depth_group) * products.element_bytes);
+  return std::clamp(fitting / products.group * products.group, products.group, kMostTileColumns);
+}
+
+// Runs function(i) for i in [0, count) on torch's threads, each of which takes a share of them in order.
+template <class Function>
+void parallel(const Products& products, int64_t count, Function function) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) function(i);
+    products.release();
+  });
+}
+
+// A strip of [0, size) for each thread, of whole panels.
+template <class Function>
+void parallel_strips(const Products& products, int64_t size, Function function) {
+  const int64_t strip = round_up((size + at::get_num_threads() - 1) / at::get_num_threads(), products.panel);
+  parallel(products, (size + strip - 1) / strip, [&](int64_t i) {
+    function(i * strip, std::min(size, (i + 1) * strip));
+  });
+}
+
+std::vector<Panels> pack_hidden_states(const Products& products, at::TensorList hiddens) {
+  std::vector<Panels> packed;
+  for (const Tensor& hidden : hiddens) {
+    const Panels& panels = packed.emplace_back(products, hidden.size(0), hidden.size(1));
+    const View matrix = view(hidden);
+    parallel(products, (hidden.size(0) + products.panel - 1) / products.panel, [&](int64_t panel) {
+      panels.pack(matrix, panel * products.panel, panel);
+    });
+  }
+  return packed;
+}
+
+const float* bias_of(const std::optional<Tensor>& bias) { return bias ? bias->const_data_ptr<float>() : nullptr; }
+
+// -------------------------------------------------------------------------------------------------------- forward
+
+// hiddens: one or two (N, D); weight: (V, D), float32, bfloat16 or float16; targets: (N,) in [0, V); bias: (V,) float32.
+// scale: of differences of h Wᵀ + bias to bits. Returns the running sums of each share of the vocabulary, (branches,
+// 3 or 4, shares, N) float64: maximum, sum, weighted and, for two branches, cross; and the target's logit, (branches, N)
+// float32.
+std::tuple<Tensor, Tensor> forward(
+    at::TensorList hiddens, const Tensor& weight, const Tensor& targets, const std::optional<Tensor>& bias,
+    double scale) {
+  const Products products = products_for(weight.scalar_type());
+  const int64_t branches = hiddens.size(), n = targets.size(0), vocab = weight.size(0), depth = weight.size(1);
+  const int64_t width = tile_columns(products, depth), tiles = (vocab + width - 1) / width;
+  const int64_t shares = std::min<int64_t>(at::get_num_threads(), tiles), fields = branches == 2 ? 4 : 3;
+  const std::vector<Panels> panels = pack_hidden_states(products, hiddens);
+  const Tensor partial = at::zeros({branches, fields, shares, n}, at::kDouble);
+  partial.select(1, 0).fill_(kLowest);
+  const Tensor target_logits = at::empty({branches, n}, at::kFloat);
+  double* sums = partial.mutable_data_ptr<double>();
+  float* found = target_logits.mutable_data_ptr<float>();
+  const int64_t* target = targets.const_data_ptr<int64_t>();
+  const float* biases = bias_of(bias);
+  const View columns = transposed(view(weight));
+
+  parallel(products, shares, [&](int64_t share) {
+    const Tiles tile(products, width, depth, width);
+    const Buffer logits(branches * products.panel * width * sizeof(float));
+    for (int64_t t = tiles * share / shares; t < tiles * (share + 1) / shares; ++t) {
+      const int64_t first = t * width, count = std::min(width, vocab - first);
+      products.pack_tile(columns, first, count, panels[0].depth(), tile[0]);
+      for (int64_t row = 0; row < n; row += products.panel) {
+        const int64_t rows = std::min(products.panel, n - row);
+        Running running[2];
+        for (int64_t branch = 0; branch < branches; ++branch) {
+          float* out = logits.floats() + branch * products.panel * width;
+          products.multiply(panels[branch].depth(), round_up(count, products.group),
+                            panels[branch][row / products.panel], tile[0], out, width, false);
+          auto field = [&](int64_t f) { return sums + ((branch * fields + f) * shares + share) * n + row; };
+          running[branch] = {out, field(0), field(1), field(2), branches == 2 ? field(3) : nullptr};
+        }
+        processor().statistics(rows, count, width, biases ? biases + first : nullptr, static_cast<float>(scale),
+                               running[0], branches == 2 ? &running[1] : nullptr);
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t column = target[row + i] - first;
+          if (column >= 0 && column < count)
+            for (int64_t branch = 0; branch < branches; ++branch)
+              found[branch * n + row + i] = running[branch].logits[i * width + column];
+        }
+      }
+    }
+  });
+  // To bits, and to differences of distances from the maxima.
+  if (branches == 2) {
+    const Tensor maximum = partial.select(1, 0), moved = maximum[0] - maximum[1];
+    partial.select(1, 3).sub_(partial.select(1, 1) * moved);
+  }
+  partial.narrow(1, 2, fields - 2).mul_(scale);
+  return {partial, target_logits};
+}
+
+// ------------------------------------------------------------------------------------------------------- backward
+
+// C[rows first ... last of A] (+)= A B, with A packed here and B packed before.
+void multiply_strip(
+    const Products& products, const View& a, const Tiles& b, int64_t first, int64_t last, float* c, int64_t stride,
+    bool add) {
+  const Panels panels(products, last - first, b.depth());
+  for (int64_t row = first; row < last; row += products.panel)
+    panels.pack(a, row, (row - first) / products.panel);
+  for (int64_t tile = 0; tile < b.count(); ++tile)
+    for (int64_t row = first; row < last; row += products.panel)
+      products.multiply(panels.depth(), b.padded_columns(tile), panels[(row - first) / products.panel], b[tile],
+                        c + row * stride + tile * b.width(), stride, add);
+}
+
+// One branch in the backward pass.
+struct Side {
+  View hidden;
+  const double* numbers;
+  bool written;        // its logits have a gradient
+  float* grad_hidden;  // (N, D), both rounded up; or null
+  Buffer gradient;     // of its logits, for a chunk and a batch
+  std::vector<Tiles> hidden_tiles;  // of each batch, the right operand of ∂W
+};
+
+// hiddens, weight, targets, bias, scale: as in `forward`. numbers: (7, N) float64 of each branch, see processor.h.
+// written: which branches' logits have a gradient. needs_hidden: which hidden states want theirs.
+// Returns the gradients asked for, of the hidden states, then weight, in the inputs' dtype, then bias in float32.
+std::vector<Tensor> backward(
+    at::TensorList hiddens, at::TensorList numbers, const Tensor& weight, const Tensor& targets,
+    const std::optional<Tensor>& bias, double scale, const c10::List<bool>& written,
+    const c10::List<bool>& needs_hidden, bool needs_weight, bool needs_bias) {
+  const Products products = products_for(weight.scalar_type());
+  const int64_t n = targets.size(0), vocab = weight.size(0), depth = weight.size(1);
+  const int64_t width = tile_columns(products, depth);
+  const int64_t chunk = round_up(std::max(kChunkColumns, width * at::get_num_threads()), width);
+  const int64_t batch = std::min(round_up(n, products.panel), std::max<int64_t>(1, kChunkElements / chunk / products.panel) * products.panel);
+  const int64_t padded_depth = round_up(depth, products.group), padded_rows = round_up(n, products.panel);
+  const std::vector<Panels> panels = pack_hidden_states(products, hiddens);
+
+  std::vector<Tensor> grads_hidden;
+  std::vector<Side> sides;
+  for (size_t i = 0; i < hiddens.size(); ++i) {
+    grads_hidden.push_back(needs_hidden[i] ? at::zeros({padded_rows, padded_depth}, at::kFloat) : Tensor());
+    float* grad_hidden = needs_hidden[i] ? grads_hidden[i].mutable_data_ptr<float>() : nullptr;
+    Side& side = sides.emplace_back(Side{view(hiddens[i]), numbers[i].const_data_ptr<double>(), written[i],
+                                         grad_hidden, Buffer(batch * chunk * sizeof(float)), {}});
+    for (int64_t row = 0; needs_weight && written[i] && row < n; row += batch) {
+      const View rows = slice_rows(side.hidden, row, batch, weight.element_size());
+      const Tiles& tiles = side.hidden_tiles.emplace_back(products, depth, rows.rows, tile_columns(products, rows.rows));
+      parallel(products, tiles.count(), [&](int64_t tile) { tiles.pack(rows, tile); });
+    }
+  }
+  const Tensor grad_weight = needs_weight ? at::empty_like(weight, at::MemoryFormat::Contiguous) : Tensor();
+  const Tensor grad_bias = needs_bias ? at::zeros({vocab}, at::kFloat) : Tensor();
+  const Tensor chunk_weight = needs_weight ? at::empty({round_up(chunk, products.panel), padded_depth}, at::kFloat) : Tensor();
+  const Tiles weight_tiles(products, depth, chunk, tile_columns(products, chunk));
+  const View weights = view(weight);
+  const int64_t* target = targets.const_data_ptr<int64_t>();
+  const float* biases = bias_of(bias);
+
+  for (int64_t start = 0; start < vocab; start += chunk) {
+    const int64_t size = std::min(chunk, vocab - start);
+    const View chunk_rows = slice_rows(weights, start, size, weight.element_size());
+    parallel(products, weight_tiles.count(), [&](int64_t tile) { weight_tiles.pack(chunk_rows, tile); });
+    for (int64_t row = 0; row < n; row += batch) {
+      const int64_t rows = std::min(batch, n - row);
+      parallel(products, (size + width - 1) / width, [&](int64_t t) {
+        const int64_t first = t * width, count = std::min(width, size - first);
+        const Tiles tile(products, width, depth, width);
+        products.pack_tile(transposed(chunk_rows), first, count, panels[0].depth(), tile[0]);
+        for (int64_t r = 0; r < rows; r += products.panel) {
+          Numbers number[2];
+          for (size_t i = 0; i < sides.size(); ++i) {
+            float* logits = sides[i].gradient.floats() + r * chunk + first;
+            products.multiply(panels[i].depth(), round_up(count, products.group), panels[i][(row + r) / products.panel],
+                              tile[0], logits, chunk, false);
+            number[i] = {logits, chunk, sides[i].numbers + row + r, n, sides[i].written};
+          }
+          processor().gradients(std::min(products.panel, rows - r), count, target + row + r, start + first,
+                                biases ? biases + start + first : nullptr, static_cast<float>(scale), number[0],
+                                sides.size() == 2 ? &number[1] : nullptr);
+        }
+      });
+      bool add = row > 0;
+      for (Side& side : sides) {
+        if (!side.written) continue;
+        const View gradient{side.gradient.floats(), Dtype::f32, rows, size, chunk, 1};
+        if (side.grad_hidden)
+          parallel_strips(products, rows, [&](int64_t first, int64_t last) {
+            multiply_strip(products, gradient, weight_tiles, first, last, side.grad_hidden + row * padded_depth,
+                           padded_depth, true);
+          });
+        if (needs_weight) {
+          parallel_strips(products, size, [&](int64_t first, int64_t last) {
+            multiply_strip(products, transposed(gradient), side.hidden_tiles[row / batch], first, last,
+                           chunk_weight.mutable_data_ptr<float>(), padded_depth, add);
+          });
+          add = true;
+        }
+        if (needs_bias)
+          grad_bias.narrow(0, start, size) +=
+              at::from_blob(side.gradient.floats(), {rows, size}, {chunk, 1}, at::kFloat).sum(0, false, at::kDouble);
+      }
+    }
+    if (needs_weight)
+      grad_weight.narrow(0, start, size).copy_(chunk_weight.narrow(0, 0, size).narrow(1, 0, depth));
+  }
+
+  std::vector<Tensor> results;
+  for (const Tensor& grad : grads_hidden)
+    if (grad.defined())
+      results.push_back(grad.narrow(0, 0, n).narrow(1, 0, depth).to(weight.scalar_type()).contiguous());
+  if (needs_weight) results.push_back(grad_weight);
+  if (needs_bias) results.push_back(grad_bias);
+  return results;
+}
+
+}  // namespace
+}  // namespace vogue
+
+TORCH_LIBRARY(vogue_cpu, library) {
+  library.def("forward(Tensor[] hiddens, Tensor weight, Tensor targets, Tensor? bias, float scale) -> (Tensor, Tensor)");
+  library.def(
+      "backward(Tensor[] hiddens, Tensor[] numbers, Tensor weight, Tensor targets, Tensor? bias, float scale, "
+      "bool[] written, bool[] needs_hidden, bool needs_weight, bool needs_bias) -> Tensor[]");
+  library.def("description() -> str", vogue::description);
+}
+
+TORCH_LIBRARY_IMPL(vogue_cpu, CPU, library) {
+  library.impl("forward", vogue::forward);
+  library.impl("backward", vogue::backward);
+}

@@ -1,0 +1,69 @@
+// What an instruction set provides: matrix products of packed tiles, and the arithmetic on rows of logits.
+//
+// processor.cpp is compiled once for each instruction set. It and this header include nothing of torch or of the
+// standard library that could leave an inline function behind: the linker keeps one copy of such a function, and that
+// one must not hold instructions which the processor at hand lacks.
+#pragma once
+#include <cstdint>
+
+namespace vogue {
+
+enum class Dtype { f32, bf16, f16 };
+
+// A matrix as torch holds it: element (i, j) is data[i * row_stride + j * column_stride].
+struct View {
+  const void* data;
+  Dtype dtype;
+  int64_t rows, columns, row_stride, column_stride;
+};
+
+// C = A B, or C += A B, in float32 from packed operands: A in panels of `panel` rows, B in tiles of columns, both with
+// zeros where they are padded: A to whole panels, B to a multiple of `group` columns, the depth to one of `depth_group`.
+struct Products {
+  int64_t panel, group, depth_group, element_bytes;
+  // Rows first ... first + panel of `a`.
+  void (*pack_panel)(const View& a, int64_t first, int64_t depth, void* out);
+  // Columns first ... first + columns of `b`.
+  void (*pack_tile)(const View& b, int64_t first, int64_t columns, int64_t depth, void* out);
+  // One panel by one tile of `columns` (padded) columns; c: (panel, columns), its rows `stride` apart.
+  void (*multiply)(int64_t depth, int64_t columns, const void* a, const void* b, float* c, int64_t stride, bool add);
+  // Called by a thread when it has no product left to do for now.
+  void (*release)();
+};
+
+// One branch of some tokens, whose logits of one tile of the vocabulary are at hand. Everything after `logits` is the
+// running state of these tokens, one number for each, with e = 2^((l − maximum) scale):
+struct Running {
+  float* logits;     // (rows, stride)
+  double* maximum;   // of l = h Wᵀ + bias
+  double* sum;       // Σ e
+  double* weighted;  // Σ e (l − maximum)
+  double* cross;     // Σ e (l − l of the other branch); only with two branches
+};
+
+// The numbers of a branch for the gradient of its logits, each (tokens,), `stride` apart:
+// m, log2 s, c0 ... c4 with p = 2^((l − m) scale − log2 s), q the same of the other branch, and
+//   gradient = p (c0 + c1 log2 p + c2 (log2 p − log2 q)) − c3 q + c4 [column is the target]
+struct Numbers {
+  float* logits;  // (rows, logits_stride), overwritten by the gradient if `written`
+  int64_t logits_stride;
+  const double* numbers;
+  int64_t stride;
+  bool written;
+};
+
+struct Processor {
+  const char* name;
+  Products f32, bf16;
+  // Add the bias (null: none) to a tile of logits in place, and take the tile into the running sums. b: null for one.
+  void (*statistics)(
+      int64_t rows, int64_t columns, int64_t stride, const float* bias, float scale, const Running& a, const Running* b);
+  // Turn a tile of h Wᵀ into the gradient of the logits. `targets` count from the tile's first column. b: null for one.
+  void (*gradients)(
+      int64_t rows, int64_t columns, const int64_t* targets, int64_t first, const float* bias, float scale, Numbers a,
+      Numbers* b);
+};
+
+extern const Processor portable, avx2, avx512;
+
+}  // namespace vogue

@@ -1,0 +1,126 @@
+"""What the backends have in common: branches in the backward pass, and the running sums of the compiled kernels.
+
+A backend is a module with two functions, which take checked arguments and tokens none of which is skipped:
+
+    forward(hiddens, weight, targets, bias, temperature)
+        one branch: (logprob, entropy, maximum, logsum), two: the seven results of BranchStats and then maximum and
+        logsum of each; all (N,) float64. Maximum and logsum are for the backward pass, which alone understands them.
+    backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias)
+        (gradients of the branches' hidden states, of weight, of bias), None where they aren't needed.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LN2 = math.log(2)
+
+
+class Branch(NamedTuple):
+    """One branch in the backward pass: p is its own softmax, q the other's. All but `hidden` are (N,), all but what
+    arrives float64: where a divergence is large, so is what cancels in its gradient."""
+
+    hidden: Tensor
+    maximum: Tensor
+    logsum: Tensor
+    entropy: Tensor
+    kl: Tensor | None  # KL(p‖q)
+    g_logprob: Tensor | None  # what arrives at a result, over τ: ∂/∂(h Wᵀ + bias) = ∂/∂logits / τ
+    g_entropy: Tensor | None
+    g_kl: Tensor | None  # of KL(p‖q)
+    g_kl_other: Tensor | None  # of KL(q‖p)
+
+    @property
+    def crosses(self) -> bool:
+        """Whether the gradient of its logits depends on the other branch."""
+        return self.g_kl is not None or self.g_kl_other is not None
+
+    @property
+    def used(self) -> bool:
+        """Whether its logits have a gradient."""
+        return self.crosses or self.g_logprob is not None or self.g_entropy is not None
+
+    def select(self, index) -> "Branch":
+        return Branch(*(field if field is None else field[index] for field in self))
+
+
+def one_branch(grads, hidden, saved, temperature) -> list[Branch]:
+    """grads: those of (logprob, entropy), each (N,) or None. saved: (entropy, maximum, logsum)."""
+    entropy, maximum, logsum = saved
+    return [Branch(hidden, maximum, logsum, entropy, None, *_over(grads, temperature), None, None)]
+
+
+def two_branches(grads, hidden_raw, hidden_noisy, saved, temperature) -> list[Branch]:
+    """grads: those of the seven results, each (N,) or None.
+
+    saved: (entropy_raw, entropy_noisy, kl_raw_noisy, kl_noisy_raw, then maximum and logsum of raw and of noisy).
+    """
+    g_logp_raw, g_logp_noisy, g_ent_raw, g_ent_noisy, g_forward, g_reverse, g_symmetric = _over(grads, temperature)
+    ent_raw, ent_noisy, kl_forward, kl_reverse, max_raw, logsum_raw, max_noisy, logsum_noisy = saved
+    if g_symmetric is not None:
+        half = g_symmetric / 2
+        g_forward = half if g_forward is None else g_forward + half
+        g_reverse = half if g_reverse is None else g_reverse + half
+    of_raw = (g_logp_raw, g_ent_raw, g_forward, g_reverse)
+    of_noisy = (g_logp_noisy, g_ent_noisy, g_reverse, g_forward)
+    return [
+        Branch(hidden_raw, max_raw, logsum_raw, ent_raw, kl_forward, *of_raw),
+        Branch(hidden_noisy, max_noisy, logsum_noisy, ent_noisy, kl_reverse, *of_noisy),
+    ]
+
+
+def _over(grads, temperature):
+    """Dividing the (N,) gradients saves a pass over every tile."""
+    return [None if grad is None else grad / temperature for grad in grads]
+
+
+# ----------------------------------------------------------------------------------------- the compiled kernels
+
+# They work in bits on l = h Wᵀ + bias, before the division by τ: e = 2^((l − max) scale), scale = 1 / (τ ln 2).
+
+
+def log2_scale(temperature: float) -> float:
+    """Rounded to float32, as in the kernels, for the merge's sake."""
+    return torch.tensor(1 / (temperature * LN2), dtype=torch.float32).item()
+
+
+def merge(partial: Tensor, target_logits: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """The results of `forward`, float64, from the running sums of shares of the vocabulary.
+
+    partial: (branches, 3 or 4, shares, N) float64: maximum, Σ e, Σ e log₂ e and, with two branches, Σ e (log₂ e − log₂
+    of the other branch's e), each relative to the share's own maxima. target_logits: (branches, N) float64.
+    The maximum that is returned is that of l, the logsum is in bits.
+    """
+    maximum, total, weighted = partial[:, 0], partial[:, 1], partial[:, 2]
+    top = maximum.amax(1)
+    shift = (maximum - top.unsqueeze(1)) * scale
+    factor = shift.exp2()
+    weighted = (factor * (weighted + total * shift)).sum(1)
+    if len(partial) == 2:
+        cross = (factor * (partial[:, 3] + total * (shift[0] - shift[1]))).sum(1)
+    total = (factor * total).sum(1)
+    logsum = total.log2()
+    logprob = ((target_logits - top) * scale - logsum) * LN2
+    entropy = (logsum - weighted / total) * LN2
+    if len(partial) == 1:
+        return logprob[0], entropy[0], top[0], logsum[0]
+    expected = cross / total
+    difference = logsum[0] - logsum[1]
+    divergences = (expected[0] - difference, difference - expected[1], (expected[0] - expected[1]) / 2)
+    # A divergence below zero is rounding.
+    return *logprob, *entropy, *((x * LN2).clamp(min=0) for x in divergences), top[0], logsum[0], top[1], logsum[1]
+
+
+def numbers(branch: Branch) -> Tensor:
+    """(7, N) float64: m, log₂ s, c₀ ... c₄ of a branch, with which the gradient of its logits is
+
+    p (c₀ + c₁ log₂ p + c₂ (log₂ p − log₂ q)) − c₃ q + c₄ 1[v=y]
+    """
+    zero = torch.zeros_like(branch.maximum)
+    g_logprob, g_entropy, g_kl, g_kl_other = (
+        zero if g is None else g for g in (branch.g_logprob, branch.g_entropy, branch.g_kl, branch.g_kl_other)
+    )
+    constant = g_kl_other - g_logprob - g_entropy * branch.entropy - g_kl * (zero if branch.kl is None else branch.kl)
+    return torch.stack([branch.maximum, branch.logsum, constant, -LN2 * g_entropy, LN2 * g_kl, g_kl_other, g_logprob])
