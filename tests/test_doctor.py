@@ -1,4 +1,5 @@
 import io
+import re
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ from vogue.doctor import Finding
 
 WELL = {
     "torch": Finding({"build": "the CPU", "gpus": []}),
-    "kernels": Finding({"triton": "no GPU", "cpu": None, "torch": None}),
+    "kernels": Finding({"backends": {"triton": "no GPU", "cpu": None, "torch": None}, "cpu": "avx2"}),
     "deepspeed": Finding("ZeRO-3 on cpu, gloo"),
     "vllm": Finding("generates on cpu"),
     "hf": Finding("generates wherever torch runs"),
@@ -28,6 +29,7 @@ def test_a_whole_environment_can_train(monkeypatch):
     assert code == 0
     assert "A training can run here." in text
     assert "no GPU" in text  # why the triton backend can't
+    assert re.search(r"kernels: cpu +│? *yes +│? *avx2", text)
 
 
 def test_without_deepspeed_it_fails_and_names_the_extra(monkeypatch):

@@ -38,7 +38,9 @@ print(json.dumps({"build": build, "gpus": gpus}))
 """,
     "kernels": """
 import json, vogue_kernels
-print(json.dumps(vogue_kernels.available_backends()))
+from vogue_kernels import cpu
+backends = vogue_kernels.available_backends()
+print(json.dumps({"backends": backends, "cpu": cpu.description() if backends["cpu"] is None else ""}))
 """,
     "deepspeed": """
 import json, deepspeed
@@ -182,8 +184,10 @@ def run(console: Console) -> int:
     def row(part: str, reason: str | None, detail: str = "") -> None:
         table.add_row(part, "[red]no" if reason else "[green]yes", escape(reason or detail))
 
-    for name, reason in (findings["kernels"].value or {"any": findings["kernels"].reason}).items():
-        row(f"kernels: {name}", reason)
+    kernels = findings["kernels"].value or {"backends": {"any": findings["kernels"].reason}}
+    details = {"cpu": kernels.get("cpu", ""), "torch": "anywhere, slower and with more memory"}
+    for name, reason in kernels["backends"].items():
+        row(f"kernels: {name}", reason, details.get(name, ""))
     row("training: deepspeed", findings["deepspeed"].reason, findings["deepspeed"].value)
     for engine in ("vllm", "hf"):
         row(f"rollout: {engine}", findings[engine].reason, findings[engine].value)

@@ -27,8 +27,8 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kTileBytes = 512 << 10;      // of a packed tile of the weight: it is to stay in the second-level cache
-constexpr int64_t kMostTileColumns = 256;
-constexpr int64_t kChunkColumns = 512;         // of the vocabulary in the backward pass, or a tile for each thread
+constexpr int64_t kMostTileColumns = 128;
+constexpr int64_t kChunkColumns = 1024;       // of the vocabulary in the backward pass; more if threads would get no tile
 constexpr int64_t kChunkElements = 1 << 21;    // of the gradient of a branch's logits: 8 MB
 constexpr double kLowest = -1e30;              // below every logit, and far from overflow
 

@@ -145,8 +145,9 @@ void multiply_bf16(int64_t depth, int64_t columns, const void* a, const void* b,
 
 // ---------------------------------------------------------------------------------------------- products in float32
 
-// One panel by one group of columns: all sums stay in registers over the whole depth.
+// One panel by one group of columns: all sums stay in registers.
 void multiply_group(int64_t depth, const float* a, const float* b, float* c, int64_t stride, bool add) {
+  for (int i = 0; i < kPanel; ++i) __builtin_prefetch(c + i * stride, 1);
   Vector sums[kPanel][2] = {};
   for (int64_t k = 0; k < depth; ++k) {
     const Vector b0 = *reinterpret_cast<const Vector*>(b), b1 = *reinterpret_cast<const Vector*>(b + LANES);
@@ -167,8 +168,11 @@ void multiply_group(int64_t depth, const float* a, const float* b, float* c, int
 }
 
 void multiply(int64_t depth, int64_t columns, const void* a, const void* b, float* c, int64_t stride, bool add) {
+  constexpr int64_t kLongest = 512;  // float32 sums of more terms would lose digits
   for (int64_t j = 0; j < columns; j += kGroup)
-    multiply_group(depth, static_cast<const float*>(a), static_cast<const float*>(b) + j * depth, c + j, stride, add);
+    for (int64_t k = 0; k < depth; k += kLongest)
+      multiply_group(depth - k < kLongest ? depth - k : kLongest, static_cast<const float*>(a) + k * kPanel,
+                     static_cast<const float*>(b) + j * depth + k * kGroup, c + j, stride, add || k > 0);
 }
 
 void release() {}

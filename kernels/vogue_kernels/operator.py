@@ -8,7 +8,9 @@ view, copy or cast of it, and is read there anew.
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -122,10 +124,17 @@ def _refusal(name: str, weight: Tensor) -> str | None:
     return None
 
 
+@cache
+def _warn_of_reference(reason: str) -> None:
+    warnings.warn(f"vogue_kernels runs with PyTorch operators, not with compiled kernels: {reason}", stacklevel=2)
+
+
 def _implementation(backend: str, weight: Tensor):
     reasons = {name: reason or _refusal(name, weight) for name, reason in available_backends().items()}
     if backend == "auto":  # the interpreter is for those who ask for it
         backend = next(name for name, reason in reasons.items() if not reason and (weight.is_cuda or name != "triton"))
+        if backend == "torch" and weight.device.type == "cpu" and (reason := available_backends()["cpu"]):
+            _warn_of_reference(reason)
     elif backend not in reasons:
         raise ValueError(f"unknown backend {backend!r}: choose one of auto, {', '.join(reasons)}")
     elif reasons[backend] is not None:

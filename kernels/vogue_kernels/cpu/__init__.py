@@ -5,6 +5,7 @@ ATEN_CPU_CAPABILITY overrides), and bfloat16 products (AMX, AVX-512) where torch
 float32, exactly. VOGUE_CPU_PRODUCTS=bf16 or f32 overrides that, for tests and comparisons.
 """
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from ..branches import log2_scale, merge, numbers
 LIBRARY = Path(__file__).with_name("_C.so")
 
 
+@cache
 def why_not() -> str | None:
     """Why the library can't be used, None if it can. Loads it."""
     if not LIBRARY.exists():
