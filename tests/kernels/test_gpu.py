@@ -40,6 +40,18 @@ def test_triton_in_many_batches_chunks_and_shares_is_as_exact_as_plain_pytorch(c
     assert_branch_stats_as_exact_as_plain(case, "triton")
 
 
+@pytest.mark.skipif(not INTERPRETING, reason="runs in the interpreter")
+@pytest.mark.parametrize(
+    "case", [Case("rising", 5, 72, 1500, "bf16", 1.3, True), Case("rising", 5, 72, 1500, "f32")], ids=str
+)
+def test_the_sums_follow_the_maximum_from_tile_to_tile_of_a_share(case, monkeypatch):
+    gpu = importlib.import_module("vogue_kernels.gpu")
+    monkeypatch.setattr(gpu, "INTERPRETER_TILE", gpu.Tile(16, 128, 32, 1, 1))
+    monkeypatch.setattr(gpu, "_processors", lambda weight: 2)
+    assert gpu.share_size(blocks=1, tiles=12, processors=2) == 6
+    assert_branch_stats_as_exact_as_plain(case, "triton")
+
+
 def test_auto_leaves_the_interpreter_to_those_who_ask_for_it(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert operator.available_backends()["triton"] is None

@@ -53,6 +53,8 @@ class Case:
             noisy = 200 * weight[targets.roll(1)]
         elif self.rows == "negative":  # a tail masked with 0 instead of −inf would win here
             raw, noisy, weight = raw.abs() + 3, noisy.abs() + 3, -weight.abs() - 0.2
+        elif self.rows == "rising":  # along the vocabulary, not equally in both branches: each tile moves both maxima
+            raw[:, 0], noisy[:, 0], weight[:, 0] = 12, 7, torch.linspace(0, 1, self.v)
         elif self.rows == "huge":
             scale = 1e4 / (raw @ weight.t()).abs().max()
             raw, noisy = scale * raw, scale * noisy
@@ -71,8 +73,8 @@ CASES = [
     Case("normal", 2, 16, 152064, "f32"),
     Case("normal", 1100, 24, 515, "f32", 0.7, True),
     Case("normal", 37, 72, 1500, "bf16", 1.3, True),
-    *(Case(rows, 33, 72, 2051, "f32") for rows in ("flat", "peaked", "onehot", "negative", "huge")),
-    *(Case(rows, 33, 72, 2051, "bf16") for rows in ("flat", "peaked", "onehot", "negative", "huge")),
+    *(Case(rows, 33, 72, 2051, "f32") for rows in ("flat", "peaked", "onehot", "negative", "rising", "huge")),
+    *(Case(rows, 33, 72, 2051, "bf16") for rows in ("flat", "peaked", "onehot", "negative", "rising", "huge")),
 ]
 
 
