@@ -1,6 +1,6 @@
 """What the Triton kernels compile to, and the roofline bound of two models' heads. Needs no GPU.
 
-    python bench/gpu_static.py [--arch 80 90 100] [--json FILE]
+    python bench/gpu_static.py [--arch sm_80 sm_90 sm_100 gfx942] [--json FILE]
 
 Every tile of vogue_kernels/gpu is compiled ahead of time for bfloat16 and float32: registers and local memory of a
 thread, shared memory of a program, programs that fit on a multiprocessor, tensor instructions. D and V are arguments of
@@ -30,11 +30,13 @@ from triton.compiler import ASTSource
 
 from vogue_kernels import gpu
 
-ARCHITECTURES = (80, 90, 100)
+TARGETS = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
-TENSOR_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
-SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # of a multiprocessor; 1 KB goes to each program
-REGISTERS = 1 << 16
+# Of the tensor cores of sm_80, sm_90, sm_100 and of gfx942; and loads by TMA.
+INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma_f32", "cp.async.bulk.tensor")
+# Of a multiprocessor; on NVIDIA 1 KB of it goes to each program.
+SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "gfx942": 64 << 10}
 
 # Name: kernel, constants, key of the tile. Terms of a gradient that isn't asked for are compiled out: these are the one
 # of VOGUE's own loss and those with everything.
@@ -54,56 +56,82 @@ VARIANTS = {
     "gradient both, bias": (GRADIENT, {"BOTH": True, "BIAS": True, **EVERYTHING}, "gradient both"),
 }
 
-POINTERS = {"targets": "*i64", "partial": "*fp32", "target_logits": "*fp32", "numbers_a": "*fp32", "numbers_b": "*fp32"}
-IN_DTYPE = ("hidden_raw", "hidden_noisy", "hidden_a", "hidden_b", "weight", "bias", "gradient_a", "gradient_b")
+MATRICES = {
+    **dict.fromkeys(("hidden_raw", "hidden_noisy", "hidden_a", "hidden_b"), "tokens"),
+    "weight": "vocab",
+}
+IN_DTYPE = (*MATRICES, "bias", "gradient_a", "gradient_b")
+POINTERS = {"targets": "*i64", **dict.fromkeys(("partial", "target_logits", "numbers_a", "numbers_b"), "*fp32")}
 MULTIPLES_OF_16 = ("V", "D", "stride")
 
 
-def compile_variant(name: str, dtype: str, architecture: int) -> dict:
+def compile_variant(name: str, dtype: str, architecture: str) -> dict:
     """Compile as a launch with aligned tensors would, and return what the compiled kernel uses."""
-    kernel, constants, key = VARIANTS[name]
-    tile = gpu.pick_tile(key, DTYPES[dtype], architecture)
-    options = {**gpu.launch_options(tile, tile.depth), **constants}
-    launch = {option: options.pop(option) for option in ("num_warps", "num_stages", "enable_fp_fusion")}
+    kernel, _, key = VARIANTS[name]
+    tile, target = gpu.pick_tile(key, DTYPES[dtype], architecture), TARGETS[architecture]
+    signature, constants, aligned = specialize(name, dtype, tile)
     names = kernel.arg_names
-    types = {**POINTERS, **{name: {"bf16": "*bf16", "f32": "*fp32"}[dtype] for name in IN_DTYPE}, "log2_scale": "fp32"}
-    signature = {name: "constexpr" if name in options else types.get(name, "i32") for name in names}
-    aligned = [name for name in names if signature[name].startswith("*") or name in MULTIPLES_OF_16]
+    options = {option: constants.pop(option) for option in ("num_warps", "num_stages", "enable_fp_fusion")}
     source = ASTSource(
         kernel,
         signature,
-        constexprs={(names.index(name),): value for name, value in options.items()},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
-    registers, stack, local = resources(compiled.asm["cubin"])
-    shared, threads = compiled.metadata.shared, 32 * tile.warps
-    by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
+    compiled = triton.compile(source, target=target, options=options)
+    registers, local, assembly = amd_code(compiled) if target.backend == "hip" else nvidia_code(compiled)
+    shared = compiled.metadata.shared
     return {
-        "architecture": f"sm_{architecture}",
+        "architecture": architecture,
         "kernel": name,
         "dtype": dtype,
         "tile": tile._asdict(),
         "registers": registers,
-        "local_bytes": stack + local,  # of a thread; all of it is spilled registers
+        "local_bytes": local,  # of a thread; all of it is spilled registers
         "shared_bytes": shared,
-        "programs_per_sm": min(by_registers, SHARED_BYTES[architecture] // (shared + 1024), 2048 // threads),
-        "tensor_instructions": {
-            instruction: count
-            for instruction in TENSOR_INSTRUCTIONS
-            if (count := len(re.findall(rf"\b{re.escape(instruction)}\b", compiled.asm["ptx"])))
-        },
+        "programs_per_sm": programs(architecture, registers, shared, tile.warps),
+        "instructions": {instruction: count for instruction in INSTRUCTIONS if (count := assembly.count(instruction))},
     }
 
 
-def resources(cubin: bytes) -> tuple[int, ...]:
-    """(registers, bytes of stack, bytes of local memory) of a thread."""
+def specialize(name: str, dtype: str, tile: gpu.Tile) -> tuple[dict, dict, list]:
+    """(types of the kernel's arguments, constants and options, arguments known to be multiples of 16)."""
+    kernel, constants, _ = VARIANTS[name]
+    constants = {**gpu.launch_options(tile, tile.depth), **constants}
+    element = {"bf16": "bf16", "f32": "fp32"}[dtype]
+    types = {**POINTERS, **dict.fromkeys(IN_DTYPE, f"*{element}"), "log2_scale": "fp32"}
+    if tile.tma:
+        blocks = {"tokens": tile.tokens, "vocab": tile.vocab}
+        types |= {name: f"tensordesc<{element}[{blocks[side]}, {tile.depth}]>" for name, side in MATRICES.items()}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in MULTIPLES_OF_16]
+    return signature, constants, aligned
+
+
+def nvidia_code(compiled) -> tuple[int, int, str]:
+    """(registers and bytes of local memory of a thread, assembly)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return tuple(int(re.search(rf"{field}:(\d+)", text)[1]) for field in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (int(re.search(rf"{field}:(\d+)", text)[1]) for field in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local, compiled.asm["ptx"]
+
+
+def amd_code(compiled) -> tuple[int, int, str]:
+    """The same; vector registers, with those for accumulators."""
+    assembly = compiled.asm["amdgcn"]
+    fields = ("vgpr_count", "private_segment_fixed_size")
+    return *(int(re.search(rf"\.{field}: +(\d+)", assembly)[1]) for field in fields), assembly
+
+
+def programs(architecture: str, registers: int, shared: int, warps: int) -> int:
+    """That fit on a multiprocessor: 64 K registers, 64 warps; of gfx942: four SIMDs, each with 512 × 64 and 8 warps."""
+    registers = -(-registers // 8) * 8
+    if architecture == "gfx942":
+        return min(4 * min(512 // registers, 8) // warps, SHARED_BYTES[architecture] // shared)
+    return min((1 << 16) // (registers * 32 * warps), SHARED_BYTES[architecture] // (shared + 1024), 64 // warps)
 
 
 # ---------------------------------------------------------------------------------------------------- roofline
@@ -142,7 +170,7 @@ def bounds() -> list[dict]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--json", type=Path, help="write everything there too")
     arguments = parser.parse_args()
@@ -159,7 +187,7 @@ def main():
                 compiled.append(row)
                 tile = row["tile"]
                 shape = f"{tile['tokens']}×{tile['vocab']}×{tile['depth']}"
-                found = ", ".join(f"{count} {key}" for key, count in row["tensor_instructions"].items()) or "none"
+                found = ", ".join(f"{count} {key}" for key, count in row["instructions"].items()) or "none"
                 figures = [row[key] for key in ("registers", "local_bytes", "shared_bytes", "programs_per_sm")]
                 shown = (row["architecture"], name, dtype, shape, tile["warps"], tile["stages"], *figures, found)
                 print(line.format(*shown), flush=True)

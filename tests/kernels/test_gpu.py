@@ -52,6 +52,29 @@ def test_the_sums_follow_the_maximum_from_tile_to_tile_of_a_share(case, monkeypa
     assert_branch_stats_as_exact_as_plain(case, "triton")
 
 
+@pytest.mark.skipif(not INTERPRETING, reason="runs in the interpreter")
+@pytest.mark.parametrize(
+    "case, described",
+    [
+        (Case("normal", 37, 72, 1500, "bf16", 1.3, True), True),
+        (Case("negative", 33, 72, 2051, "bf16"), True),  # what is read as 0 outside the matrices would win
+        (Case("negative", 33, 72, 2051, "f32"), True),
+        (Case("normal", 7, 33, 515, "bf16"), False),  # rows of 66 bytes
+    ],
+    ids=str,
+)
+def test_loads_through_tensor_descriptors_are_as_exact_as_plain_pytorch(case, described, monkeypatch):
+    gpu = importlib.import_module("vogue_kernels.gpu")
+    monkeypatch.setattr(gpu, "INTERPRETER_TILE", gpu.INTERPRETER_TILE._replace(tma=True))
+    descriptors = []
+    make = gpu.TensorDescriptor.from_tensor
+    monkeypatch.setattr(
+        gpu.TensorDescriptor, "from_tensor", lambda x, block: descriptors.append(block) or make(x, block)
+    )
+    assert_branch_stats_as_exact_as_plain(case, "triton")
+    assert bool(descriptors) == described
+
+
 def test_auto_leaves_the_interpreter_to_those_who_ask_for_it(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert operator.available_backends()["triton"] is None
@@ -87,9 +110,16 @@ def test_shares_of_the_vocabulary_fill_the_processors(blocks, tiles, processors,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "architecture, instruction", [(80, "mma.sync"), (90, "wgmma.mma_async"), (100, "tcgen05.mma")], ids=str
+    "architecture, instructions",
+    [
+        ("sm_80", {"mma.sync"}),
+        ("sm_90", {"wgmma.mma_async", "cp.async.bulk.tensor"}),
+        ("sm_100", {"tcgen05.mma", "cp.async.bulk.tensor"}),
+        ("gfx942", {"v_mfma_f32"}),
+    ],
+    ids=str,
 )
-def test_no_kernel_spills_and_each_uses_the_tensor_cores(architecture, instruction, tmp_path):
+def test_no_kernel_spills_and_each_uses_the_tensor_cores(architecture, instructions, tmp_path):
     script = FOLDER.parent.parent / "bench" / "gpu_static.py"
     command = [sys.executable, script, "--arch", architecture, "--json", tmp_path / "static.json"]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
@@ -100,4 +130,4 @@ def test_no_kernel_spills_and_each_uses_the_tensor_cores(architecture, instructi
     for row in compiled:
         assert row["local_bytes"] == 0, row
         assert row["programs_per_sm"] >= 1, row
-        assert row["dtype"] == "f32" or row["tensor_instructions"].get(instruction), row
+        assert row["dtype"] == "f32" or set(row["instructions"]) == instructions, row

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..branches import log2_scale, merge, numbers
 from .kernels import forward_kernel, logit_gradient_kernel
@@ -35,12 +36,13 @@ class Tile(NamedTuple):
     depth: int
     warps: int
     stages: int
+    tma: bool = False  # hidden states and weight are loaded through tensor descriptors
 
 
-# By compute capability and kernel: wide tiles that keep everything in registers (bench/gpu_static.py) where V and D are
+# By architecture and kernel: wide tiles that keep everything in registers (bench/gpu_static.py) where V and D are
 # multiples of 16. A bias, a second branch and the entropy's gradient need registers of their own.
 TILES = {
-    80: {
+    "sm_80": {
         "forward": Tile(128, 128, 32, 8, 4),
         "forward with bias": Tile(128, 128, 32, 8, 4),
         "forward both": Tile(128, 64, 32, 8, 4),
@@ -48,33 +50,34 @@ TILES = {
         "gradient": Tile(128, 128, 32, 8, 4),
         "gradient both": Tile(64, 128, 64, 8, 3),
     },
-    90: {
-        "forward": Tile(128, 256, 64, 8, 4),
-        "forward with bias": Tile(128, 128, 64, 8, 4),
-        "forward both": Tile(128, 128, 64, 8, 4),
-        "gradient of logprob": Tile(128, 256, 64, 8, 4),
-        "gradient": Tile(128, 128, 64, 8, 4),
-        "gradient both": Tile(128, 64, 64, 8, 4),
+    "sm_90": {
+        "forward": Tile(128, 256, 64, 8, 4, tma=True),
+        "forward with bias": Tile(128, 256, 64, 8, 4, tma=True),
+        "forward both": Tile(128, 128, 64, 8, 4, tma=True),
+        "gradient of logprob": Tile(128, 256, 64, 8, 4, tma=True),
+        "gradient": Tile(128, 128, 64, 8, 4, tma=True),
+        "gradient both": Tile(128, 64, 64, 8, 4, tma=True),
     },
-    100: {
-        "forward": Tile(128, 256, 64, 8, 4),
-        "forward with bias": Tile(128, 128, 64, 8, 4),
-        "forward both": Tile(128, 64, 64, 8, 4),
-        "gradient of logprob": Tile(128, 256, 64, 8, 4),
-        "gradient": Tile(128, 128, 64, 8, 4),
-        "gradient both": Tile(128, 64, 64, 8, 4),
+    "sm_100": {
+        "forward": Tile(128, 256, 64, 8, 4, tma=True),
+        "forward with bias": Tile(128, 128, 64, 8, 4, tma=True),
+        "forward both": Tile(128, 64, 64, 8, 4, tma=True),
+        "gradient of logprob": Tile(128, 256, 64, 8, 4, tma=True),
+        "gradient": Tile(128, 256, 64, 8, 4, tma=True),
+        "gradient both": Tile(128, 64, 64, 8, 4, tma=True),
     },
 }
+TILES["gfx942"] = dict.fromkeys(TILES["sm_90"], Tile(128, 128, 32, 8, 2))
 DEFAULT_TILE = Tile(64, 64, 32, 4, 2)  # other GPUs, which may have 64 KB of shared memory only
 FLOAT32_TILE = Tile(32, 64, 32, 4, 2)  # without tensor cores: TF32 isn't exact enough
 INTERPRETER_TILE = Tile(64, 512, 32, 1, 1)  # wide, because the interpreter pays by the operation
 
 
-def pick_tile(kernel: str, dtype: torch.dtype, capability: int) -> Tile:
-    """kernel: a key of TILES[80]; capability: 90 for sm_90."""
+def pick_tile(kernel: str, dtype: torch.dtype, architecture: str) -> Tile:
+    """kernel: a key of a row of TILES; architecture: "sm_90" or "gfx942", for example."""
     if dtype == torch.float32:
         return FLOAT32_TILE
-    return TILES[capability][kernel] if capability in TILES else DEFAULT_TILE
+    return TILES[architecture][kernel] if architecture in TILES else DEFAULT_TILE
 
 
 # ---------------------------------------------------------------------------------------------------- forward
@@ -90,7 +93,7 @@ def forward(hiddens, weight, targets, bias, temperature):
 
 def _forward_batch(hiddens, weight, targets, bias, temperature):
     n, (vocab, width), both = len(targets), weight.shape, len(hiddens) == 2
-    tile = _tile("forward both" if both else "forward" if bias is None else "forward with bias", weight)
+    tile = _tile("forward both" if both else "forward" if bias is None else "forward with bias", hiddens, weight)
     blocks, tiles = -(-n // tile.tokens), -(-vocab // tile.vocab)
     share = share_size(blocks, tiles, _processors(weight))
     splits = -(-tiles // share)
@@ -99,7 +102,8 @@ def _forward_batch(hiddens, weight, targets, bias, temperature):
     target_logits = targets.new_empty((len(hiddens), n), dtype=torch.float32)
     with torch.cuda.device_of(weight):
         forward_kernel[(blocks * splits,)](
-            hiddens[0], hiddens[-1], weight, weight if bias is None else bias, targets, partial, target_logits,
+            *_matrices(tile, hiddens[0], hiddens[-1], weight),
+            weight if bias is None else bias, targets, partial, target_logits,
             n, vocab, width, scale, splits, share,
             BOTH=both, BIAS=bias is not None, **launch_options(tile, width),
         )  # fmt: skip
@@ -199,11 +203,13 @@ def _write_logit_gradients(outputs, sides, weight, bias, targets, temperature, f
     n, (vocab, width), both = len(targets), weight.shape, len(sides) == 2
     some = next(output for output in outputs if output is not None)
     plain = bias is None and not terms["ENTROPY"]
-    tile = _tile("gradient both" if both else "gradient of logprob" if plain else "gradient", weight)
+    kernel = "gradient both" if both else "gradient of logprob" if plain else "gradient"
+    tile = _tile(kernel, [side.hidden for side in sides], weight)
     grid = (-(-n // tile.tokens) * -(-some.shape[1] // tile.vocab),)
     with torch.cuda.device_of(weight):
         logit_gradient_kernel[grid](
-            sides[0].hidden, sides[-1].hidden, weight, weight if bias is None else bias, targets,
+            *_matrices(tile, sides[0].hidden, sides[-1].hidden, weight),
+            weight if bias is None else bias, targets,
             sides[0].numbers, sides[-1].numbers,
             some if outputs[0] is None else outputs[0], some if outputs[-1] is None else outputs[-1],
             n, vocab, width, log2_scale(temperature), first, some.shape[1], some.stride(0),
@@ -227,13 +233,24 @@ def _batches(targets: Tensor) -> list[slice]:
     return [slice(start, start + MOST_TOKENS) for start in range(0, len(targets), MOST_TOKENS)]
 
 
-def _tile(kernel: str, weight: Tensor) -> Tile:
-    if not weight.is_cuda:
-        return INTERPRETER_TILE
+def _tile(kernel: str, hiddens: list[Tensor], weight: Tensor) -> Tile:
+    tile = pick_tile(kernel, weight.dtype, _architecture(weight)) if weight.is_cuda else INTERPRETER_TILE
+    aligned = all(x.data_ptr() % 16 == 0 for x in (*hiddens, weight)) and weight[0].nbytes % 16 == 0
+    return DEFAULT_TILE if tile.tma and not aligned else tile
+
+
+def _architecture(weight: Tensor) -> str:
     if torch.version.hip is not None:
-        return DEFAULT_TILE
-    major, minor = torch.cuda.get_device_capability(weight.device)
-    return pick_tile(kernel, weight.dtype, 10 * major + minor)
+        return torch.cuda.get_device_properties(weight.device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(weight.device))
+
+
+def _matrices(tile: Tile, hidden_a: Tensor, hidden_b: Tensor, weight: Tensor) -> tuple:
+    """What the kernels take for these."""
+    if not tile.tma:
+        return hidden_a, hidden_b, weight
+    a, b = (TensorDescriptor.from_tensor(hidden, [tile.tokens, tile.depth]) for hidden in (hidden_a, hidden_b))
+    return a, b, TensorDescriptor.from_tensor(weight, [tile.vocab, tile.depth])
 
 
 def launch_options(tile: Tile, width: int) -> dict:
@@ -244,6 +261,7 @@ def launch_options(tile: Tile, width: int) -> dict:
         "DEPTH": tile.depth,
         "GROUP": GROUP,
         "WHOLE_DEPTH": width % tile.depth == 0,
+        "TMA": tile.tma,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         "enable_fp_fusion": True,

@@ -14,8 +14,10 @@ The backward kernel computes one tile of logits again and writes the gradient of
 
 with the per-token numbers c of __init__.py. The matrix products with it are left to cuBLAS.
 
-Rows past the last token and columns past the vocabulary read the last one again, so that no load of whole tiles needs a
-mask; such a column then counts as a logit of LOWEST, and such a row isn't written. The tail of D is masked with 0.
+Where the tile says TMA, hidden states and weight come as tensor descriptors, whose loads give 0 outside the matrix.
+Otherwise rows past the last token and columns past the vocabulary read the last one again, so that no load of whole
+tiles needs a mask, and the tail of D is masked with 0. Such a column then counts as a logit of LOWEST, and such a row
+isn't written.
 """
 
 import triton
@@ -27,9 +29,9 @@ LOWEST = tl.constexpr(-1e30)
 
 @triton.jit(do_not_specialize=["N", "splits", "tiles"])
 def forward_kernel(
-    hidden_raw,  # (N, D)
+    hidden_raw,  # (N, D); with TMA descriptors of blocks (TOKENS, DEPTH)
     hidden_noisy,  # (N, D); unused unless BOTH
-    weight,  # (V, D)
+    weight,  # (V, D); with TMA a descriptor of blocks (VOCAB, DEPTH)
     bias,  # (V,); unused unless BIAS
     targets,  # (N,) int64
     partial,  # (branches, fields, splits, N) float32, the fields m, s, t and, if BOTH, x
@@ -47,6 +49,7 @@ def forward_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     WHOLE_DEPTH: tl.constexpr,  # D is a multiple of DEPTH
+    TMA: tl.constexpr,
 ):
     block, split = _program(tl.cdiv(N, TOKENS), splits, GROUP)
     rows = block * TOKENS + tl.arange(0, TOKENS)
@@ -59,7 +62,7 @@ def forward_kernel(
         columns = tile * VOCAB + tl.arange(0, VOCAB)
         a, b = _products(
             hidden_raw, hidden_noisy, weight, block * TOKENS, tile * VOCAB, N, V, D,
-            BOTH, TOKENS, VOCAB, DEPTH, WHOLE_DEPTH,
+            BOTH, TOKENS, VOCAB, DEPTH, WHOLE_DEPTH, TMA,
         )  # fmt: skip
         target = tl.load(targets + rows, inside, -1).to(tl.int32)
         here = (target >= tile * VOCAB) & (target < (tile + 1) * VOCAB)
@@ -102,7 +105,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["N", "first", "width"])
 def logit_gradient_kernel(
-    hidden_a,  # (N, D)
+    hidden_a,  # (N, D); it, hidden_b and weight with TMA as above
     hidden_b,  # (N, D); unused unless BOTH
     weight,  # (V, D)
     bias,  # (V,); unused unless BIAS
@@ -130,6 +133,7 @@ def logit_gradient_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     WHOLE_DEPTH: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     block, tile = _program(tl.cdiv(N, TOKENS), tl.cdiv(width, VOCAB), GROUP)
     rows = block * TOKENS + tl.arange(0, TOKENS)
@@ -138,7 +142,7 @@ def logit_gradient_kernel(
     columns = first + local
     a, b = _products(
         hidden_a, hidden_b, weight, block * TOKENS, first + tile * VOCAB, N, V, D,
-        BOTH, TOKENS, VOCAB, DEPTH, WHOLE_DEPTH,
+        BOTH, TOKENS, VOCAB, DEPTH, WHOLE_DEPTH, TMA,
     )  # fmt: skip
     a = _log2_softmax(a, bias, columns, V, log2_scale, numbers_a + safe, N, BIAS)
     if BOTH:
@@ -168,34 +172,36 @@ def _program(blocks, columns, GROUP: tl.constexpr):
 
 @triton.jit
 def _products(
-    hidden_a, hidden_b, weight, row, column, N, V, D,
-    BOTH: tl.constexpr, TOKENS: tl.constexpr, VOCAB: tl.constexpr, DEPTH: tl.constexpr, WHOLE_DEPTH: tl.constexpr,
+    hidden_a, hidden_b, weight, row, column, N, V, D, BOTH: tl.constexpr,
+    TOKENS: tl.constexpr, VOCAB: tl.constexpr, DEPTH: tl.constexpr, WHOLE_DEPTH: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """h Wᵀ of both branches, (TOKENS, VOCAB) float32; twice the first without BOTH."""
-    depth = tl.arange(0, DEPTH)
-    of_hidden = tl.minimum(tl.arange(0, TOKENS), N - 1 - row)[:, None] * D + depth[None, :]
-    of_weight = tl.minimum(tl.arange(0, VOCAB), V - 1 - column)[:, None] * D + depth[None, :]
-    hidden_a += tl.cast(row, tl.int64) * D
-    hidden_b += tl.cast(row, tl.int64) * D
-    weight += tl.cast(column, tl.int64) * D
     a = tl.zeros((TOKENS, VOCAB), tl.float32)
     b = tl.zeros((TOKENS, VOCAB), tl.float32)
     for start in range(0, D, DEPTH):
-        if WHOLE_DEPTH:
-            w = tl.load(weight + of_weight)
-            h_a = tl.load(hidden_a + of_hidden)
-        else:
-            inside = (depth < D - start)[None, :]
-            w = tl.load(weight + of_weight, inside, 0.0)
-            h_a = tl.load(hidden_a + of_hidden, inside, 0.0)
+        w = _load_tile(weight, column, start, V, D, VOCAB, DEPTH, WHOLE_DEPTH, TMA)
+        h_a = _load_tile(hidden_a, row, start, N, D, TOKENS, DEPTH, WHOLE_DEPTH, TMA)
         a = tl.dot(h_a, tl.trans(w), a, input_precision="ieee")
         if BOTH:
-            h_b = tl.load(hidden_b + of_hidden) if WHOLE_DEPTH else tl.load(hidden_b + of_hidden, inside, 0.0)
+            h_b = _load_tile(hidden_b, row, start, N, D, TOKENS, DEPTH, WHOLE_DEPTH, TMA)
             b = tl.dot(h_b, tl.trans(w), b, input_precision="ieee")
-            hidden_b += DEPTH
-        weight += DEPTH
-        hidden_a += DEPTH
     return a, b if BOTH else a
+
+
+@triton.jit
+def _load_tile(
+    matrix, row, start, height, width,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr, WHOLE_DEPTH: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, DEPTH) from (row, start) on, of a matrix (height, width)."""
+    if TMA:
+        tile = matrix.load([row, start])
+    else:
+        depth = tl.arange(0, DEPTH)
+        offsets = tl.minimum(tl.arange(0, ROWS), height - 1 - row)[:, None] * width + depth[None, :]
+        pointers = matrix + (tl.cast(row, tl.int64) * width + start) + offsets
+        tile = tl.load(pointers) if WHOLE_DEPTH else tl.load(pointers, (depth < width - start)[None, :], 0.0)
+    return tile
 
 
 @triton.jit
