@@ -1,0 +1,247 @@
+"""What the Triton backend launches for tensors of a GPU, where there is none.
+
+The tensors are on torch's meta device and say that they are on a GPU; a recorder stands where a kernel would run, and
+hands the arguments to Triton's own binder, which makes of them what it would compile. All else is real.
+"""
+
+import contextlib
+import importlib.util
+import os
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+QWEN_3B, QWEN_7B = (2048, 151936), (3584, 152064)  # D, V of Qwen2.5-VL
+KERNELS = ("forward_kernel", "logit_gradient_kernel")
+
+
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+def tensor(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta").as_subclass(OnGpu)
+
+
+class Launch(SimpleNamespace):
+    """grid; arguments, types and specializations ("D": a multiple of 16) by name; options of the compiler."""
+
+
+class Recorder:
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        return partial(self.launch, grid)
+
+    def launch(self, grid, *args, **kwargs):
+        *_, backend, bind = self.kernel.device_caches[0]
+        arguments, specialization, options = bind(*args, **kwargs)
+        self.kernel._pack_args(backend, kwargs, arguments, specialization, options)  # refuses unknown options
+        types, special = ({name: pair[i] for name, pair in zip(arguments, specialization)} for i in (0, 1))
+        self.launches.append(
+            Launch(grid=grid, arguments=arguments, types=types, specializations=special, options=options)
+        )
+
+
+@pytest.fixture(scope="module")
+def static():
+    path = Path(__file__).parents[2] / "bench" / "gpu_static.py"
+    spec = importlib.util.spec_from_file_location("gpu_static", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=["sm_80", "sm_90", "sm_100", "gfx942"])
+def gpu(request, monkeypatch, static):
+    """The backend on a GPU of each architecture, with 132 processors."""
+    import triton
+
+    from vogue_kernels import gpu
+
+    amd = request.param == "gfx942"
+    properties = SimpleNamespace(multi_processor_count=132, gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.version, "hip", "7.0" if amd else None)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    if not amd:
+        capability = divmod(int(request.param[3:]), 10)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    driver = SimpleNamespace(get_current_target=lambda: static.TARGETS[request.param])
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(gpu, "_kept", lambda targets: None)  # these targets have no values: none is skipped
+    recorders = {name: Recorder(getattr(gpu, name)) for name in KERNELS}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(gpu, name, recorder)
+        monkeypatch.setattr(
+            recorder.kernel, "device_caches", type(recorder.kernel.device_caches)(recorder.kernel.create_binder)
+        )
+    return SimpleNamespace(module=gpu, architecture=request.param, amd=amd, recorders=recorders)
+
+
+def run_logprob(gpu, n, size, bias=None, entropy=False, **changed):
+    """(launches forward, launches backward) of one branch's log-probability, or of its entropy too."""
+    inputs = {"hidden": tensor(n, size[0]), "weight": tensor(size[1], size[0])} | changed
+    targets, row = tensor(n, dtype=torch.int64), tensor(n, dtype=torch.float32)
+    args = (inputs["hidden"], inputs["weight"], targets, bias, 0.7)
+    gpu.module.logprob_forward(*args)
+    gpu.module.logprob_backward([row, row if entropy else None], *args, [row] * 3, [True, True, bias is not None])
+    return [recorder.launches for recorder in gpu.recorders.values()]
+
+
+def run_branches(gpu, n, size, bias=None):
+    """(launches forward, launches backward) of everything."""
+    hidden, weight, targets = tensor(n, size[0]), tensor(size[1], size[0]), tensor(n, dtype=torch.int64)
+    args, row = (hidden, tensor(n, size[0]), weight, targets, bias, 0.7), tensor(n, dtype=torch.float32)
+    gpu.module.branch_forward(*args)
+    gpu.module.branch_backward([row] * 7, *args, [row] * 8, [True, True, True, bias is not None])
+    return [recorder.launches for recorder in gpu.recorders.values()]
+
+
+@pytest.mark.parametrize("n", [1, 1024])
+@pytest.mark.parametrize("size", [QWEN_3B, QWEN_7B], ids=["3B", "7B"])
+@pytest.mark.parametrize(
+    "run, variants",
+    [
+        (run_logprob, ("forward", "gradient of logprob")),
+        (partial(run_logprob, entropy=True), ("forward", "gradient, entropy")),
+        (partial(run_logprob, entropy=True, bias=True), ("forward, bias", "gradient, entropy, bias")),
+        (run_branches, ("forward both", "gradient both")),
+        (partial(run_branches, bias=True), ("forward both, bias", "gradient both, bias")),
+    ],
+    ids=lambda value: " + ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_is_launched_is_what_was_compiled_ahead_of_time(run, variants, size, n, gpu, static):
+    if isinstance(run, partial) and "bias" in run.keywords:
+        run = partial(run, bias=tensor(size[1]))
+    for launches, variant in zip(run(gpu, n, size), variants):
+        tile = gpu.module.pick_tile(static.VARIANTS[variant][2], torch.bfloat16, gpu.architecture)
+        types, constants, aligned = static.specialize(variant, "bf16", tile)
+        assert launches
+        for launch in launches:
+            assert launch.types == types
+            assert [name for name, special in launch.specializations.items() if "D" in str(special)] == aligned
+            given = {name: launch.specializations[name] for name, kind in types.items() if kind == "constexpr"}
+            whole = {"WHOLE_DEPTH": size[0] % tile.depth == 0}
+            assert given | launch.options == constants | whole
+
+
+def check_forward(launch, branches, n, size, biased):
+    depth, vocab = size
+    arguments = launch.arguments
+    splits, tiles = arguments["splits"], arguments["tiles"]
+    assert launch.grid == (-(-n // arguments["TOKENS"]) * splits,)
+    assert splits * tiles * arguments["VOCAB"] >= vocab > (splits - 1) * tiles * arguments["VOCAB"]
+    shapes = {
+        "hidden_raw": (n, depth),
+        "hidden_noisy": (n, depth),
+        "weight": size[::-1],
+        "targets": (n,),
+        "partial": (branches, 2 + branches, splits, n),
+        "target_logits": (branches, n),
+    } | ({"bias": (vocab,)} if biased else {})
+    check_matrices(arguments, shapes)
+    assert arguments["log2_scale"] == pytest.approx(1.4426950408889634 / 0.7, rel=1e-7)
+
+
+def check_matrices(arguments, shapes):
+    for name, shape in shapes.items():
+        tensor = getattr(arguments[name], "base", arguments[name])
+        assert (tuple(tensor.shape), tensor.is_contiguous(), tensor.is_cuda) == (shape, True, True), name
+        if tensor is not arguments[name]:
+            block = [arguments["VOCAB" if name == "weight" else "TOKENS"], arguments["DEPTH"]]
+            descriptor = arguments[name]
+            assert (tuple(descriptor.shape), descriptor.strides, descriptor.block_shape) == (
+                shape,
+                (shape[1], 1),
+                block,
+            )
+
+
+def check_gradients(launches, n, size, outputs, biased):
+    """The chunks are all of the vocabulary, and each output is where the kernel will write."""
+    depth, vocab = size
+    end = 0
+    for launch in launches:
+        arguments = launch.arguments
+        width = arguments["width"]
+        assert arguments["first"] == end
+        end += width
+        assert launch.grid == (-(-n // arguments["TOKENS"]) * -(-width // arguments["VOCAB"]),)
+        shapes = {"hidden_a": (n, depth), "hidden_b": (n, depth), "weight": size[::-1], "targets": (n,)}
+        shapes |= {"numbers_a": (7, n), "numbers_b": (7, n)} | ({"bias": (vocab,)} if biased else {})
+        check_matrices(arguments, shapes)
+        offsets = [arguments[name].data_ptr() for name in ("gradient_a", "gradient_b")[:outputs]]
+        assert offsets == [0, 2 * n * arguments["stride"]][:outputs]
+        for name in ("gradient_a", "gradient_b")[:outputs]:
+            assert (tuple(arguments[name].shape), arguments[name].stride()) == ((n, width), (arguments["stride"], 1))
+        assert width <= arguments["stride"]
+    assert end == vocab
+
+
+@pytest.mark.parametrize("n", [1, 1000])
+@pytest.mark.parametrize("size", [QWEN_7B, (100, 32003)], ids=["7B", "odd"])
+def test_grids_cover_the_work_and_every_argument_has_the_shape_its_kernel_takes(size, n, gpu):
+    bias = tensor(size[1])
+    (forward,), backward = run_logprob(gpu, n, size, bias)
+    check_forward(forward, 1, n, size, biased=True)
+    check_gradients(backward, n, size, 1, biased=True)
+    for recorder in gpu.recorders.values():
+        recorder.launches.clear()
+    (forward,), backward = run_branches(gpu, n, size)
+    check_forward(forward, 2, n, size, biased=False)
+    check_gradients(backward, n, size, 2, biased=False)
+
+
+def test_many_tokens_come_in_batches_and_a_chunk_is_finished_before_the_next(gpu):
+    forward, backward = run_logprob(gpu, 2 * 8192 + 5, QWEN_3B)
+    assert [launch.arguments["N"] for launch in forward] == [8192, 8192, 5]
+    for launch, rows in zip(forward, (8192, 8192, 5)):
+        check_forward(launch, 1, rows, QWEN_3B, biased=False)
+    assert [launch.arguments["N"] for launch in backward] == [8192, 8192, 5] * (len(backward) // 3)
+    for i, rows in enumerate((8192, 8192, 5)):
+        check_gradients(backward[i::3], rows, QWEN_3B, 1, biased=False)
+
+
+@pytest.mark.parametrize("needed", ["raw", "noisy"])
+def test_a_divergence_whose_gradient_one_branch_needs_writes_that_one(needed, gpu):
+    n, (depth, vocab) = 5, QWEN_3B
+    args = (tensor(n, depth), tensor(n, depth), tensor(vocab, depth), tensor(n, dtype=torch.int64), None, 1.0)
+    row, needs = tensor(n, dtype=torch.float32), [needed == "raw", needed == "noisy", False, False]
+    raw, noisy, *others = gpu.module.branch_backward([None] * 6 + [row], *args, [row] * 8, needs)
+    assert [gradient is not None for gradient in (raw, noisy, *others)] == needs
+    for launch in gpu.recorders["logit_gradient_kernel"].launches:
+        arguments = launch.arguments
+        assert [arguments["BOTH"], arguments["WRITE_A"], arguments["WRITE_B"]] == [True, *needs[:2]]
+        for name in ("gradient_a", "gradient_b"):  # the one that isn't written must be a tensor all the same
+            assert tuple(arguments[name].shape) == (n, arguments["width"])
+
+
+@pytest.mark.parametrize("strided", ["hidden", "weight"])
+def test_strided_inputs_are_launched_as_contiguous_ones(strided, gpu):
+    change = {"hidden": tensor(64, 7).t(), "weight": tensor(1000, 128)[:, ::2]}[strided]
+    (forward,), backward = run_logprob(gpu, 7, (64, 1000), **{strided: change})
+    check_forward(forward, 1, 7, (64, 1000), biased=False)
+    check_gradients(backward, 7, (64, 1000), 1, biased=False)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"hidden": tensor(7 * 64 + 1)[1:].view(7, 64)},  # starts at byte 2
+        {"weight": tensor(1000 * 64 + 4)[4:].view(1000, 64)},  # at byte 8
+        {"hidden": tensor(7, 60), "weight": tensor(1000, 60)},  # rows of 120 bytes
+    ],
+    ids=["hidden", "weight", "rows"],
+)
+def test_what_tma_cannot_address_is_loaded_without_it(changed, gpu):
+    for launches in run_logprob(gpu, 7, (64, 1000), **changed):
+        (launch,) = launches
+        assert not launch.arguments["TMA"]
+        assert isinstance(launch.arguments["weight"], torch.Tensor)
