@@ -7,8 +7,7 @@ thread, shared memory of a program, programs that fit on a multiprocessor, tenso
 the compiled kernels: D = 2048 and 3584 and V = 151,936 and 152,064 give the same code, as does every D that is a
 multiple of a tile's depth with every V that is one of 16. For other V a few registers may spill.
 
-The bound says how fast an H100 could be at most, by operations at 798 TFLOP/s and bytes at 3.0 TB/s. No kernel was
-timed for it.
+The bound says how fast an H100 could be at most (roofline.py). No kernel was timed for it.
 """
 
 import argparse
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 
 import torch
 import triton
+from roofline import HEADS, bound, steps
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -134,38 +134,18 @@ def programs(architecture: str, registers: int, shared: int, warps: int) -> int:
     return min((1 << 16) // (registers * 32 * warps), SHARED_BYTES[architecture] // (shared + 1024), 64 // warps)
 
 
-# ---------------------------------------------------------------------------------------------------- roofline
-
-H100_FLOPS, H100_BYTES = 798e12, 3.0e12  # per second; measured by others, for bfloat16 products and for copies
-HEADS = {"Qwen2.5-VL-3B": (2048, 151936), "Qwen2.5-VL-7B": (3584, 152064)}
+# ---------------------------------------------------------------------------------------------------- output
 
 
 def bounds() -> list[dict]:
-    """The least time an H100 could take for these steps as they are done here, in bfloat16."""
     rows = []
     for model, (width, vocab) in HEADS.items():
         for n in (1024, 8192):
-            weight, hidden, product = 2 * vocab * width, 2 * n * width, 2 * n * vocab * width
-            steps = {
-                # both branches' products; the weight and both hidden states read
-                "forward, both branches": (2 * product, weight + 2 * hidden),
-                # logits again, and the two products; the weight read and its gradient written, the gradient of the
-                # logits written once and read twice, hidden states read and their gradient written
-                "backward of one branch's logprob": (3 * product, 2 * weight + 3 * 2 * n * vocab + 2 * hidden),
-            }
-            for step, (operations, moved) in steps.items():
-                seconds = {"operations": operations / H100_FLOPS, "bytes": moved / H100_BYTES}
-                limit = max(seconds, key=seconds.get)
-                rows.append(
-                    {
-                        "model": model, "D": width, "V": vocab, "tokens_per_branch": n, "step": step,
-                        "operations": operations, "bytes": moved, "bound_ms": 1e3 * seconds[limit], "bound_by": limit,
-                    }
-                )  # fmt: skip
+            for step, (operations, moved) in steps(width, vocab, n).items():
+                ms, limit = bound(operations, moved)
+                size = {"model": model, "D": width, "V": vocab, "tokens_per_branch": n, "step": step}
+                rows.append({**size, "operations": operations, "bytes": moved, "bound_ms": ms, "bound_by": limit})
     return rows
-
-
-# ---------------------------------------------------------------------------------------------------- output
 
 
 def main():

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import types
 
@@ -24,11 +25,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 @pytest.fixture(params=list(available_backends()))
 def backend(request):
-    """Every backend in turn; one that can't run here is skipped with its reason."""
+    """Every backend in turn; one that can't run here is skipped with its reason. Tensors are made where it runs."""
     reason = available_backends()[request.param]
     if reason is not None:
         pytest.skip(reason)
-    return request.param
+    on_gpu = request.param == "triton" and os.environ.get("TRITON_INTERPRET") != "1"
+    with torch.device("cuda") if on_gpu else contextlib.nullcontext():
+        yield request.param
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +42,6 @@ def seed():
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan():
     """torch.empty returns NaN, so that an output which a kernel forgets to write fails loudly."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # as it is, cuBLAS would refuse
     yield
     torch.use_deterministic_algorithms(False)

@@ -5,7 +5,7 @@ hands the arguments to Triton's own binder, which makes of them what it would co
 """
 
 import contextlib
-import importlib.util
+import importlib
 import os
 from functools import partial
 from pathlib import Path
@@ -51,11 +51,9 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def static():
-    path = Path(__file__).parents[2] / "bench" / "gpu_static.py"
-    spec = importlib.util.spec_from_file_location("gpu_static", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+        return importlib.import_module("gpu_static")
 
 
 @pytest.fixture(params=["sm_80", "sm_90", "sm_100", "gfx942"])

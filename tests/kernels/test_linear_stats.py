@@ -33,7 +33,7 @@ class Case:
 
     def inputs(self):
         """(hidden_raw, hidden_noisy, weight, targets, bias), of a model's scale unless `rows` says otherwise."""
-        generator = torch.Generator().manual_seed(self.n * self.v + self.d)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(self.n * self.v + self.d)
 
         def normal(*shape):
             return torch.randn(*shape, generator=generator)
@@ -83,7 +83,7 @@ def evaluate(operator, hiddens, weight, targets, bias, temperature, dtype=None):
     leaves = [x.to(dtype or x.dtype).detach().requires_grad_() for x in (*hiddens, weight, bias) if x is not None]
     split = len(hiddens)
     results = operator(*leaves[:split], leaves[split], targets, *leaves[split + 1 :], temperature=temperature)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(targets.device).manual_seed(1)
     upstream = [torch.randn(len(targets), generator=generator).to(result.dtype) for result in results]
     gradients = torch.autograd.grad(results, leaves, upstream)
     return [result.detach().double() for result in results], [gradient.double() for gradient in gradients]
