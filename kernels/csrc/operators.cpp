@@ -240,12 +240,7 @@ std::tuple<Tensor, Tensor> forward(
       }
     }
   });
-  // To bits, and to differences of distances from the maxima.
-  if (branches == 2) {
-    const Tensor maximum = partial.select(1, 0), moved = maximum[0] - maximum[1];
-    partial.select(1, 3).sub_(partial.select(1, 1) * moved);
-  }
-  partial.narrow(1, 2, fields - 2).mul_(scale);
+  partial.narrow(1, 2, fields - 2).mul_(scale);  // to bits
   return {partial, target_logits};
 }
 
@@ -267,14 +262,14 @@ void multiply_strip(
 // One branch in the backward pass.
 struct Side {
   View hidden;
-  const double* numbers;
+  const float* numbers;
   bool written;        // its logits have a gradient
   float* grad_hidden;  // (N, D), both rounded up; or null
   Buffer gradient;     // of its logits, for a chunk and a batch
   std::vector<Tiles> hidden_tiles;  // of each batch, the right operand of ∂W
 };
 
-// hiddens, weight, targets, bias, scale: as in `forward`. numbers: (7, N) float64 of each branch, see processor.h.
+// hiddens, weight, targets, bias, scale: as in `forward`. numbers: (7, N) float32 of each branch, see processor.h.
 // written: which branches' logits have a gradient. needs_hidden: which hidden states want theirs.
 // Returns the gradients asked for, of the hidden states, then weight, in the inputs' dtype, then bias in float32.
 std::vector<Tensor> backward(
@@ -294,7 +289,7 @@ std::vector<Tensor> backward(
   for (size_t i = 0; i < hiddens.size(); ++i) {
     grads_hidden.push_back(needs_hidden[i] ? at::zeros({padded_rows, padded_depth}, at::kFloat) : Tensor());
     float* grad_hidden = needs_hidden[i] ? grads_hidden[i].mutable_data_ptr<float>() : nullptr;
-    Side& side = sides.emplace_back(Side{view(hiddens[i]), numbers[i].const_data_ptr<double>(), written[i],
+    Side& side = sides.emplace_back(Side{view(hiddens[i]), numbers[i].const_data_ptr<float>(), written[i],
                                          grad_hidden, Buffer(batch * chunk * sizeof(float)), {}});
     for (int64_t row = 0; needs_weight && written[i] && row < n; row += batch) {
       const View rows = slice_rows(side.hidden, row, batch, weight.element_size());

@@ -243,7 +243,7 @@ void statistics_of_both(
   for (int64_t j = 0; j < columns; ++j) {
     const float below_a = logits_a[j] - maximum_a, e_a = exp2_of_negative(below_a * scale);
     const float below_b = logits_b[j] - maximum_b, e_b = exp2_of_negative(below_b * scale);
-    const float difference = logits_a[j] - logits_b[j];
+    const float difference = below_a - below_b;
     sum_a += e_a;
     sum_b += e_b;
     weighted_a += e_a * below_a;
@@ -252,8 +252,9 @@ void statistics_of_both(
     cross_b += e_b * difference;
   }
   const double factor_a = __builtin_exp2(shift_a * scale), factor_b = __builtin_exp2(shift_b * scale);
-  a.cross[i] = factor_a * a.cross[i] + cross_a;
-  b.cross[i] = factor_b * b.cross[i] + cross_b;
+  const double moved = shift_a - shift_b;
+  a.cross[i] = factor_a * (a.cross[i] + a.sum[i] * moved) + cross_a;
+  b.cross[i] = factor_b * (b.cross[i] + b.sum[i] * moved) + cross_b;
   accumulate(a, i, shift_a, factor_a, sum_a, weighted_a);
   accumulate(b, i, shift_b, factor_b, sum_b, weighted_b);
 }
@@ -267,60 +268,46 @@ void statistics(
       statistics_of_one(a, i, a.logits + i * stride, columns, bias, scale);
 }
 
-// The numbers of one row, with log2 p = (l − maximum) scale − logsum.
+// The numbers of one row (see Numbers) and its log2 p, which replaces the logits.
 struct Row {
-  float* logits;  // l = h Wᵀ + bias
-  double maximum, logsum, c0, c1, c2, c3, c4;
+  float* logp;
+  float c0, c1, c2, c3, c4;
 };
 
-Row prepare(const Numbers& side, int64_t i, int64_t columns, const float* bias) {
+Row log2_softmax(const Numbers& side, int64_t i, int64_t columns, const float* bias, float scale) {
   auto number = [&](int k) { return side.numbers[k * side.stride + i]; };
   float* logits = side.logits + i * side.logits_stride;
+  const float maximum = number(0), logsum = number(1);
   if (bias)
     for (int64_t j = 0; j < columns; ++j) logits[j] += bias[j];
-  return {logits, number(0), number(1), number(2), number(3), number(4), number(5), number(6)};
+  for (int64_t j = 0; j < columns; ++j) logits[j] = (logits[j] - maximum) * scale - logsum;
+  return {logits, number(2), number(3), number(4), number(5), number(6)};
 }
 
-void gradient_of_one(const Row& row, int64_t columns, float scale) {
-  float* logits = row.logits;
-  const float maximum = row.maximum, logsum = row.logsum;
-  const float constant = row.c0 - row.c1 * row.logsum, slope = row.c1 * scale;
+void gradient_of_one(const Row& row, int64_t columns) {
+  float* logp = row.logp;
 #pragma omp simd
-  for (int64_t j = 0; j < columns; ++j) {
-    const float below = logits[j] - maximum;
-    logits[j] = exp2_of_negative(below * scale - logsum) * (constant + slope * below);
-  }
+  for (int64_t j = 0; j < columns; ++j) logp[j] = exp2_of_negative(logp[j]) * (row.c0 + row.c1 * logp[j]);
 }
 
 // p is of `row`, q of `other`; columns from `start` on, to `out`, which may be where either stands.
-// Where a divergence is large, c0 and c2 (log2 p − log2 q) cancel. So the constant is taken off the difference of the
-// logits, which is what the forward pass summed up, before that is multiplied; all but its rounding, which goes outside.
-void gradient_of_crossing(const Row& row, const Row& other, int64_t start, int64_t columns, float scale, float* out) {
-  const float *logits = row.logits + start, *others = other.logits + start;
-  const double exact = row.c2 * scale;
-  const double total = row.c0 - row.c1 * row.logsum - row.c2 * (row.logsum - other.logsum) -
-                       exact * (row.maximum - other.maximum);
-  const float inside = exact == 0 ? 0 : -total / exact, outside = total + exact * inside;
-  const float factor = exact, slope = row.c1 * scale, c3 = row.c3;
-  const float maximum = row.maximum, logsum = row.logsum;
-  const float maximum_other = other.maximum, logsum_other = other.logsum;
+void gradient_of_crossing(const Row& row, const Row& other, int64_t start, int64_t columns, float* out) {
+  const float *logp = row.logp + start, *logq = other.logp + start;
 #pragma omp simd
   for (int64_t j = 0; j < columns; ++j) {
-    const float below = logits[j] - maximum, below_other = others[j] - maximum_other;
-    const float inner = outside + slope * below + factor * ((logits[j] - others[j]) - inside);
-    out[j] = exp2_of_negative(below * scale - logsum) * inner -
-             c3 * exp2_of_negative(below_other * scale - logsum_other);
+    const float inner = row.c0 + row.c1 * logp[j] + row.c2 * (logp[j] - logq[j]);
+    out[j] = exp2_of_negative(logp[j]) * inner - row.c3 * exp2_of_negative(logq[j]);
   }
 }
 
-void gradients_of_both(const Row& a, const Row& b, int64_t columns, float scale, bool written_a, bool written_b) {
+void gradients_of_both(const Row& a, const Row& b, int64_t columns, bool written_a, bool written_b) {
   constexpr int64_t kPiece = 64;  // columns at a time: the gradient of a waits while that of b is computed
   float waiting[kPiece];
   for (int64_t start = 0; start < columns; start += kPiece) {
     const int64_t count = columns - start < kPiece ? columns - start : kPiece;
-    if (written_a) gradient_of_crossing(a, b, start, count, scale, waiting);
-    if (written_b) gradient_of_crossing(b, a, start, count, scale, b.logits + start);
-    if (written_a) __builtin_memcpy(a.logits + start, waiting, count * sizeof(float));
+    if (written_a) gradient_of_crossing(a, b, start, count, waiting);
+    if (written_b) gradient_of_crossing(b, a, start, count, b.logp + start);
+    if (written_a) __builtin_memcpy(a.logp + start, waiting, count * sizeof(float));
   }
 }
 
@@ -330,15 +317,15 @@ void gradients(
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t target = targets[i] - first;
     const bool here = target >= 0 && target < columns;
-    const Row row = prepare(a, i, columns, bias);
+    const Row row = log2_softmax(a, i, columns, bias, scale);
     if (b) {
-      const Row other = prepare(*b, i, columns, bias);
-      gradients_of_both(row, other, columns, scale, a.written, b->written);
-      if (here && b->written) other.logits[target] += other.c4;
+      const Row other = log2_softmax(*b, i, columns, bias, scale);
+      gradients_of_both(row, other, columns, a.written, b->written);
+      if (here && b->written) other.logp[target] += other.c4;
     } else {
-      gradient_of_one(row, columns, scale);
+      gradient_of_one(row, columns);
     }
-    if (here && a.written) row.logits[target] += row.c4;
+    if (here && a.written) row.logp[target] += row.c4;
   }
 }
 

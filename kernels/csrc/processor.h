@@ -38,7 +38,7 @@ struct Running {
   double* maximum;   // of l = h Wᵀ + bias
   double* sum;       // Σ e
   double* weighted;  // Σ e (l − maximum)
-  double* cross;     // Σ e (l − l of the other branch); only with two branches
+  double* cross;     // Σ e (l − maximum − the same of the other branch); only with two branches
 };
 
 // The numbers of a branch for the gradient of its logits, each (tokens,), `stride` apart:
@@ -47,7 +47,7 @@ struct Running {
 struct Numbers {
   float* logits;  // (rows, logits_stride), overwritten by the gradient if `written`
   int64_t logits_stride;
-  const double* numbers;
+  const float* numbers;
   int64_t stride;
   bool written;
 };

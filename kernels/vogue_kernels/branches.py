@@ -4,7 +4,7 @@ A backend is a module with two functions, which take checked arguments and token
 
     forward(hiddens, weight, targets, bias, temperature)
         one branch: (logprob, entropy, maximum, logsum), two: the seven results of BranchStats and then maximum and
-        logsum of each; all (N,) float64. Maximum and logsum are for the backward pass, which alone understands them.
+        logsum of each; all (N,). Maximum and logsum are for the backward pass, which alone understands them.
     backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias)
         (gradients of the branches' hidden states, of weight, of bias), None where they aren't needed.
 """
@@ -19,8 +19,7 @@ LN2 = math.log(2)
 
 
 class Branch(NamedTuple):
-    """One branch in the backward pass: p is its own softmax, q the other's. All but `hidden` are (N,), all but what
-    arrives float64: where a divergence is large, so is what cancels in its gradient."""
+    """One branch in the backward pass: p is its own softmax, q the other's. All but `hidden` are (N,)."""
 
     hidden: Tensor
     maximum: Tensor
@@ -114,7 +113,7 @@ def merge(partial: Tensor, target_logits: Tensor, scale: float) -> tuple[Tensor,
 
 
 def numbers(branch: Branch) -> Tensor:
-    """(7, N) float64: m, log₂ s, c₀ ... c₄ of a branch, with which the gradient of its logits is
+    """(7, N) float32: m, log₂ s, c₀ ... c₄ of a branch, with which the gradient of its logits is
 
     p (c₀ + c₁ log₂ p + c₂ (log₂ p − log₂ q)) − c₃ q + c₄ 1[v=y]
     """
@@ -123,4 +122,6 @@ def numbers(branch: Branch) -> Tensor:
         zero if g is None else g for g in (branch.g_logprob, branch.g_entropy, branch.g_kl, branch.g_kl_other)
     )
     constant = g_kl_other - g_logprob - g_entropy * branch.entropy - g_kl * (zero if branch.kl is None else branch.kl)
-    return torch.stack([branch.maximum, branch.logsum, constant, -LN2 * g_entropy, LN2 * g_kl, g_kl_other, g_logprob])
+    return torch.stack(
+        [branch.maximum, branch.logsum, constant, -LN2 * g_entropy, LN2 * g_kl, g_kl_other, g_logprob]
+    ).float()

@@ -143,18 +143,14 @@ def _implementation(backend: str, weight: Tensor):
 
 
 def _forward(backend: str, hiddens: list[Tensor], weight, targets, bias, temperature) -> tuple[Tensor, ...]:
-    """The results, with zeros at the skipped positions, then what the backward pass needs, in float64."""
+    """What a backend returns, for all tokens: with zeros at the skipped ones."""
     kept, length = _kept(targets), len(targets)
     if kept is not None:
         hiddens, targets = [hidden[kept] for hidden in hiddens], targets[kept]
-    if len(targets):
-        found = _implementation(backend, weight).forward(hiddens, weight, targets, bias, temperature)
-    else:
-        found = weight.new_zeros((4 if len(hiddens) == 1 else 11, 0), dtype=torch.float64)
-    found = [_restore(kept, x, length) for x in found]
-    results, saved = (found[:2], found[1:]) if len(hiddens) == 1 else (found[:7], found[2:6] + found[7:])
-    dtype = compute_dtype(weight)
-    return *(x.to(dtype, copy=True) for x in results), *(x.clone() for x in saved)
+    if len(targets) == 0:
+        return tuple(torch.zeros_like(x) for x in _empty_rows(weight, length, 4 if len(hiddens) == 1 else 11))
+    results = _implementation(backend, weight).forward(hiddens, weight, targets, bias, temperature)
+    return tuple(_restore(kept, result.to(compute_dtype(weight)), length) for result in results)
 
 
 def _backward(backend: str, branches: list[Branch], weight, targets, bias, temperature, needs) -> list[Tensor]:
@@ -237,12 +233,11 @@ def _check_targets(targets: Tensor, vocab: int):
 
 # ---------------------------------------------------------------------------------------------------- linear_logprob
 
-# Each operator returns its results first, then what the backward pass needs, in float64.
+# Each operator returns its results first, then what the backward pass needs besides them.
 
 
-def _empty_rows(targets: Tensor, weight: Tensor, results: int, saved: int) -> tuple[Tensor, ...]:
-    dtypes = [compute_dtype(weight)] * results + [torch.float64] * saved
-    return tuple(targets.new_empty(targets.shape, dtype=dtype) for dtype in dtypes)
+def _empty_rows(weight: Tensor, length: int, count: int) -> tuple[Tensor, ...]:
+    return tuple(weight.new_empty(length, dtype=compute_dtype(weight)) for _ in range(count))
 
 
 def _empty_gradients(needs: Sequence[bool], inputs: Sequence[Tensor | None]) -> list[Tensor]:
@@ -259,7 +254,7 @@ def _spread(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor |
 @torch.library.custom_op("vogue::linear_logprob", mutates_args=())
 def _linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
     _check_targets(targets, len(weight))
     return _forward(backend, [hidden], weight, targets, bias, temperature)
@@ -268,7 +263,7 @@ def _linear_logprob(
 @_linear_logprob.register_fake
 def _(hidden, weight, targets, bias, temperature, backend):
     _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
-    return _empty_rows(targets, weight, 2, 3)
+    return _empty_rows(weight, targets.shape[0], 4)
 
 
 @torch.library.custom_op("vogue::linear_logprob_backward", mutates_args=())
@@ -295,7 +290,7 @@ def _(grads, hidden, weight, targets, bias, temperature, backend, saved, needs):
 def _linear_logprob_setup(ctx, inputs, output):
     hidden, weight, targets, bias, ctx.temperature, ctx.backend = inputs
     ctx.set_materialize_grads(False)  # None is how a result says that nobody asks for its gradient
-    ctx.save_for_backward(hidden, weight, targets, bias, *output[2:])
+    ctx.save_for_backward(hidden, weight, targets, bias, *output[1:])
 
 
 def _linear_logprob_autograd(ctx, *grads):
@@ -323,10 +318,7 @@ def _linear_branch_stats(
     bias: Tensor | None,
     temperature: float,
     backend: str,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_shapes({"hidden_raw": hidden_raw, "hidden_noisy": hidden_noisy}, weight, targets, bias, temperature)
     _check_targets(targets, len(weight))
     return _forward(backend, [hidden_raw, hidden_noisy], weight, targets, bias, temperature)
@@ -335,7 +327,7 @@ def _linear_branch_stats(
 @_linear_branch_stats.register_fake
 def _(hidden_raw, hidden_noisy, weight, targets, bias, temperature, backend):
     _check_shapes({"hidden_raw": hidden_raw, "hidden_noisy": hidden_noisy}, weight, targets, bias, temperature)
-    return _empty_rows(targets, weight, 7, 8)
+    return _empty_rows(weight, targets.shape[0], 11)
 
 
 @torch.library.custom_op("vogue::linear_branch_stats_backward", mutates_args=())
@@ -363,7 +355,7 @@ def _(grads, hidden_raw, hidden_noisy, weight, targets, bias, temperature, backe
 def _linear_branch_stats_setup(ctx, inputs, output):
     hidden_raw, hidden_noisy, weight, targets, bias, ctx.temperature, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden_raw, hidden_noisy, weight, targets, bias, *output[7:])
+    ctx.save_for_backward(hidden_raw, hidden_noisy, weight, targets, bias, *output[2:6], *output[7:])
 
 
 def _linear_branch_stats_autograd(ctx, *grads):

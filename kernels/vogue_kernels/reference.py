@@ -19,7 +19,6 @@ The backward pass computes each tile of logits again. With g_r the gradient that
            + g_KL(q‖p) (p_v − q_v)
 
 and the same with p and q exchanged for b. Inputs of float64 are computed in float64, all others in float32.
-
 """
 
 import torch
@@ -42,7 +41,7 @@ def forward(hiddens, weight, targets, bias, temperature):
         block([_upcast(hidden[rows]) for hidden in hiddens], weight, targets[rows], bias, temperature)
         for rows in _blocks(hiddens[0], weight)
     ]
-    return tuple(torch.cat(parts).double() for parts in zip(*blocks, strict=True))
+    return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
 
 
 class _RunningSoftmax:
@@ -150,7 +149,8 @@ def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_w
         tile_weight = torch.zeros_like(w) if needs_weight else None
         tile_bias = w.new_zeros(len(w)) if needs_bias else None
         for rows in _blocks(branches[0].hidden, weight):
-            block = [_in_computing_type(branch.select(rows), weight) for branch in branches]
+            block = [branch.select(rows) for branch in branches]
+            block = [branch._replace(hidden=_upcast(branch.hidden)) for branch in block]
             for i, grad_logits in _logit_gradients(block, active, weight, targets[rows], bias, temperature, tile):
                 if needs_hidden[i]:
                     grad_hidden[i][rows].addmm_(grad_logits, w)
@@ -176,10 +176,6 @@ def _logit_gradients(block, active, weight, targets, bias, temperature, tile):
     for i, branch in enumerate(block):
         if active[i]:
             yield i, _logit_gradient(branch, logps[i], logps[1 - i] if crossing else None, targets, tile)
-
-
-def _in_computing_type(branch: Branch, weight: Tensor) -> Branch:
-    return Branch(*(None if field is None else field.to(compute_dtype(weight)) for field in branch))
 
 
 def _log_softmax(branch: Branch, weight, bias, temperature, tile) -> Tensor:

@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vogue_kernels.branches import one_branch, two_branches
+
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 QWEN_3B, QWEN_7B = (2048, 151936), (3584, 152064)  # D, V of Qwen2.5-VL
@@ -73,7 +75,6 @@ def gpu(request, monkeypatch, static):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     driver = SimpleNamespace(get_current_target=lambda: static.TARGETS[request.param])
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    monkeypatch.setattr(gpu, "_kept", lambda targets: None)  # these targets have no values: none is skipped
     recorders = {name: Recorder(getattr(gpu, name)) for name in KERNELS}
     for name, recorder in recorders.items():
         monkeypatch.setattr(gpu, name, recorder)
@@ -87,18 +88,20 @@ def run_logprob(gpu, n, size, bias=None, entropy=False, **changed):
     """(launches forward, launches backward) of one branch's log-probability, or of its entropy too."""
     inputs = {"hidden": tensor(n, size[0]), "weight": tensor(size[1], size[0])} | changed
     targets, row = tensor(n, dtype=torch.int64), tensor(n, dtype=torch.float32)
-    args = (inputs["hidden"], inputs["weight"], targets, bias, 0.7)
-    gpu.module.logprob_forward(*args)
-    gpu.module.logprob_backward([row, row if entropy else None], *args, [row] * 3, [True, True, bias is not None])
+    args = (inputs["weight"], targets, bias, 0.7)
+    gpu.module.forward([inputs["hidden"]], *args)
+    branches = one_branch([row, row if entropy else None], inputs["hidden"], [row] * 3, 0.7)
+    gpu.module.backward(branches, *args, [True], True, bias is not None)
     return [recorder.launches for recorder in gpu.recorders.values()]
 
 
 def run_branches(gpu, n, size, bias=None):
     """(launches forward, launches backward) of everything."""
-    hidden, weight, targets = tensor(n, size[0]), tensor(size[1], size[0]), tensor(n, dtype=torch.int64)
-    args, row = (hidden, tensor(n, size[0]), weight, targets, bias, 0.7), tensor(n, dtype=torch.float32)
-    gpu.module.branch_forward(*args)
-    gpu.module.branch_backward([row] * 7, *args, [row] * 8, [True, True, True, bias is not None])
+    hiddens, weight = [tensor(n, size[0]) for _ in range(2)], tensor(size[1], size[0])
+    args, row = (weight, tensor(n, dtype=torch.int64), bias, 0.7), tensor(n, dtype=torch.float32)
+    gpu.module.forward(hiddens, *args)
+    branches = two_branches([row] * 7, *hiddens, [row] * 8, 0.7)
+    gpu.module.backward(branches, *args, [True, True], True, bias is not None)
     return [recorder.launches for recorder in gpu.recorders.values()]
 
 
@@ -210,13 +213,14 @@ def test_many_tokens_come_in_batches_and_a_chunk_is_finished_before_the_next(gpu
 @pytest.mark.parametrize("needed", ["raw", "noisy"])
 def test_a_divergence_whose_gradient_one_branch_needs_writes_that_one(needed, gpu):
     n, (depth, vocab) = 5, QWEN_3B
-    args = (tensor(n, depth), tensor(n, depth), tensor(vocab, depth), tensor(n, dtype=torch.int64), None, 1.0)
-    row, needs = tensor(n, dtype=torch.float32), [needed == "raw", needed == "noisy", False, False]
-    raw, noisy, *others = gpu.module.branch_backward([None] * 6 + [row], *args, [row] * 8, needs)
-    assert [gradient is not None for gradient in (raw, noisy, *others)] == needs
+    args = (tensor(vocab, depth), tensor(n, dtype=torch.int64), None, 1.0)
+    row, needs = tensor(n, dtype=torch.float32), [needed == "raw", needed == "noisy"]
+    branches = two_branches([None] * 6 + [row], tensor(n, depth), tensor(n, depth), [row] * 8, 1.0)
+    gradients, *others = gpu.module.backward(branches, *args, needs, False, False)
+    assert [gradient is not None for gradient in (*gradients, *others)] == [*needs, False, False]
     for launch in gpu.recorders["logit_gradient_kernel"].launches:
         arguments = launch.arguments
-        assert [arguments["BOTH"], arguments["WRITE_A"], arguments["WRITE_B"]] == [True, *needs[:2]]
+        assert [arguments["BOTH"], arguments["WRITE_A"], arguments["WRITE_B"]] == [True, *needs]
         for name in ("gradient_a", "gradient_b"):  # the one that isn't written must be a tensor all the same
             assert tuple(arguments[name].shape) == (n, arguments["width"])
 

@@ -155,7 +155,7 @@ def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_w
         sides = [
             _Side(
                 branch.hidden[rows].contiguous(),
-                numbers(branch.select(rows)).float(),
+                numbers(branch.select(rows)),
                 on,
                 None if grad is None else grad[rows],
             )
