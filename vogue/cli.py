@@ -30,6 +30,20 @@ WARMSTART = {
     "misread": (0.5, "share of demonstrations that misread a digit, in the last quarter"),
     "seed": (0, "of everything random"),
 }
+PUZZLES = {
+    "count": (3000, "training samples of each kind"),
+    "test": (300, "test samples of each kind, of states that are in no training split"),
+    "size": (224, "width and height of an image, in pixels"),
+    "seed": (0, "of everything random"),
+}
+PUZZLES_HELP = """\
+kinds: clock, maze, move_box, n_queens, water_jugs, tower_of_hanoi, number_slide, checker_move, board_tiling
+
+Besides the columns of EasyR1's schema, `category` is the kind and `state` prints what the image shows.
+
+the training sets of arXiv 2601.00215, Clock-3k and Diverse-8k:
+  vogue data puzzles --kind clock --count 3000 --out data/clock-3k
+  vogue data puzzles --kind clock,maze,move_box,n_queens --count 2000 --out data/diverse-8k"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,11 +100,22 @@ def warmstart(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def data(arguments: argparse.Namespace) -> int:
+def digits(arguments: argparse.Namespace) -> int:
     from vogue.data.digits import write_digits
 
     write_digits(arguments.out, arguments.train, arguments.validation, arguments.test, arguments.seed)
     for name in ("train", "validation", "test"):
+        print(arguments.out / f"{name}.parquet")
+    return 0
+
+
+def puzzles(arguments: argparse.Namespace) -> int:
+    from vogue.data.puzzles import KINDS, write_puzzles
+
+    kinds = arguments.kinds or tuple(KINDS)
+    counts = (arguments.count, arguments.test)
+    write_puzzles(arguments.out, kinds, *counts, arguments.size, arguments.seed, Console(stderr=True))
+    for name in ("train", "test"):
         print(arguments.out / f"{name}.parquet")
     return 0
 
@@ -141,11 +166,19 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("data", help="write a data set in the EasyR1 schema (problem, answer, images)")
     kinds = command.add_subparsers(dest="kind", required=True, metavar="KIND")
-    command = _add(kinds, "digits", data, "two handwritten digits and a question: train, validation, test .parquet")
+    command = _add(kinds, "digits", digits, "two handwritten digits and a question: train, validation, test .parquet")
     command.add_argument("out", type=Path, help="folder to write to")
     for name, count in {"train": 8000, "validation": 500, "test": 1000}.items():
         command.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"samples (default {count})")
     command.add_argument("--seed", type=int, default=0, help="default 0")
+
+    command = _add(kinds, "puzzles", puzzles, "puzzles with a known state: train.parquet, test.parquet", PUZZLES_HELP)
+    command.add_argument("--kind", dest="kinds", type=_names, metavar="KIND,…", help="default: all of the kinds below")
+    for name, (default, help) in PUZZLES.items():
+        command.add_argument(
+            f"--{name}", type=_whole_number, default=default, metavar="N", help=f"{help} (default {default})"
+        )
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
 
     _add(commands, "doctor", doctor, "what was found here, what can run, and why the rest can't")
     return parser
@@ -167,6 +200,17 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "settings", nargs="*", metavar="FILE.yaml | key=value", help="settings: a file first, then overrides"
     )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """The parts of a list with commas, each once."""
+    return tuple(dict.fromkeys(text.split(",")))
+
+
+def _whole_number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, but is {text!r}")
+    return int(text)
 
 
 def _file_and_overrides(settings: list[str]) -> tuple[str | None, list[str]]:

@@ -1,11 +1,13 @@
 r"""Samples in the EasyR1 schema: what to ask, the answer, the images.
 
-| column  | content                                                                             |
-|---------|-------------------------------------------------------------------------------------|
-| problem | the question; each `<image>` marks where an image goes                                |
-| answer  | the one right answer, as text or a number                                             |
-| images  | a list of {"bytes", "path"}, encoded bytes, or file paths relative to the data file   |
-| source  | optional: the data set the row was taken from                                         |
+| column   | content                                                                             |
+|----------|-------------------------------------------------------------------------------------|
+| problem  | the question; each `<image>` marks where an image goes                                |
+| answer   | the one right answer, as text or a number                                             |
+| images   | a list of {"bytes", "path"}, encoded bytes, or file paths relative to the data file   |
+| source   | optional: the data set the row was taken from                                         |
+| category | optional: the kind of problem                                                         |
+| state    | optional: all that the images show and the question needs, as text                    |
 
 A row is numbered from 0, as pandas and `datasets` number it.
 """
@@ -26,13 +28,14 @@ from PIL import Image
 
 PLACEHOLDER = "<image>"
 REQUIRED = ("problem", "answer", "images")
-COLUMNS = (*REQUIRED, "source")
+OPTIONAL = ("source", "category", "state")
+COLUMNS = REQUIRED + OPTIONAL
 SCHEMA = pa.schema(
     [
         ("problem", pa.string()),
         ("answer", pa.string()),
         ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
-        ("source", pa.string()),
+        *((name, pa.string()) for name in OPTIONAL),
     ]
 )
 BATCH_ROWS = 256  # rows held twice, in Arrow and in Python, while a file is read
@@ -50,6 +53,8 @@ class Sample:
     answer   the right answer, not empty
     images   encoded bytes, paths or PIL images, opened by `load_images` and not before
     source   the data set it was taken from
+    category the kind of problem, to report results by
+    state    all that the images show and the question needs, as text
     place    where it was read, for messages: "train.parquet, row 12"
 
     Raises DataError for an empty problem or answer, and where the number of `<image>` in the
@@ -60,6 +65,8 @@ class Sample:
     answer: str
     images: tuple[bytes | str | Path | Image.Image, ...]
     source: str = ""
+    category: str = ""
+    state: str = ""
     place: str = "sample"
 
     def __post_init__(self):
@@ -214,7 +221,7 @@ def _sample(record, place: str, folder: Path) -> Sample:
         problem=record["problem"],
         answer=str(answer) if isinstance(answer, (int, float)) else answer,
         images=tuple(_reference(cell, place, folder) for cell in cells),
-        source=record.get("source") or "",
+        **{name: record.get(name) or "" for name in OPTIONAL},
         place=place,
     )
 
@@ -260,7 +267,7 @@ def _image_error(sample: Sample) -> DataError | None:
 
 def _record(sample: Sample) -> dict:
     images = [{"bytes": _png(image), "path": None} for image in sample.load_images()]
-    return {"problem": sample.problem, "answer": sample.answer, "images": images, "source": sample.source}
+    return {name: getattr(sample, name) for name in COLUMNS} | {"images": images}
 
 
 def _png(image: Image.Image) -> bytes:
