@@ -65,14 +65,17 @@ def draw_puzzles(kind: str, split: str, count: int, seed: int) -> list[Puzzle]:
     return drawn
 
 
-def puzzle_samples(kinds: Sequence[str], split: str, count: int, seed: int, size: int) -> Iterator[Sample]:
+def puzzle_samples(
+    kinds: Sequence[str], split: str, count: int, seed: int, size: int, console: Console | None = None
+) -> Iterator[Sample]:
     """`count` puzzles of each kind, the kinds in turns; images of `size` × `size` px are made one by one.
 
     Raises DataError, before the first is asked for, for a `size` too small to read and as `draw_puzzles` does.
     """
     if size < SMALLEST:
         raise DataError(f"size is {size} px; puzzles are legible from {SMALLEST} px.")
-    drawn = [draw_puzzles(kind, split, count, seed) for kind in kinds]
+    shown = track(kinds, f"{split}: puzzles", console=console, disable=console is None)
+    drawn = [draw_puzzles(kind, split, count, seed) for kind in shown]
     return (
         _sample(kind, split, number, puzzle, size)
         for number, puzzles in enumerate(zip(*drawn, strict=True))
@@ -91,9 +94,10 @@ def write_puzzles(
 ) -> None:
     """Write train.parquet, with `count` puzzles of each kind, and test.parquet with `test` of each."""
     counts = {"train": count, "test": test}
-    made = {split: puzzle_samples(kinds, split, number, seed, size) for split, number in counts.items()}
+    made = {split: puzzle_samples(kinds, split, number, seed, size, console) for split, number in counts.items()}
     for split, samples in made.items():
-        shown = track(samples, split, total=counts[split] * len(kinds), console=console)
+        total = counts[split] * len(kinds)
+        shown = track(samples, f"{split}: images", total, console=console, disable=console is None)
         write_parquet(shown, Path(folder) / f"{split}.parquet")
 
 

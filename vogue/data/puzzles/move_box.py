@@ -4,7 +4,7 @@ A floor of 6 × 6 squares within a brick border, some of them bricks; the answer
 """
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 
@@ -35,8 +35,7 @@ def puzzles(rng: np.random.Generator) -> Iterator[Puzzle]:
             order = [squares[i] for i in rng.permutation(len(squares))]
             player, box = order[:2]
             floor = frozenset(order[: len(order) - int(rng.integers(*WALLS))])
-            goals = [goal for goal, fewest in _fewest_pushes(floor, player, box).items() if fewest == pushes]
-            goals = [goal for goal in goals if goal != player]  # the X would be hidden
+            goals = [goal for goal in _goals(floor, player, box, pushes) if goal != player]  # the X would be hidden
         goal = pick(goals, rng)
         yield Puzzle(
             QUESTION,
@@ -46,24 +45,24 @@ def puzzles(rng: np.random.Generator) -> Iterator[Puzzle]:
         )
 
 
-def _fewest_pushes(floor: frozenset[Square], player: Square, box: Square) -> dict[Square, int]:
-    """The fewest pushes, up to PUSHES, that bring the box to each square it can get to.
+def _goals(floor: frozenset[Square], player: Square, box: Square, pushes: int) -> list[Square]:
+    """The squares to which that many pushes bring the box, and fewer don't.
 
     Where the player stands matters only up to walking, so a state is the box and the squares in reach.
     """
+    reach = cache(partial(_reach, floor))
 
     def after_a_push(state: tuple[Square, frozenset[Square]]) -> Iterator[tuple[Square, frozenset[Square]]]:
-        (row, column), reach = state
+        (row, column), reached = state
         for down, right in STEPS:
             ahead = (row + down, column + right)
-            if (row - down, column - right) in reach and ahead in floor:
-                yield ahead, _reach(floor, (row, column), ahead)
+            if (row - down, column - right) in reached and ahead in floor:
+                yield ahead, reach((row, column), ahead)
 
-    fewest: dict[Square, int] = {}
-    for pushes, states in enumerate(levels((box, _reach(floor, player, box)), after_a_push, PUSHES)):
-        for square, _ in states:
-            fewest.setdefault(square, pushes)
-    return fewest
+    states = levels((box, reach(player, box)), after_a_push, pushes)
+    found = [dict.fromkeys(square for square, _ in level) for level in states]
+    earlier = {square for level in found[:pushes] for square in level}
+    return [square for level in found[pushes:] for square in level if square not in earlier]
 
 
 def _reach(floor: frozenset[Square], player: Square, box: Square) -> frozenset[Square]:
@@ -71,10 +70,11 @@ def _reach(floor: frozenset[Square], player: Square, box: Square) -> frozenset[S
     reach, stack = {player}, [player]
     while stack:
         row, column = stack.pop()
-        beside = {(row + down, column + right) for down, right in STEPS}
-        new = (beside & floor) - reach - {box}
-        reach |= new
-        stack.extend(new)
+        for down, right in STEPS:
+            square = (row + down, column + right)
+            if square in floor and square != box and square not in reach:
+                reach.add(square)
+                stack.append(square)
     return frozenset(reach)
 
 
