@@ -55,9 +55,7 @@ def draw_puzzles(kind: str, split: str, count: int, seed: int) -> list[Puzzle]:
 
     Raises DataError for an unknown kind or split, and for more puzzles than there are.
     """
-    for name, value, known in (("kind", kind, tuple(KINDS)), ("split", split, SPLITS)):
-        if value not in known:
-            raise DataError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
+    _check((kind,), split)
     stream = KINDS[kind](np.random.default_rng([seed, SPLITS.index(split), *kind.encode()]))
     drawn = list(islice((puzzle for puzzle in stream if _split(puzzle.state) == split), count))
     if len(drawn) < count:
@@ -72,6 +70,7 @@ def puzzle_samples(
 
     Raises DataError, before the first is asked for, for a `size` too small to read and as `draw_puzzles` does.
     """
+    _check(kinds, split)
     if size < SMALLEST:
         raise DataError(f"size is {size} px; puzzles are legible from {SMALLEST} px.")
     shown = track(kinds, f"{split}: puzzles", console=console, disable=console is None)
@@ -111,6 +110,13 @@ def _sample(kind: str, split: str, number: int, puzzle: Puzzle, size: int) -> Sa
         state=puzzle.state,
         place=f"{kind} {split}, puzzle {number}",
     )
+
+
+def _check(kinds: Sequence[str], split: str) -> None:
+    for name, values, known in (("kind", kinds, KINDS), ("split", (split,), SPLITS)):
+        for value in values:
+            if value not in known:
+                raise DataError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
 
 
 def _split(state: str) -> str:

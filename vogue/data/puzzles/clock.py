@@ -30,8 +30,9 @@ NUMERALS = (
 
 def puzzles(rng: np.random.Generator) -> Iterator[Puzzle]:
     """All 12 · 60 · 4 · 59 · 2 = 339,840 puzzles, in random order."""
-    for number in rng.permutation(prod(SPACE)):
-        hour, minute, hours, minutes, before = (int(index) for index in np.unravel_index(number, SPACE))
+    indices = np.stack(np.unravel_index(rng.permutation(prod(SPACE)), SPACE), axis=1)
+    for row in indices:
+        hour, minute, hours, minutes, before = row.tolist()
         shift = 60 * hours + minutes + 1
         time = (60 * hour + minute + (-shift if before else shift)) % 720
         yield Puzzle(
