@@ -194,6 +194,19 @@ def test_the_squares_cut_from_a_board_are_white_and_the_others_chequered():
         assert len(tones[0]) == len(tones[1]) == 1 and tones[0] != tones[1]
 
 
+def test_the_arrows_of_a_maze_point_into_it_and_out_of_it():
+    for puzzle, pixels in drawn("maze"):
+        _, *lines, entry, exit = puzzle.state.splitlines()
+        places, side = centers(len(lines), len(lines[0].split()))
+        middles = {(row, column): (x, y) for row, column, x, y in places}
+        out = "right" if numbers(exit)[1] == len(lines[0].split()) else "down"
+        for place, color, heading in ((entry, "green", "right"), (exit, "blue", out)):
+            x, y = middles[tuple(numbers(place))]
+            for along, across in ((0.3, -0.05), (0.3, 0.05), (0.05, -0.3), (0.05, 0.3)):  # all of them in its head
+                dx, dy = (along, across) if heading == "right" else (across, along)
+                assert at(pixels, x + dx * side, y + dy * side) == color
+
+
 @pytest.mark.parametrize("size", [112, 224, 448])
 def test_an_image_has_the_size_asked_for(size):
     image = draw_puzzles("maze", "test", 1, seed=0)[0].image(size)
