@@ -1,6 +1,7 @@
 """What a user sees who gets something wrong: exit code 2 and one message that names it, before anything is trained."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -123,6 +124,34 @@ def test_evaluation_prints_pass_at_k_with_its_interval_and_writes_the_completion
     assert "pass@1" in printed
     assert "pass@4" in printed
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 6 * 4
+
+
+def test_evaluation_compares_the_views_of_each_category(settings, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    chosen = ["--samples", "1", "--view", "image,text,both", "--out", str(tmp_path / "out.jsonl")]
+    assert main(["eval", *settings, *chosen]) == 0
+    cells = [re.split(r"\s*│\s*", line.strip("│ ")) for line in capsys.readouterr().out.splitlines() if "│" in line]
+    counted = {(category, view): int(problems) for category, view, problems, *_ in cells}
+    assert [view for category, view in counted if category == "all"] == ["image", "text", "both"]
+    for view in ("image", "text", "both"):
+        assert sum(counted[key] for key in counted if key[1] == view) == 2 * counted["all", view] == 12
+    questions = {}
+    for line in (tmp_path / "out.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        questions.setdefault(record["view"], []).append(record["question"])
+    for image, text, both in zip(*questions.values()):
+        digits = re.fullmatch(r"(Left digit: \d\nRight digit: \d\n\n)(W.*)", text)
+        assert (image, both) == ("<image>" + digits[2], "<image>" + text)
+
+
+def test_a_view_that_does_not_exist_or_has_no_state(fails, settings, tmp_path):
+    assert fails("eval", *settings, "--view", "sound") == (
+        "vogue eval: view is 'sound'; it must be one of image, text, both."
+    )
+    data = data_file(tmp_path).removeprefix("data.train=")
+    assert f"{data}, row 0: view 'text' needs a 'state'" in fails(
+        "eval", *settings, f"data.test={data}", "--view", "text"
+    )
 
 
 def test_an_option_that_does_not_exist(settings, capsys):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vogue.data import Sample
-from vogue.evaluate import Estimate, Judged, estimate, judge, pass_at_k, summary, write_judged
+from vogue.evaluate import Estimate, Judged, by_category, estimate, judge, pass_at_k, summary, write_judged
 from vogue.rewards import Score, score_batch
 from vogue.rollout import Completion
 from vogue.rollout.hf import HfEngine
@@ -84,10 +85,12 @@ def test_judging_depends_on_the_number_of_a_problem_and_not_on_its_company(confi
 
 
 def test_judged_completions_are_written_one_a_line(tmp_path):
-    write_judged(judged(1, 0), tmp_path / "out.jsonl")
+    write_judged({"image": judged(1), "text": judged(0, 2)}, tmp_path / "out.jsonl")
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert len(records) == 8
+    assert len(records) == 12
     assert records[0] == {
+        "view": "image",
+        "category": "",
         "problem": 0,
         "question": "Which?",
         "answer": "4",
@@ -96,4 +99,13 @@ def test_judged_completions_are_written_one_a_line(tmp_path):
         "reward": 0.9,
         "accuracy": 1.0,
     }
-    assert [record["problem"] for record in records] == [0] * 4 + [1] * 4
+    assert [record["problem"] for record in records] == [0] * 8 + [1] * 4
+    assert [record["view"] for record in records] == ["image"] * 4 + ["text"] * 8
+
+
+def test_categories_are_reported_beside_the_whole_where_there_are_several():
+    right, wrong = judged(4), judged(0)
+    assert by_category(right + wrong) == {"all": right + wrong}
+    maze = [Judged(replace(item.sample, category="maze"), item.completions, item.scores) for item in right]
+    assert by_category(maze) == {"all": maze}
+    assert by_category(maze + wrong + maze) == {"maze": maze + maze, "none": wrong, "all": maze + wrong + maze}

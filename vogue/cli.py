@@ -75,13 +75,18 @@ def evaluate(arguments: argparse.Namespace) -> int:
     config = load_config(*_file_and_overrides(arguments.settings))
     if config.data.test is None:
         raise ConfigError("data.test is not set: the samples to evaluate on")
-    from vogue.evaluate import evaluate_model, summary, write_judged
+    from vogue.evaluate import by_category, evaluate_model, summary, write_judged
 
     console = Console()
-    judged = evaluate_model(config, arguments.samples, console)
-    estimates = summary(judged)
-    table = Table("problems", "samples", *estimates, title=config.model.path)
-    table.add_row(str(len(judged)), str(arguments.samples), *map(str, estimates.values()))
+    judged = evaluate_model(config, arguments.samples, arguments.views, console)
+    groups = {view: by_category(items) for view, items in judged.items()}
+    first, last = arguments.views[0], arguments.views[-1]
+    table = Table("category", "view", "problems", "samples", *summary(judged[first]), title=config.model.path)
+    for category in groups[first]:
+        for view in arguments.views:
+            items = groups[view][category]
+            counts = (str(len(items)), str(arguments.samples))
+            table.add_row(category, view, *counts, *map(str, summary(items).values()), end_section=view == last)
     console.print(table)
     if arguments.out:
         write_judged(judged, arguments.out)
@@ -153,9 +158,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint of trainer.output_dir")
     command.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
-    command = _add(commands, "eval", evaluate, "pass@1 and pass@4 of model.path on data.test, with 95%% intervals")
+    command = _add(
+        commands, "eval", evaluate, "pass@1 and pass@4 of model.path on data.test by category, with 95%% intervals"
+    )
     _add_config(command)
     command.add_argument("--samples", type=int, default=4, metavar="N", help="completions a problem (default 4)")
+    command.add_argument(
+        "--view",
+        dest="views",
+        type=_names,
+        default=("image",),
+        metavar="VIEW,…",
+        help="image, text (the sample's printed state in the image's place), both: is a model's weakness seeing or "
+        "thinking? (default image)",
+    )
     command.add_argument("--out", type=Path, metavar="FILE", help="write every completion with its score, JSONL")
 
     command = _add(commands, "warmstart", warmstart, "make a small Qwen2.5-VL for the digits task from nothing")

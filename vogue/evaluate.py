@@ -7,7 +7,9 @@ independent.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import comb
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from transformers import AutoConfig
 
 from vogue.config import Config
 from vogue.data import Sample, load_samples
+from vogue.data.prompts import with_view
 from vogue.inputs import Preprocessor, load_processor
 from vogue.rewards import Score, score_batch
 from vogue.rollout import Completion, Engine, Request, create_engine
@@ -92,26 +95,39 @@ def summary(judged: list[Judged]) -> dict[str, Estimate]:
     return {f"pass@{k}": estimate([pass_at_k(n, item.right, k) for item in judged]) for k in PASS_AT if k <= n}
 
 
-def evaluate_model(config: Config, n: int, console: Console) -> list[Judged]:
-    """Judge `model.path` on `data.test` with `n` completions a problem, in this process alone."""
+def by_category(judged: list[Judged]) -> dict[str, list[Judged]]:
+    """`judged` by the category of its samples, if there are several, and "all" of it."""
+    groups: dict[str, list[Judged]] = {}
+    for item in judged:
+        groups.setdefault(item.sample.category or "none", []).append(item)
+    return (groups if len(groups) > 1 else {}) | {"all": judged}
+
+
+def evaluate_model(config: Config, n: int, views: Sequence[str], console: Console) -> dict[str, list[Judged]]:
+    """Judge `model.path` on `data.test` in each view with `n` completions a problem, in this process alone."""
     samples = load_samples(config.data.test, config.data.test_limit)
+    shown = {view: [with_view(sample, view) for sample in samples] for view in views}
     processor = load_processor(config.model.path)
     preprocessor = Preprocessor(processor, config.data.system_prompt, config.data.max_prompt_tokens)
-    preprocessor.check(samples)
+    for viewed in shown.values():
+        preprocessor.check(viewed)
     tied = AutoConfig.from_pretrained(config.model.path).tie_word_embeddings
     engine = create_engine(config, processor, tied)
-    chunks = [samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK)]
-    judged = []
-    for chunk in track(chunks, "evaluate", console=console):
-        judged += judge(engine, preprocessor, config, chunk, n, first=len(judged))
+    starts = range(0, len(samples), CHUNK)
+    judged: dict[str, list[Judged]] = {view: [] for view in views}
+    for view, start in track([*product(views, starts)], "evaluate", console=console):
+        judged[view] += judge(engine, preprocessor, config, shown[view][start : start + CHUNK], n, first=start)
     return judged
 
 
-def write_judged(judged: list[Judged], path: Path) -> None:
-    """One JSON object a completion."""
+def write_judged(judged: dict[str, list[Judged]], path: Path) -> None:
+    """One JSON object a completion, view by view."""
     with open(path, "w") as file:
-        for number, item in enumerate(judged):
-            for completion, score in zip(item.completions, item.scores, strict=True):
-                record = {"problem": number, "question": item.sample.problem, "answer": item.sample.answer}
-                record |= {"completion": completion.text, "parsed": score.parsed, "reward": score.reward}
-                file.write(json.dumps(record | {"accuracy": score.accuracy}) + "\n")
+        for view, items in judged.items():
+            for number, item in enumerate(items):
+                sample = item.sample
+                record = {"view": view, "category": sample.category, "problem": number}
+                record |= {"question": sample.problem, "answer": sample.answer}
+                for completion, score in zip(item.completions, item.scores, strict=True):
+                    earned = {"parsed": score.parsed, "reward": score.reward, "accuracy": score.accuracy}
+                    file.write(json.dumps(record | {"completion": completion.text} | earned) + "\n")

@@ -61,6 +61,8 @@ def test_samples_ask_about_their_digits_and_larger_never_ties():
         }
         assert sample.answer == str(expected[pair.question])
         assert sample.problem == "<image>" + QUESTIONS[pair.question]
+        assert sample.category == pair.question
+        assert sample.state == f"Left digit: {pair.left}\nRight digit: {pair.right}"
         assert pair.question != "larger" or pair.left != pair.right
 
 

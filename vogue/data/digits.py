@@ -38,10 +38,11 @@ class DigitPair:
     place: str = "digits"
 
     def sample(self) -> Sample:
-        """The pair as a sample to train or test on; what the digits are stays behind."""
+        """The pair as a sample to train or test on, with the digits printed in `state`."""
         problem = PLACEHOLDER + QUESTIONS[self.question]
         answer = str(_answer(self.question, self.left, self.right))
-        return Sample(problem, answer, (self.image,), source="digits", place=self.place)
+        state = f"Left digit: {self.left}\nRight digit: {self.right}"
+        return Sample(problem, answer, (self.image,), "digits", self.question, state, self.place)
 
     def demonstration(self, left: int | None = None, right: int | None = None) -> str:
         """The completion of someone who reads the digits as `left` and `right` (rightly by default)."""

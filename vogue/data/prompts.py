@@ -1,7 +1,10 @@
 r"""From a sample to the chat a Hugging Face processor renders."""
 
-from vogue.data.samples import PLACEHOLDER, Sample
+from dataclasses import replace
 
+from vogue.data.samples import PLACEHOLDER, DataError, Sample
+
+VIEWS = ("image", "text", "both")
 SYSTEM_PROMPT = (
     "Think first: work through the question as an inner monologue inside <think></think>. "
     "Then give the final answer inside \\boxed{}."
@@ -16,6 +19,31 @@ def chat_messages(sample: Sample, system_prompt: str = SYSTEM_PROMPT) -> list[di
     """
     system = [_message("system", [_text(system_prompt)])] if system_prompt else []
     return [*system, _message("user", _parts(sample))]
+
+
+def with_view(sample: Sample, view: str) -> Sample:
+    """`sample` with its images ("image"), with its printed state instead ("text"), or with both ("both").
+
+    The state stands where the last image stood, or behind it.
+
+    A model that answers from the text what it doesn't from the image fails at seeing, not at thinking: the
+    perception diagnosis of arXiv 2601.00215.
+
+    Raises DataError for an unknown view, and where a sample has no state to print.
+    """
+    if view not in VIEWS:
+        raise DataError(f"view is {view!r}; it must be one of {', '.join(VIEWS)}.")
+    if view == "image":
+        return sample
+    if not sample.state:
+        raise DataError(
+            f"{sample.place}: view {view!r} needs a 'state', all that the images show as text; it is empty."
+        )
+    images = () if view == "text" else sample.images
+    before, placeholder, after = sample.problem.rpartition(PLACEHOLDER)
+    shown = placeholder or PLACEHOLDER * len(sample.images)
+    problem = f"{before}{shown}{sample.state}\n\n{after}"
+    return replace(sample, problem=problem if images else problem.replace(PLACEHOLDER, ""), images=images)
 
 
 def _parts(sample: Sample) -> list[dict]:
