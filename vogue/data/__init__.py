@@ -1,4 +1,4 @@
-"""Samples and where they come from: files in the EasyR1 schema, the hub, handwritten digits."""
+"""Samples and where they come from: files in the EasyR1 schema, the hub, handwritten digits, puzzles."""
 
 from vogue.data.samples import DataError, Sample, check_images, load_samples, write_parquet
 
