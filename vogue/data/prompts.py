@@ -41,8 +41,7 @@ def with_view(sample: Sample, view: str) -> Sample:
         )
     images = () if view == "text" else sample.images
     before, placeholder, after = sample.problem.rpartition(PLACEHOLDER)
-    shown = placeholder or PLACEHOLDER * len(sample.images)
-    problem = f"{before}{shown}{sample.state}\n\n{after}"
+    problem = f"{before}{placeholder}{sample.state}\n\n{after}"
     return replace(sample, problem=problem if images else problem.replace(PLACEHOLDER, ""), images=images)
 
 
