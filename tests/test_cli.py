@@ -127,7 +127,7 @@ def test_evaluation_prints_pass_at_k_with_its_interval_and_writes_the_completion
 
 
 def test_evaluation_compares_the_views_of_each_category(settings, capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")
     chosen = ["--samples", "1", "--view", "image,text,both", "--out", str(tmp_path / "out.jsonl")]
     assert main(["eval", *settings, *chosen]) == 0
     cells = [re.split(r"\s*│\s*", line.strip("│ ")) for line in capsys.readouterr().out.splitlines() if "│" in line]

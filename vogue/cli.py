@@ -81,12 +81,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
     judged = evaluate_model(config, arguments.samples, arguments.views, console)
     groups = {view: by_category(items) for view, items in judged.items()}
     first, last = arguments.views[0], arguments.views[-1]
-    table = Table("category", "view", "problems", "samples", *summary(judged[first]), title=config.model.path)
+    title = f"{config.model.path}: {arguments.samples} completions a problem"
+    table = Table("category", "view", "problems", *summary(judged[first]), title=title)
     for category in groups[first]:
         for view in arguments.views:
             items = groups[view][category]
-            counts = (str(len(items)), str(arguments.samples))
-            table.add_row(category, view, *counts, *map(str, summary(items).values()), end_section=view == last)
+            estimates = map(str, summary(items).values())
+            table.add_row(category, view, str(len(items)), *estimates, end_section=view == last)
     console.print(table)
     if arguments.out:
         write_judged(judged, arguments.out)
