@@ -41,8 +41,8 @@ test: setup  ## the whole test suite
 lint: setup  ## ruff
 	ruff check . && ruff format --check .
 
-bench: setup  ## kernels against eager PyTorch on this machine
-	python -m pytest bench/test_kernels.py -q -rP --benchmark-columns=median,min,max --benchmark-group-by=group
+bench: setup  ## the head against PyTorch and Liger on this machine, quickly; see bench/kernels.py for more
+	python -m pytest bench/test_kernels.py -q --benchmark-columns=median,min,max --benchmark-group-by=group
 
 clean:  ## remove .venv and what was built
 	rm -rf $(VENV) build *.egg-info kernels/vogue_kernels/cpu/_C.so

@@ -13,4 +13,4 @@ if not torch.cuda.is_available():
     sys.exit(2)
 EOF
 python -m pytest tests/kernels -k triton -q -p no:cacheprovider --confcutdir tests/kernels
-python bench/gpu.py --json "${1:-gpu.json}"
+python bench/kernels.py --device cuda --errors --json "${1:-gpu.json}"

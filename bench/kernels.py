@@ -1,31 +1,36 @@
-"""The head's statistics on a GPU, beside its peers: time, peak memory, and the roofline bound.
+"""The head's statistics beside their peers: time, memory, error, and what the machine could do at best.
 
-    python bench/gpu.py [--json FILE]                                              # both sizes of Qwen2.5-VL
-    python bench/gpu.py --shape 2048 151936 --tokens 1024 --contenders vogue floor
-    TRITON_INTERPRET=1 python bench/gpu.py --device cpu --shape 64 500 --tokens 8  # only to try this script
+    python bench/kernels.py [--json FILE]                                   # on the GPU if there is one
+    python bench/kernels.py --dtype float32 --shape 2048 151936 --tokens 1024 --contenders vogue eager floor
+    python bench/kernels.py --errors                                        # relative errors against float64 too
 
-All in bfloat16. Contenders run in turns, so that a change of clocks meets them all, and the median of a contender's
-turns counts. Time is that between CUDA events (on a CPU the wall clock's). Peak memory is what a turn adds to the
-inputs: in torch's allocator, and for NVML on the device as a whole, on which nothing else should run. The bound is an
-H100's (roofline.py).
+Contenders run in turns, so that a change of clocks or of other load meets them all, and the median of a contender's
+turns counts: compare ratios, not seconds of a shared machine. Time on a GPU is that between CUDA events, on a CPU the
+wall clock's. Memory is what a turn adds to the inputs at its highest, its results included: in torch's allocator and,
+on a GPU, for NVML on the device as a whole, on which nothing else should run. The bound is by operations and bytes: on
+a GPU an H100's (roofline.py), on a CPU at the rates of a matrix product and of a copy measured before.
 """
 
 import argparse
 import json
+import os
 import platform
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 
 import torch
 import triton
-from roofline import HEADS, bound, steps
+from roofline import H100, HEADS, Rates, bound, steps
 
-from vogue_kernels import available_backends, linear_branch_stats, linear_logprob
+from vogue_kernels import available_backends, cpu, linear_branch_stats, linear_logprob
 
 # ---------------------------------------------------------------------------------------------------- contenders
 
@@ -73,7 +78,8 @@ def forward_contenders(raw, noisy, weight, targets) -> dict[str, tuple[str, Call
             torch.mm(hidden, weight.T, out=logits)
 
     return {
-        "vogue": (everything, lambda: linear_branch_stats(raw, noisy, weight, targets, backend="triton")),
+        "vogue": (everything, lambda: linear_branch_stats(raw, noisy, weight, targets)),
+        "reference": (everything, lambda: linear_branch_stats(raw, noisy, weight, targets, backend="torch")),
         "eager": (everything, lambda: eager_forward(raw, noisy, weight, targets)),
         "compile": (everything, lambda: compiled(raw, noisy, weight, targets)),
         "liger": ("both log-probabilities only", lambda: [liger_logprob(x, weight, targets) for x in (raw, noisy)]),
@@ -87,8 +93,8 @@ def backward_contenders(raw, noisy, weight, targets) -> dict[str, tuple[str, Cal
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
     compiled = torch.compile(eager_logprob, dynamic=False)
 
-    def vogue_logprob(hidden, weight, targets):
-        return linear_logprob(hidden, weight, targets, backend="triton").logprob
+    def vogue_logprob(hidden, weight, targets, backend="auto"):
+        return linear_logprob(hidden, weight, targets, backend=backend).logprob
 
     @torch.no_grad()
     def floor():
@@ -100,6 +106,7 @@ def backward_contenders(raw, noisy, weight, targets) -> dict[str, tuple[str, Cal
     per_token = "log-probability per token, its gradients"
     contenders = {
         "vogue": (f"{per_token}; entropy too", vogue_logprob),
+        "reference": (f"{per_token}; entropy too", partial(vogue_logprob, backend="torch")),
         "eager": (per_token, eager_logprob),
         "compile": (per_token, compiled),
         "liger": (f"{per_token} (of its GRPO loss)", liger_logprob),
@@ -120,7 +127,7 @@ WORK = {
         ["forward of one branch", "backward of one branch's logprob"],
     ),
 }
-CONTENDERS = ("vogue", "eager", "compile", "liger", "liger-ce", "floor")
+CONTENDERS = ("vogue", "reference", "eager", "compile", "liger", "liger-ce", "floor")
 
 
 # ---------------------------------------------------------------------------------------------------- measurement
@@ -139,6 +146,7 @@ class Gpu:
             "driver": pynvml.nvmlSystemGetDriverVersion(),
             "cuda": torch.version.cuda,
         }
+        self.rates = H100
 
     def milliseconds(self, run) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -163,10 +171,27 @@ class Gpu:
 
 
 class Cpu:
-    """To try the script: no measure of memory."""
+    def __init__(self, dtype: torch.dtype):
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        kernels = available_backends()["cpu"] or cpu.description()
+        self.description = {
+            "device": name[1] if name else platform.machine(),
+            "threads": torch.get_num_threads(),
+            "kernels": kernels,
+        }
+        # In float32 too: where there is no arithmetic of bfloat16, it is the faster one for that.
+        product = max(self.product_rate(dtype), self.product_rate(torch.float32))
+        self.rates = Rates(product, self.copy_rate())
 
-    def __init__(self):
-        self.description = {"device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads"}
+    def product_rate(self, dtype: torch.dtype) -> float:
+        size = 1536 if dtype == torch.float32 else 384
+        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+        return 2 * size**3 / min(1e-3 * self.milliseconds(lambda: a @ b) for _ in range(5))
+
+    def copy_rate(self) -> float:
+        source = torch.zeros(1 << 26)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / min(1e-3 * self.milliseconds(lambda: target.copy_(source)) for _ in range(5))
 
     def milliseconds(self, run) -> float:
         start = time.perf_counter()
@@ -174,16 +199,19 @@ class Cpu:
         return 1e3 * (time.perf_counter() - start)
 
     def peak_bytes(self, run) -> dict:
-        run()
-        return {"torch_bytes": None, "nvml_bytes": None}
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            run()
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        events.sort(key=lambda event: event.start_ns())
+        return {"torch_bytes": max(accumulate((event.nbytes() for event in events), initial=0)), "nvml_bytes": None}
 
     def free(self):
         pass
 
 
 def reason_not_to_run(name: str, machine) -> str | None:
-    if name == "vogue":
-        return available_backends()["triton"]
+    if name == "compile" and os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "torch.compile is disabled"
     return "needs a GPU" if name == "liger-ce" and isinstance(machine, Cpu) else None
 
 
@@ -211,21 +239,34 @@ def measure(contenders: dict, machine, turns: int, until: float, end: float) -> 
     return rows
 
 
-def inputs(n: int, width: int, vocab: int, device: str):
+def inputs(n: int, width: int, vocab: int, device: str, dtype: torch.dtype):
     """(raw, noisy, weight, targets), of a model's scale."""
     torch.manual_seed(0)
     raw = torch.randn(n, width, device=device)
     noisy = raw + 0.3 * torch.randn(n, width, device=device)
     weight = torch.randn(vocab, width, device=device) / width**0.5
     targets = torch.randint(vocab, (n,), device=device)
-    return *(x.bfloat16() for x in (raw, noisy, weight)), targets
+    return *(x.to(dtype) for x in (raw, noisy, weight)), targets
+
+
+def errors(width: int, vocab: int, device: str, dtype: torch.dtype, n: int = 16) -> dict[str, float]:
+    """The largest relative error of the symmetric KL, against float64."""
+    raw, noisy, weight, targets = inputs(n, width, vocab, device, dtype)
+    exact = [x.double() for x in (raw, noisy, weight)]
+    truth = linear_branch_stats(*exact, targets, backend="torch").symmetric_kl
+    *_, forward, reverse = eager_forward(raw, noisy, weight, targets)
+    found = {
+        "vogue": linear_branch_stats(raw, noisy, weight, targets).symmetric_kl,
+        "eager": (forward + reverse) / 2,
+    }
+    return {name: float(((kl - truth) / truth).abs().max()) for name, kl in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- output
 
 
 def print_section(section: dict):
-    title = "{work}; D = {D}, V = {V}, {tokens} tokens; an H100's bound {bound_ms:.3g} ms"
+    title = "{work}; D = {D}, V = {V}, {dtype}, {tokens} tokens a branch; bound {bound_ms:.3g} ms"
     print("\n" + title.format(**section) + "\n")
     line = "{:9} {:>9} {:>19} {:>6} {:>8} {:>10} {:>9}  {}"
     print(
@@ -246,7 +287,10 @@ def print_section(section: dict):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=found, help=f"here {found}")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--errors", action="store_true", help="of the symmetric KL against float64")
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("D", "V"), help="may be repeated")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192], help="of each branch")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
@@ -258,28 +302,36 @@ def main():
         print(f"no GPU: torch {torch.__version__} sees none; nothing was measured", file=sys.stderr)
         sys.exit(2)
 
-    machine = Gpu() if options.device == "cuda" else Cpu()
+    dtype = getattr(torch, options.dtype)
+    machine = Gpu() if options.device == "cuda" else Cpu(dtype)
     description = machine.description | {"torch": torch.__version__, "triton": triton.__version__}
     print(", ".join(f"{key} {value}" for key, value in description.items()))
+    print("bound by {:.3g} GFLOP/s and {:.3g} GB/s".format(*(rate / 1e9 for rate in machine.rates)))
     start = time.monotonic()
     shapes = options.shape or list(HEADS.values())
     todo = [(n, shape, work) for shape in shapes for n in options.tokens for work in WORK]
     sections = []
     for index, (n, (width, vocab), work) in enumerate(todo):
         make, roofline = WORK[work]
-        contenders = make(*inputs(n, width, vocab, options.device))
+        contenders = make(*inputs(n, width, vocab, options.device, dtype))
         contenders = {name: contenders[name] for name in options.contenders if name in contenders}
         until = start + options.seconds * (index + 1) / len(todo)
-        bounds = [bound(*steps(width, vocab, n)[step])[0] for step in roofline]
-        section = {"work": work, "D": width, "V": vocab, "tokens": n, "bound_ms": sum(bounds)}
+        bounds = [bound(*steps(width, vocab, n, dtype.itemsize)[step], machine.rates)[0] for step in roofline]
+        section = {"work": work, "D": width, "V": vocab, "dtype": options.dtype, "tokens": n, "bound_ms": sum(bounds)}
         section["rows"] = measure(contenders, machine, options.turns, until, start + options.seconds)
         sections.append(section)
         print_section(section)
         del contenders
         machine.free()
         torch.compiler.reset()
+    results = {"machine": description, "rates": machine.rates._asdict(), "sections": sections, "errors": []}
+    for width, vocab in shapes if options.errors else ():
+        found = errors(width, vocab, options.device, dtype)
+        results["errors"].append({"D": width, "V": vocab, "dtype": options.dtype, **found})
+        listed = ", ".join(f"{name} {error:.1e}" for name, error in found.items())
+        print(f"\nrelative error of the symmetric KL, D = {width}, V = {vocab}, {options.dtype}: {listed}")
     if options.json:
-        options.json.write_text(json.dumps({"machine": description, "sections": sections}, indent=1))
+        options.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
