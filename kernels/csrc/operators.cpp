@@ -26,11 +26,11 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kTileBytes = 512 << 10;      // of a packed tile of the weight: it is to stay in the second-level cache
+constexpr int64_t kTileBytes = 512 << 10;  // of a packed tile of the weight: it is to stay in the second-level cache
 constexpr int64_t kMostTileColumns = 128;
-constexpr int64_t kChunkColumns = 1024;       // of the vocabulary in the backward pass; more if threads would get no tile
-constexpr int64_t kChunkElements = 1 << 21;    // of the gradient of a branch's logits: 8 MB
-constexpr double kLowest = -1e30;              // below every logit, and far from overflow
+constexpr int64_t kChunkColumns = 1024;      // of the vocabulary in the backward pass; more if threads would get no tile
+constexpr int64_t kChunkElements = 1 << 21;  // of the gradient of a branch's logits: 8 MB
+constexpr double kLowest = -1e30;            // below every logit, and far from overflow
 
 // ------------------------------------------------------------------------------------------------------ processor
 
@@ -263,10 +263,149 @@ void multiply_strip(
 struct Side {
   View hidden;
   const float* numbers;
-  bool written;        // its logits have a gradient
-  float* grad_hidden;  // (N, D), both rounded up; or null
-  Buffer gradient;     // of its logits, for a chunk and a batch
-  std::vector<Tiles> hidden_tiles;  // of each batch, the right operand of ∂W
+  bool written;                     // its logits have a gradient
+  Buffer gradient;                  // G, (batch, chunk)
+  Tensor grad_hidden;               // (N, D) float32, both rounded up; or none
+  std::vector<Tiles> hidden_tiles;  // of each batch: the right operand of ∂W
+};
+
+// A chunk of the vocabulary outside, a batch of tokens inside, so that a chunk of ∂W is complete when it is written.
+class Backward {
+ public:
+  Backward(const Tensor& weight, const Tensor& targets, const std::optional<Tensor>& bias, double scale)
+      : weight_(weight),
+        products_(products_for(weight.scalar_type())),
+        n_(targets.size(0)),
+        depth_(weight.size(1)),
+        padded_depth_(round_up(depth_, products_.group)),
+        width_(tile_columns(products_, depth_)),
+        chunk_(round_up(std::max(kChunkColumns, width_ * at::get_num_threads()), width_)),
+        batch_(std::clamp(
+            kChunkElements / chunk_ / products_.panel * products_.panel, products_.panel,
+            round_up(n_, products_.panel))),
+        targets_(targets.const_data_ptr<int64_t>()),
+        bias_(bias_of(bias)),
+        scale_(static_cast<float>(scale)),
+        weight_tiles_(products_, depth_, chunk_, tile_columns(products_, chunk_)) {}
+
+  void add_side(const Tensor& hidden, const Tensor& numbers, bool written, bool needs_hidden, bool needs_weight) {
+    hiddens_.push_back(hidden);
+    Side& side = sides_.emplace_back(
+        Side{view(hidden), numbers.const_data_ptr<float>(), written, Buffer(batch_ * chunk_ * sizeof(float)), {}, {}});
+    if (needs_hidden)
+      side.grad_hidden = at::zeros({round_up(n_, products_.panel), padded_depth_}, at::kFloat);
+    for (int64_t row = 0; needs_weight && written && row < n_; row += batch_) {
+      const View rows = slice_rows(side.hidden, row, batch_, weight_.element_size());
+      const Tiles& tiles =
+          side.hidden_tiles.emplace_back(products_, depth_, rows.rows, tile_columns(products_, rows.rows));
+      parallel(products_, tiles.count(), [&](int64_t tile) { tiles.pack(rows, tile); });
+    }
+  }
+
+  std::vector<Tensor> run(bool needs_weight, bool needs_bias) {
+    const int64_t vocab = weight_.size(0);
+    const std::vector<Panels> panels = pack_hidden_states(products_, hiddens_);
+    const Tensor grad_weight = needs_weight ? at::empty_like(weight_, at::MemoryFormat::Contiguous) : Tensor();
+    const Tensor grad_bias = needs_bias ? at::zeros({vocab}, at::kFloat) : Tensor();
+    // ∂W[chunk], in float32 until it is complete.
+    const Tensor complete =
+        needs_weight ? at::empty({round_up(chunk_, products_.panel), padded_depth_}, at::kFloat) : Tensor();
+    for (int64_t start = 0; start < vocab; start += chunk_) {
+      const int64_t size = std::min(chunk_, vocab - start);
+      const View rows_of_weight = slice_rows(view(weight_), start, size, weight_.element_size());
+      parallel(products_, weight_tiles_.count(), [&](int64_t tile) { weight_tiles_.pack(rows_of_weight, tile); });
+      for (int64_t row = 0; row < n_; row += batch_) {
+        const int64_t rows = std::min(batch_, n_ - row);
+        compute_gradients_of_logits(panels, rows_of_weight, start, row, rows);
+        add_to_hidden(row, rows, size);
+        if (needs_weight) add_to_weight(complete.mutable_data_ptr<float>(), row, rows, size);
+        if (needs_bias) add_to_bias(grad_bias.narrow(0, start, size), rows, size);
+      }
+      if (needs_weight)
+        grad_weight.narrow(0, start, size).copy_(complete.narrow(0, 0, size).narrow(1, 0, depth_));
+    }
+    std::vector<Tensor> gradients;
+    for (const Side& side : sides_)
+      if (side.grad_hidden.defined())
+        gradients.push_back(
+            side.grad_hidden.narrow(0, 0, n_).narrow(1, 0, depth_).to(weight_.scalar_type()).contiguous());
+    if (needs_weight) gradients.push_back(grad_weight);
+    if (needs_bias) gradients.push_back(grad_bias);
+    return gradients;
+  }
+
+ private:
+  // G of the vocabulary from `start` on and the tokens from `row` on, of every side.
+  void compute_gradients_of_logits(
+      const std::vector<Panels>& panels, const View& rows_of_weight, int64_t start, int64_t row, int64_t rows) {
+    const int64_t size = rows_of_weight.rows;
+    const View columns = transposed(rows_of_weight);
+    parallel(products_, (size + width_ - 1) / width_, [&](int64_t t) {
+      const int64_t first = t * width_, count = std::min(width_, size - first);
+      const Tiles tile(products_, width_, depth_, width_);
+      products_.pack_tile(columns, first, count, tile.depth(), tile[0]);
+      for (int64_t r = 0; r < rows; r += products_.panel) {
+        Numbers numbers[2];
+        for (size_t i = 0; i < sides_.size(); ++i) {
+          float* logits = sides_[i].gradient.floats() + r * chunk_ + first;
+          products_.multiply(
+              tile.depth(), round_up(count, products_.group), panels[i][(row + r) / products_.panel], tile[0], logits,
+              chunk_, false);
+          numbers[i] = {logits, chunk_, sides_[i].numbers + row + r, n_, sides_[i].written};
+        }
+        processor().gradients(
+            std::min(products_.panel, rows - r), count, targets_ + row + r, start + first,
+            bias_ ? bias_ + start + first : nullptr, scale_, numbers[0], sides_.size() == 2 ? &numbers[1] : nullptr);
+      }
+    });
+  }
+
+  View gradient_of_logits(const Side& side, int64_t rows, int64_t size) const {
+    return {side.gradient.floats(), Dtype::f32, rows, size, chunk_, 1};
+  }
+
+  // ∂H += G W[chunk]
+  void add_to_hidden(int64_t row, int64_t rows, int64_t size) {
+    for (const Side& side : sides_)
+      if (side.grad_hidden.defined())
+        parallel_strips(products_, rows, [&](int64_t first, int64_t last) {
+          float* out = side.grad_hidden.mutable_data_ptr<float>() + row * padded_depth_;
+          multiply_strip(
+              products_, gradient_of_logits(side, rows, size), weight_tiles_, first, last, out, padded_depth_, true);
+        });
+  }
+
+  // ∂W[chunk] += Gᵀ H, or = of the first batch and side
+  void add_to_weight(float* out, int64_t row, int64_t rows, int64_t size) {
+    bool add = row > 0;
+    for (const Side& side : sides_)
+      if (side.written) {
+        parallel_strips(products_, size, [&](int64_t first, int64_t last) {
+          multiply_strip(
+              products_, transposed(gradient_of_logits(side, rows, size)), side.hidden_tiles[row / batch_], first, last,
+              out, padded_depth_, add);
+        });
+        add = true;
+      }
+  }
+
+  void add_to_bias(const Tensor& out, int64_t rows, int64_t size) {
+    for (const Side& side : sides_)
+      if (side.written)
+        out.add_(at::from_blob(side.gradient.floats(), {rows, size}, {chunk_, 1}, at::kFloat).sum(0, false, at::kDouble));
+  }
+
+  const Tensor weight_;
+  const Products products_;
+  const int64_t n_, depth_, padded_depth_;
+  const int64_t width_;  // columns of a tile
+  const int64_t chunk_, batch_;
+  const int64_t* targets_;
+  const float* bias_;
+  const float scale_;
+  const Tiles weight_tiles_;  // of a chunk: the right operand of ∂H
+  std::vector<Tensor> hiddens_;
+  std::vector<Side> sides_;
 };
 
 // hiddens, weight, targets, bias, scale: as in `forward`. numbers: (7, N) float32 of each branch, see processor.h.
@@ -276,90 +415,10 @@ std::vector<Tensor> backward(
     at::TensorList hiddens, at::TensorList numbers, const Tensor& weight, const Tensor& targets,
     const std::optional<Tensor>& bias, double scale, const c10::List<bool>& written,
     const c10::List<bool>& needs_hidden, bool needs_weight, bool needs_bias) {
-  const Products products = products_for(weight.scalar_type());
-  const int64_t n = targets.size(0), vocab = weight.size(0), depth = weight.size(1);
-  const int64_t width = tile_columns(products, depth);
-  const int64_t chunk = round_up(std::max(kChunkColumns, width * at::get_num_threads()), width);
-  const int64_t batch = std::min(round_up(n, products.panel), std::max<int64_t>(1, kChunkElements / chunk / products.panel) * products.panel);
-  const int64_t padded_depth = round_up(depth, products.group), padded_rows = round_up(n, products.panel);
-  const std::vector<Panels> panels = pack_hidden_states(products, hiddens);
-
-  std::vector<Tensor> grads_hidden;
-  std::vector<Side> sides;
-  for (size_t i = 0; i < hiddens.size(); ++i) {
-    grads_hidden.push_back(needs_hidden[i] ? at::zeros({padded_rows, padded_depth}, at::kFloat) : Tensor());
-    float* grad_hidden = needs_hidden[i] ? grads_hidden[i].mutable_data_ptr<float>() : nullptr;
-    Side& side = sides.emplace_back(Side{view(hiddens[i]), numbers[i].const_data_ptr<float>(), written[i],
-                                         grad_hidden, Buffer(batch * chunk * sizeof(float)), {}});
-    for (int64_t row = 0; needs_weight && written[i] && row < n; row += batch) {
-      const View rows = slice_rows(side.hidden, row, batch, weight.element_size());
-      const Tiles& tiles = side.hidden_tiles.emplace_back(products, depth, rows.rows, tile_columns(products, rows.rows));
-      parallel(products, tiles.count(), [&](int64_t tile) { tiles.pack(rows, tile); });
-    }
-  }
-  const Tensor grad_weight = needs_weight ? at::empty_like(weight, at::MemoryFormat::Contiguous) : Tensor();
-  const Tensor grad_bias = needs_bias ? at::zeros({vocab}, at::kFloat) : Tensor();
-  const Tensor chunk_weight = needs_weight ? at::empty({round_up(chunk, products.panel), padded_depth}, at::kFloat) : Tensor();
-  const Tiles weight_tiles(products, depth, chunk, tile_columns(products, chunk));
-  const View weights = view(weight);
-  const int64_t* target = targets.const_data_ptr<int64_t>();
-  const float* biases = bias_of(bias);
-
-  for (int64_t start = 0; start < vocab; start += chunk) {
-    const int64_t size = std::min(chunk, vocab - start);
-    const View chunk_rows = slice_rows(weights, start, size, weight.element_size());
-    parallel(products, weight_tiles.count(), [&](int64_t tile) { weight_tiles.pack(chunk_rows, tile); });
-    for (int64_t row = 0; row < n; row += batch) {
-      const int64_t rows = std::min(batch, n - row);
-      parallel(products, (size + width - 1) / width, [&](int64_t t) {
-        const int64_t first = t * width, count = std::min(width, size - first);
-        const Tiles tile(products, width, depth, width);
-        products.pack_tile(transposed(chunk_rows), first, count, panels[0].depth(), tile[0]);
-        for (int64_t r = 0; r < rows; r += products.panel) {
-          Numbers number[2];
-          for (size_t i = 0; i < sides.size(); ++i) {
-            float* logits = sides[i].gradient.floats() + r * chunk + first;
-            products.multiply(panels[i].depth(), round_up(count, products.group), panels[i][(row + r) / products.panel],
-                              tile[0], logits, chunk, false);
-            number[i] = {logits, chunk, sides[i].numbers + row + r, n, sides[i].written};
-          }
-          processor().gradients(std::min(products.panel, rows - r), count, target + row + r, start + first,
-                                biases ? biases + start + first : nullptr, static_cast<float>(scale), number[0],
-                                sides.size() == 2 ? &number[1] : nullptr);
-        }
-      });
-      bool add = row > 0;
-      for (Side& side : sides) {
-        if (!side.written) continue;
-        const View gradient{side.gradient.floats(), Dtype::f32, rows, size, chunk, 1};
-        if (side.grad_hidden)
-          parallel_strips(products, rows, [&](int64_t first, int64_t last) {
-            multiply_strip(products, gradient, weight_tiles, first, last, side.grad_hidden + row * padded_depth,
-                           padded_depth, true);
-          });
-        if (needs_weight) {
-          parallel_strips(products, size, [&](int64_t first, int64_t last) {
-            multiply_strip(products, transposed(gradient), side.hidden_tiles[row / batch], first, last,
-                           chunk_weight.mutable_data_ptr<float>(), padded_depth, add);
-          });
-          add = true;
-        }
-        if (needs_bias)
-          grad_bias.narrow(0, start, size) +=
-              at::from_blob(side.gradient.floats(), {rows, size}, {chunk, 1}, at::kFloat).sum(0, false, at::kDouble);
-      }
-    }
-    if (needs_weight)
-      grad_weight.narrow(0, start, size).copy_(chunk_weight.narrow(0, 0, size).narrow(1, 0, depth));
-  }
-
-  std::vector<Tensor> results;
-  for (const Tensor& grad : grads_hidden)
-    if (grad.defined())
-      results.push_back(grad.narrow(0, 0, n).narrow(1, 0, depth).to(weight.scalar_type()).contiguous());
-  if (needs_weight) results.push_back(grad_weight);
-  if (needs_bias) results.push_back(grad_bias);
-  return results;
+  Backward pass(weight, targets, bias, scale);
+  for (size_t i = 0; i < hiddens.size(); ++i)
+    pass.add_side(hiddens[i], numbers[i], written[i], needs_hidden[i], needs_weight);
+  return pass.run(needs_weight, needs_bias);
 }
 
 }  // namespace
