@@ -238,3 +238,51 @@ def test_a_batch_with_every_token_masked_has_a_loss_and_gradient_of_zero():
 def test_vogue_loss_refuses_a_name_it_does_not_know(setting):
     with pytest.raises(ValueError, match="choose one of"):
         VogueLoss(**setting)
+
+
+def one_loss_of_liger(hidden, weight, targets, advantages, old_logprob, mask):
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="grpo")
+    return loss(hidden, weight, targets, mask.long(), advantages, old_per_token_logps=old_logprob)[0]
+
+
+def test_without_guidance_the_loss_of_completions_is_that_of_ligers_grpo(backend):
+    pytest.importorskip("liger_kernel")
+    hidden, weight = torch.randn(4, 5, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    targets, advantages = torch.randint(50, (4, 5)), torch.tensor([1.0, -0.5, 2.0, -2.0])
+    with torch.no_grad():
+        old = torch.log_softmax(hidden @ weight.T, -1).gather(2, targets[..., None])[..., 0] + 0.3 * torch.randn(4, 5)
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    mask[1, 3:] = False
+    expected = one_loss_of_liger(hidden, weight, targets, advantages, old, mask)
+
+    plain = VogueLoss(GuidanceConfig(alpha_out=0, alpha_per=0), aggregation="sequence-mean", backend=backend)
+    per_token = advantages.repeat_interleave(5)  # which Liger's kernel doesn't take: its advantages are (4,)
+    loss, _ = plain(
+        hidden.flatten(0, 1),
+        weight,
+        targets.flatten(),
+        per_token,
+        old_logprob=old.flatten(),
+        mask=mask.flatten(),
+        sequence_ids=torch.arange(4).repeat_interleave(5),
+    )
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))
+    )
+
+
+def test_the_gradient_of_a_token_is_proportional_to_its_own_shaped_advantage(backend):
+    # At ratio 1 the loss of a token is −Â, whose gradient is −Â ∂ log π; all tokens here are the same one, so that
+    # their gradients are as their advantages: 1 and −0.5 of one completion, shaped by the same entropy.
+    hidden = torch.full((2, 3), 0.7).requires_grad_()
+    weight, targets = torch.randn(20, 3), torch.tensor([4, 4])
+    guided = VogueLoss(GuidanceConfig(alpha_out=0.4, beta_out=2.0), backend=backend)
+    loss, _ = guided(hidden, weight, targets, torch.tensor([1.0, -0.5]))
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    logits = weight @ torch.full((3,), 0.7)
+    entropy = -(logits.softmax(0) * logits.log_softmax(0)).sum()
+    shaped = 1 + min(0.5, 0.4 * entropy), -0.5 + min(0.25, 0.4 * entropy)
+    torch.testing.assert_close(gradient[0] / gradient[1], torch.full((3,), float(shaped[0] / shaped[1])))
