@@ -6,8 +6,8 @@
 
 Contenders run in turns, so that a change of clocks or of other load meets them all, and the median of a contender's
 turns counts: compare ratios, not seconds of a shared machine. Time on a GPU is that between CUDA events, on a CPU the
-wall clock's. Memory is what a turn adds to the inputs at its highest, its results included: in torch's allocator and,
-on a GPU, for NVML on the device as a whole, on which nothing else should run. The bound is by operations and bytes: on
+wall clock's. Memory is what a turn needs beyond inputs and results at its highest: in torch's allocator and, on a GPU,
+for NVML on the device as a whole, on which nothing else should run. The bound is by operations and bytes: on
 a GPU an H100's (roofline.py), on a CPU at the rates of a matrix product and of a copy measured before.
 """
 
@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 import torch
 import triton
 from roofline import H100, HEADS, Rates, bound, steps
+from torch.utils._pytree import tree_leaves
 
 from vogue_kernels import available_backends, cpu, linear_branch_stats, linear_logprob
 
@@ -160,10 +161,11 @@ class Gpu:
         self.free()
         used, allocated = self.used(), torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        run()
+        results = run()
         torch.cuda.synchronize()
         # the allocator keeps what it took from the device, so that this is still NVML's peak
-        return {"torch_bytes": torch.cuda.max_memory_allocated() - allocated, "nvml_bytes": self.used() - used}
+        peaks = {"torch_bytes": torch.cuda.max_memory_allocated() - allocated, "nvml_bytes": self.used() - used}
+        return {name: peak - size(results) for name, peak in peaks.items()}
 
     def free(self):
         torch.cuda.synchronize()
@@ -200,13 +202,18 @@ class Cpu:
 
     def peak_bytes(self, run) -> dict:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            run()
+            results = run()
         events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
         events.sort(key=lambda event: event.start_ns())
-        return {"torch_bytes": max(accumulate((event.nbytes() for event in events), initial=0)), "nvml_bytes": None}
+        peak = max(accumulate((event.nbytes() for event in events), initial=0))
+        return {"torch_bytes": peak - size(results), "nvml_bytes": None}
 
     def free(self):
         pass
+
+
+def size(results) -> int:
+    return sum(x.nbytes for x in tree_leaves(results) if isinstance(x, torch.Tensor))
 
 
 def reason_not_to_run(name: str, machine) -> str | None:
