@@ -39,19 +39,19 @@ struct F16 {
 template <class T>
 void pack(const T* data, int64_t lines, int64_t length, int64_t line_stride, int64_t stride, int64_t width,
           int64_t depth, float* out) {
-  constexpr int64_t kBlock = 16;  // elements of a line that are read together: a cache line or so
-  for (int64_t start = 0; start < depth; start += kBlock) {
-    const int64_t end = start + kBlock < depth ? start + kBlock : depth;
-    const int64_t inside = end < length ? end : length;
-    for (int64_t i = 0; i < width; ++i) {
-      int64_t k = start;
-      if (i < lines) {
-        const T* line = data + i * line_stride;
-        for (; k < inside; ++k) out[k * width + i] = line[k * stride];
-      }
-      for (; k < end; ++k) out[k * width + i] = 0;
-    }
+  const int64_t inside = depth < length ? depth : length;
+  if (line_stride == 1) {
+    for (int64_t k = 0; k < inside; ++k)
+      for (int64_t i = 0; i < lines; ++i) out[k * width + i] = data[k * stride + i];
+  } else {
+    constexpr int64_t kBlock = 16;  // elements of a line that are read together: a cache line or so
+    for (int64_t start = 0; start < inside; start += kBlock)
+      for (int64_t i = 0; i < lines; ++i)
+        for (int64_t k = start; k < start + kBlock && k < inside; ++k)
+          out[k * width + i] = data[i * line_stride + k * stride];
   }
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t i = k < inside ? lines : 0; i < width; ++i) out[k * width + i] = 0;
 }
 
 // Lines first ... first + lines of a matrix, as far as there are so many: its rows, or its columns.
