@@ -54,11 +54,12 @@ def test_collating_by_hand():
     long = row([10, 11, 12], ((20, 21), (-0.5, -0.25)), ((30, 31, 32), (-1.0, -2.0, -3.0)), advantages=(1.5, -0.5))
     short = row([40, 41], ((50,), (-4.0,)), advantages=(2.0,))
     batch = collate([long, short], pad_id=99, token_mean=True)
-    assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 30, 31, 32], [40, 41, 50, 99, 99, 99, 99, 99]]
-    assert batch.segments.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 1, PAD, PAD, PAD, PAD, PAD]]
+    # The last token of a completion predicts nothing and isn't read, unless it is the only one.
+    assert batch.input_ids.tolist() == [[10, 11, 12, 20, 30, 31], [40, 41, 50, 99, 99, 99]]
+    assert batch.segments.tolist() == [[0, 0, 0, 1, 2, 2], [0, 0, 1, PAD, PAD, PAD]]
     # 20 is predicted where the prompt ends (2), 21 at 20's place (3); 30 where the prompt ends again, and so on.
-    # The second row starts at 8: 50 is predicted at its position 1.
-    assert batch.positions.tolist() == [2, 3, 2, 5, 6, 9]
+    # The second row starts at 6: 50 is predicted at its position 1.
+    assert batch.positions.tolist() == [2, 3, 2, 4, 5, 7]
     assert batch.targets.tolist() == [20, 21, 30, 31, 32, 50]
     assert batch.advantages.tolist() == [1.5, 1.5, -0.5, -0.5, -0.5, 2.0]
     assert batch.rollout_logprob.tolist() == [-0.5, -0.25, -1.0, -2.0, -3.0, -4.0]
@@ -88,8 +89,8 @@ def test_images_of_a_batch_follow_the_order_of_its_rows():
     batch = collate(rows, 0, token_mean=True)
     assert batch.view.pixel_values[:, 0].tolist() == [1.0] * 4 + [3.0] * 8
     assert batch.other.pixel_values[:, 0].tolist() == [5.0] * 4 + [7.0] * 8
-    assert batch.view.grid_thw.tolist() == [[1, 2, 2], [1, 2, 4]]
-    assert batch.view.images == ("image 1", "image 3")
+    assert batch.view.sizes.tolist() == [[1, 2, 2], [1, 2, 4]]
+    assert batch.view.order == (0, 1)
 
 
 def test_advantages_and_completions_must_pair():

@@ -9,9 +9,9 @@ from transformers import AutoModelForImageTextToText, Qwen2VLConfig, Qwen3VLConf
 
 from vogue.data import Sample
 from vogue.inputs import Prompt, View
-from vogue.packing import PAD, Row, collate
+from vogue.packing import Row, collate
 from vogue.perturb import perturb
-from vogue.policy import Policy, shared_prefix_mask, supports_shared_prefix
+from vogue.policy import Policy
 from vogue.rollout import BAN, Completion, media_token_ids
 from vogue_kernels import BranchStats, LogprobStats
 
@@ -24,7 +24,7 @@ def completion(*token_ids):
 
 
 def copy_of(model):
-    twin = type(model)(model.config).to(torch.float64).eval()
+    twin = type(model)(copy.deepcopy(model.config)).to(torch.float64).eval()  # a policy sets the config's attention
     twin.load_state_dict(model.state_dict())
     return twin
 
@@ -66,11 +66,11 @@ def alone(model, prompt, view, tokens, banned):
     """(T, V) log-probabilities of one completion's positions, from the model's own forward with its own logits."""
     ids = torch.cat([prompt.token_ids, torch.tensor(tokens)])[None]
     images = {}
-    if view.grid_thw is not None:
+    if view.sizes is not None:
         types = torch.cat([prompt.token_types, torch.zeros(len(tokens), dtype=torch.long)])[None]
         images = {
             "pixel_values": view.pixel_values.double(),
-            "image_grid_thw": view.grid_thw,
+            "image_grid_thw": view.sizes,
             "mm_token_type_ids": types,
         }
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images).logits[0]
@@ -81,7 +81,7 @@ def in_double(batch):
     views = {
         name: replace(view, pixel_values=view.pixel_values.double())
         for name in ("view", "other")
-        if (view := getattr(batch, name)) is not None and view.grid_thw is not None
+        if (view := getattr(batch, name)) is not None
     }
     return replace(batch, **views)
 
@@ -199,19 +199,6 @@ def test_media_tokens_have_no_probability_even_where_the_head_favours_them(proce
     assert head(hidden, None, torch.tensor(media)).logprob.max() < -69  # a probability below 1e-30
 
 
-def test_padding_has_a_row_to_attend_to_and_nothing_attends_to_it():
-    allowed = shared_prefix_mask(torch.tensor([[0, 0, 1, 1, 2, PAD]]))[0, 0]
-    by_hand = [
-        [1, 0, 0, 0, 0, 0],  # prompt
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],  # first completion
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0],  # the second one sees the prompt and itself, not the first
-        [0, 0, 0, 0, 0, 1],  # padding
-    ]
-    assert allowed.int().tolist() == by_hand
-
-
 def test_attention_that_takes_no_mask_of_ours_is_not_given_one(kinds, preprocessor, new_model, tmp_path):
     new_model().save_pretrained(tmp_path)
     rows = [row(preprocessor, kinds["one image"], (3,)), row(preprocessor, kinds["two images"], (2,))]
@@ -219,8 +206,9 @@ def test_attention_that_takes_no_mask_of_ours_is_not_given_one(kinds, preprocess
     logprobs = {}
     for name in ("sdpa", "eager"):
         model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype="float32", attn_implementation=name)
-        assert supports_shared_prefix(model) == (name == "sdpa")
-        logprobs[name] = Policy(model, 1.0)(batch).logprob
+        policy = Policy(model, 1.0, attention=name)
+        assert (policy.why_separate is None) == (name == "sdpa")
+        logprobs[name] = policy(batch).logprob
     torch.testing.assert_close(logprobs["eager"], logprobs["sdpa"], rtol=0, atol=2e-5)
 
 

@@ -36,7 +36,11 @@ class Section(BaseModel):
 class ModelConfig(Section):
     path: str = Field(description="Hugging Face model folder or hub name", min_length=1)
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the weights in training and rollout")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="transformers' attention")
+    attention: Literal["auto", "flex_attention", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto",
+        description="transformers' attention of the text model; the first three let a group share its prompt, `auto` "
+        "by a CPU's flash kernel or by flex_attention on GPUs",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     freeze_vision: bool = Field(False, description="leave the vision tower as it is")
 

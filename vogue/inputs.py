@@ -20,11 +20,15 @@ from vogue.data.prompts import SYSTEM_PROMPT, chat_messages
 
 @dataclass(frozen=True)
 class View:
-    """The images of one branch. `pixel_values` (patches, patch dim) float32, `grid_thw` (images, 3) int64."""
+    """The images of one branch as the model's own image processor gives them, None where there are none.
+
+    `pixel_values` float32 and `sizes` int64: Qwen's (patches, patch dim) and (images, 3) patches in time, height and
+    width; LLaVA-OneVision's (images, tiles, 3, height, width) and (images, 2) pixels in height and width.
+    """
 
     images: tuple[Image.Image, ...]
     pixel_values: Tensor | None
-    grid_thw: Tensor | None
+    sizes: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -62,24 +66,27 @@ class Preprocessor:
                 pass
 
     def _check(self, sample: Sample) -> None:
-        processor = self.processor.image_processor
-        patches = [processor.get_number_of_image_patches(i.height, i.width, {}) for i in sample.load_images()]
-        self._token_ids(sample, [count // processor.merge_size**2 for count in patches])
+        self._token_ids(sample, self._image_tokens(sample.load_images()))
 
     def view(self, images: Sequence[Image.Image]) -> View:
         """Turn PIL images into the vision tower's input."""
         if not images:
             return View((), None, None)
-        features = self.processor.image_processor(images=list(images), return_tensors="pt")
-        return View(tuple(images), features["pixel_values"], features["image_grid_thw"])
+        # A list of lists: of several images of one prompt LLaVA-OneVision cuts none into tiles.
+        features = self.processor.image_processor(images=[list(images)], return_tensors="pt")
+        return View(tuple(images), features["pixel_values"], features[sizes_name(self.processor)])
 
     def prompt(self, sample: Sample, view: View) -> Prompt:
         """Tokenize `sample` for images of `view`'s size."""
-        counts = []
-        if view.grid_thw is not None:
-            counts = (view.grid_thw.prod(dim=1) // self.processor.image_processor.merge_size**2).tolist()
-        short_ids, token_ids = self._token_ids(sample, counts)
+        short_ids, token_ids = self._token_ids(sample, self._image_tokens(view.images))
         return Prompt(sample, short_ids, token_ids, (token_ids == self.image_token_id).long())
+
+    def _image_tokens(self, images: Sequence[Image.Image]) -> list[int]:
+        """Tokens that each of a prompt's images takes."""
+        if len(images) > 1 and sizes_name(self.processor) == "image_sizes":  # LLaVA-OneVision: whole, and a line end
+            return [self.processor.num_image_tokens + 1] * len(images)
+        sizes = [(image.height, image.width) for image in images]
+        return self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
 
     def _token_ids(self, sample: Sample, counts: list[int]) -> tuple[list[int], Tensor]:
         """Short and full token ids of `sample`, whose images take `counts` tokens."""
@@ -99,6 +106,11 @@ class Preprocessor:
                 f"than data.max_prompt_tokens={self.max_prompt_tokens}"
             )
         return short_ids, token_ids
+
+
+def sizes_name(processor: ProcessorMixin) -> str:
+    """What the model calls a `View`'s sizes: image_grid_thw, or image_sizes."""
+    return processor.image_processor.model_input_names[1]
 
 
 def load_processor(path: str) -> ProcessorMixin:

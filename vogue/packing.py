@@ -8,6 +8,7 @@ Completions attend to the prompt and to themselves (`vogue.policy`), so a group 
 positions that predict a completion's token reach the output head; they are listed flat, as N tokens.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -38,11 +39,24 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        return len(self.prompt.token_ids) + sum(len(c.token_ids) for c in self.completions)
+        return len(self.prompt.token_ids) + sum(len(_read(c)) for c in self.completions)
 
     @property
     def noisy(self) -> bool:
         return self.other is not None
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of B rows, each distinct `View` once: `pixel_values` and `sizes` as there, one view after the other.
+
+    `counts`: images of each view. `order`: for every image of the rows, which of these it is.
+    """
+
+    pixel_values: Tensor
+    sizes: Tensor
+    counts: tuple[int, ...]
+    order: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -51,15 +65,17 @@ class Batch:
 
     `input_ids`, `token_types`, `segments`: (B, L) int64. `positions` (N,): where in the B·L hidden states token n
     is predicted. `targets` (N,) int64; `advantages`, `rollout_logprob`, `weights` (N,) float32: base advantage, the
-    engine's log-probability, and the token's weight in the loss. `old` holds what a pass before several updates found
+    engine's log-probability, and the token's weight in the loss. `view` and `other` are None where there is no image;
+    `noisy` rows have both branches. `old` holds what a pass before several updates found
     (log-probability, entropy, divergence).
     """
 
     input_ids: Tensor
     token_types: Tensor
     segments: Tensor
-    view: View
-    other: View | None
+    view: Images | None
+    other: Images | None
+    noisy: bool
     positions: Tensor
     targets: Tensor
     advantages: Tensor
@@ -69,8 +85,12 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        views = {k: _view_to(v, device) for k, v in vars(self).items() if isinstance(v, View)}
-        return replace(self, **moved, **views)
+        images = {
+            k: replace(v, pixel_values=v.pixel_values.to(device), sizes=v.sizes.to(device))
+            for k, v in vars(self).items()
+            if isinstance(v, Images)
+        }
+        return replace(self, **moved, **images)
 
 
 def pack(rows: Iterable[Row], budget: int) -> list[list[Row]]:
@@ -111,11 +131,12 @@ def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
         segments[b, :start] = 0
         for segment, (completion, advantage) in enumerate(zip(row.completions, row.advantages, strict=True), 1):
             tokens = torch.tensor(completion.token_ids)
-            end = start + len(tokens)
-            input_ids[b, start:end] = tokens
+            read = _read(completion)
+            end = start + len(read)
+            input_ids[b, start:end] = torch.tensor(read)
             segments[b, start:end] = segment
             # The first token is predicted where the prompt ends, each further one by the token before it.
-            at = torch.arange(start - 1, end - 1)
+            at = torch.arange(start - 1, start - 1 + len(tokens))
             at[0] = len(row.prompt.token_ids) - 1
             weight = row.weight if token_mean else row.weight / len(tokens)
             flat["positions"].append(b * length + at)
@@ -129,7 +150,8 @@ def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
         token_types=token_types,
         segments=segments,
         view=_stack([row.view for row in rows]),
-        other=_stack([row.other for row in rows if row.other]) if rows[0].noisy else None,
+        other=_stack([row.other for row in rows if row.other]),
+        noisy=rows[0].noisy,
         **{name: torch.cat(parts) for name, parts in flat.items()},
     )
 
@@ -137,20 +159,29 @@ def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
 _FLAT = ("positions", "targets", "advantages", "rollout_logprob", "weights")
 
 
-def _stack(views: Sequence[View]) -> View:
+def _read(completion: Completion) -> tuple[int, ...]:
+    """The tokens that the model reads: the last one predicts nothing (kept where it is alone, so that some are)."""
+    return completion.token_ids[: max(1, len(completion.token_ids) - 1)]
+
+
+def _stack(views: Sequence[View]) -> Images | None:
     """Images of several rows, one after the other, as the vision tower takes them."""
-    with_images = [view for view in views if view.grid_thw is not None]
-    images = tuple(image for view in views for image in view.images)
-    if not with_images:
-        return View(images, None, None)
-    return View(
-        images,
-        torch.cat([view.pixel_values for view in with_images]),
-        torch.cat([view.grid_thw for view in with_images]),
-    )
+    distinct = list({id(view): view for view in views if view.sizes is not None}.values())
+    if not distinct:
+        return None
+    counts = tuple(len(view.sizes) for view in distinct)
+    first = dict(zip(map(id, distinct), itertools.accumulate(counts, initial=0), strict=False))
+    order = (first[id(view)] + i for view in views if view.sizes is not None for i in range(len(view.sizes)))
+    pixel_values = _cat_tiles([view.pixel_values for view in distinct])
+    return Images(pixel_values, torch.cat([view.sizes for view in distinct]), counts, tuple(order))
 
 
-def _view_to(view: View, device: torch.device) -> View:
-    if view.grid_thw is None:
-        return view
-    return View(view.images, view.pixel_values.to(device), view.grid_thw.to(device))
+def _cat_tiles(pixel_values: Sequence[Tensor]) -> Tensor:
+    """Images after each other; where they are (images, tiles, ...), with as many tiles, of which the last are zero."""
+    if pixel_values[0].dim() > 2:
+        tiles = max(values.shape[1] for values in pixel_values)
+        pixel_values = [
+            torch.cat([values, values.new_zeros(len(values), tiles - values.shape[1], *values.shape[2:])], dim=1)
+            for values in pixel_values
+        ]
+    return torch.cat(list(pixel_values))

@@ -6,27 +6,44 @@ the fused operators of `vogue_kernels`: no (tokens x vocabulary) tensor exists. 
 completion's token reach it.
 
 A row holds one prompt and the completions that share it (`vogue.packing`). Position i attends to j <= i where j
-belongs to the prompt or to i's own completion, and every completion's positions continue from the prompt's, so each
-completion sees exactly what it would see alone.
+belongs to the prompt or to i's own completion (`vogue.attention`), and every completion's positions continue from the
+prompt's, so each completion sees exactly what it would see alone. The vision tower sees each distinct image once.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vogue.inputs import View
-from vogue.packing import PAD, Batch
+from vogue.attention import IMPLEMENTATIONS, PARTS, attention_inputs
+from vogue.packing import PAD, Batch, Images
 from vogue.rollout import BAN
 from vogue_kernels import BranchStats, LogprobStats, linear_branch_stats, linear_logprob
 
-# Models whose rows may share a prompt: causal attention in every layer, which takes a prepared mask, and multimodal
-# rotary positions from the model's own `get_rope_index`.
-SHARED_PREFIX_MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-# Of transformers' attention functions, this one takes a boolean (B, 1, L, L) mask: "eager" would add it to the scores.
-SHARED_PREFIX_ATTENTION = "sdpa"
+
+@dataclass(frozen=True)
+class Family:
+    """What a model type's forward takes besides tokens, and where its vision tower is.
+
+    `sizes`: the name of `View.sizes`. `rotary`: positions are (3, B, L), the model's own `get_rope_index`, and it takes
+    token types; otherwise they count tokens, (B, L), and it takes the number of images of each row.
+    """
+
+    sizes: str
+    tower: str
+    rotary: bool
+
+
+QWEN = Family("image_grid_thw", "visual", rotary=True)
+FAMILIES = {
+    "qwen2_vl": QWEN,
+    "qwen2_5_vl": QWEN,
+    "qwen3_vl": QWEN,
+    "qwen3_5": QWEN,
+    "llava_onevision": Family("image_sizes", "vision_tower", rotary=False),
+}
 
 
 class PolicyHead(nn.Module):
@@ -55,79 +72,111 @@ class Policy(nn.Module):
 
     Rows of the noisy branch get `BranchStats`: gradient flows through the noisy branch, and the raw one is computed
     without. Rows of the raw branch get `LogprobStats`.
+
+    `attention` is the text model's: one of transformers', or "auto" for the fastest that lets completions share a
+    prompt. `why_separate` says why they can't (None where they can); every row must then hold one completion.
+    Raises ValueError for a model type that isn't in `FAMILIES`.
     """
 
-    def __init__(self, model: PreTrainedModel, temperature: float, banned: Sequence[int] = ()):
+    def __init__(self, model: PreTrainedModel, temperature: float, banned: Sequence[int] = (), attention: str = "auto"):
         super().__init__()
+        kind = model.config.model_type
+        if kind not in FAMILIES:
+            raise ValueError(f"model type {kind} is not known here; these are: {', '.join(FAMILIES)}")
+        self.family = FAMILIES[kind]
+        if attention == "auto":
+            attention = "flex_attention" if torch.cuda.is_available() else PARTS
+        self.why_separate = _why_separate(model, attention)
+        if self.why_separate and attention == PARTS:
+            attention = "sdpa"
+        model.set_attn_implementation({"text_config": attention})
         model.lm_head = PolicyHead(model.lm_head, temperature, banned)
         self.model = model
+        self.attention = attention
+        # LLaVA-OneVision's own parameter, read outside of its forward: one of this module's is whole in this one's.
+        self.image_newline = getattr(model.model, "image_newline", None)
 
     def forward(self, batch: Batch) -> BranchStats | LogprobStats:
         other = None
-        if batch.other is not None:
+        if batch.noisy:
             with torch.no_grad():
                 other = self._hidden(batch, batch.other)
         return self.model.lm_head(self._hidden(batch, batch.view), other, batch.targets)
 
-    def _hidden(self, batch: Batch, view: View) -> Tensor:
+    def _hidden(self, batch: Batch, images: Images | None) -> Tensor:
         """Hidden states (N, D) at the positions that predict the completions' tokens."""
-        body, length = self.model.model, batch.input_ids.shape[1]
-        if view.grid_thw is None:
-            batch, view = self._with_blank_image(batch)
-        inputs = {"input_ids": batch.input_ids, "mm_token_type_ids": batch.token_types, "use_cache": False}
-        inputs |= {"pixel_values": view.pixel_values, "image_grid_thw": view.grid_thw}
-        if supports_shared_prefix(self.model):
-            inputs |= {
-                "attention_mask": shared_prefix_mask(batch.segments),
-                "position_ids": shared_prefix_positions(body, batch, view),
-            }
+        body = self.model.model
+        features = self._features(images or self._blank())
+        inputs = {"input_ids": batch.input_ids, "position_ids": self._positions(batch, images), "use_cache": False}
+        if images is not None:
+            inputs["mm_encoder_outputs"] = {"image": _in_order(features, images.order)}
+        if self.why_separate:
+            inputs["attention_mask"] = (batch.segments != PAD).long()
         else:
-            inputs |= {"attention_mask": (batch.segments != PAD).long()}
-        hidden = body(**inputs).last_hidden_state[:, :length]
-        return hidden.flatten(0, 1)[batch.positions]
+            inputs |= attention_inputs(self.attention, batch.segments, self.model.dtype)
+        hidden = body(**inputs).last_hidden_state.flatten(0, 1)[batch.positions]
+        if images is None:
+            # Under ZeRO-3 every rank must call the same modules, vision included, and have a gradient for each.
+            hidden = hidden + 0 * sum(tensor.sum() for tensor in _tensors(features))
+        return hidden
 
-    def _with_blank_image(self, batch: Batch) -> tuple[Batch, View]:
-        """`batch` with one more column of padding, which holds an image token in the first row, and its image.
+    def _features(self, images: Images):
+        """What the vision tower makes of the images, as the model's own forward takes it."""
+        given = {} if self.family.rotary else {"batch_num_images": torch.tensor(images.counts)}
+        return self.model.model.get_image_features(
+            images.pixel_values.to(self.model.dtype), **{self.family.sizes: images.sizes}, **given, return_dict=True
+        )
 
-        Nothing attends to it. Under ZeRO-3 every rank must call the same modules in the same order, vision included.
-        """
-        config, vision = self.model.config, self.model.config.vision_config
-        merge = vision.spatial_merge_size
-        patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        grid = torch.tensor([[1, merge, merge]], device=batch.input_ids.device)
-        is_image = torch.zeros_like(batch.input_ids[:, :1])
-        is_image[0] = 1
-        columns = {"input_ids": config.image_token_id * is_image, "token_types": is_image}
-        columns["segments"] = torch.full_like(is_image, PAD)
-        batch = replace(batch, **{name: torch.cat([getattr(batch, name), c], dim=1) for name, c in columns.items()})
-        return batch, View((), torch.zeros(merge * merge, patch_dim, device=grid.device), grid)
+    def _blank(self) -> Images:
+        """The smallest input of the vision tower."""
+        vision, device = self.model.config.vision_config, self.model.device
+        if self.family.rotary:
+            merge = vision.spatial_merge_size
+            patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+            sizes = torch.tensor([[1, merge, merge]], device=device)
+            return Images(torch.zeros(merge * merge, patch_dim, device=device), sizes, (1,), (0,))
+        side = vision.image_size
+        # Two, because a single one would be cut into tiles.
+        sizes = torch.full((2, 2), side, device=device)
+        return Images(torch.zeros(2, 1, vision.num_channels, side, side, device=device), sizes, (2,), (0, 1))
+
+    def _positions(self, batch: Batch, images: Images | None) -> Tensor:
+        """Positions of the prompt's tokens, each completion counting on from there."""
+        prompt = batch.segments == 0
+        if self.family.rotary:
+            grid = None if images is None else images.sizes[list(images.order)]
+            in_prompt, _ = self.model.model.get_rope_index(
+                batch.input_ids, batch.token_types, image_grid_thw=grid, attention_mask=prompt
+            )
+            last = in_prompt.masked_fill(~prompt, -1).amax(dim=(0, 2))  # (B,)
+        else:
+            in_prompt = prompt.cumsum(dim=1) - 1
+            last = in_prompt[:, -1]
+        index = torch.arange(batch.segments.shape[1], device=batch.segments.device).expand_as(batch.segments)
+        begins = torch.ones_like(prompt)
+        begins[:, 1:] = batch.segments[:, 1:] != batch.segments[:, :-1]
+        start = index.masked_fill(~begins, 0).cummax(dim=1).values
+        return torch.where(prompt, in_prompt, last[:, None] + 1 + index - start)
 
 
-def supports_shared_prefix(model: PreTrainedModel) -> bool:
-    attention = model.config._attn_implementation
-    return model.config.model_type in SHARED_PREFIX_MODELS and attention == SHARED_PREFIX_ATTENTION
+def _why_separate(model: PreTrainedModel, attention: str) -> str | None:
+    """Why a model's rows can't share a prompt, if they can't."""
+    kinds = set(getattr(model.config.text_config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        return f"{model.config.model_type} has layers of {', '.join(sorted(kinds - {'full_attention'}))}"
+    if attention not in IMPLEMENTATIONS:
+        return f"{attention} attention takes no mask of that kind"
+    return None
 
 
-def shared_prefix_mask(segments: Tensor) -> Tensor:
-    """(B, L) segments to a (B, 1, L, L) boolean mask, true where attention is allowed.
+def _in_order(features, order: Sequence[int]):
+    """`features` with the i-th image of the rows in the i-th place; images that appear twice were computed once."""
+    if list(order) != list(range(len(features.pooler_output))):
+        features.pooler_output = tuple(features.pooler_output[i] for i in order)
+        if "deepstack_features" in features:
+            features.deepstack_features = [tuple(layer[i] for i in order) for layer in features.deepstack_features]
+    return features
 
-    Padding attends to padding, so that no row of the softmax is empty.
-    """
-    query, key = segments[:, :, None], segments[:, None, :]
-    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
-    return (causal & ((key == query) | ((key == 0) & (query != PAD))))[:, None]
 
-
-def shared_prefix_positions(body: nn.Module, batch: Batch, view: View) -> Tensor:
-    """(3, B, L) rotary positions: the model's own for the prompt, each completion counting on from there."""
-    prompt = batch.segments == 0
-    in_prompt, _ = body.get_rope_index(
-        batch.input_ids, batch.token_types, image_grid_thw=view.grid_thw, attention_mask=prompt
-    )
-    last = in_prompt.masked_fill(~prompt, -1).amax(dim=(0, 2))  # (B,)
-    index = torch.arange(batch.segments.shape[1], device=batch.segments.device).expand_as(batch.segments)
-    begins = torch.ones_like(prompt)
-    begins[:, 1:] = batch.segments[:, 1:] != batch.segments[:, :-1]
-    start = index.masked_fill(~begins, 0).cummax(dim=1).values
-    in_completion = last[:, None] + 1 + index - start
-    return torch.where(prompt, in_prompt, in_completion)
+def _tensors(features) -> list[Tensor]:
+    return [*features.pooler_output, *(x for layer in features.get("deepstack_features") or () for x in layer)]

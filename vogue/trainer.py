@@ -12,6 +12,7 @@ One step:
 Rows of the raw branch need one forward; rows of the noisy branch a second one, without gradient, on the raw image.
 """
 
+import warnings
 from dataclasses import dataclass, replace
 
 import deepspeed
@@ -29,7 +30,7 @@ from vogue.inputs import Preprocessor, Prompt, View
 from vogue.metrics import Clock, Sums, peak_memory
 from vogue.packing import Batch, Row, collate, pack, spread
 from vogue.perturb import perturb
-from vogue.policy import Policy, supports_shared_prefix
+from vogue.policy import Policy
 from vogue.rewards import Score, score_batch, verifier
 from vogue.rollout import Completion, Request, create_engine, media_token_ids
 from vogue.seeds import Purpose, rng_for, seed_for
@@ -73,11 +74,17 @@ class Trainer:
         model = config.model
         self.policy = Policy(
             AutoModelForImageTextToText.from_pretrained(
-                model.path, dtype=model.dtype, attn_implementation=model.attention
+                model.path,
+                dtype=model.dtype,
+                attn_implementation="sdpa" if model.attention in ("auto", "flex_attention") else model.attention,
             ),
             config.rollout.temperature,
             media_token_ids(self.processor),
+            model.attention,
         )
+        self.shared_prefix = config.trainer.shared_prefix and not self.policy.why_separate
+        if config.trainer.shared_prefix and self.policy.why_separate and self.rank == 0:
+            warnings.warn(f"every completion is a row of its own: {self.policy.why_separate}", stacklevel=2)
         self.engine = _deepspeed_engine(self.policy, config)
         tied = self.policy.model.config.tie_word_embeddings
         self.rollout = create_engine(config, self.processor, tied)
@@ -216,8 +223,7 @@ class Trainer:
         drawn = zip(group.completions, group.advantages, group.kept, strict=True)
         kept = [(completion, advantage) for completion, advantage, keep in drawn if keep]
         view, other = (group.item.noisy, group.item.raw) if group.noisy else (group.item.raw, None)
-        shared = self.config.trainer.shared_prefix and supports_shared_prefix(self.policy.model)
-        parts = [kept] if shared else [[pair] for pair in kept]
+        parts = [kept] if self.shared_prefix else [[pair] for pair in kept]
         return [Row(group.item.prompt, view, other, *zip(*part, strict=True)) for part in parts if part]
 
     def read(self, stats: BranchStats | LogprobStats) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -353,7 +359,7 @@ def _deepspeed_engine(policy: Policy, config: Config):
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         policy.train()  # transformers ignores it in a model that isn't training
     if model.freeze_vision:
-        policy.model.model.visual.requires_grad_(False)
+        getattr(policy.model.model, policy.family.tower).requires_grad_(False)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, settings.lr, settings.betas, weight_decay=settings.weight_decay)
     warmup = torch.optim.lr_scheduler.LambdaLR(

@@ -112,7 +112,7 @@ class Examples:
     def _images(self, chosen: list[int]) -> dict[str, Tensor]:
         return {
             "pixel_values": torch.cat([self.views[i].pixel_values for i in chosen]),
-            "image_grid_thw": torch.cat([self.views[i].grid_thw for i in chosen]),
+            "image_grid_thw": torch.cat([self.views[i].sizes for i in chosen]),
         }
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, ProcessorMixin
 
 from vogue.config import Config
-from vogue.inputs import Preprocessor
+from vogue.inputs import Preprocessor, sizes_name
 from vogue.rollout import BAN, Completion, Request, media_token_ids
 
 
@@ -20,6 +20,7 @@ class HfEngine:
         self.model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = processor.tokenizer
         self.preprocessor = Preprocessor(processor, "", config.data.max_prompt_tokens)
+        self._sizes = sizes_name(processor)
         self._bias = {(token,): BAN for token in media_token_ids(processor)}
         self.version = 0
 
@@ -28,8 +29,13 @@ class HfEngine:
 
     def _generate(self, request: Request, n: int, max_tokens: int, temperature: float) -> list[Completion]:
         prompt, view = request.prompt, self.preprocessor.view(request.images)
-        images = {} if view.grid_thw is None else {"pixel_values": view.pixel_values, "image_grid_thw": view.grid_thw}
-        inputs = images | {"input_ids": prompt.token_ids[None], "mm_token_type_ids": prompt.token_types[None]}
+        inputs = {"input_ids": prompt.token_ids[None]}
+        if view.sizes is not None:
+            inputs |= {"pixel_values": view.pixel_values, self._sizes: view.sizes}
+        if self._sizes == "image_grid_thw":
+            inputs["mm_token_type_ids"] = prompt.token_types[None]
+        else:
+            inputs["batch_num_images"] = torch.tensor([len(view.images)])
         with torch.random.fork_rng():
             torch.manual_seed(request.seed)
             output = self.model.generate(
