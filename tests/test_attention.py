@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from vogue.attention import PARTS, attention_inputs, boolean_mask, shared_prefix_attention
+from vogue.attention import FLEX, PARTS, attention_inputs, boolean_mask, shared_prefix_attention
 from vogue.packing import PAD
 
 ROWS = {
@@ -82,7 +82,7 @@ def test_padding_gets_nothing_and_is_finite():
 def test_the_block_mask_allows_what_the_boolean_one_does():
     for rows in ROWS.values():
         segments = segments_of(rows)
-        block = attention_inputs("flex_attention", segments, torch.float32)["attention_mask"]
+        block = attention_inputs(FLEX, segments, torch.float32)["attention_mask"]
         batch, length = segments.shape
         at = torch.arange(length)
         found = block.mask_mod(torch.arange(batch)[:, None, None], None, at[:, None], at)

@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, Qwen2VLConfig, Qwen3VLConfig
+from transformers import AutoModelForImageTextToText
 
 from vogue.data import Sample
-from vogue.inputs import Prompt, View
 from vogue.packing import Row, collate
 from vogue.perturb import perturb
 from vogue.policy import Policy
@@ -210,69 +209,3 @@ def test_attention_that_takes_no_mask_of_ours_is_not_given_one(kinds, preprocess
         assert (policy.why_separate is None) == (name == "sdpa")
         logprobs[name] = policy(batch).logprob
     torch.testing.assert_close(logprobs["eager"], logprobs["sdpa"], rtol=0, atol=2e-5)
-
-
-def other_family(kind):
-    """A tiny random model of another family, its patch dimension, and its tokens: image 1, video 2, start 3, end 4."""
-    text = {
-        "vocab_size": 64,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 32,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        "eos_token_id": 5,
-    }
-    tokens = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
-    if kind == "qwen2_vl":
-        vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
-        config = Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)
-    else:
-        vision = {
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "deepstack_visual_indexes": [0, 1],
-            "num_position_embeddings": 16,
-            "patch_size": 16,
-        }
-        config = Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    return model, 3 * 2 * vision["patch_size"] ** 2
-
-
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
-@pytest.mark.parametrize("images", [True, False], ids=["images", "text-only"])
-def test_the_other_families_share_a_prompt_too(kind, images):
-    model, patch_dim = other_family(kind)
-    plain = copy.deepcopy(model)
-    policy = Policy(model, TEMPERATURE, [1, 2, 3, 4])
-    sample = Sample("?", "!", ())
-    rows = []
-    for height, length in [(4, 3), (2, 5)]:
-        grid, image_tokens = torch.tensor([[1, height, 4]]), height
-        ids = torch.tensor([6, 3, *[1] * image_tokens, 4, 7, 8]) if images else torch.arange(6, 9)
-        pixels = torch.rand(height * 4, patch_dim, generator=torch.Generator().manual_seed(height))
-        view = View((), pixels, grid) if images else View((), None, None)
-        prompt = Prompt(sample, [], ids, (ids == 1).long())
-        completions = (completion(*range(10, 10 + length)), completion(20, 21))
-        rows.append(Row(prompt, view, None, completions, (0.0, 0.0)))
-    batch = in_double(collate(rows, PAD_ID, token_mean=True))
-    stats = policy(batch)
-    logps = torch.cat([alone(plain, r.prompt, r.view, c.token_ids, [1, 2, 3, 4]) for r in rows for c in r.completions])
-    logprob = logps.gather(1, batch.targets[:, None])[:, 0]
-    assert stats.logprob.sub(logprob).abs().max() < 1e-6
-    stats.logprob.sum().backward()
-    logprob.sum().backward()
-    assert_equal_gradients(policy, plain)

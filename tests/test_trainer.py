@@ -323,6 +323,15 @@ def test_gradient_checkpointing_computes_a_layer_twice(new_trainer):
     assert calls == {False: 1, True: 2}
 
 
+def test_rows_that_cannot_share_a_prompt_are_separate_and_that_is_said_once(new_trainer):
+    with pytest.warns(UserWarning, match="every completion is a row of its own: eager attention") as said:
+        trainer = new_trainer(*TWO_BY_TWO, "model.attention=eager")
+    trainer.run_step()
+    assert len([warning for warning in said if "a row of its own" in str(warning.message)]) == 1
+    (group,) = both_groups(trainer, 1)[:1]
+    assert [len(row.completions) for row in trainer.rows(replace(group, kept=(True, True)))] == [1, 1]
+
+
 def test_a_frozen_vision_tower_stays_as_it_is(new_trainer):
     trainer = new_trainer(*MIXED, "model.freeze_vision=true")
     before = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}

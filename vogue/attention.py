@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface
+from transformers.integrations.flex_attention import flex_attention_forward
 
 from vogue.packing import PAD
 
-PARTS = "shared_prefix"  # the name under which transformers finds the attention below
-IMPLEMENTATIONS = (PARTS, "flex_attention", "sdpa")
+# Names under which transformers finds them; it offers its own flex_attention to some models only.
+PARTS, FLEX = "shared_prefix", "shared_prefix_flex"
+IMPLEMENTATIONS = (PARTS, FLEX, "sdpa")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def attention_inputs(implementation: str, segments: Tensor, dtype: torch.dtype) 
     """
     if implementation == PARTS:
         return {"shared_prefix": _layout(segments, dtype)}
-    if implementation == "flex_attention":
+    if implementation == FLEX:
         return {"attention_mask": _block_mask(segments)}
     return {"attention_mask": boolean_mask(segments)}
 
@@ -132,6 +134,7 @@ def shared_prefix_attention(
 
 
 AttentionInterface.register(PARTS, shared_prefix_attention)
+AttentionInterface.register(FLEX, flex_attention_forward)
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

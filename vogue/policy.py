@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vogue.attention import IMPLEMENTATIONS, PARTS, attention_inputs
+from vogue.attention import FLEX, IMPLEMENTATIONS, PARTS, attention_inputs
 from vogue.packing import PAD, Batch, Images
 from vogue.rollout import BAN
 from vogue_kernels import BranchStats, LogprobStats, linear_branch_stats, linear_logprob
@@ -86,8 +86,9 @@ class Policy(nn.Module):
         self.family = FAMILIES[kind]
         if attention == "auto":
             attention = "flex_attention" if torch.cuda.is_available() else PARTS
+        attention = FLEX if attention == "flex_attention" else attention
         self.why_separate = _why_separate(model, attention)
-        if self.why_separate and attention == PARTS:
+        if self.why_separate and attention in (PARTS, FLEX):
             attention = "sdpa"
         model.set_attn_implementation({"text_config": attention})
         model.lm_head = PolicyHead(model.lm_head, temperature, banned)

@@ -1,0 +1,289 @@
+"""Rows that share a prompt against the model's own forwards of each completion alone, for every family of models."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoModelForImageTextToText,
+    LlavaOnevisionConfig,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    Qwen3_5Config,
+    Qwen3VLConfig,
+)
+
+from vogue.data import Sample
+from vogue.inputs import Preprocessor, Prompt, View
+from vogue.packing import Row, collate
+from vogue.policy import FAMILIES, Policy
+from vogue.rollout import Completion
+
+IMAGE, VIDEO, START, END = 1, 2, 3, 4  # token ids
+SAMPLE = Sample("?", "!", ())
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 5,
+}
+QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+}
+QWEN3_VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+    "patch_size": 16,
+}
+TILE = 28  # pixels a side: 2 x 2 patches
+PINPOINTS = [[TILE, TILE], [TILE, 2 * TILE], [2 * TILE, TILE]]
+
+
+def config_of(kind):
+    if kind == "qwen2_vl":
+        vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
+        return Qwen2VLConfig(text_config=TEXT, vision_config=vision, **QWEN_TOKENS)
+    if kind == "qwen2_5_vl":
+        vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+        vision |= {"fullatt_block_indexes": [1], "patch_size": 14}
+        return Qwen2_5_VLConfig(text_config=TEXT, vision_config=vision, **QWEN_TOKENS)
+    if kind == "qwen3_vl":
+        vision = QWEN3_VISION | {"deepstack_visual_indexes": [0, 1]}
+        return Qwen3VLConfig(text_config=TEXT, vision_config=vision, **QWEN_TOKENS)
+    if kind == "qwen3_5":
+        linear = {f"linear_{name}_head_dim": 16 for name in ("key", "value")}
+        linear |= {f"linear_num_{name}_heads": 2 for name in ("key", "value")}
+        text = TEXT | linear | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+        return Qwen3_5Config(text_config=text, vision_config=QWEN3_VISION, **QWEN_TOKENS)
+    text = {name: value for name, value in TEXT.items() if name not in ("head_dim", "rope_parameters")}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlavaOnevisionConfig(
+        text_config=text | {"model_type": "qwen2"},
+        vision_config=vision | {"model_type": "siglip_vision_model", "image_size": TILE, "patch_size": 14},
+        image_grid_pinpoints=PINPOINTS,
+        image_token_index=IMAGE,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    )
+
+
+def random_model(kind, dtype=torch.float64):
+    """In float64 with large weights, so that entropies and log-probabilities are worth comparing."""
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config_of(kind), attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4 if dtype == torch.float64 else 1)
+    return model.to(dtype)
+
+
+def view_of(kind, size):
+    """A random image, small or large; LLaVA-OneVision cuts the large one into two tiles beside the whole."""
+    generator = torch.Generator().manual_seed(size)
+    if kind == "llava_onevision":
+        pixels = torch.randn(1, 1 + size, 3, TILE, TILE, generator=generator)
+        return View((), pixels, torch.tensor([[TILE, size * TILE]]))
+    patch = config_of(kind).vision_config.patch_size
+    pixels = torch.rand(2 * size * 4, 3 * 2 * patch**2, generator=generator)
+    return View((), pixels, torch.tensor([[1, 2 * size, 4]]))
+
+
+def inputs_of(model, view):
+    """What the model's own forward takes of a view."""
+    family = FAMILIES[model.config.model_type]
+    counts = {} if family.rotary else {"batch_num_images": torch.tensor([len(view.sizes)])}
+    return {"pixel_values": view.pixel_values.to(model.dtype), family.sizes: view.sizes, **counts}
+
+
+def row_of(model, kind, size, *completions, images=True):
+    ids, view = torch.arange(6, 9 + size), View((), None, None)
+    if images:
+        view = view_of(kind, size)
+        (features,) = model.model.get_image_features(**inputs_of(model, view), return_dict=True).pooler_output
+        ids = torch.tensor([6, START, *[IMAGE] * len(features), END, 7, 8])
+    made = tuple(Completion(tuple(tokens), (0.0,) * len(tokens), "", True) for tokens in completions)
+    return Row(Prompt(SAMPLE, [], ids, (ids == IMAGE).long()), view, None, made, (0.0,) * len(made))
+
+
+def alone(model, row, completion):
+    """(T,) log-probabilities of one completion, from the model's own forward with its own logits."""
+    tokens = torch.tensor(completion.token_ids)
+    ids = torch.cat([row.prompt.token_ids, tokens])[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if row.view.sizes is not None:
+        inputs |= inputs_of(model, row.view)
+        if FAMILIES[model.config.model_type].rotary:
+            inputs["mm_token_type_ids"] = (ids == IMAGE).long()
+    logps = model(**inputs).logits[0, len(row.prompt.token_ids) - 1 : -1].log_softmax(-1)
+    return logps.gather(1, tokens[:, None])[:, 0]
+
+
+@pytest.fixture
+def no_float32(monkeypatch):
+    """transformers' norms and rotations compute in float32 in a float64 model too; here they don't."""
+    to = torch.Tensor.to
+
+    def wide(tensor, *arguments, **named):
+        return to(tensor, *(torch.float64 if x is torch.float32 else x for x in arguments), **named)
+
+    monkeypatch.setattr(torch.Tensor, "to", wide)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def assert_equal_to_separate_rows(kind, dtype, error, images=True, attention="auto"):
+    plain = random_model(kind, dtype)
+    policy = Policy(copy.deepcopy(plain), 1.0, attention=attention)
+    rows = [
+        row_of(plain, kind, 1, [10, 11, 12], [20, 21], images=images),
+        row_of(plain, kind, 2, [13, 14, 15, 16], [30], [21, 20], images=images),
+    ]
+    batches = [collate(rows, 0, token_mean=True)]
+    if policy.why_separate:
+        rows = [replace(row, completions=(c,), advantages=(0.0,)) for row in rows for c in row.completions]
+        batches = [collate(rows, 0, token_mean=True)]
+    (batch,) = batches
+    logprob = torch.cat([alone(plain, row, completion) for row in rows for completion in row.completions])
+    stats = policy(batch)
+    assert (stats.logprob - logprob).abs().max() < error
+    weights = torch.linspace(-1, 2, len(logprob), dtype=logprob.dtype)
+    (weights * stats.logprob).sum().backward()
+    (weights * logprob).sum().backward()
+    theirs = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in plain.named_parameters()}
+    # A bias of the keys has no effect: its gradient is rounding, to be measured by the others'.
+    least = 1e-2 * max(gradient.norm() for gradient in theirs.values())
+    for name, parameter in policy.model.named_parameters():
+        if parameter.grad is None:
+            assert not theirs[name].any(), name
+        else:
+            assert (parameter.grad - theirs[name]).norm() <= error * max(theirs[name].norm(), least), name
+    return policy
+
+
+SHARING = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_sharing_a_prompt_changes_no_logprob_and_no_gradient(kind, no_float32):
+    reached = []
+    for images in (True, False):
+        policy = assert_equal_to_separate_rows(kind, torch.float64, 1e-9, images)
+        assert policy.why_separate is None
+        reached.append({name for name, parameter in policy.named_parameters() if parameter.grad is not None})
+    # Under ZeRO-3 a rank whose vision tower had no gradient would leave the others waiting for it.
+    assert reached[0] == reached[1]
+    assert any(name.startswith(f"model.model.{policy.family.tower}.") for name in reached[0])
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_sharing_a_prompt_changes_little_in_float32(kind):
+    assert_equal_to_separate_rows(kind, torch.float32, 1e-5)
+
+
+def test_a_model_with_linear_attention_gets_separate_rows_and_says_why():
+    policy = assert_equal_to_separate_rows("qwen3_5", torch.float32, 1e-5)
+    assert policy.why_separate == "qwen3_5 has layers of linear_attention"
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_recomputing_activations_changes_no_gradient(kind, no_float32):
+    gradients = []
+    for checkpointing in (False, True):
+        model = random_model(kind).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        rows = [row_of(model, kind, 1, [10, 11, 12], [20, 21]), row_of(model, kind, 2, [13, 14], [30])]
+        calls = []
+        layer = model.model.language_model.layers[0].mlp
+        layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        Policy(model, 1.0)(collate(rows, 0, token_mean=True)).logprob.sum().backward()
+        assert len(calls) == 1 + checkpointing
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert (gradient - gradients[1][name]).norm() <= 1e-9 * gradient.norm() + 1e-15, name
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_the_vision_tower_sees_each_image_once_however_many_rows_show_it(kind):
+    model = random_model(kind, torch.float32)
+    small = row_of(model, kind, 1, [10, 11, 12], [20, 21], [30])
+    large = row_of(model, kind, 2, [13], [14])
+    seen = []
+    policy = Policy(model, 1.0)
+    tower = getattr(model.model, policy.family.tower)
+    tower.register_forward_pre_hook(lambda _, arguments, named: seen.append(len(arguments[0])), with_kwargs=True)
+    together = collate([small, large], 0, token_mean=True)
+    separate = [replace(row, completions=(c,), advantages=(0.0,)) for row in (small, large) for c in row.completions]
+    shared, alone = policy(together), policy(collate(separate, 0, token_mean=True))
+    patches = {size: len(view_of(kind, size).pixel_values) for size in (1, 2)}
+    if kind == "llava_onevision":
+        patches = {1: 2, 2: 3}  # tiles, the whole image as one of them
+    assert seen == [patches[1] + patches[2]] * 2
+    torch.testing.assert_close(shared.logprob, alone.logprob, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_the_block_mask_of_flex_attention_gives_the_same_log_probabilities(kind):
+    plain = random_model(kind, torch.float32)
+    rows = [row_of(plain, kind, 1, [10, 11, 12], [20, 21]), row_of(plain, kind, 2, [13, 14], [30])]
+    batch = collate(rows, 0, token_mean=True)
+    found = {}
+    # On a CPU it has no backward pass, and compiling it takes longer than what it computes here.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for attention in ("auto", "sdpa", "flex_attention"):
+            policy = Policy(copy.deepcopy(plain), 1.0, attention=attention)
+            assert policy.why_separate is None
+            found[attention] = policy(batch).logprob
+    torch.testing.assert_close(found["flex_attention"], found["sdpa"], rtol=0, atol=2e-5)
+    torch.testing.assert_close(found["auto"], found["sdpa"], rtol=0, atol=2e-5)
+
+
+def test_a_model_type_that_is_not_known_is_refused(new_model):
+    model = new_model()
+    model.config.model_type = "idefics3"
+    with pytest.raises(ValueError, match="model type idefics3 is not known here; these are: qwen2_vl, "):
+        Policy(model, 1.0)
+
+
+@pytest.mark.parametrize("sizes", [[(28, 28)], [(40, 90)], [(90, 40), (28, 28)]], ids=str)
+def test_prompts_of_llava_onevision_have_the_tokens_of_its_own_processor(processor, sizes):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    pixels = {"size": {"height": TILE, "width": TILE}, "image_grid_pinpoints": PINPOINTS}
+    llava = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(**pixels),
+        tokenizer,
+        LlavaOnevisionVideoProcessor(),
+        num_image_tokens=4,
+        vision_feature_select_strategy="full",
+        chat_template="{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>"
+        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}",
+    )
+    images = [Image.new("RGB", (width, height), "red") for height, width in sizes]
+    preprocessor = Preprocessor(llava, "", 512)
+    view = preprocessor.view(images)
+    prompt = preprocessor.prompt(Sample("<image>" * len(images) + "How many?", "3", tuple(images)), view)
+    theirs = llava(images=[images], text="<image>" * len(images) + "How many?", return_tensors="pt")
+    assert prompt.token_ids.tolist() == theirs["input_ids"][0].tolist()
+    assert view.sizes.tolist() == theirs["image_sizes"].tolist()
+    assert torch.equal(view.pixel_values, theirs["pixel_values"])
