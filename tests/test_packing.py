@@ -1,11 +1,11 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vogue.data import Sample
 from vogue.inputs import Prompt, View
-from vogue.packing import PAD, Row, collate, pack, spread
+from vogue.packing import PAD, Row, collate, deal, pack, spread
 from vogue.rollout import Completion
 
 NOTHING = View((), None, None)
@@ -27,6 +27,7 @@ def flat(length):
 lengths = st.lists(st.integers(2, 40), max_size=30)
 
 
+@settings(deadline=None)  # others use the machine
 @given(lengths, st.integers(1, 100))
 def test_packing_loses_no_row_and_keeps_to_the_budget_with_padding(sizes, budget):
     rows = [flat(size) for size in sizes]
@@ -36,18 +37,46 @@ def test_packing_loses_no_row_and_keeps_to_the_budget_with_padding(sizes, budget
         assert len(batch) == 1 or max(r.tokens for r in batch) * len(batch) <= budget
 
 
+@settings(deadline=None)  # others use the machine
+@given(st.lists(st.integers(2, 400), max_size=60), st.integers(1, 2000))
+def test_at_most_a_tenth_of_a_batch_is_padding_whatever_the_lengths(sizes, budget):
+    for batch in pack([flat(size) for size in sizes], budget):
+        real = sum(r.tokens for r in batch)
+        assert max(r.tokens for r in batch) * len(batch) - real <= 0.1 * max(r.tokens for r in batch) * len(batch)
+
+
+@settings(deadline=None)  # others use the machine
 @given(lengths.filter(bool), st.integers(0, 5))
-def test_spreading_adds_idle_batches_up_to_the_count(sizes, missing):
-    packed = pack([flat(size) for size in sizes], 50)
+def test_spreading_makes_exactly_the_count_and_idles_only_for_want_of_rows(sizes, missing):
+    rows = [flat(size) for size in sizes]
+    packed = pack(rows, 50)
     spread_out = spread(packed, len(packed) + missing, packed[0][0])
-    assert spread_out[: len(packed)] == packed
     assert len(spread_out) == len(packed) + missing
-    assert all(r.weight == 0 and len(r.completions) == 1 for batch in spread_out[len(packed) :] for r in batch)
+    working = [batch for batch in spread_out if batch[0].weight]
+    assert sorted(id(r) for batch in working for r in batch) == sorted(map(id, rows))
+    idle = [r for batch in spread_out if not batch[0].weight for r in batch]
+    assert len(idle) == max(0, len(spread_out) - len(rows))
+    assert all(len(r.completions) == 1 for r in idle)
+
+
+@settings(deadline=None)  # others use the machine
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=64), st.sampled_from([1, 2, 3, 8]))
+def test_ranks_get_equally_many_prompts_and_nearly_equal_work(costs, ranks):
+    costs = costs[: len(costs) // ranks * ranks]
+    shares = deal(costs, ranks)
+    assert sorted(i for share in shares for i in share) == list(range(len(costs)))
+    assert {len(share) for share in shares} == {len(costs) // ranks}
+    work = [sum(costs[i] for i in share) for share in shares]
+    assert max(work) - min(work) <= max(costs, default=0)  # whatever the order they come in
+
+
+def test_dealing_by_hand():
+    assert deal([5, 1, 9, 3, 7, 2], 2) == [[2, 3, 5], [0, 1, 4]]  # 9, 3 and 2; 7, 5 and 1
 
 
 def test_rows_of_similar_length_share_a_batch():
-    packed = pack([flat(size) for size in (9, 3, 10, 4)], budget=20)
-    assert [[r.tokens for r in batch] for batch in packed] == [[10, 9], [4, 3]]
+    packed = pack([flat(size) for size in (95, 40, 100, 44)], budget=200)
+    assert [[r.tokens for r in batch] for batch in packed] == [[100, 95], [44, 40]]
 
 
 def test_collating_by_hand():

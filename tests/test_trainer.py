@@ -387,8 +387,9 @@ def test_raw_rows_need_one_forward_and_noisy_rows_two(new_trainer):
     trainer = new_trainer(*MIXED)
     batches = trainer.batches(groups_of_step(trainer))
     kinds = [type(trainer.policy(batch)) for batch in batches]
-    assert kinds == [BranchStats, LogprobStats]  # noisy ones first, on every rank
-    assert [batch.other is None for batch in batches] == [False, True]
+    assert list(dict.fromkeys(kinds)) == [BranchStats, LogprobStats]
+    assert kinds == sorted(kinds, key=[BranchStats, LogprobStats].index)  # noisy ones first, on every rank
+    assert [batch.other is None for batch in batches] == [kind is LogprobStats for kind in kinds]
 
 
 # ----------------------------------------------------------------------------------------------------- data order
@@ -417,6 +418,22 @@ def test_ranks_share_a_steps_prompts_without_overlap(new_trainer):
         other.rank, other.ranks = rank, 2
         shared += [(item.number, item.prompt.sample.place, item.draws) for item in other.items()]
     assert sorted(shared) == alone
+
+
+def test_ranks_share_each_updates_prompts_so_that_their_work_is_alike(new_trainer):
+    trainer = new_trainer("method=grpo", "rollout.prompts=8", "trainer.updates=2")
+    trainer.lengths = [10 + (7 * i) % 24 for i in range(len(trainer.samples))]
+    work, numbers = [], []
+    for rank in (0, 1):
+        other = copy.copy(trainer)
+        other.rank, other.ranks = rank, 2
+        items = other.items()
+        numbers.append([item.number for item in items])
+        lengths = {sample.place: length for sample, length in zip(trainer.samples, trainer.lengths)}
+        work.append(sum(lengths[item.prompt.sample.place] for item in items))
+    assert [sum(number < 4 for number in mine) for mine in numbers] == [2, 2]
+    assert sorted(numbers[0] + numbers[1]) == list(range(8))
+    assert abs(work[0] - work[1]) <= 24
 
 
 def test_prompts_that_ranks_cannot_share_are_refused(config):

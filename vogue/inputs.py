@@ -59,14 +59,16 @@ class Preprocessor:
         self.max_prompt_tokens = max_prompt_tokens
         self.image_token_id = processor.image_token_id
 
-    def check(self, samples: Iterable[Sample]) -> None:
-        """Raise what any of `samples` would raise later; images are decoded, but not turned into features."""
-        with ThreadPoolExecutor() as pool:
-            for _ in pool.map(self._check, samples):
-                pass
+    def check(self, samples: Iterable[Sample]) -> list[int]:
+        """The prompts' lengths in tokens; images are decoded, but not turned into features.
 
-    def _check(self, sample: Sample) -> None:
-        self._token_ids(sample, self._image_tokens(sample.load_images()))
+        Raises what any of `samples` would raise later.
+        """
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(self._length, samples))
+
+    def _length(self, sample: Sample) -> int:
+        return len(self._token_ids(sample, self._image_tokens(sample.load_images()))[1])
 
     def view(self, images: Sequence[Image.Image]) -> View:
         """Turn PIL images into the vision tower's input."""

@@ -93,24 +93,54 @@ class Batch:
         return replace(self, **moved, **images)
 
 
+MAX_PADDING = 0.1  # of a micro-batch's tokens
+
+
 def pack(rows: Iterable[Row], budget: int) -> list[list[Row]]:
-    """Rows into micro-batches of at most `budget` tokens, padding included, rows of similar length together.
+    """Rows into micro-batches of at most `budget` tokens, of which at most a tenth is padding, the longest rows first.
 
     A row longer than the budget is a micro-batch of its own.
     """
     packed: list[list[Row]] = []
+    real = 0  # tokens of the last micro-batch that aren't padding
     for row in sorted(rows, key=lambda row: row.tokens, reverse=True):
-        if packed and packed[-1][0].tokens * (len(packed[-1]) + 1) <= budget:
-            packed[-1].append(row)
-        else:
-            packed.append([row])
+        if packed:
+            size = packed[-1][0].tokens * (len(packed[-1]) + 1)
+            if size <= budget and real + row.tokens >= (1 - MAX_PADDING) * size:
+                packed[-1].append(row)
+                real += row.tokens
+                continue
+        packed.append([row])
+        real = row.tokens
     return packed
 
 
 def spread(micro_batches: list[list[Row]], count: int, filler: Row) -> list[list[Row]]:
-    """Exactly `count` micro-batches: every rank must run as many forwards as the others (ZeRO-3's collectives)."""
+    """Exactly `count` micro-batches: every rank must run as many forwards as the others (ZeRO-3's collectives).
+
+    The largest are cut in two; where there are fewer rows than that, idle ones of `filler` are added.
+    """
+    spread_out = list(micro_batches)
+    while len(spread_out) < count and any(len(rows) > 1 for rows in spread_out):
+        i = max(
+            range(len(spread_out)), key=lambda i: (len(spread_out[i]) > 1, sum(row.tokens for row in spread_out[i]))
+        )
+        half = (len(spread_out[i]) + 1) // 2
+        spread_out[i : i + 1] = [spread_out[i][:half], spread_out[i][half:]]
     idle = replace(filler, weight=0.0, completions=filler.completions[:1], advantages=filler.advantages[:1])
-    return micro_batches + [[idle]] * (count - len(micro_batches))
+    return spread_out + [[idle]] * (count - len(spread_out))
+
+
+def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Share out numbers 0 to len(costs) - 1, equally many a rank and of nearly equal cost, in ascending order each.
+
+    Dealt from the most expensive on, to and fro: 0 1 2 2 1 0 0 1 ...
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for place, i in enumerate(sorted(range(len(costs)), key=lambda i: -costs[i])):
+        lap, rank = divmod(place, ranks)
+        shares[rank if lap % 2 == 0 else ranks - 1 - rank].append(i)
+    return [sorted(share) for share in shares]
 
 
 def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:

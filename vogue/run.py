@@ -27,7 +27,7 @@ def run(config: Config, resume: bool) -> int:
     preprocessor = Preprocessor(
         load_processor(config.model.path), config.data.system_prompt, config.data.max_prompt_tokens
     )
-    preprocessor.check(samples + held_out)
+    preprocessor.check(held_out)  # the trainer checks the others
     rank, _, _ = distributed.start()
     trainer = Trainer(config, samples, preprocessor, resume)
     if rank > 0:

@@ -28,13 +28,15 @@ from vogue.data import Sample
 from vogue.evaluate import Judged, judge, pass_at_k
 from vogue.inputs import Preprocessor, Prompt, View
 from vogue.metrics import Clock, Sums, peak_memory
-from vogue.packing import Batch, Row, collate, pack, spread
+from vogue.packing import Batch, Row, collate, deal, pack, spread
 from vogue.perturb import perturb
 from vogue.policy import Policy
 from vogue.rewards import Score, score_batch, verifier
 from vogue.rollout import Completion, Request, create_engine, media_token_ids
 from vogue.seeds import Purpose, rng_for, seed_for
 from vogue_kernels import BranchStats, GuidanceConfig, LogprobStats, clipped_surrogate, shaped_advantage
+
+NOISY_COST = 4 / 3  # of training on a noisy group, in that of a raw one: it adds a forward without gradient
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Trainer:
 
     def __init__(self, config: Config, samples: list[Sample], preprocessor: Preprocessor, resume: bool):
         self.config = config
+        self.lengths = preprocessor.check(samples)
         self.rank, self.ranks, self.device = distributed.start()
         _check_split(config, self.ranks)
         found = checkpoint.latest(self.checkpoints, self.ranks) if resume else None
@@ -139,8 +142,14 @@ class Trainer:
             seed_for(self.config.seed, Purpose.BRANCH),
             self.step,
         )
-        mine = range(self.rank, rollout.prompts, self.ranks)
         order = sample_order(len(self.samples), self.step * rollout.prompts, rollout.prompts, self.config.seed)
+        costs = [self.lengths[i] * (NOISY_COST if drawn.any() else 1) for i, drawn in zip(order, draws, strict=True)]
+        size = rollout.prompts // self.config.trainer.updates
+        mine = [
+            start + i
+            for start in range(0, rollout.prompts, size)  # an update's prompts, shared by all ranks
+            for i in deal(costs[start : start + size], self.ranks)[self.rank]
+        ]
         return [self.item(self.samples[order[i]], i, tuple(draws[i].tolist())) for i in mine]
 
     def item(self, sample: Sample, number: int, draws: tuple[bool, ...]) -> Item:
