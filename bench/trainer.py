@@ -140,7 +140,7 @@ def given_groups(trainer, task: Task) -> list:
     from vogue.trainer import Group
 
     groups = []
-    for item in trainer.items():
+    for item in trainer.items(trainer.step):
         tokens = completions_of(task, item.number)
         made = tuple(Completion(tuple(ids), (-5.0,) * len(ids), "", False) for ids in tokens)
         advantages = tuple((-1.0) ** i for i in range(task.n))
@@ -150,14 +150,14 @@ def given_groups(trainer, task: Task) -> list:
 
 def vogue_update(connection, folder: Path, task: Task, *overrides: str) -> None:
     """Repetitions of the training part; a request may name other sizes (prompts, n, completion) than the task's."""
-    from vogue.metrics import Sums
+    from vogue.metrics import Clock, Sums
 
     trainer = vogue_trainer(folder, task, *overrides)
     for request in requests(connection):
         sizes = replace(task, **request)
         groups = given_groups(trainer, sizes)[: sizes.prompts]
         with measured(connection):
-            trainer.update(groups, Sums())
+            trainer.update(groups, Sums(), Clock())
 
 
 def vogue_step(connection, folder: Path, task: Task, *overrides: str) -> None:

@@ -161,6 +161,20 @@ def test_an_option_that_does_not_exist(settings, capsys):
     assert "unrecognized arguments: --frobnicate" in capsys.readouterr().err
 
 
+def test_profile_takes_steps_and_nothing_else(settings, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", *settings, "--profile", "3,x"])
+    assert "3,x is not a list of steps such as 3,5" in capsys.readouterr().err
+
+
+def test_profile_writes_a_trace_of_the_chosen_step_alone(settings, tmp_path):
+    assert main(["train", *settings, "trainer.steps=2", "--profile", "1"]) == 0
+    (trace,) = (tmp_path / "run" / "profile").iterdir()
+    assert trace.name == "step_000001_rank0.json"
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"vogue::linear_branch_stats", "aten::mm"} <= names
+
+
 def curves(folder):
     """metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -74,7 +74,7 @@ def engine(request, trainer):
 
 def disagreement(trainer):
     """Largest difference (nats) between the policy's log-probabilities of fresh tokens and its engine's."""
-    groups = [give_advantages(group) for group in trainer.generate(trainer.items())]
+    groups = [give_advantages(group) for group in trainer.generate(trainer.items(trainer.step))]
     differences = []
     with torch.no_grad():
         for batch in trainer.batches(groups):
@@ -109,7 +109,7 @@ def test_the_engine_follows_the_policys_weights(trainer, engine, part):
 
 
 def requests_of(trainer, count):
-    items = [trainer.item(sample, i, (False,)) for i, sample in enumerate(trainer.samples[:count])]
+    items = [trainer.item(sample, 0, i, (False,)) for i, sample in enumerate(trainer.samples[:count])]
     return [Request(item.prompt, item.raw.images, seed=10 + i) for i, item in enumerate(items)]
 
 
@@ -120,7 +120,7 @@ def generate(engine, requests, n=3):
 def test_media_tokens_are_never_sampled_even_where_the_model_favours_them(trainer, engine):
     media = media_token_ids(trainer.processor)
     head = trainer.policy.model.lm_head
-    batch = trainer.batches([give_advantages(group) for group in trainer.generate(trainer.items())])[0]
+    batch = trainer.batches([give_advantages(group) for group in trainer.generate(trainer.items(trainer.step))])[0]
     with torch.no_grad():
         hidden = trainer.policy._hidden(batch, batch.view)
         direction = hidden.mean(0) / hidden.mean(0).norm() ** 2
@@ -167,7 +167,7 @@ def test_a_completion_holds_its_end_token_its_text_and_a_logprob_a_token(trainer
 def test_prompts_without_and_with_several_images_are_generated_for(trainer, engine):
     (image,) = trainer.samples[0].load_images()
     samples = [Sample("2 + 2?", "4", ()), Sample("Is <image> in <image>?", "no", (image, image.resize((84, 56))))]
-    items = [trainer.item(sample, i, (False,)) for i, sample in enumerate(samples)]
+    items = [trainer.item(sample, 0, i, (False,)) for i, sample in enumerate(samples)]
     groups = generate(engine, [Request(item.prompt, item.raw.images, 7) for item in items])
     assert [len(group) for group in groups] == [3, 3]
 
@@ -271,6 +271,44 @@ def test_two_ranks_each_with_vllm_train_and_stay_in_step(train):
         assert row["ratio_error"] == 0
 
 
+WEIGHTS = """
+import sys, torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from transformers import AutoModelForImageTextToText
+from vogue.checkpoint import gathered_weights
+from vogue.config import load_config
+from vogue.data import load_samples
+from vogue.inputs import Preprocessor, load_processor
+from vogue.trainer import Trainer
+
+# argv: bytes to hold at most, settings
+budget, *settings = [text for text in sys.argv[1:] if not text.startswith("--")]
+config = load_config(None, settings)
+preprocessor = Preprocessor(load_processor(config.model.path), "Think.", 128)
+trainer = Trainer(config, load_samples(config.data.train), preprocessor, resume=False)
+expected = dict(AutoModelForImageTextToText.from_pretrained(config.model.path, dtype="float32").named_parameters())
+parameters = list(trainer.policy.model.parameters())
+largest = max(p.ds_numel * p.element_size() for p in parameters)
+assert all(p.numel() == 0 for p in parameters), "nothing is partitioned"
+names = []
+for name, tensor in gathered_weights(trainer.policy.model, int(budget)):
+    held = sum(p.ds_numel * p.element_size() for p in parameters if p.ds_status == ZeroParamStatus.AVAILABLE)
+    assert held <= max(int(budget), largest), held
+    assert torch.equal(tensor, expected[name]), name
+    names.append(name)
+assert set(names) == expected.keys() and len(names) == len(expected)
+assert all(p.numel() == 0 for p in parameters), "something stays gathered"
+print("whole" if trainer.rank == 0 else "")
+"""
+
+
+def test_no_rank_holds_more_of_the_partitioned_weights_than_the_budget(model_folder, mixed_data, tmp_path):
+    script = tmp_path / "weights.py"
+    script.write_text(WEIGHTS)
+    settings = [*base_settings(model_folder, mixed_data, tmp_path / "run"), "rollout.engine=hf", PARTITIONED]
+    assert "whole" in launch(2, script, 100_000, *settings)
+
+
 GRADIENTS = """
 import sys, torch
 from dataclasses import replace
@@ -278,7 +316,7 @@ from deepspeed.utils import safe_get_full_grad
 from vogue.config import load_config
 from vogue.data import load_samples
 from vogue.inputs import Preprocessor, load_processor
-from vogue.metrics import Sums
+from vogue.metrics import Clock, Sums
 from vogue.trainer import Trainer
 
 # argv: where to save, a model with a tied and one with an untied head, settings
@@ -289,7 +327,7 @@ def gradients(path):
     preprocessor = Preprocessor(load_processor(config.model.path), "Think.", 128)
     trainer = Trainer(config, load_samples(config.data.train), preprocessor, resume=False)
     advantages = lambda prompt: tuple((-1.0) ** (prompt + i) * (1 + prompt) for i in range(4))
-    groups = [replace(g, advantages=advantages(g.item.number)) for g in trainer.generate(trainer.items())]
+    groups = [replace(g, advantages=advantages(g.item.number)) for g in trainer.generate(trainer.items(trainer.step))]
     whole = config.trainer.deepspeed["zero_optimization"].get("stage") == 0
     assert whole or all(p.numel() == 0 for p in trainer.policy.parameters()), "nothing is partitioned"
     found = {}
@@ -298,7 +336,7 @@ def gradients(path):
         found.update({name: safe_get_full_grad(p).clone() for name, p in trainer.policy.named_parameters()})
 
     trainer.engine.step = record
-    trainer.update(groups, Sums())
+    trainer.update(groups, Sums(), Clock())
     return found, trainer.rank
 
 found = {"tied": gradients(tied)[0]}

@@ -1,8 +1,10 @@
 """The trainer's step on a real, random model: what it adds to the equations, which have tests of their own."""
 
 import copy
+import re
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 
 from vogue import branch
 from vogue.config import ConfigError
-from vogue.metrics import Sums
+from vogue.data import DataError
+from vogue.metrics import Clock, Sums
 from vogue.rollout import Completion
 from vogue.trainer import Group, _check_split, _split, sample_order
 from vogue_kernels import BranchStats, GuidanceConfig, LogprobStats
@@ -29,7 +32,7 @@ def with_settings(trainer, config):
 
 def both_groups(trainer, prompts):
     """Raw and noisy group of the first prompts, with advantages as if one completion of each was right."""
-    items = [trainer.item(trainer.samples[i], i, (False, True)) for i in range(prompts)]
+    items = [trainer.item(trainer.samples[i], 0, i, (False, True)) for i in range(prompts)]
     groups = trainer.generate(items)
     assert [group.noisy for group in groups] == [False, True] * prompts
     return [replace(group, advantages=(1.0 + i, -0.5 - i)) for i, group in enumerate(groups)]
@@ -86,7 +89,7 @@ def test_the_three_granularities_have_the_same_expected_gradient(new_trainer, co
 
 def test_advantages_come_from_all_completions_of_the_branch_whatever_is_trained_on(new_trainer):
     trainer = new_trainer(*TWO_BY_TWO)
-    item = trainer.item(trainer.samples[0], 0, (True, False, False))
+    item = trainer.item(trainer.samples[0], 0, 0, (True, False, False))
     texts = [rf"<think></think>\boxed{{{item.prompt.sample.answer}}}", r"<think></think>\boxed{no}", "no"]
     completions = tuple(Completion((1,), (0.0,), text, True) for text in texts)
     judged = trainer.judge(Group(item, True, completions, (), (), item.draws))
@@ -101,7 +104,7 @@ def test_advantages_come_from_all_completions_of_the_branch_whatever_is_trained_
 
 def test_only_what_a_draw_asks_for_is_generated_and_perturbed(new_trainer):
     trainer = new_trainer("branch.granularity=response", "branch.probability=0.5")
-    items = trainer.items()
+    items = trainer.items(trainer.step)
     groups = trainer.generate(items)
     assert {any(i.draws) for i in items} | {all(i.draws) for i in items} == {True, False}
     for item in items:
@@ -120,7 +123,7 @@ def test_grpo_is_vogue_without_branch_and_guidance(config, new_trainer):
     assert by_name | {"method": "vogue"} == by_hand
 
     trainer = new_trainer("method=grpo", *TWO_BY_TWO)
-    items = trainer.items()
+    items = trainer.items(trainer.step)
     assert all(item.noisy is None for item in items)
     groups = [replace(group, advantages=(2.0, -1.0)) for group in trainer.generate(items)]
     (batch,) = trainer.batches(groups)
@@ -186,7 +189,7 @@ def test_the_divergence_setting_chooses_which_one_is_read_and_nothing_else(new_t
 def test_a_fixed_branch_probability_replaces_the_schedule_and_nothing_else(new_trainer, config):
     trainer = new_trainer("rollout.prompts=16")
     fixed = with_settings(trainer, config("rollout.prompts=16", "branch.probability=0.5"))
-    scheduled, half = trainer.items(), fixed.items()
+    scheduled, half = trainer.items(trainer.step), fixed.items(fixed.step)
     assert all(item.draws == (True, True) for item in scheduled)  # step 0: p_noi = 1
     share = sum(item.draws[0] for item in half) / 16
     assert 0.2 < share < 0.8
@@ -194,14 +197,14 @@ def test_a_fixed_branch_probability_replaces_the_schedule_and_nothing_else(new_t
         assert a.prompt.sample is b.prompt.sample
         assert b.noisy is None or torch.equal(a.noisy.pixel_values, b.noisy.pixel_values)
     trainer.step = 4  # of 4: the schedule has ended
-    assert not any(any(item.draws) for item in trainer.items())
+    assert not any(any(item.draws) for item in trainer.items(trainer.step))
 
 
 def test_sigma_changes_the_noisy_view_alone(new_trainer, config):
     trainer = new_trainer()
     strong = with_settings(trainer, config("perturb.sigma=0.8"))
     none = with_settings(trainer, config("perturb.sigma=0"))
-    for a, b, c in zip(trainer.items(), strong.items(), none.items(), strict=True):
+    for a, b, c in zip(trainer.items(trainer.step), strong.items(strong.step), none.items(none.step), strict=True):
         assert torch.equal(a.raw.pixel_values, b.raw.pixel_values)
         assert torch.equal(a.prompt.token_ids, b.prompt.token_ids)
         assert torch.equal(c.raw.pixel_values, c.noisy.pixel_values)
@@ -243,7 +246,7 @@ def test_old_statistics_and_not_new_ones_shape_the_advantage(new_trainer):
 
 def test_a_token_mean_and_a_sequence_mean_by_hand(new_trainer):
     trainer = new_trainer("method=grpo", *TWO_BY_TWO)
-    item = trainer.item(trainer.samples[0], 0, (False, False))
+    item = trainer.item(trainer.samples[0], 0, 0, (False, False))
     long, short = Completion((60, 61, 62, 63), (0.0,) * 4, "", True), Completion((64,), (0.0,), "", True)
     group = Group(item, False, (long, short), (), (1.0, -2.0), (True, True))
     found = {}
@@ -271,13 +274,13 @@ def test_the_importance_cap_multiplies_by_the_truncated_ratio_to_the_engine(new_
 
 def weights_after(trainer, groups):
     sums = Sums()
-    trainer.update(groups, sums)
+    trainer.update(groups, sums, Clock())
     return torch.cat([p.detach().flatten() for p in trainer.policy.parameters()]), sums
 
 
 def groups_of_step(trainer):
     """This step's groups, with advantages that differ."""
-    groups = trainer.generate(trainer.items())
+    groups = trainer.generate(trainer.items(trainer.step))
     return [replace(g, advantages=tuple((-1.0) ** (i + j) * (1 + i) for j in range(2))) for i, g in enumerate(groups)]
 
 
@@ -361,7 +364,7 @@ def test_several_updates_a_step_start_at_a_ratio_of_one_and_clip_against_the_wei
 
 def test_parts_of_a_step_share_its_prompts_equally_and_keep_a_prompt_together(new_trainer):
     trainer = new_trainer(*MIXED)
-    groups = trainer.generate(trainer.items())
+    groups = trainer.generate(trainer.items(trainer.step))
     parts = _split(groups, 2)
     assert [sorted({group.item.number for group in part}) for part in parts] == [[0, 1], [2, 3]]
     assert [group for part in parts for group in part] == groups
@@ -392,6 +395,46 @@ def test_raw_rows_need_one_forward_and_noisy_rows_two(new_trainer):
     assert [batch.other is None for batch in batches] == [kind is LogprobStats for kind in kinds]
 
 
+def test_a_step_says_how_long_each_of_its_phases_took(new_trainer):
+    metrics, _ = new_trainer("trainer.updates=2").run_step()
+    seconds = {name.removeprefix("time/"): value for name, value in metrics.items() if name.startswith("time/")}
+    parts = ("pack", "old", "forward", "backward", "update")
+    assert seconds.keys() == {"data", "rollout", "reward", "train", "sync", *parts}
+    assert all(value > 0 for value in seconds.values())
+    assert 0.5 * seconds["train"] < sum(seconds[part] for part in parts) <= seconds["train"]
+
+
+# ------------------------------------------------------------------------------------------------- loading ahead
+
+
+def test_a_step_trains_on_what_was_loaded_ahead_and_that_is_what_it_would_load_itself(new_trainer):
+    trainer = new_trainer("branch.probability=0.5")
+    for trainer.step in range(3):
+        ahead, now = trainer.items_ahead(), trainer.items(trainer.step)
+        assert [item.number for item in ahead] == [item.number for item in now]
+        for a, b in zip(ahead, now, strict=True):
+            assert a.prompt.sample is b.prompt.sample
+            assert a.draws == b.draws
+            assert torch.equal(a.raw.pixel_values, b.raw.pixel_values)
+            assert (a.noisy is None) == (b.noisy is None)
+            assert a.noisy is None or torch.equal(a.noisy.pixel_values, b.noisy.pixel_values)
+        assert trainer._ahead[0] == trainer.step + 1
+    trainer.step = 3  # the last of 4: nothing comes after it
+    trainer.items_ahead()
+    assert trainer._ahead is None
+
+
+def test_an_image_that_goes_missing_stops_the_step_that_needs_it_with_its_samples_name(new_trainer):
+    trainer = new_trainer()
+    order = sample_order(len(trainer.samples), 4, 4, 0)  # of step 1
+    broken = trainer.samples[order[2]]
+    trainer.samples[order[2]] = replace(broken, images=(Path("gone.png"),))
+    trainer.items_ahead()  # step 0, while step 1 is loaded
+    trainer.step = 1
+    with pytest.raises(DataError, match=f"{re.escape(broken.place)}: image 1 of 1 .*gone.png"):
+        trainer.items_ahead()
+
+
 # ----------------------------------------------------------------------------------------------------- data order
 
 
@@ -411,12 +454,12 @@ def test_seeds_and_epochs_shuffle_differently():
 
 def test_ranks_share_a_steps_prompts_without_overlap(new_trainer):
     trainer = new_trainer("branch.probability=0.5")
-    alone = [(item.number, item.prompt.sample.place, item.draws) for item in trainer.items()]
+    alone = [(item.number, item.prompt.sample.place, item.draws) for item in trainer.items(trainer.step)]
     shared = []
     for rank in (1, 0):
         other = copy.copy(trainer)
         other.rank, other.ranks = rank, 2
-        shared += [(item.number, item.prompt.sample.place, item.draws) for item in other.items()]
+        shared += [(item.number, item.prompt.sample.place, item.draws) for item in other.items(other.step)]
     assert sorted(shared) == alone
 
 
@@ -427,7 +470,7 @@ def test_ranks_share_each_updates_prompts_so_that_their_work_is_alike(new_traine
     for rank in (0, 1):
         other = copy.copy(trainer)
         other.rank, other.ranks = rank, 2
-        items = other.items()
+        items = other.items(other.step)
         numbers.append([item.number for item in items])
         lengths = {sample.place: length for sample, length in zip(trainer.samples, trainer.lengths)}
         work.append(sum(lengths[item.prompt.sample.place] for item in items))

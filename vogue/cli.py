@@ -67,7 +67,7 @@ def train(arguments: argparse.Namespace) -> int:
     config = load_config(*_file_and_overrides(arguments.settings))
     from vogue.run import run
 
-    return run(config, arguments.resume)
+    return run(config, arguments.resume, arguments.profile)
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -157,6 +157,13 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(commands, "train", train, "train a model", epilog=_settings_help())
     _add_config(command)
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint of trainer.output_dir")
+    command.add_argument(
+        "--profile",
+        type=_steps,
+        default=frozenset(),
+        metavar="STEPS",
+        help="write a torch profiler trace of these steps, counted from 0, into trainer.output_dir/profile: 3,5",
+    )
     command.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
     command = _add(
@@ -199,6 +206,13 @@ def _parser() -> argparse.ArgumentParser:
 
     _add(commands, "doctor", doctor, "what was found here, what can run, and why the rest can't")
     return parser
+
+
+def _steps(text: str) -> frozenset[int]:
+    steps = text.split(",")
+    if not all(step.isdecimal() for step in steps):
+        raise argparse.ArgumentTypeError(f"{text} is not a list of steps such as 3,5")
+    return frozenset(map(int, steps))
 
 
 def _add(commands, name: str, run, help: str, epilog: str | None = None) -> argparse.ArgumentParser:

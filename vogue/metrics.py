@@ -13,7 +13,7 @@ from vogue import distributed
 
 
 class Clock:
-    """Seconds of each phase of a step."""
+    """Seconds of each phase of a step, added up where it comes more than once; one may lie within another."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
@@ -24,7 +24,7 @@ class Clock:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds[phase] = time.perf_counter() - start
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 class Sums:

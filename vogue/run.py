@@ -6,8 +6,10 @@ Everything that can be wrong with settings or data is looked for before the firs
 import json
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -20,8 +22,11 @@ from vogue.report import plot_curves
 from vogue.trainer import Group, Trainer
 
 
-def run(config: Config, resume: bool) -> int:
-    """Train; returns the exit code. Every rank calls it, rank 0 shows and writes."""
+def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> int:
+    """Train; returns the exit code. Every rank calls it, rank 0 shows and writes.
+
+    `profile`: steps whose torch profiler trace, of each rank, goes into the run's folder.
+    """
     logs.check_folder(config, resume)
     samples, held_out = _samples(config)
     preprocessor = Preprocessor(
@@ -31,13 +36,13 @@ def run(config: Config, resume: bool) -> int:
     rank, _, _ = distributed.start()
     trainer = Trainer(config, samples, preprocessor, resume)
     if rank > 0:
-        for _ in _events(trainer, held_out):
+        for _ in _events(trainer, held_out, profile):
             pass
         return 0
     logs.prepare(config, trainer.step)
     console = Console()
     with logs.RunLog(config, trainer.step, console) as log:
-        for event in _events(trainer, held_out):
+        for event in _events(trainer, held_out, profile):
             if isinstance(event, Step):
                 log.step(event.step, event.metrics, _records(event, config))
             else:
@@ -63,19 +68,34 @@ class Evaluation:
     estimates: dict[str, Estimate]
 
 
-def _events(trainer: Trainer, held_out: list[Sample]) -> Iterator[Step | Evaluation]:
+def _events(trainer: Trainer, held_out: list[Sample], profile: frozenset[int]) -> Iterator[Step | Evaluation]:
     """The run: steps, evaluations before, between and after them, and checkpoints."""
     settings = trainer.config.trainer
     if held_out and trainer.step == 0:
         yield Evaluation(0, summary(trainer.evaluate(held_out, settings.eval_samples)))
     while trainer.step < settings.steps:
-        metrics, groups = trainer.run_step()
+        with _traced(trainer, trainer.step in profile):
+            metrics, groups = trainer.run_step()
         yield Step(trainer.step - 1, metrics, groups)
         last = trainer.step == settings.steps
         if held_out and (last or trainer.step % settings.eval_every == 0):
             yield Evaluation(trainer.step, summary(trainer.evaluate(held_out, settings.eval_samples)))
         if last or (settings.save_every and trainer.step % settings.save_every == 0):
             trainer.save()
+
+
+@contextmanager
+def _traced(trainer: Trainer, wanted: bool) -> Iterator[None]:
+    """Write profile/step_000003_rank0.json, for chrome://tracing or Perfetto, of what the block does."""
+    if not wanted:
+        yield
+        return
+    folder = trainer.config.trainer.output_dir / "profile"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{trainer.step:06d}_rank{trainer.rank}.json"
+    with torch.profiler.profile() as trace:
+        yield
+    trace.export_chrome_trace(str(path))
 
 
 def _samples(config: Config) -> tuple[list[Sample], list[Sample]]:

@@ -13,6 +13,7 @@ Rows of the raw branch need one forward; rows of the noisy branch a second one, 
 """
 
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import deepspeed
@@ -24,7 +25,7 @@ from transformers import AutoModelForImageTextToText
 from vogue import branch, checkpoint, distributed
 from vogue.advantage import group_advantages
 from vogue.config import Config, ConfigError
-from vogue.data import Sample
+from vogue.data import DataError, Sample
 from vogue.evaluate import Judged, judge, pass_at_k
 from vogue.inputs import Preprocessor, Prompt, View
 from vogue.metrics import Clock, Sums, peak_memory
@@ -93,6 +94,8 @@ class Trainer:
         self.rollout = create_engine(config, self.processor, tied)
         self.guidance = GuidanceConfig(**config.guidance.model_dump(exclude={"divergence"}))
         self.step = 0
+        self._background = ThreadPoolExecutor(max_workers=1)
+        self._ahead: tuple[int, Future[list[Item]]] | None = None
         if found:
             folder, self.step = found
             checkpoint.load(self.engine, folder)
@@ -106,14 +109,14 @@ class Trainer:
         """One pass of the algorithm; returns metrics over all ranks and this rank's groups."""
         clock = Clock()
         with clock("data"):
-            items = self.items()
+            items = self.items_ahead()
         with clock("rollout"):
             groups = self.generate(items)
         with clock("reward"):
             groups = [self.judge(group) for group in groups]
         sums = Sums()
         with clock("train"):
-            self.update(groups, sums)
+            self.update(groups, sums, clock)
         self.step += 1
         with clock("sync"):
             self.sync()
@@ -130,19 +133,28 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ rollout
 
-    def items(self) -> list[Item]:
-        """This rank's prompts of this step, perturbed where the draw asks for it."""
+    def items_ahead(self) -> list[Item]:
+        """`items` of this step; those of the next one are loaded and perturbed from now on, while this one trains."""
+        step, ahead = self._ahead or (None, None)
+        items = ahead.result() if step == self.step else self.items(self.step)
+        self._ahead = None
+        if self.step + 1 < self.config.trainer.steps:
+            self._ahead = self.step + 1, self._background.submit(self.items, self.step + 1)
+        return items
+
+    def items(self, step: int) -> list[Item]:
+        """This rank's prompts of `step`, perturbed where the draw asks for it; a function of the step alone."""
         rollout = self.config.rollout
-        p = branch.noisy_probability(self.step, self.config.trainer.steps, self.config.branch.probability)
+        p = branch.noisy_probability(step, self.config.trainer.steps, self.config.branch.probability)
         draws = branch.draw(
             self.config.branch.granularity,
             rollout.prompts,
             rollout.n,
             p,
             seed_for(self.config.seed, Purpose.BRANCH),
-            self.step,
+            step,
         )
-        order = sample_order(len(self.samples), self.step * rollout.prompts, rollout.prompts, self.config.seed)
+        order = sample_order(len(self.samples), step * rollout.prompts, rollout.prompts, self.config.seed)
         costs = [self.lengths[i] * (NOISY_COST if drawn.any() else 1) for i, drawn in zip(order, draws, strict=True)]
         size = rollout.prompts // self.config.trainer.updates
         mine = [
@@ -150,24 +162,20 @@ class Trainer:
             for start in range(0, rollout.prompts, size)  # an update's prompts, shared by all ranks
             for i in deal(costs[start : start + size], self.ranks)[self.rank]
         ]
-        return [self.item(self.samples[order[i]], i, tuple(draws[i].tolist())) for i in mine]
+        return [self.item(self.samples[order[i]], step, i, tuple(draws[i].tolist())) for i in mine]
 
-    def item(self, sample: Sample, number: int, draws: tuple[bool, ...]) -> Item:
-        images = sample.load_images()
-        raw, noisy = self.preprocessor.view(images), None
-        if any(draws):
-            settings = self.config.perturb
-            noisy = self.preprocessor.view(
-                [
-                    perturb(
-                        image,
-                        settings.preset,
-                        settings.sigma,
-                        seed_for(self.config.seed, Purpose.PERTURB, self.step, number, i),
-                    )
-                    for i, image in enumerate(images)
-                ]
-            )
+    def item(self, sample: Sample, step: int, number: int, draws: tuple[bool, ...]) -> Item:
+        images, settings = sample.load_images(), self.config.perturb
+        seeds = (seed_for(self.config.seed, Purpose.PERTURB, step, number, i) for i in range(len(images)))
+        try:
+            raw, noisy = self.preprocessor.view(images), None
+            if any(draws):
+                copies = zip(images, seeds, strict=True)
+                noisy = self.preprocessor.view(
+                    [perturb(x, settings.preset, settings.sigma, seed) for x, seed in copies]
+                )
+        except (OSError, ValueError) as error:
+            raise DataError(f"{sample.place}: {error}") from error
         return Item(number, self.preprocessor.prompt(sample, raw), raw, noisy, draws)
 
     def generate(self, items: list[Item]) -> list[Group]:
@@ -194,21 +202,25 @@ class Trainer:
 
     # ----------------------------------------------------------------------------------------------- training
 
-    def update(self, groups: list[Group], sums: Sums) -> None:
+    def update(self, groups: list[Group], sums: Sums, clock: Clock) -> None:
         """`trainer.updates` optimizer updates, each on its share of the step's prompts."""
-        parts = [self.batches(part) for part in _split(groups, self.config.trainer.updates)]
+        with clock("pack"):
+            parts = [self.batches(part) for part in _split(groups, self.config.trainer.updates)]
         if len(parts) > 1:
-            with torch.no_grad():
+            with clock("old"), torch.no_grad():
                 parts = [[replace(batch, old=self.read(self.engine(batch))) for batch in part] for part in parts]
         for number, batches in enumerate(parts):
             weight = distributed.total({"w": sum(float(b.weights.sum()) for b in batches)}, self.device)["w"]
             for i, batch in enumerate(batches):
                 self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
-                logprob, entropy, divergence = self.read(self.engine(batch))
-                loss = self.loss(batch, logprob, entropy, divergence, sums, first=number == 0)
-                # DeepSpeed averages gradients over the ranks; this loss is one of the summands of the global mean.
-                self.engine.backward(loss * (self.ranks / weight))
-            self.engine.step()
+                with clock("forward"):
+                    logprob, entropy, divergence = self.read(self.engine(batch))
+                    loss = self.loss(batch, logprob, entropy, divergence, sums, first=number == 0)
+                with clock("backward"):
+                    # DeepSpeed averages gradients over the ranks; this loss is one summand of the global mean.
+                    self.engine.backward(loss * (self.ranks / weight))
+            with clock("update"):
+                self.engine.step()
             sums.add("grad_norm", float(self.engine.get_global_grad_norm() or 0.0))
 
     def batches(self, groups: list[Group]) -> list[Batch]:
