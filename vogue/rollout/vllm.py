@@ -60,6 +60,7 @@ class VllmEngine:
         # A few of vLLM's sampling helpers are torch.compile'd; on a CPU compiling them takes longer than a short run.
         self._stance = contextlib.nullcontext if on_gpu else lambda: torch.compiler.set_stance("force_eager")
         self._banned = {token: BAN for token in media_token_ids(processor)}
+        self._tokenizer = processor.tokenizer
         self._tied_head = tied_head
         self.version = 0
 
@@ -76,6 +77,8 @@ class VllmEngine:
                 temperature=temperature,
                 max_tokens=max_tokens,
                 logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,  # it would decode token by token, and each log-probability's token again
                 logit_bias=self._banned,
             )
             for request in requests
@@ -89,7 +92,15 @@ class VllmEngine:
                     f"{request.prompt.sample.place}: vLLM made {len(output.prompt_token_ids)} tokens of the prompt, "
                     f"the policy {len(expected)}; their image processors disagree"
                 )
-        return [[_completion(item) for item in output.outputs] for output in outputs]
+        return [[self._completion(item) for item in output.outputs] for output in outputs]
+
+    def _completion(self, output: "vllm.CompletionOutput") -> Completion:
+        # Flat: of each position the sampled token's alone, since no other was asked for.
+        token_ids, logprobs = tuple(output.token_ids), output.logprobs
+        if logprobs.token_ids != list(token_ids):
+            raise RuntimeError("vLLM's log-probabilities are of other tokens than it sampled")
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return Completion(token_ids, tuple(logprobs.logprobs), text, output.finish_reason == "stop")
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take the trainer's weights, streamed, and mark them as those of update `version`."""
@@ -109,9 +120,3 @@ class VllmEngine:
             yield name, tensor
             if self._tied_head and name.endswith("embed_tokens.weight"):
                 yield "lm_head.weight", tensor
-
-
-def _completion(output: "vllm.CompletionOutput") -> Completion:
-    token_ids = tuple(output.token_ids)
-    logprobs = tuple(step[token].logprob for token, step in zip(token_ids, output.logprobs, strict=True))
-    return Completion(token_ids, logprobs, output.text, output.finish_reason == "stop")
