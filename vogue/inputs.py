@@ -115,6 +115,17 @@ def sizes_name(processor: ProcessorMixin) -> str:
     return processor.image_processor.model_input_names[1]
 
 
+def cat_images(pixel_values: Sequence[Tensor]) -> Tensor:
+    """`pixel_values` of several views in one; where images are cut into tiles, the missing ones are zero."""
+    if pixel_values[0].dim() > 2:
+        tiles = max(values.shape[1] for values in pixel_values)
+        pixel_values = [
+            torch.cat([values, values.new_zeros(len(values), tiles - values.shape[1], *values.shape[2:])], dim=1)
+            for values in pixel_values
+        ]
+    return torch.cat(list(pixel_values))
+
+
 def load_processor(path: str) -> ProcessorMixin:
     """Tokenizer and image processor of the model at `path`; raises `ConfigError` where there is none."""
     try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vogue.inputs import Prompt, View
+from vogue.inputs import Prompt, View, cat_images
 from vogue.rollout import Completion
 
 PAD = -1  # segment of padding
@@ -202,16 +202,5 @@ def _stack(views: Sequence[View]) -> Images | None:
     counts = tuple(len(view.sizes) for view in distinct)
     first = dict(zip(map(id, distinct), itertools.accumulate(counts, initial=0), strict=False))
     order = (first[id(view)] + i for view in views if view.sizes is not None for i in range(len(view.sizes)))
-    pixel_values = _cat_tiles([view.pixel_values for view in distinct])
+    pixel_values = cat_images([view.pixel_values for view in distinct])
     return Images(pixel_values, torch.cat([view.sizes for view in distinct]), counts, tuple(order))
-
-
-def _cat_tiles(pixel_values: Sequence[Tensor]) -> Tensor:
-    """Images after each other; where they are (images, tiles, ...), with as many tiles, of which the last are zero."""
-    if pixel_values[0].dim() > 2:
-        tiles = max(values.shape[1] for values in pixel_values)
-        pixel_values = [
-            torch.cat([values, values.new_zeros(len(values), tiles - values.shape[1], *values.shape[2:])], dim=1)
-            for values in pixel_values
-        ]
-    return torch.cat(list(pixel_values))

@@ -1,14 +1,20 @@
-"""transformers' own `generate`, where vLLM can't be installed: the same results, slower."""
+"""transformers' models, where vLLM can't be installed or takes longer to schedule a small model than to run it.
 
-from collections.abc import Iterable
+Prompts are read once for all their completions; then a token of every completion at a time. A completion draws one
+uniform number a token from its request's own generator and takes the token whose share of [0, 1) holds it.
+"""
+
+from collections.abc import Generator, Iterable
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, ProcessorMixin
+from transformers import AutoModelForImageTextToText, DynamicCache, ProcessorMixin
 
 from vogue.config import Config
-from vogue.inputs import Preprocessor, sizes_name
+from vogue.inputs import Preprocessor, cat_images, sizes_name
 from vogue.rollout import BAN, Completion, Request, media_token_ids
+
+SEQUENCES = 512  # generated at a time
 
 
 class HfEngine:
@@ -21,41 +27,83 @@ class HfEngine:
         self.tokenizer = processor.tokenizer
         self.preprocessor = Preprocessor(processor, "", config.data.max_prompt_tokens)
         self._sizes = sizes_name(processor)
-        self._bias = {(token,): BAN for token in media_token_ids(processor)}
+        self._bias = torch.zeros(self.model.config.text_config.vocab_size, device=self.device)
+        self._bias[media_token_ids(processor)] = BAN
         self.version = 0
 
     def generate(self, requests: list[Request], n: int, max_tokens: int, temperature: float) -> list[list[Completion]]:
-        return [self._generate(request, n, max_tokens, temperature) for request in requests]
+        size = max(1, SEQUENCES // n)
+        parts = (requests[start : start + size] for start in range(0, len(requests), size))
+        return [group for part in parts for group in self._generate(part, n, max_tokens, temperature)]
 
-    def _generate(self, request: Request, n: int, max_tokens: int, temperature: float) -> list[Completion]:
-        prompt, view = request.prompt, self.preprocessor.view(request.images)
-        inputs = {"input_ids": prompt.token_ids[None]}
-        if view.sizes is not None:
-            inputs |= {"pixel_values": view.pixel_values, self._sizes: view.sizes}
+    @torch.no_grad()
+    def _generate(self, requests: list[Request], n: int, max_tokens: int, temperature: float) -> list[list[Completion]]:
+        uniform = torch.cat([_uniform(request.seed, n, max_tokens) for request in requests]).to(self.device)
+        tokens, logprobs = [], []
+        finished = torch.zeros(len(uniform), dtype=torch.bool, device=self.device)
+        steps = self._logits(requests, n)
+        logits = next(steps)
+        for at in range(max_tokens):
+            logp = ((logits.float() + self._bias) / temperature).log_softmax(-1)
+            share = logp.exp().cumsum(-1, dtype=torch.float64)
+            drawn = torch.searchsorted(share, uniform[:, at : at + 1] * share[:, -1:]).clamp(max=logp.shape[1] - 1)
+            tokens.append(drawn)
+            logprobs.append(logp.gather(1, drawn))
+            finished |= drawn[:, 0] == self.tokenizer.eos_token_id
+            if finished.all() or at == max_tokens - 1:
+                break
+            logits = steps.send(drawn)
+        rows = zip(torch.cat(tokens, dim=1).tolist(), torch.cat(logprobs, dim=1).tolist(), strict=True)
+        completions = [self._completion(*row) for row in rows]
+        return [completions[start : start + n] for start in range(0, len(completions), n)]
+
+    def _logits(self, requests: list[Request], n: int) -> Generator[Tensor, Tensor, None]:
+        """A generator: yields logits (requests x n, V) of the next token, and is sent the tokens that were drawn."""
+        ids, types, real = self._prompts(requests)
+        images = self._images(requests)
+        positions = self._positions(ids, types, real, images.get("image_grid_thw"))
+        after = positions[..., -1] + 1  # the last token is text, and at the highest position so far
+        cache = DynamicCache(config=self.model.config)
+        common = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         if self._sizes == "image_grid_thw":
-            inputs["mm_token_type_ids"] = prompt.token_types[None]
-        else:
-            inputs["batch_num_images"] = torch.tensor([len(view.images)])
-        with torch.random.fork_rng():
-            torch.manual_seed(request.seed)
-            output = self.model.generate(
-                **{name: tensor.to(self.device) for name, tensor in inputs.items()},
-                attention_mask=torch.ones(1, len(prompt.token_ids), dtype=torch.long, device=self.device),
-                do_sample=True,
-                temperature=temperature,
-                top_k=0,
-                top_p=1.0,
-                num_return_sequences=n,
-                max_new_tokens=max_tokens,
-                sequence_bias=self._bias,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
-                return_dict_in_generate=True,
-                output_scores=True,
-            )
-        tokens = output.sequences[:, len(prompt.token_ids) :]
-        logprobs = self.model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
-        return [self._completion(*row) for row in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
+            images["mm_token_type_ids"] = types
+        output = self.model(input_ids=ids, attention_mask=real, position_ids=positions, **images, **common)
+        cache.batch_repeat_interleave(n)
+        after, real = after.repeat_interleave(n, dim=-1), real.repeat_interleave(n, dim=0)
+        drawn = yield output.logits[:, -1].repeat_interleave(n, dim=0)
+        while True:
+            real = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
+            output = self.model(input_ids=drawn, attention_mask=real, position_ids=after[..., None], **common)
+            after = after + 1
+            drawn = yield output.logits[:, -1]
+
+    def _prompts(self, requests: list[Request]) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, token types and which are real, (requests, P), padded on the left."""
+        prompts = [request.prompt for request in requests]
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        ids = torch.full((len(prompts), longest), self.tokenizer.pad_token_id)
+        types, real = torch.zeros_like(ids), torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            start = longest - len(prompt.token_ids)
+            ids[row, start:], types[row, start:], real[row, start:] = prompt.token_ids, prompt.token_types, 1
+        return ids.to(self.device), types.to(self.device), real.to(self.device)
+
+    def _images(self, requests: list[Request]) -> dict[str, Tensor]:
+        views = [self.preprocessor.view(request.images) for request in requests if request.images]
+        if not views:
+            return {}
+        inputs = {"pixel_values": cat_images([view.pixel_values for view in views])}
+        inputs[self._sizes] = torch.cat([view.sizes for view in views])
+        if self._sizes == "image_sizes":
+            inputs["batch_num_images"] = torch.tensor([len(view.sizes) for view in views])
+        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
+
+    def _positions(self, ids: Tensor, types: Tensor, real: Tensor, grid: Tensor | None) -> Tensor:
+        """(3, requests, P), or (requests, P) where positions count tokens."""
+        if self._sizes == "image_sizes":
+            return (real.cumsum(dim=1) - 1).clamp(min=0)
+        positions, _ = self.model.model.get_rope_index(ids, types, image_grid_thw=grid, attention_mask=real)
+        return positions
 
     def _completion(self, token_ids: list[int], logprobs: list[float]) -> Completion:
         end = self.tokenizer.eos_token_id
@@ -71,3 +119,7 @@ class HfEngine:
         for name, tensor in weights:
             parameters[name].copy_(tensor)
         self.version = version
+
+
+def _uniform(seed: int, n: int, max_tokens: int) -> Tensor:
+    return torch.rand(n, max_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
