@@ -17,7 +17,7 @@ beside the seconds: on a machine that others use they say more.
 Not the same: TRL runs without DeepSpeed (its ordinary way on one device), vogue always with it. TRL computes what it
 has by default: log-probabilities and entropies by its chunked head, no reference model (beta 0), no old
 log-probabilities when it generates by itself. Its micro-batches are the largest that divide the batch and keep to
-vogue's budget of tokens. Its generation is transformers', in one batch, as it is without vLLM; vogue's is vLLM.
+vogue's budget of tokens. Its generation is transformers', in one batch; vogue's is transformers' too, and vLLM beside.
 """
 
 import argparse
@@ -162,11 +162,11 @@ def vogue_update(connection, folder: Path, task: Task, *overrides: str) -> None:
 
 def vogue_step(connection, folder: Path, task: Task, *overrides: str) -> None:
     """Repetitions of a whole step, of a run with as many of them as `trainer.steps` says."""
-    trainer = vogue_trainer(folder, task, "rollout.engine=vllm", *overrides)
+    trainer = vogue_trainer(folder, task, *overrides)
     for _ in requests(connection):
         with measured(connection) as found:
             found["metrics"], _ = trainer.run_step()
-        # The schedule starts over, so that a repetition after the last step, and a warm-up, are steps like the others.
+        # The schedule starts over: after one step to warm up, as many repetitions as it has are each step of it once.
         trainer.step %= trainer.config.trainer.steps
 
 
@@ -176,7 +176,7 @@ def vogue_sync(connection, folder: Path, task: Task) -> None:
     for _ in requests(connection):
         with measured(connection) as found:
             trainer.sync()
-        found |= {"tensors": len(parameters), "parameters": sum(p.ds_numel for p in parameters)}
+        found |= {"tensors": len(parameters), "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters)}
 
 
 def trl_step(connection, folder: Path, task: Task, part: str) -> None:
@@ -401,16 +401,17 @@ def whole_step(task: Task, repeats: int, folder: Path) -> dict:
     """A step with its rollout: VOGUE over a whole schedule p: 1 -> 0, against our GRPO's and TRL's."""
     prepare(task, folder)
     schedule = f"trainer.steps={repeats}"
+    vllm = "rollout.engine=vllm"
     workers = {
         "TRL": (trl_step, folder, task, "whole"),
         "GRPO": (vogue_step, folder, task, schedule, "method=grpo"),
         "VOGUE": (vogue_step, folder, task, schedule),
         "VOGUE, granularity response": (vogue_step, folder, task, schedule, "branch.granularity=response"),
+        "GRPO, vLLM": (vogue_step, folder, task, schedule, "method=grpo", vllm),
+        "VOGUE, vLLM": (vogue_step, folder, task, schedule, vllm),
     }
     with contestants(**workers) as ready:
-        # As many unmeasured steps as the schedule has would put it back to its start; so warm up outside of it.
-        found = alternate(repeats, ready, warmup=0)
-        found = alternate(repeats, ready, warmup=0)
+        found = alternate(repeats, ready)
     seconds = {name: median(rows) for name, rows in found.items()}
     means = {name: statistics.fmean(row["seconds"] for row in rows) for name, rows in found.items()}
     processor = {name: statistics.fmean(row["cpu_seconds"] for row in rows) for name, rows in found.items()}
@@ -429,6 +430,7 @@ def whole_step(task: Task, repeats: int, folder: Path) -> dict:
         "VOGUE / TRL, processor": processor["VOGUE"] / processor["TRL"],
         "VOGUE / GRPO, processor": processor["VOGUE"] / processor["GRPO"],
         "VOGUE / GRPO, medians": seconds["VOGUE"] / seconds["GRPO"],
+        "VOGUE / GRPO, processor, both with vLLM": processor["VOGUE, vLLM"] / processor["GRPO, vLLM"],
         "VOGUE response / GRPO, means": means["VOGUE, granularity response"] / means["GRPO"],
         "phases": phases,
     }

@@ -1,0 +1,32 @@
+"""bench/trainer.py runs: both trainers train on the same completions, taking turns."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    monkeypatch.delitem(sys.modules, "trainer", raising=False)
+    import trainer
+
+    return trainer
+
+
+def test_the_quick_training_row_times_both_trainers_and_writes_what_it_found(bench, tmp_path, capsys):
+    results = bench.main(["--quick", "--only", "train-digits", "--out", str(tmp_path)])
+    row = results["train-digits"]
+    assert row["seconds"].keys() == {"TRL", "GRPO", "VOGUE, all groups noisy"}
+    assert all(seconds > 0 for seconds in row["seconds"].values())
+    assert row["TRL / GRPO"] == row["seconds"]["TRL"] / row["seconds"]["GRPO"]
+    assert "--quick --only train-digits" in capsys.readouterr().out
+    assert (tmp_path / "train-digits.json").exists()
+
+
+def test_a_micro_batch_of_trl_keeps_to_the_budget_and_divides_the_batch(bench):
+    assert bench.DIGITS.micro_batch == 128  # of 256 completions: 128 x 60 tokens are less than 8,192, 256 x 60 aren't
+    assert bench.PROMPT_HEAVY.micro_batch == 16
