@@ -50,9 +50,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     arguments = _parse(argv)
     from vogue.data import DataError
+    from vogue.rewards import RewardError
 
     try:
         return arguments.run(arguments)
+    except RewardError as error:  # of one rank, maybe not the first
+        print(f"vogue {arguments.command}: {error}", file=sys.stderr)
+        return USAGE_ERROR
     except (ConfigError, DataError, ImportError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"vogue {arguments.command}: {error}", file=sys.stderr)

@@ -19,6 +19,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "grpo": {"branch.probability": 0.0, "guidance.alpha_out": 0.0, "guidance.alpha_per": 0.0},
 }
 
+# What each reward design adds up, and with which weights. VOGUE's; the six of arXiv 2601.00215, whose weights are known
+# from a secondary source; Vision-SR1's (arXiv 2508.19652), as in its code. A weight of 0: asked for, not rewarded.
+DESIGNS: dict[str, dict[str, float]] = {
+    "verifiable": {"accuracy": 0.9, "format": 0.1},
+    "vanilla": {"think": 0.1, "answer": 0.9},
+    "only_accuracy": {"think": 0.0, "answer": 1.0},
+    "mixture": {"description": 0.06, "think": 0.06, "rethink": 0.08, "answer": 0.8},
+    "continuous": {"description": 0.06, "think": 0.06, "rethink": 0.08, "answer": 0.8},
+    "visual_fusion": {"think": 0.1, "visual": 0.1, "answer": 0.8},
+    "no_accuracy": {"description": 0.3, "think": 0.3, "rethink": 0.3, "answer": 0.1},
+    "vision_sr1": {"accuracy": 0.9, "format": 0.1, "blind": 1.0},
+}
+COMPONENTS = tuple(dict.fromkeys(name for weights in DESIGNS.values() for name in weights))
+
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -50,7 +64,7 @@ class DataConfig(Section):
     test: str | None = Field(None, description="the same, for evaluation during training and in `vogue eval`")
     test_limit: Count | None = Field(None, description="use only the first so many of those")
     limit: Count | None = Field(None, description="use only the first so many training samples")
-    system_prompt: str | None = Field(None, description="in place of vogue's own; empty for none")
+    system_prompt: str | None = Field(None, description="in place of that of reward.design; empty for none")
     max_prompt_tokens: Count = Field(2048, description="a longer prompt is refused with its length, never cut")
 
 
@@ -77,8 +91,58 @@ class GuidanceConfig(Section):
 
 
 class RewardConfig(Section):
-    accuracy: NonNegative = Field(0.9, description="weight of a right answer")
-    format: NonNegative = Field(0.1, description="weight of <think>...</think> followed by \\boxed{}")
+    design: Literal[*DESIGNS] = Field(
+        "verifiable", description="what is asked for and rewarded: a sum of weight * score (vogue/rewards/designs.py)"
+    )
+    accuracy: NonNegative | None = Field(
+        None,
+        description="weight of a right \\boxed{} (0.9); this and all weights here: unset, the design's",
+    )
+    format: NonNegative | None = Field(
+        None, description="weight of <think>...</think> followed by \\boxed{} (0.1); vision_sr1: <description> first"
+    )
+    answer: NonNegative | None = Field(
+        None, description="weight of <answer>: right, nearly right (continuous), or just there (no_accuracy)"
+    )
+    think: NonNegative | None = Field(None, description="weight of the sentences in <think>")
+    description: NonNegative | None = Field(None, description="weight of the sentences in <description>")
+    rethink: NonNegative | None = Field(None, description="weight of the sentences in <rethink>")
+    visual: NonNegative | None = Field(None, description="weight of the sentences in <visual> within <think>")
+    blind: NonNegative | None = Field(
+        None, description="weight of a right answer from the own <description>, without the image (1.0)"
+    )
+    function: str | None = Field(
+        None,
+        pattern=r"^.+\.py:[A-Za-z_]\w*$",
+        description="path/to/file.py:name of your own reward in place of that sum: "
+        "def name(completions: list[str], samples: list[dict[str, str]]) -> list[float]",
+    )
+    timeout: Positive = Field(60.0, description="seconds a call of reward.function may take: a step's completions")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each component of the design; empty where a function takes the place of the sum."""
+        return {} if self.function else {name: getattr(self, name) for name in DESIGNS[self.design]}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_weights(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("function"):
+            return values
+        given = {name: value for name, value in values.items() if value is not None or name not in COMPONENTS}
+        return DESIGNS.get(str(values.get("design", "verifiable")), {}) | given
+
+    @model_validator(mode="after")
+    def _only_weights_of_the_design(self) -> "RewardConfig":
+        for name in COMPONENTS:
+            value = getattr(self, name)
+            if value is None or name in self.weights:
+                continue
+            if self.function:
+                raise ValueError(f"reward.{name}={value}: reward.function takes the place of all weights")
+            parts = ", ".join(self.weights)
+            raise ValueError(f"reward.{name}={value}: design {self.design} weighs {parts} and nothing else")
+        return self
 
 
 class RolloutConfig(Section):
@@ -207,7 +271,7 @@ def _sentence(item: dict[str, Any]) -> str:
         return f"{key} is not set: {_description(item['loc'])}"
     if item["type"] == "extra_forbidden":
         return f"unknown setting {key}; `vogue train --help` lists them all"
-    if not key:
+    if item["type"] == "value_error":
         return item["msg"].removeprefix("Value error, ")
     return f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 

@@ -20,9 +20,10 @@ from transformers import AutoConfig
 
 from vogue.config import Config
 from vogue.data import Sample, load_samples
-from vogue.data.prompts import with_view
+from vogue.data.prompts import system_prompt, with_view
 from vogue.inputs import Preprocessor, load_processor
-from vogue.rewards import Score, score_batch
+from vogue.rewards import Score, check_function
+from vogue.rewards.groups import score_groups
 from vogue.rollout import Completion, Engine, Request, create_engine
 from vogue.seeds import Purpose, seed_for
 
@@ -81,12 +82,9 @@ def judge(
         seed = seed_for(config.seed, Purpose.EVALUATION, number)
         requests.append(Request(preprocessor.prompt(sample, view), view.images, seed))
     groups = engine.generate(requests, n, config.rollout.max_tokens, config.rollout.temperature)
-    weights = (config.reward.accuracy, config.reward.format)
-    judged = []
-    for sample, group in zip(samples, groups, strict=True):
-        scores = score_batch([completion.text for completion in group], [sample.answer] * n, weights)
-        judged.append(Judged(sample, tuple(group), tuple(scores)))
-    return judged
+    places = [(number,) for number in range(first, first + len(samples))]
+    scores = score_groups(engine, preprocessor, config, samples, groups, places)
+    return [Judged(sample, tuple(group), s) for sample, group, s in zip(samples, groups, scores, strict=True)]
 
 
 def summary(judged: list[Judged]) -> dict[str, Estimate]:
@@ -108,9 +106,10 @@ def evaluate_model(config: Config, n: int, views: Sequence[str], console: Consol
     samples = load_samples(config.data.test, config.data.test_limit)
     shown = {view: [with_view(sample, view) for sample in samples] for view in views}
     processor = load_processor(config.model.path)
-    preprocessor = Preprocessor(processor, config.data.system_prompt, config.data.max_prompt_tokens)
+    preprocessor = Preprocessor(processor, system_prompt(config), config.data.max_prompt_tokens)
     for viewed in shown.values():
         preprocessor.check(viewed)
+    check_function(config.reward)
     tied = AutoConfig.from_pretrained(config.model.path).tie_word_embeddings
     engine = create_engine(config, processor, tied)
     starts = range(0, len(samples), CHUNK)

@@ -15,7 +15,7 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from vogue.config import ConfigError
 from vogue.data import DataError, Sample
-from vogue.data.prompts import SYSTEM_PROMPT, chat_messages
+from vogue.data.prompts import chat_messages
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class Prompt:
 
 
 class Preprocessor:
-    """Applies a model's own chat template and image processor; `system_prompt` None is vogue's own.
+    """Applies a model's own chat template and image processor.
 
     Raises `DataError` for an image that can't be read, a prompt longer than `max_prompt_tokens`, and placeholders
     that don't add up; `check` finds all of them before anything is generated or trained.
     """
 
-    def __init__(self, processor: ProcessorMixin, system_prompt: str | None, max_prompt_tokens: int):
+    def __init__(self, processor: ProcessorMixin, system_prompt: str, max_prompt_tokens: int):
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.system_prompt = SYSTEM_PROMPT if system_prompt is None else system_prompt
+        self.system_prompt = system_prompt
         self.max_prompt_tokens = max_prompt_tokens
         self.image_token_id = processor.image_token_id
 

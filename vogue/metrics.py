@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vogue import distributed
+from vogue.config import COMPONENTS
 
 
 class Clock:
@@ -34,6 +35,7 @@ class Sums:
         *("reward", "accuracy", "format", "finished", "tokens", "noisy_share", "solved_share", "mixed_share"),
         *("distinct_answers", "pass_at_n", "entropy", "clip_fraction", "out_capped", "mismatch/logprob"),
         *("mismatch/kl", "u_per", "per_capped", "ratio_error", "loss", "grad_norm", "verifier_failures"),
+        *(f"reward/{name}" for name in COMPONENTS),
     )
 
     def __init__(self):

@@ -16,9 +16,11 @@ from rich.table import Table
 from vogue import distributed, logs
 from vogue.config import Config, ConfigError
 from vogue.data import Sample, load_samples
+from vogue.data.prompts import system_prompt
 from vogue.evaluate import Estimate, summary
 from vogue.inputs import Preprocessor, load_processor
 from vogue.report import plot_curves
+from vogue.rewards import check_function
 from vogue.trainer import Group, Trainer
 
 
@@ -29,10 +31,9 @@ def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> 
     """
     logs.check_folder(config, resume)
     samples, held_out = _samples(config)
-    preprocessor = Preprocessor(
-        load_processor(config.model.path), config.data.system_prompt, config.data.max_prompt_tokens
-    )
+    preprocessor = Preprocessor(load_processor(config.model.path), system_prompt(config), config.data.max_prompt_tokens)
     preprocessor.check(held_out)  # the trainer checks the others
+    check_function(config.reward)
     rank, _, _ = distributed.start()
     trainer = Trainer(config, samples, preprocessor, resume)
     if rank > 0:

@@ -16,6 +16,7 @@ class Purpose(IntEnum):
     ROLLOUT = 3
     EVALUATION = 4
     WARMSTART = 5
+    BLIND = 6
 
 
 def seed_for(seed: int, purpose: Purpose, *where: int) -> int:

@@ -32,7 +32,8 @@ from vogue.metrics import Clock, Sums, peak_memory
 from vogue.packing import Batch, Row, collate, deal, pack, spread
 from vogue.perturb import perturb
 from vogue.policy import Policy
-from vogue.rewards import Score, score_batch, verifier
+from vogue.rewards import Score, verifier
+from vogue.rewards.groups import score_groups
 from vogue.rollout import Completion, Request, create_engine, media_token_ids
 from vogue.seeds import Purpose, rng_for, seed_for
 from vogue_kernels import BranchStats, GuidanceConfig, LogprobStats, clipped_surrogate, shaped_advantage
@@ -113,7 +114,7 @@ class Trainer:
         with clock("rollout"):
             groups = self.generate(items)
         with clock("reward"):
-            groups = [self.judge(group) for group in groups]
+            groups = self.judge(groups)
         sums = Sums()
         with clock("train"):
             self.update(groups, sums, clock)
@@ -192,13 +193,13 @@ class Trainer:
             for (item, noisy), completions in zip(wanted, outputs, strict=True)
         ]
 
-    def judge(self, group: Group) -> Group:
-        """Scores and group-relative advantages, from all G completions of the branch."""
-        answers = [group.item.prompt.sample.answer] * len(group.completions)
-        weights = (self.config.reward.accuracy, self.config.reward.format)
-        scores = score_batch([completion.text for completion in group.completions], answers, weights)
-        advantages = group_advantages(torch.tensor([[score.reward for score in scores]]))[0]
-        return replace(group, scores=tuple(scores), advantages=tuple(advantages.tolist()))
+    def judge(self, groups: list[Group]) -> list[Group]:
+        """Scores and group-relative advantages, from all G completions of each branch."""
+        samples = [group.item.prompt.sample for group in groups]
+        completions = [group.completions for group in groups]
+        places = [(self.step, group.item.number, group.noisy) for group in groups]
+        scores = score_groups(self.rollout, self.preprocessor, self.config, samples, completions, places)
+        return [_judged(group, found) for group, found in zip(groups, scores, strict=True)]
 
     # ----------------------------------------------------------------------------------------------- training
 
@@ -335,6 +336,11 @@ def sample_order(size: int, start: int, count: int, seed: int) -> list[int]:
     return order
 
 
+def _judged(group: Group, scores: tuple[Score, ...]) -> Group:
+    advantages = group_advantages(torch.tensor([[score.reward for score in scores]]))[0]
+    return replace(group, scores=scores, advantages=tuple(advantages.tolist()))
+
+
 def _split(groups: list[Group], parts: int) -> list[list[Group]]:
     """Groups by prompt into `parts` of equally many prompts."""
     prompts = list(dict.fromkeys(id(group.item) for group in groups))
@@ -360,6 +366,8 @@ def _count(groups: list[Group], sums: Sums) -> None:
             sums.add("reward", score.reward)
             sums.add("accuracy", score.accuracy)
             sums.add("format", score.format)
+            for name, value in score.components.items():
+                sums.add(f"reward/{name}", value)
             sums.add("finished", completion.finished)
             sums.add("tokens", len(completion.token_ids))
             if kept:

@@ -2,13 +2,37 @@ r"""From a sample to the chat a Hugging Face processor renders."""
 
 from dataclasses import replace
 
+from vogue.config import Config
 from vogue.data.samples import PLACEHOLDER, DataError, Sample
 
 VIEWS = ("image", "text", "both")
-SYSTEM_PROMPT = (
-    "Think first: work through the question as an inner monologue inside <think></think>. "
-    "Then give the final answer inside \\boxed{}."
+ANSWER = "Then give the final answer, and nothing else, inside <answer></answer>."
+THINK = "work through the question as an inner monologue inside <think></think>"
+BOXED = "Then give the final answer inside \\boxed{}."
+FOUR_TAGS = (
+    "First describe what the image shows, as far as the question needs it, inside <description></description>. "
+    f"Then {THINK}. Then look at the image again, check the description and the monologue against it, and correct "
+    f"them where they are wrong, inside <rethink></rethink>. {ANSWER}"
 )
+SYSTEM_PROMPTS = {  # what each reward design asks for
+    "verifiable": f"Think first: {THINK}. {BOXED}",
+    "vanilla": f"Think first: {THINK}. {ANSWER}",
+    "only_accuracy": f"Think first: {THINK}. {ANSWER}",
+    "mixture": FOUR_TAGS,
+    "continuous": FOUR_TAGS,
+    "visual_fusion": f"Think first: {THINK}. Within it, each time you look at the image, write down what you see there "
+    f"inside <visual></visual>. {ANSWER}",
+    "no_accuracy": FOUR_TAGS,
+    "vision_sr1": "First describe the image inside <description></description>, in such detail that someone who cannot "
+    f"see it can answer the question from the description. Then {THINK}. {BOXED}",
+}
+SYSTEM_PROMPT = SYSTEM_PROMPTS["verifiable"]
+
+
+def system_prompt(config: Config) -> str:
+    """The user's system prompt where one is set, even to nothing, and that of the reward design otherwise."""
+    asked = config.data.system_prompt
+    return SYSTEM_PROMPTS[config.reward.design] if asked is None else asked
 
 
 def chat_messages(sample: Sample, system_prompt: str = SYSTEM_PROMPT) -> list[dict]:

@@ -1,5 +1,7 @@
-"""Verifiable rewards: what a completion earns, decided by rules."""
+"""What a completion earns: by rules, as one of several designs, or by a function of the user's own."""
 
-from vogue.rewards.verifiable import Score, score, score_batch, verifier
+from vogue.rewards.designs import Score, check_function, score, score_batch
+from vogue.rewards.function import RewardError
+from vogue.rewards.verifiable import verifier
 
-__all__ = ["Score", "score", "score_batch", "verifier"]
+__all__ = ["RewardError", "Score", "check_function", "score", "score_batch", "verifier"]

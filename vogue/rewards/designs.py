@@ -1,0 +1,176 @@
+r"""The reward designs: what a completion is asked for, and what it earns.
+
+reward = sum of weight · score over the components of `reward.design` (weights: `vogue.config.DESIGNS`)
+
+VOGUE (arXiv 2510.01444), `verifiable`, the default:  <think> … </think> … \boxed{answer}
+    accuracy       1 for a right answer
+    format         1 for the form above
+
+The six of arXiv 2601.00215, with tags around everything:  … <think> … </think> … <answer> … </answer>
+    answer         1 for a right answer; with partial credit (`continuous`); 1 for its mere presence (`no_accuracy`)
+    another tag    tanh(distinct sentences) - tanh(repeated sentences);  0 where it is absent
+
+Vision-SR1 (arXiv 2508.19652), `vision_sr1`:  <description> … </description> <think> … </think> … \boxed{answer}
+    accuracy, format
+    blind          1 if the policy, asked again with its description in the image's place, answers right
+
+Ours, since arXiv 2601.00215 doesn't state it or we couldn't find it: the tags' names; that an absent tag scores 0 and
+that their order isn't checked; that the same tag twice counts as one with both contents, and the last answer is the
+answer, inside its \boxed{} if it has one; that <visual> counts within <think> alone, whose sentences include it; what
+a sentence is (`sentences`); that an answer that can't be read, or isn't of the form H:MM or a plain number, earns no
+partial credit.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from math import tanh
+
+from vogue.config import DESIGNS, RewardConfig
+from vogue.data import Sample
+from vogue.rewards.function import reward_function
+from vogue.rewards.verifiable import boxed, is_correct, is_formatted, normalise, plain
+
+DEFAULT = RewardConfig()
+TAGS = ("description", "think", "visual", "rethink")
+MARKUP = re.compile(rf"</?(?:{'|'.join(TAGS)})>")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n")
+
+
+@dataclass(frozen=True)
+class Score:
+    r"""What a completion earned.
+
+    reward      what it is trained on
+    accuracy    1 for a right answer, whether the design rewards that or not; 0 otherwise
+    format      1 where everything that the design asks for is there, rewarded or not; 0 otherwise
+    parsed      the answer: the content of the last \boxed{} or <answer>; None without one
+    components  the scores of the design's other components
+    """
+
+    reward: float
+    accuracy: float
+    format: float
+    parsed: str | None
+    components: dict[str, float] = field(default_factory=dict)
+
+
+def score(completion: str, answer: str, settings: RewardConfig = DEFAULT, blind: str | None = None) -> Score:
+    """The score of a completion by `settings.design`.
+
+    blind  what the policy answered from the completion's description without the image, where its weight isn't 0;
+           None without a description
+
+    Never raises for what a model wrote: what cannot be parsed is wrong.
+    """
+    asked = DESIGNS[settings.design]
+    parsed = tagged_answer(completion) if "answer" in asked else boxed(completion)
+    accuracy = float(parsed is not None and is_correct(parsed, answer))
+    components = {tag: sentence_score(content(completion, tag) or "") for tag in TAGS if tag in asked}
+    if settings.design == "continuous":
+        components["answer"] = accuracy or partial_credit(parsed or "", answer)
+    elif settings.design == "no_accuracy":
+        components["answer"] = float(parsed is not None)
+    elif "answer" in asked:
+        components["answer"] = accuracy
+    if settings.weights.get("blind"):
+        components["blind"] = score(blind or "", answer).accuracy
+    scores = {"accuracy": accuracy, "format": float(has_format(completion, settings.design))} | components
+    reward = sum(weight * scores[name] for name, weight in settings.weights.items() if weight)
+    return Score(reward, accuracy, scores["format"], parsed, components)
+
+
+def score_batch(
+    completions: Sequence[str],
+    samples: Sequence[Sample],
+    settings: RewardConfig = DEFAULT,
+    blind: Sequence[str | None] | None = None,
+) -> list[Score]:
+    """The scores of completions, each for the sample at its position; `settings.function` gives the reward, if set.
+
+    Raises ValueError where the lengths differ and RewardError where the function fails.
+    """
+    blind = [None] * len(completions) if blind is None else blind
+    rows = zip(completions, samples, blind, strict=True)
+    scores = [score(completion, sample.answer, settings, again) for completion, sample, again in rows]
+    if settings.function:
+        rewards = reward_function(settings.function, settings.timeout)(completions, samples)
+        scores = [replace(score, reward=reward) for score, reward in zip(scores, rewards, strict=True)]
+    return scores
+
+
+def check_function(settings: RewardConfig) -> None:
+    """Import `settings.function`, if it is set; raises RewardError where that fails, before anything is trained."""
+    if settings.function:
+        reward_function(settings.function, settings.timeout)
+
+
+def content(completion: str, tag: str) -> str | None:
+    """What stands between <tag> and </tag>, line by line where that is several times there; None where it never is."""
+    text = content(completion, "think") or "" if tag == "visual" else completion
+    found = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+    return "\n".join(found) if found else None
+
+
+def tagged_answer(completion: str) -> str | None:
+    r"""The content of the last <answer>…</answer>, or of the last \boxed{} in it; None without."""
+    found = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+    if not found:
+        return None
+    inner = boxed(found[-1])
+    return found[-1].strip() if inner is None else inner
+
+
+def has_format(completion: str, design: str) -> bool:
+    """Whether a completion has everything in it that the design asks for, where VOGUE and Vision-SR1 in this order."""
+    asked = DESIGNS[design]
+    if "answer" in asked:
+        return all(content(completion, tag) is not None for tag in asked)
+    if "blind" not in asked:
+        return is_formatted(completion)
+    _, _, rest = completion.partition("</description>")
+    return (
+        completion.lstrip().startswith("<description>")
+        and completion.count("<description>") == completion.count("</description>") == 1
+        and is_formatted(rest)
+    )
+
+
+def sentence_score(text: str) -> float:
+    """tanh(number of distinct sentences) - tanh(number of sentences that were there before)."""
+    found = sentences(text)
+    distinct = len(set(found))
+    return tanh(distinct) - tanh(len(found) - distinct)
+
+
+def sentences(text: str) -> list[str]:
+    """What stands between full stops, question and exclamation marks before a space, and line breaks or tags.
+
+    Spacing and case make no other sentence; what has no letter and no digit is none.
+    """
+    parts = SENTENCE_END.split(MARKUP.sub("\n", text))
+    return [" ".join(part.split()).casefold() for part in parts if re.search(r"\w", part)]
+
+
+def partial_credit(parsed: str, answer: str) -> float:
+    """What a wrong answer earns for being near the right one, 0 where that is neither a time nor a number.
+
+    time of day H:MM, with H 1..12:  mean of  1 - h/5 (0 if h > 2)  and  1 - m/20 (0 if m > 10)
+    number:                          1 / (1 + d)  (0 if d > 5)
+
+    h and m are the distances of the hours on a circle of 12 and of the minutes on one of 60, d is that of the numbers.
+    """
+    match plain(normalise(parsed)), plain(normalise(answer)):
+        case (hour, minute), (right_hour, right_minute) if {hour, right_hour} <= set(range(1, 13)):
+            h, m = _around(hour - right_hour, 12), _around(minute - right_minute, 60)
+            return ((1 - h / 5 if h <= 2 else 0) + (1 - m / 20 if m <= 10 else 0)) / 2
+        case Decimal() as value, Decimal() as expected:
+            d = abs(value - expected)
+            return float(1 / (1 + d)) if d <= 5 else 0.0
+    return 0.0
+
+
+def _around(difference: int, circle: int) -> int:
+    """The shorter way round."""
+    return min(difference % circle, -difference % circle)
