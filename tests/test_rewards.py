@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vogue.config import RewardConfig
+from vogue.data import Sample
 from vogue.rewards import Score, score, score_batch, verifier
 from vogue.rewards.equality import Verifier
 from vogue.rewards.verifiable import boxed, is_correct, is_formatted
@@ -13,12 +15,16 @@ from vogue.rewards.verifiable import boxed, is_correct, is_formatted
 HOSTILE = "9^{9^{9^9}}"
 
 
+def asked(*answers):
+    return [Sample("Which?", answer, ()) for answer in answers]
+
+
 def test_the_reward_is_nine_parts_accuracy_and_one_part_format():
     assert score("<think>3 + 5</think>\\boxed{8}", "8") == Score(1.0, 1.0, 1.0, "8")
     assert score("<think>3 + 5</think>\\boxed{9}", "8") == Score(0.1, 0.0, 1.0, "9")
     assert score("It is \\boxed{8}", "8") == Score(0.9, 1.0, 0.0, "8")
     assert score("It is 8", "8") == Score(0.0, 0.0, 0.0, None)
-    assert score("<think>3 + 5</think>\\boxed{9}", "8", weights=(0.5, 0.5)).reward == 0.5
+    assert score("<think>3 + 5</think>\\boxed{9}", "8", RewardConfig(accuracy=0.5, format=0.5)).reward == 0.5
 
 
 @pytest.mark.parametrize(
@@ -112,14 +118,15 @@ def test_other_answers_are_wrong(parsed, answer):
 
 def test_plain_answers_start_no_process():
     verifier.close()
-    score_batch(["\\boxed{8}", "\\boxed{B}", "\\boxed{3:05}", "\\boxed{no}", "no box"], ["9", "A", "4:05", "yes", "8"])
+    completions = ["\\boxed{8}", "\\boxed{B}", "\\boxed{3:05}", "\\boxed{no}", "no box"]
+    score_batch(completions, asked("9", "A", "4:05", "yes", "8"))
     assert verifier._worker is None
 
 
 def test_a_batch_is_scored_in_order_and_unequal_lengths_are_refused():
-    assert [s.accuracy for s in score_batch(["\\boxed{1}", "\\boxed{2}"], ["1", "1"])] == [1.0, 0.0]
+    assert [s.accuracy for s in score_batch(["\\boxed{1}", "\\boxed{2}"], asked("1", "1"))] == [1.0, 0.0]
     with pytest.raises(ValueError, match="zip"):
-        score_batch(["\\boxed{1}"], ["1", "1"])
+        score_batch(["\\boxed{1}"], asked("1", "1"))
 
 
 def test_a_hostile_answer_scores_nothing_is_counted_and_stops_in_time(caplog):

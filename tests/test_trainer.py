@@ -92,7 +92,7 @@ def test_advantages_come_from_all_completions_of_the_branch_whatever_is_trained_
     item = trainer.item(trainer.samples[0], 0, 0, (True, False, False))
     texts = [rf"<think></think>\boxed{{{item.prompt.sample.answer}}}", r"<think></think>\boxed{no}", "no"]
     completions = tuple(Completion((1,), (0.0,), text, True) for text in texts)
-    judged = trainer.judge(Group(item, True, completions, (), (), item.draws))
+    (judged,) = trainer.judge([Group(item, True, completions, (), (), item.draws)])
     assert [score.reward for score in judged.scores] == pytest.approx([1.0, 0.1, 0.0])
     # mean 11/30, sample standard deviation sqrt((361 + 64 + 121) / 900 / 2) = 0.550757
     assert judged.advantages == pytest.approx([1.149932, -0.484182, -0.665750], abs=1e-5)
