@@ -115,7 +115,9 @@ def test_unset_weights_are_those_of_the_design_and_unknown_ones_are_refused():
     assert load("reward.design=mixture", "reward.think=0.2").weights == DESIGNS["mixture"] | {"think": 0.2}
     for design, weights in DESIGNS.items():
         assert load(f"reward.design={design}").weights == weights
-    with pytest.raises(ConfigError, match=r"^reward\.rethink=1\.0: design vanilla weighs think, answer and nothing else$"):
+    with pytest.raises(
+        ConfigError, match=r"^reward\.rethink=1\.0: design vanilla weighs think, answer and nothing else$"
+    ):
         load("reward.design=vanilla", "reward.rethink=1")
     with pytest.raises(ConfigError, match=r"^reward\.think=1\.0: reward\.function takes the place of all weights$"):
         load("reward.function=rewards.py:own", "reward.think=1")
@@ -287,7 +289,7 @@ def test_vision_sr1_adds_the_answer_from_the_description_alone():
     completion = "<description>Three dots.</description>\n<think>3</think>\n\\boxed{3}"
     assert score(completion, "3", settings, "<think>3</think>\\boxed{3}").reward == pytest.approx(2.0)
     blind = score(completion, "3", settings, "\\boxed{4}")
-    assert blind == Score(pytest.approx(1.0), 1.0, 1.0, "3", {"description": blind.components.get("description"), "blind": 0.0})
+    assert blind == Score(pytest.approx(1.0), 1.0, 1.0, "3", {"blind": 0.0})
     assert score(completion, "3", settings, None).components["blind"] == 0.0
     assert score(completion, "4", settings, "\\boxed{4}").reward == pytest.approx(0.1 + 1.0)
 
@@ -309,7 +311,9 @@ def test_the_format_of_vision_sr1_is_description_thought_box(completion, formatt
 
 
 @pytest.mark.parametrize("design", DESIGNS)
-@given(text=st.text(alphabet="<>/abcdeiklnoprstuvwx{}\\0123456789 .,:-\n", max_size=80), answer=st.integers(0, 99).map(str))
+@given(
+    text=st.text(alphabet="<>/abcdeiklnoprstuvwx{}\\0123456789 .,:-\n", max_size=80), answer=st.integers(0, 99).map(str)
+)
 def test_nothing_a_model_writes_raises(design, text, answer):
     for completion in (text, f"<think>{text}</think><answer>{text}</answer>", f"<description>{text}</description>"):
         found = score(completion, answer, RewardConfig(design=design), text)

@@ -1,0 +1,189 @@
+"""A reward of the user's own: a real file in a real process, and what its user is told when it fails."""
+
+import subprocess
+import time
+
+import pytest
+
+from vogue.cli import main
+from vogue.config import RewardConfig
+from vogue.data import Sample
+from vogue.rewards import RewardError, Score, check_function, score_batch
+from vogue.rewards.function import RewardFunction
+
+SAMPLES = [Sample("<image>How many?", answer, (b"never opened",), category="dots") for answer in ("3", "4", "5")]
+TEXTS = ["\\boxed{3}", "good", "\\boxed{5} \ud800"]
+
+
+@pytest.fixture
+def function(tmp_path):
+    """A function: the reward `own` of a file with this body, with a limit of `seconds` a call."""
+    made = []
+
+    def build(body, seconds=30.0, before=""):
+        lines = "\n".join(f"    {line}" for line in body.splitlines())
+        (tmp_path / "rewards.py").write_text(f"{before}\ndef own(completions, samples):\n{lines}\n")
+        made.append(RewardFunction(f"{tmp_path}/rewards.py:own", seconds))
+        return made[-1]
+
+    yield build
+    for each in made:
+        each.close()
+
+
+def told(function, texts=TEXTS, samples=SAMPLES):
+    """The message of a call that fails, without the function's name, which it must begin with."""
+    with pytest.raises(RewardError) as error:
+        function(texts, samples)
+    start = f"reward.function={function.spec} "
+    assert str(error.value).startswith(start)
+    return str(error.value).removeprefix(start)
+
+
+def test_a_function_gets_the_whole_batch_and_each_samples_text(function):
+    expected = {"problem": "<image>How many?", "answer": "3", "source": "", "category": "dots", "state": ""}
+    own = function(
+        f"assert samples[0] == {expected}\n"
+        "rows = zip(completions, samples, strict=True)\n"
+        "return [len(completions) + len(text) + int(sample['answer']) / 10 for text, sample in rows]"
+    )
+    assert own(TEXTS, SAMPLES) == pytest.approx([3 + 9 + 0.3, 3 + 4 + 0.4, 3 + 11 + 0.5])
+    assert own(TEXTS[:1], SAMPLES[:1]) == pytest.approx([1 + 9 + 0.3])
+    assert own([], []) == []
+
+
+def test_the_file_is_imported_once_beside_its_neighbours_and_may_print_and_use_numpy(function, tmp_path, capfd):
+    (tmp_path / "neighbour.py").write_text("VALUE = 0.25")
+    before = "import os\nimport numpy\nimport neighbour\ncalls = []\nos.system('echo loud')"
+    own = function(
+        "print('seen')\ncalls.append(1)\nreturn numpy.full(3, neighbour.VALUE + len(calls), 'float32')", 30, before
+    )
+    assert own(TEXTS, SAMPLES) == [1.25] * 3
+    assert own(TEXTS, SAMPLES) == [2.25] * 3
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err.split() == ["loud", "seen", "seen"]
+
+
+def test_an_exception_is_told_with_its_line_and_the_completion_it_came_from(function):
+    own = function("return [float(text.strip('\\\\boxed{}')) for text in completions]")
+    message = told(own)
+    assert message == (
+        "raised ValueError: could not convert string to float: 'good' (line 3) on completion 2 of 3, answer '4':\ngood"
+    )
+    assert own(TEXTS[:1], SAMPLES[:1]) == [3.0]  # it lives on
+
+
+def test_a_long_completion_is_cut_in_a_message(function):
+    message = told(function("raise KeyError('text')"), ["x" * 5000], SAMPLES[:1])
+    assert message == "raised KeyError: 'text' (line 3) on completion 1 of 1, answer '3':\n" + "x" * 2000 + " …"
+
+
+def test_a_failure_of_the_batch_alone_is_told_as_such(function):
+    message = told(function("if len(completions) > 1:\n    raise MemoryError\nreturn [0.0]"))
+    assert message == (
+        "raised MemoryError:  (line 4) on 3 completions at once, but on none of the first 3 alone; the first:\n"
+        "\\boxed{3}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [("float('nan')", "nan"), ("float('-inf')", "-inf"), ("None", "None"), ("'0.5'", "'0.5'"), ("[1.0]", "[1.0]")],
+)
+def test_what_is_not_a_finite_number_is_no_reward(function, value, shown):
+    own = function(f"return [{value} if text == 'good' else 1 for text in completions]")
+    assert told(own) == f"returned {shown}, not a finite number, on completion 2 of 3, answer '4':\ngood"
+
+
+def test_too_few_rewards_are_refused(function):
+    message = told(function("return [1.0] * (len(completions) // 2)"))
+    assert message == "returned 0 rewards for 1 completions on completion 1 of 3, answer '3':\n\\boxed{3}"
+    message = told(function("return [1.0] * min(2, len(completions))"))
+    assert message.startswith(
+        "returned 2 rewards for 3 completions on 3 completions at once, but on none of the first 3"
+    )
+    assert told(function("return None")).startswith(
+        "raised TypeError: 'NoneType' object is not iterable on completion 1"
+    )
+
+
+@pytest.mark.parametrize("hang", ["import time; time.sleep(600)", "9 ** 9 ** 9"])
+def test_a_completion_that_takes_too_long_is_found_and_told(function, hang):
+    own = function(f"if 'good' in completions:\n    {hang}\nreturn [1.0] * len(completions)", seconds=3)
+    began = time.monotonic()
+    assert told(own) == "took longer than reward.timeout=3 s on completion 2 of 3, answer '4':\ngood"
+    assert time.monotonic() - began < 60
+    assert own(TEXTS[:1], SAMPLES[:1]) == [1.0]  # in another process
+
+
+def test_a_function_that_is_slow_on_all_of_them_is_not_blamed_on_one(function):
+    own = function("import time\ntime.sleep(1.2 * len(completions))\nreturn [1.0] * len(completions)", seconds=3)
+    assert told(own).startswith(
+        "took longer than reward.timeout=3 s on 3 completions at once, but on none of the first 3 alone; the first:"
+    )
+
+
+def test_a_function_that_ends_its_process_is_told_with_the_exit_code(function):
+    own = function("import os\nif 'good' in completions:\n    os._exit(3)\nreturn [1.0] * len(completions)")
+    assert told(own) == "ended its process (exit code 3) on completion 2 of 3, answer '4':\ngood"
+
+
+def test_what_a_function_started_ends_with_it(function, tmp_path):
+    body = f"import subprocess\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(subprocess.Popen(['sleep', '600']).pid))"
+    own = function(body + "\nreturn [1.0] * len(completions)")
+    own(TEXTS, SAMPLES)
+    started = (tmp_path / "pid").read_text()
+    running = ["ps", "-o", "stat=", "-p", started]
+    assert subprocess.run(running, capture_output=True, text=True).stdout[0] in "SR"
+    own.close()
+    own.close()
+    assert subprocess.run(running, capture_output=True, text=True).stdout[:1] in ("", "Z")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "rewards.py:own: there is no file "),
+        ("def other(): pass", "rewards.py:own cannot be imported: AttributeError: module 'reward_function' has no "),
+        ("import nonsense_of_this_test", "rewards.py:own cannot be imported: ModuleNotFoundError: No module named "),
+        ("1 / 0", "rewards.py:own cannot be imported: ZeroDivisionError: division by zero (line 1)"),
+        ("def own(", "rewards.py:own cannot be imported: SyntaxError: '(' was never closed (rewards.py, line 1)"),
+        ("raise SystemExit(7)", "rewards.py:own cannot be imported: exit code 7"),
+    ],
+)
+def test_a_function_that_cannot_be_imported_is_told_before_anything_runs(tmp_path, text, told):
+    if text is not None:
+        (tmp_path / "rewards.py").write_text(text)
+    with pytest.raises(RewardError) as error:
+        check_function(RewardConfig(function=f"{tmp_path}/rewards.py:own"))
+    assert told in str(error.value)
+    check_function(RewardConfig())  # nothing to import
+
+
+def test_the_function_takes_the_place_of_the_designs_sum_and_of_nothing_else(tmp_path):
+    (tmp_path / "rewards.py").write_text(
+        "def own(completions, samples):\n    return [-len(text) for text in completions]"
+    )
+    settings = RewardConfig(design="vanilla", function=f"{tmp_path}/rewards.py:own")
+    scores = score_batch(["<think></think><answer>3</answer>", "4"], SAMPLES[:2], settings)
+    assert scores == [
+        Score(-33.0, 1.0, 1.0, "3", {"think": 0.0, "answer": 1.0}),
+        Score(-1.0, 0.0, 0.0, None, {"think": 0.0, "answer": 0.0}),
+    ]
+
+
+def test_a_run_ends_with_the_message_and_no_traceback(settings, tmp_path, capsys):
+    (tmp_path / "rewards.py").write_text("def own(completions, samples):\n    return [completions[0].nonsense]")
+    assert (
+        main(["eval", *settings, f"reward.function={tmp_path}/rewards.py:own", "data.test_limit=1", "--samples", "1"])
+        == 2
+    )
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.out + printed.err
+    assert "vogue eval: reward.function=" in printed.err
+    assert (
+        "raised AttributeError: 'str' object has no attribute 'nonsense' (line 2) on completion 1 of 1" in printed.err
+    )
+    assert main(["train", *settings, f"reward.function={tmp_path}/nowhere.py:own"]) == 2
+    assert "there is no file" in capsys.readouterr().err

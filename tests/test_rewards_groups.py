@@ -1,0 +1,122 @@
+"""The blind re-answer on the real engine: what the policy is asked, and what that is worth."""
+
+import pytest
+
+from vogue.data.prompts import SYSTEM_PROMPT
+from vogue.rewards import score
+from vogue.rewards.groups import blind_answers, score_groups
+from vogue.rollout import Completion
+from vogue.rollout.hf import HfEngine
+from vogue.trainer import Group
+
+DESIGN = ("reward.design=vision_sr1", "data.max_prompt_tokens=400")
+DESCRIBED = "<description>Digits: 4, 7.</description><think>a</think>\\boxed{11}"
+
+
+class Recorder(HfEngine):
+    """The real engine, which remembers what it was asked."""
+
+    def generate(self, requests, n, max_tokens, temperature):
+        self.asked = [*getattr(self, "asked", []), *requests]
+        return super().generate(requests, n, max_tokens, temperature)
+
+
+@pytest.fixture
+def engine(config, processor):
+    return Recorder(config(*DESIGN), processor)
+
+
+def test_the_policy_is_asked_again_with_its_description_in_the_images_place(
+    engine, config, processor, preprocessor, samples
+):
+    answers = blind_answers(engine, preprocessor, config(*DESIGN), [DESCRIBED], samples[:1], [1])
+    (request,) = engine.asked
+    text = processor.tokenizer.decode(request.prompt.token_ids)
+    question = samples[0].problem.replace("<image>", "")
+    assert request.images == ()
+    assert processor.image_token not in text
+    assert SYSTEM_PROMPT in text
+    assert "Digits: 4, 7.\n\n" + question in text
+    assert "\\boxed{11}" not in text
+    assert score(answers[0], "0").parsed is not None  # the model of the tests answers in the format
+
+
+def test_an_answer_depends_on_its_seed_and_not_on_its_company(engine, config, preprocessor, samples):
+    def answers(seeds):
+        return blind_answers(
+            engine, preprocessor, config(*DESIGN), [DESCRIBED] * len(seeds), samples[: len(seeds)], seeds
+        )
+
+    assert answers([1, 2, 3])[:1] == answers([1])
+    assert len({*answers([1]), *answers([2]), *answers([3]), *answers([4]), *answers([5])}) > 1
+
+
+def test_without_a_description_that_can_be_read_nothing_is_asked(engine, config, preprocessor, samples):
+    unreadable = [
+        "<think>a</think>\\boxed{3}",
+        "<description> </description>\\boxed{3}",
+        f"<description>{'word ' * 500}</description>",  # longer than data.max_prompt_tokens
+        "<description>See <|image_pad|>.</description>",
+    ]
+    asked = [*unreadable, DESCRIBED]
+    answers = blind_answers(engine, preprocessor, config(*DESIGN), asked, samples[:1] * 5, range(5))
+    assert answers[:4] == [None] * 4
+    assert answers[4] is not None
+    assert len(engine.asked) == 1
+    assert blind_answers(engine, preprocessor, config(*DESIGN), asked[:1], samples[:1], [0]) == [None]
+
+
+def group(*texts):
+    return tuple(Completion((1,), (0.0,), text, True) for text in texts)
+
+
+def test_a_right_blind_answer_adds_its_weight(engine, config, preprocessor, samples):
+    settings = config(*DESIGN, "reward.blind=0.5")
+    groups = [group(DESCRIBED, "no", DESCRIBED), group(DESCRIBED)]
+    scores = score_groups(engine, preprocessor, settings, samples[:2], groups, [(0, 1), (0, 2)])
+    assert [len(found) for found in scores] == [3, 1]
+    again = score_groups(engine, preprocessor, settings, samples[1:2], groups[1:], [(0, 2)])
+    assert again == scores[1:]
+    for each in scores[0] + scores[1]:
+        blind = each.components["blind"]
+        assert each.reward == pytest.approx(0.9 * each.accuracy + 0.1 * each.format + 0.5 * blind)
+    assert scores[0][1].components["blind"] == 0.0
+
+
+def test_right_and_wrong_blind_answers_are_told_apart(engine, config, preprocessor, samples):
+    # The model of the tests answers with any digit: some of many are right.
+    completions = [group(*[DESCRIBED] * 30)]
+    (found,) = score_groups(engine, preprocessor, config(*DESIGN), samples[:1], completions, [(0,)])
+    answers = blind_answers(engine, preprocessor, config(*DESIGN), [DESCRIBED] * 30, samples[:1] * 30, range(30))
+    assert {answer for answer in answers if answer is not None}
+    assert {each.components["blind"] for each in found} <= {0.0, 1.0}
+
+
+def test_a_design_that_doesnt_weigh_it_asks_nothing(engine, config, preprocessor, samples):
+    for overrides in ((), ("reward.design=mixture",), ("reward.design=vision_sr1", "reward.blind=0")):
+        score_groups(engine, preprocessor, config(*overrides), samples[:1], [group(DESCRIBED)], [(0,)])
+    assert not hasattr(engine, "asked")
+
+
+def test_a_step_measures_the_components_of_its_design(new_trainer):
+    trainer = new_trainer("reward.design=vision_sr1", "rollout.prompts=2", "data.max_prompt_tokens=400")
+    metrics, groups = trainer.run_step()
+    assert metrics["reward/blind"] == 0.0  # the model describes nothing
+    assert {name for name in metrics if name.startswith("reward/")} == {"reward/blind"}
+    judged = trainer.judge([Group(groups[0].item, False, group(DESCRIBED, "no"), (), (), (True, True))])
+    assert judged[0].scores[0].format == 1.0
+    assert judged[0].advantages[0] == pytest.approx(0.707107, abs=1e-5)  # more than the other, whatever it answers
+
+
+def test_a_step_is_trained_on_the_users_own_reward(new_trainer, tmp_path):
+    (tmp_path / "rewards.py").write_text(
+        "def own(completions, samples):\n"
+        "    return [10 * len(completions) + ord(text[-2]) for text in completions]"  # 8 of a step; the digit
+    )
+    trainer = new_trainer(f"reward.function={tmp_path}/rewards.py:own")
+    metrics, groups = trainer.run_step()
+    for item in groups:
+        for completion, found in zip(item.completions, item.scores):
+            assert found.reward == 80 + ord(completion.text[-2])
+    rewards = [found.reward for item in groups for found in item.scores]
+    assert metrics["reward"] == pytest.approx(sum(rewards) / len(rewards))
