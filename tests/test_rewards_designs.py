@@ -3,7 +3,7 @@
 from itertools import count
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vogue.config import DESIGNS, ConfigError, RewardConfig, load_config
@@ -102,9 +102,12 @@ def test_an_absent_tag_earns_nothing_and_the_order_is_free(design):
 
 
 def test_weights_are_settings():
-    completion = "<think>Three.</think><answer>3</answer>"
-    assert earned("vanilla", completion, "3", think=0.5, answer=0.25).reward == pytest.approx(0.5 * 0.761594 + 0.25)
-    assert earned("only_accuracy", completion, "3", think=1.0).reward == pytest.approx(1.761594)
+    completion, vanilla = (
+        "<think>Three.</think><answer>3</answer>",
+        RewardConfig(design="vanilla", think=0.5, answer=0.25),
+    )
+    assert score(completion, "3", vanilla).reward == pytest.approx(0.5 * 0.761594 + 0.25, abs=1e-6)
+    assert earned("only_accuracy", completion, "3", think=1.0).reward == pytest.approx(1.761594, abs=1e-6)
 
 
 def test_unset_weights_are_those_of_the_design_and_unknown_ones_are_refused():
@@ -285,13 +288,13 @@ def test_a_right_answer_that_is_no_plain_number_earns_everything():
 
 
 def test_vision_sr1_adds_the_answer_from_the_description_alone():
-    settings = RewardConfig(design="vision_sr1")
+    sr1 = RewardConfig(design="vision_sr1")
     completion = "<description>Three dots.</description>\n<think>3</think>\n\\boxed{3}"
-    assert score(completion, "3", settings, "<think>3</think>\\boxed{3}").reward == pytest.approx(2.0)
-    blind = score(completion, "3", settings, "\\boxed{4}")
+    assert score(completion, "3", sr1, "<think>3</think>\\boxed{3}").reward == pytest.approx(2.0)
+    blind = score(completion, "3", sr1, "\\boxed{4}")
     assert blind == Score(pytest.approx(1.0), 1.0, 1.0, "3", {"blind": 0.0})
-    assert score(completion, "3", settings, None).components["blind"] == 0.0
-    assert score(completion, "4", settings, "\\boxed{4}").reward == pytest.approx(0.1 + 1.0)
+    assert score(completion, "3", sr1, None).components["blind"] == 0.0
+    assert score(completion, "4", sr1, "\\boxed{4}").reward == pytest.approx(0.1 + 1.0)
 
 
 @pytest.mark.parametrize(
@@ -311,6 +314,7 @@ def test_the_format_of_vision_sr1_is_description_thought_box(completion, formatt
 
 
 @pytest.mark.parametrize("design", DESIGNS)
+@settings(max_examples=30, deadline=None)
 @given(
     text=st.text(alphabet="<>/abcdeiklnoprstuvwx{}\\0123456789 .,:-\n", max_size=80), answer=st.integers(0, 99).map(str)
 )

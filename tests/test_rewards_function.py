@@ -66,7 +66,7 @@ def test_the_file_is_imported_once_beside_its_neighbours_and_may_print_and_use_n
 
 
 def test_an_exception_is_told_with_its_line_and_the_completion_it_came_from(function):
-    own = function("return [float(text.strip('\\\\boxed{}')) for text in completions]")
+    own = function("return [float(text.removeprefix('\\\\boxed{').removesuffix('}')) for text in completions]")
     message = told(own)
     assert message == (
         "raised ValueError: could not convert string to float: 'good' (line 3) on completion 2 of 3, answer '4':\ngood"

@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 COLUMNS = ("problem", "answer", "source", "category", "state")
+LAST_SECONDS = 5.0  # that a worker whose replies have ended has for its exit code
 SHOWN = 2000  # characters of a completion in a message
 
 
@@ -57,6 +58,8 @@ class RewardFunction:
         Raises RewardError where the function raises, takes too long, ends its process, or returns anything else than a
         finite number for each completion. It is then called on one after the other, to show where it fails.
         """
+        if not completions:
+            return []
         rows = [{name: getattr(sample, name) for name in COLUMNS} for sample in samples]
         reply = self._call(completions, rows)
         if "failed" in reply:
@@ -99,8 +102,8 @@ class RewardFunction:
         )
         reply = self._reply()
         if reply is None or "failed" in reply:
-            told = f"exit code {self._stop()}" if reply is None else reply["failed"]
-            self.close()
+            code = self._stop(LAST_SECONDS)
+            told = f"exit code {code}" if reply is None else reply["failed"]
             raise RewardError(f"reward.function={self.spec} cannot be imported: {told}")
 
     def _call(self, completions: Sequence[str], rows: list[dict]) -> dict:
@@ -119,9 +122,10 @@ class RewardFunction:
         timer.join()
         if reply is not None and not expired.is_set():
             return reply
-        code = self._stop()
-        took_too_long = f"took longer than reward.timeout={self.seconds:g} s"
-        return {"failed": took_too_long if expired.is_set() else f"ended its process (exit code {code})"}
+        if expired.is_set():
+            self._stop()
+            return {"failed": f"took longer than reward.timeout={self.seconds:g} s"}
+        return {"failed": f"ended its process (exit code {self._stop(LAST_SECONDS)})"}
 
     def _reply(self) -> dict | None:
         """The worker's next line, None if it ended instead."""
@@ -129,9 +133,13 @@ class RewardFunction:
         return json.loads(line) if line.endswith("\n") else None
 
     def _kill(self) -> None:
-        os.killpg(self._worker.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it and all that it started have ended
+            os.killpg(self._worker.pid, signal.SIGKILL)
 
-    def _stop(self) -> int:
+    def _stop(self, patience: float = 0.0) -> int:
+        """End the worker and what it started; its exit code, its own one where it ends within `patience` seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._worker.wait(patience)
         self._kill()
         code = self._worker.wait()
         with contextlib.suppress(BrokenPipeError):  # of a question it died on
