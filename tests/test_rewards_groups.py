@@ -1,9 +1,10 @@
 """The blind re-answer on the real engine: what the policy is asked, and what that is worth."""
 
+import re
+
 import pytest
 
 from vogue.data.prompts import SYSTEM_PROMPT
-from vogue.rewards import score
 from vogue.rewards.groups import blind_answers, score_groups
 from vogue.rollout import Completion
 from vogue.rollout.hf import HfEngine
@@ -29,7 +30,7 @@ def engine(config, processor):
 def test_the_policy_is_asked_again_with_its_description_in_the_images_place(
     engine, config, processor, preprocessor, samples
 ):
-    answers = blind_answers(engine, preprocessor, config(*DESIGN), [DESCRIBED], samples[:1], [1])
+    (answer,) = blind_answers(engine, preprocessor, config(*DESIGN), [DESCRIBED], samples[:1], [1])
     (request,) = engine.asked
     text = processor.tokenizer.decode(request.prompt.token_ids)
     question = samples[0].problem.replace("<image>", "")
@@ -38,7 +39,7 @@ def test_the_policy_is_asked_again_with_its_description_in_the_images_place(
     assert SYSTEM_PROMPT in text
     assert "Digits: 4, 7.\n\n" + question in text
     assert "\\boxed{11}" not in text
-    assert score(answers[0], "0").parsed is not None  # the model of the tests answers in the format
+    assert answer == engine.generate([request], 1, config().rollout.max_tokens, 1.0)[0][0].text
 
 
 def test_an_answer_depends_on_its_seed_and_not_on_its_company(engine, config, preprocessor, samples):
@@ -70,26 +71,33 @@ def group(*texts):
     return tuple(Completion((1,), (0.0,), text, True) for text in texts)
 
 
-def test_a_right_blind_answer_adds_its_weight(engine, config, preprocessor, samples):
+class Reader(HfEngine):
+    """A policy that can read, as the model of the tests can't: it answers what the prompt says after "It says"."""
+
+    def generate(self, requests, n, max_tokens, temperature):
+        texts = [self.tokenizer.decode(request.prompt.token_ids) for request in requests]
+        return [group(f"\\boxed{{{re.search('It says (.*?)[.]', text)[1]}}}") * n for text in texts]
+
+
+def test_a_right_answer_from_the_description_adds_its_weight(config, processor, preprocessor, samples):
+    def completion(described, answered):
+        return f"<description>It says {described}.</description><think>a</think>\\boxed{{{answered}}}"
+
     settings = config(*DESIGN, "reward.blind=0.5")
-    groups = [group(DESCRIBED, "no", DESCRIBED), group(DESCRIBED)]
-    scores = score_groups(engine, preprocessor, settings, samples[:2], groups, [(0, 1), (0, 2)])
-    assert [len(found) for found in scores] == [3, 1]
-    again = score_groups(engine, preprocessor, settings, samples[1:2], groups[1:], [(0, 2)])
-    assert again == scores[1:]
-    for each in scores[0] + scores[1]:
-        blind = each.components["blind"]
-        assert each.reward == pytest.approx(0.9 * each.accuracy + 0.1 * each.format + 0.5 * blind)
-    assert scores[0][1].components["blind"] == 0.0
-
-
-def test_right_and_wrong_blind_answers_are_told_apart(engine, config, preprocessor, samples):
-    # The model of the tests answers with any digit: some of many are right.
-    completions = [group(*[DESCRIBED] * 30)]
-    (found,) = score_groups(engine, preprocessor, config(*DESIGN), samples[:1], completions, [(0,)])
-    answers = blind_answers(engine, preprocessor, config(*DESIGN), [DESCRIBED] * 30, samples[:1] * 30, range(30))
-    assert {answer for answer in answers if answer is not None}
-    assert {each.components["blind"] for each in found} <= {0.0, 1.0}
+    first, second = samples[0].answer, samples[1].answer
+    groups = [
+        group(completion(first, first), completion(first, 99), completion(99, first), completion(99, 99), "no"),
+        group(completion(first, second), completion(second, second)),
+    ]
+    assert first != second
+    engine = Reader(settings, processor)
+    found = score_groups(engine, preprocessor, settings, samples[:2], groups, [(0, 1), (0, 2)])
+    assert [[score.reward for score in scores] for scores in found] == [
+        pytest.approx([1.5, 0.6, 1.0, 0.1, 0.0]),
+        pytest.approx([1.0, 1.5]),
+    ]
+    assert [score.components["blind"] for score in found[0]] == [1, 1, 0, 0, 0]
+    assert score_groups(engine, preprocessor, settings, samples[1:2], groups[1:], [(0, 2)]) == found[1:]
 
 
 def test_a_design_that_doesnt_weigh_it_asks_nothing(engine, config, preprocessor, samples):
@@ -105,7 +113,7 @@ def test_a_step_measures_the_components_of_its_design(new_trainer):
     assert {name for name in metrics if name.startswith("reward/")} == {"reward/blind"}
     judged = trainer.judge([Group(groups[0].item, False, group(DESCRIBED, "no"), (), (), (True, True))])
     assert judged[0].scores[0].format == 1.0
-    assert judged[0].advantages[0] == pytest.approx(0.707107, abs=1e-5)  # more than the other, whatever it answers
+    assert judged[0].advantages[0] == pytest.approx(0.7071, abs=1e-4)  # more than the other, whatever it answers
 
 
 def test_a_step_is_trained_on_the_users_own_reward(new_trainer, tmp_path):
