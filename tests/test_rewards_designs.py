@@ -307,6 +307,7 @@ def test_vision_sr1_adds_the_answer_from_the_description_alone():
         ("<description>a</description><description>a</description><think>b</think>\\boxed{3}", False),
         ("<description>a</description>\\boxed{3}", False),
         ("<description>a<think>b</think>\\boxed{3}", False),
+        ("<description>a</description><think>b</think><description>c</description>\\boxed{3}", False),
     ],
 )
 def test_the_format_of_vision_sr1_is_description_thought_box(completion, formatted):

@@ -102,7 +102,7 @@ def test_a_right_answer_from_the_description_adds_its_weight(config, processor, 
 
 def test_a_design_that_doesnt_weigh_it_asks_nothing(engine, config, preprocessor, samples):
     for overrides in ((), ("reward.design=mixture",), ("reward.design=vision_sr1", "reward.blind=0")):
-        score_groups(engine, preprocessor, config(*overrides), samples[:1], [group(DESCRIBED)], [(0,)])
+        score_groups(engine, preprocessor, config(DESIGN[1], *overrides), samples[:1], [group(DESCRIBED)], [(0,)])
     assert not hasattr(engine, "asked")
 
 

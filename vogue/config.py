@@ -92,11 +92,10 @@ class GuidanceConfig(Section):
 
 class RewardConfig(Section):
     design: Literal[*DESIGNS] = Field(
-        "verifiable", description="what is asked for and rewarded: a sum of weight * score (vogue/rewards/designs.py)"
+        "verifiable", description=f"a prompt and a sum of weight * score, see vogue/rewards: {', '.join(DESIGNS)}"
     )
     accuracy: NonNegative | None = Field(
-        None,
-        description="weight of a right \\boxed{} (0.9); this and all weights here: unset, the design's",
+        None, description="weight of a right \\boxed{} (0.9); this and all weights here: unset, the design's"
     )
     format: NonNegative | None = Field(
         None, description="weight of <think>...</think> followed by \\boxed{} (0.1); vision_sr1: <description> first"
