@@ -188,7 +188,7 @@ def trl_step(connection, folder: Path, task: Task, part: str) -> None:
 
     from vogue.data import load_samples
     from vogue.inputs import load_processor
-    from vogue.rewards import score_batch
+    from vogue.rewards import score
 
     samples = load_samples(folder / "train.parquet")
     rows = [
@@ -262,7 +262,7 @@ def trl_step(connection, folder: Path, task: Task, part: str) -> None:
 
     def reward(completions, answer, **_):
         texts = [completion[0]["content"] for completion in completions]
-        return [score.reward for score in score_batch(texts, answer, (0.9, 0.1))]
+        return [score(text, expected).reward for text, expected in zip(texts, answer, strict=True)]
 
     trainer = Timed(
         model=AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa"),

@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model folder that is missing m
 
 import pytest
 import torch
+from hypothesis import settings
 
 from vogue.config import load_config
 from vogue.data.digits import QUESTIONS, digits_samples, write_digits
@@ -14,6 +15,9 @@ from vogue.packing import Row, collate
 from vogue.policy import Policy
 from vogue.rollout import Completion
 from vogue.tiny import build_model, build_processor
+
+settings.register_profile("shared machine", deadline=None)  # others use it, so that a time limit says nothing
+settings.load_profile("shared machine")
 
 CORPUS = ["<think></think>\\boxed{}"] * 100 + ["system\nuser\nassistant\n", "Think.", *QUESTIONS.values()]
 
@@ -119,12 +123,13 @@ def config(settings):
 def new_trainer(config):
     """A function: a trainer of one rank, unpartitioned (stage 0), so that gradients are plain ones."""
     from vogue.data import load_samples
+    from vogue.data.prompts import system_prompt
     from vogue.trainer import Trainer
 
     def build(*overrides):
         chosen = config("trainer.deepspeed.zero_optimization.stage=0", *overrides)
         data = chosen.data
-        preprocessor = Preprocessor(load_processor(chosen.model.path), data.system_prompt, data.max_prompt_tokens)
+        preprocessor = Preprocessor(load_processor(chosen.model.path), system_prompt(chosen), data.max_prompt_tokens)
         return Trainer(chosen, load_samples(data.train), preprocessor, resume=False)
 
     return build

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vogue.data import Sample
@@ -27,7 +27,6 @@ def flat(length):
 lengths = st.lists(st.integers(2, 40), max_size=30)
 
 
-@settings(deadline=None)  # others use the machine
 @given(lengths, st.integers(1, 100))
 def test_packing_loses_no_row_and_keeps_to_the_budget_with_padding(sizes, budget):
     rows = [flat(size) for size in sizes]
@@ -37,7 +36,6 @@ def test_packing_loses_no_row_and_keeps_to_the_budget_with_padding(sizes, budget
         assert len(batch) == 1 or max(r.tokens for r in batch) * len(batch) <= budget
 
 
-@settings(deadline=None)  # others use the machine
 @given(st.lists(st.integers(2, 400), max_size=60), st.integers(1, 2000))
 def test_at_most_a_tenth_of_a_batch_is_padding_whatever_the_lengths(sizes, budget):
     for batch in pack([flat(size) for size in sizes], budget):
@@ -45,7 +43,6 @@ def test_at_most_a_tenth_of_a_batch_is_padding_whatever_the_lengths(sizes, budge
         assert max(r.tokens for r in batch) * len(batch) - real <= 0.1 * max(r.tokens for r in batch) * len(batch)
 
 
-@settings(deadline=None)  # others use the machine
 @given(lengths.filter(bool), st.integers(0, 5))
 def test_spreading_makes_exactly_the_count_and_idles_only_for_want_of_rows(sizes, missing):
     rows = [flat(size) for size in sizes]
@@ -59,7 +56,6 @@ def test_spreading_makes_exactly_the_count_and_idles_only_for_want_of_rows(sizes
     assert all(len(r.completions) == 1 for r in idle)
 
 
-@settings(deadline=None)  # others use the machine
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=64), st.sampled_from([1, 2, 3, 8]))
 def test_ranks_get_equally_many_prompts_and_nearly_equal_work(costs, ranks):
     costs = costs[: len(costs) // ranks * ranks]

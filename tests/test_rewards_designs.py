@@ -315,7 +315,7 @@ def test_the_format_of_vision_sr1_is_description_thought_box(completion, formatt
 
 
 @pytest.mark.parametrize("design", DESIGNS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     text=st.text(alphabet="<>/abcdeiklnoprstuvwx{}\\0123456789 .,:-\n", max_size=80), answer=st.integers(0, 99).map(str)
 )
