@@ -77,7 +77,9 @@ def test_judging_depends_on_the_number_of_a_problem_and_not_on_its_company(confi
     engine = HfEngine(settings, processor)
     together = judge(engine, preprocessor, settings, samples[:3], n=2)
     alone = judge(engine, preprocessor, settings, samples[2:3], n=2, first=2)
-    assert alone[0].completions == together[2].completions
+    for ours, theirs in zip(alone[0].completions, together[2].completions):
+        assert (ours.token_ids, ours.finished) == (theirs.token_ids, theirs.finished)
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)  # of another batch: float32 rounding
     assert together[0].completions[0] != together[0].completions[1]
     for item in together:
         texts = [completion.text for completion in item.completions]
