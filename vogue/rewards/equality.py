@@ -9,6 +9,7 @@ Run as a script, this file is the worker: it answers one line of JSON with anoth
 """
 
 import atexit
+import contextlib
 import json
 import logging
 import subprocess
@@ -87,7 +88,8 @@ class Verifier:
     def _stop(self) -> int:
         self._worker.kill()
         code = self._worker.wait()
-        self._worker.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # of a question it died on
+            self._worker.stdin.close()
         self._worker.stdout.close()
         self._worker = None
         return code
