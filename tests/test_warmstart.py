@@ -11,7 +11,7 @@ from vogue.tiny import SPECIAL_TOKENS
 from vogue.warmstart import warmstart
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-BRIEF = {"vision_batches": 1, "batches": 2, "batch_size": 2, "lr": 1e-3, "misread": 0.5, "seed": 0}
+BRIEF = {"vision_batches": 1, "batches": 2, "batch_size": 2, "lr": 1e-3, "misread": 0.5, "faintest": 1.0, "seed": 0}
 
 
 @pytest.fixture(scope="module")

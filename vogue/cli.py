@@ -28,6 +28,7 @@ WARMSTART = {
     "batch_size": (32, "demonstrations a batch"),
     "lr": (3e-3, "learning rate of AdamW"),
     "misread": (0.5, "share of demonstrations that misread a digit, in the last quarter"),
+    "faintest": (1.0, "least contrast of a digit, as in `vogue data digits`"),
     "seed": (0, "of everything random"),
 }
 PUZZLES = {
@@ -113,7 +114,8 @@ def warmstart(arguments: argparse.Namespace) -> int:
 def digits(arguments: argparse.Namespace) -> int:
     from vogue.data.digits import write_digits
 
-    write_digits(arguments.out, arguments.train, arguments.validation, arguments.test, arguments.seed)
+    counts = (arguments.train, arguments.validation, arguments.test)
+    write_digits(arguments.out, *counts, arguments.seed, faintest=arguments.faintest)
     for name in ("train", "validation", "test"):
         print(arguments.out / f"{name}.parquet")
     return 0
@@ -198,6 +200,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("out", type=Path, help="folder to write to")
     for name, count in {"train": 8000, "validation": 500, "test": 1000}.items():
         command.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"samples (default {count})")
+    command.add_argument(
+        "--faintest",
+        type=float,
+        default=1.0,
+        metavar="C",
+        help="ink of each digit has a contrast between C and 1, so that noise hides some of them (default 1)",
+    )
     command.add_argument("--seed", type=int, default=0, help="default 0")
 
     command = _add(kinds, "puzzles", puzzles, "puzzles with a known state: train.parquet, test.parquet", PUZZLES_HELP)

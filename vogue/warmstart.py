@@ -37,17 +37,20 @@ def warmstart(
     batch_size: int,
     lr: float,
     misread: float,
+    faintest: float,
     seed: int,
     console: Console | None = None,
 ) -> None:
     """Train a small model and save it in `folder`.
 
     `misread` is the share of demonstrations with a wrong digit in the last part of the `batches`; `lr` is AdamW's,
-    warmed up and then decayed to a tenth by a cosine. Raises `ConfigError` if `folder` exists.
+    warmed up and then decayed to a tenth by a cosine; `faintest` the least contrast of a digit (`digit_pairs`).
+
+    Raises `ConfigError` if `folder` exists.
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists already: remove it, or name another folder")
-    pairs = digit_pairs("train", PAIRS, seed)
+    pairs = digit_pairs("train", PAIRS, seed, faintest=faintest)
     processor = build_processor(_corpus(pairs), pixel_mean=PIXEL_MEAN, pixel_std=PIXEL_STD)
     torch.manual_seed(seed_for(seed, Purpose.WARMSTART))
     model = build_model(processor).train()

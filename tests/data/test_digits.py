@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vogue.data import load_samples
+from vogue.data import DataError, load_samples
 from vogue.data.digits import QUESTIONS, SPLITS, demonstration, digit_pairs, digits_samples, write_digits
 from vogue.rewards import score
 
@@ -113,7 +113,26 @@ def test_written_splits_load_with_what_was_asked_for(tmp_path):
         assert loaded[0].load_images()[0].tobytes() == made[0].load_images()[0].tobytes()
 
 
+def test_faint_digits_are_the_same_pairs_with_less_ink():
+    full, faint = digit_pairs("train", 400, 0), digit_pairs("train", 400, 0, faintest=0.25)
+    assert [(p.left, p.right, p.question) for p in full] == [(p.left, p.right, p.question) for p in faint]
+    ink = [255 - np.asarray(pair.image, dtype=float).mean(axis=2) for pair in (*full, *faint)]
+    halves = np.array([[half.sum() for half in np.split(pixels, 2, axis=1)] for pixels in ink]).ravel()
+    contrasts = halves[800:] / halves[:800]  # of 800 digits, U(0.25, 1): mean 0.625, all over the range
+    assert 0.24 < contrasts.min() < 0.27 and 0.98 < contrasts.max() < 1.01
+    assert abs(contrasts.mean() - 0.625) < 0.025  # 3 standard errors of 0.217 / sqrt(800)
+    assert abs(np.corrcoef(contrasts[::2], contrasts[1::2])[0, 1]) < 0.15  # each digit has its own
+
+
+def test_nothing_is_written_where_one_split_is_too_small(tmp_path):
+    with pytest.raises(DataError, match="pairs asked of the test split"):
+        write_digits(tmp_path, train=10, validation=10, test=1_000_000)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_drawn_is_refused_with_its_value():
+    with pytest.raises(DataError, match="the faintest contrast is 0"):
+        digit_pairs("train", 1, 0, faintest=0.0)
     with pytest.raises(ValueError, match="split is 'dev'; it must be one of train, validation, test"):
         digit_pairs("dev", 1, 0)
     with pytest.raises(ValueError, match="question is 'product'; it must be one of sum, difference, larger"):

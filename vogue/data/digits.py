@@ -3,7 +3,8 @@ r"""Arithmetic on two handwritten digits: a visual task small enough for a lapto
 The digits are the 1,797 real ones of scikit-learn's `load_digits` (8×8 px, UCI). An image shows
 two of them side by side, and a question asks for their sum, their absolute difference or the
 larger one. Splits are made of different digit images, so that no image of the test split holds
-a handwritten digit that was seen in training.
+a handwritten digit that was seen in training. Digits may be faint: then noise hides some of them
+and leaves others legible, which is what VOGUE is about.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from vogue.data.samples import PLACEHOLDER, Sample, write_parquet
+from vogue.data.samples import PLACEHOLDER, DataError, Sample, write_parquet
 
 SYSTEM_PROMPT = "Think in <think></think>, then answer in \\boxed{}."  # short: a small model reads every token slowly
 SPLITS = ("train", "validation", "test")
@@ -68,16 +69,23 @@ def demonstration(question: str, left: int, right: int) -> str:
 
 
 def digit_pairs(
-    split: str, count: int, seed: int, questions: tuple[str, ...] = tuple(QUESTIONS), size: int = 28
+    split: str,
+    count: int,
+    seed: int,
+    questions: tuple[str, ...] = tuple(QUESTIONS),
+    size: int = 28,
+    faintest: float = 1.0,
 ) -> list[DigitPair]:
     """`count` different (left image, right image, question) of a split, each digit `size` × `size` px.
 
     The seed decides which pairs are drawn; which digit images a split owns is always the same.
-    "larger" is only asked about two different digits.
+    "larger" is only asked about two different digits. A digit's ink has a contrast of
+    U(faintest, 1), drawn for each digit of each pair; the same pairs are drawn whatever it is.
 
-    Raises ValueError for an unknown split or question, and for more pairs than the split has.
+    Raises DataError for an unknown split or question, for more pairs than the split has, and for
+    a contrast outside (0, 1].
     """
-    _check(split, count, questions)
+    _check(split, count, questions, faintest)
     images, labels = _split(split)
     generator = np.random.default_rng((seed, SPLITS.index(split)))
     drawn = {}  # a dict keeps the order of the draws
@@ -86,12 +94,13 @@ def digit_pairs(
         question = questions[generator.integers(len(questions))]
         if question != "larger" or labels[left] != labels[right]:
             drawn[left, right, question] = None
+    contrasts = np.random.default_rng((seed, SPLITS.index(split), 1)).uniform(faintest, 1, size=(count, 2))
     return [
         DigitPair(
             int(labels[left]),
             int(labels[right]),
             question,
-            _render(images[left], images[right], size),
+            _render((images[left], images[right]), contrasts[number], size),
             f"digits {split}, pair {number}",
         )
         for number, (left, right, question) in enumerate(drawn)
@@ -99,18 +108,33 @@ def digit_pairs(
 
 
 def digits_samples(
-    split: str, count: int, seed: int, questions: tuple[str, ...] = tuple(QUESTIONS), size: int = 28
+    split: str,
+    count: int,
+    seed: int,
+    questions: tuple[str, ...] = tuple(QUESTIONS),
+    size: int = 28,
+    faintest: float = 1.0,
 ) -> list[Sample]:
     """`digit_pairs` as samples; an image is 2·size px wide and size px high."""
-    return [pair.sample() for pair in digit_pairs(split, count, seed, questions, size)]
+    return [pair.sample() for pair in digit_pairs(split, count, seed, questions, size, faintest)]
 
 
 def write_digits(
-    folder: str | Path, train: int = 8000, validation: int = 500, test: int = 1000, seed: int = 0, size: int = 28
+    folder: str | Path,
+    train: int = 8000,
+    validation: int = 500,
+    test: int = 1000,
+    seed: int = 0,
+    size: int = 28,
+    faintest: float = 1.0,
 ) -> None:
     """Write train.parquet, validation.parquet and test.parquet with that many samples each."""
-    for split, count in zip(SPLITS, (train, validation, test), strict=True):
-        write_parquet(digits_samples(split, count, seed, size=size), Path(folder) / f"{split}.parquet")
+    counts = dict(zip(SPLITS, (train, validation, test), strict=True))
+    for split, count in counts.items():  # all of them before the first is written
+        _check(split, count, tuple(QUESTIONS), faintest)
+    for split, count in counts.items():
+        samples = digits_samples(split, count, seed, size=size, faintest=faintest)
+        write_parquet(samples, Path(folder) / f"{split}.parquet")
 
 
 def _answer(question: str, left: int, right: int) -> int:
@@ -130,26 +154,28 @@ def _split(split: str) -> tuple[np.ndarray, np.ndarray]:
     return digits.images[chosen], digits.target[chosen]
 
 
-def _render(left: np.ndarray, right: np.ndarray, size: int) -> Image.Image:
+def _render(digits: tuple[np.ndarray, np.ndarray], contrasts: np.ndarray, size: int) -> Image.Image:
     """Dark ink on white, (2·size, size) px; each digit has a margin, since its ink touches the edge of the scan."""
     image = Image.new("RGB", (2 * size, size), "white")
     margin = size // 14
     inner = size - 2 * margin
-    for column, digit in enumerate((left, right)):
-        pixels = (255 * (1 - digit / INK_LEVELS)).astype(np.uint8)
+    for column, (digit, contrast) in enumerate(zip(digits, contrasts, strict=True)):
+        pixels = (255 * (1 - contrast * digit / INK_LEVELS)).astype(np.uint8)
         enlarged = Image.fromarray(pixels).resize((inner, inner), Image.Resampling.BICUBIC)
         image.paste(enlarged, (column * size + margin, margin))
     return image
 
 
-def _check(split: str, count: int, questions: tuple[str, ...]) -> None:
+def _check(split: str, count: int, questions: tuple[str, ...], faintest: float) -> None:
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}.")
+        raise DataError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}.")
     for question in questions:
         if question not in QUESTIONS:
-            raise ValueError(f"question is {question!r}; it must be one of {', '.join(QUESTIONS)}.")
+            raise DataError(f"question is {question!r}; it must be one of {', '.join(QUESTIONS)}.")
+    if not 0 < faintest <= 1:
+        raise DataError(f"the faintest contrast is {faintest}; it must lie in (0, 1].")
     _, labels = _split(split)
     equal = int((np.bincount(labels) ** 2).sum())
     available = sum(len(labels) ** 2 - (equal if question == "larger" else 0) for question in set(questions))
     if count > available:
-        raise ValueError(f"{count} pairs asked of the {split} split, which has {available}.")
+        raise DataError(f"{count} pairs asked of the {split} split, which has {available}.")
