@@ -3,15 +3,26 @@
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vogue.config import ConfigError, load_config
-from vogue.data.digits import SYSTEM_PROMPT
+from vogue.data.digits import SYSTEM_PROMPT, digit_pairs
+from vogue.inputs import Preprocessor, load_processor
 from vogue.tiny import SPECIAL_TOKENS
-from vogue.warmstart import warmstart
+from vogue.warmstart import Examples, warmstart
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-BRIEF = {"vision_batches": 1, "batches": 2, "batch_size": 2, "lr": 1e-3, "misread": 0.5, "faintest": 1.0, "seed": 0}
+BRIEF = {
+    "vision_batches": 1,
+    "batches": 2,
+    "batch_size": 2,
+    "lr": 1e-3,
+    "misread": 0.5,
+    "printed": 0.5,
+    "faintest": 1.0,
+    "seed": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +69,24 @@ def test_equal_seeds_make_equal_models(base, tmp_path):
 @pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(EXAMPLES)))
 def test_every_example_is_a_valid_configuration(path):
     load_config(path, [])
+
+
+def test_a_printed_demonstration_is_learned_from_the_text_alone(base):
+    model = AutoModelForImageTextToText.from_pretrained(base).eval()
+    pairs = digit_pairs("train", 3000, 0)
+    first = pairs[0]
+    twin = next(p for p in pairs[1:] if (p.left, p.right, p.question) == (first.left, first.right, first.question))
+    other = next(p for p in pairs if (p.left, p.question) == (first.left, first.question) and p.right != first.right)
+    examples = Examples([first, twin, other], Preprocessor(load_processor(str(base)), SYSTEM_PROMPT, 512))
+    as_first = (first.left, first.right)  # all of them demonstrate the same completion
+
+    def losses(printed):
+        with torch.no_grad():
+            return [float(examples.loss(model, [i], [as_first], [printed])) for i in range(3)]
+
+    seen, read = losses(False), losses(True)
+    assert seen[0] != seen[1]
+    assert read[0] == read[1] != read[2]
 
 
 def test_the_digits_example_asks_as_the_warm_start_did():

@@ -4,7 +4,8 @@ Two stages, as vision-language models are made. The vision tower learns to tell 
 classifier, which is then dropped. The whole model learns from demonstrations in the reward's format: at first right
 ones, then a share of them misreads a digit and stays consistent with what it read. So the base answers in the right
 format, is wrong about half of the time when sampled, and knows more than it shows: what a pretrained model looks like
-to reinforcement learning, at a millionth of the cost.
+to reinforcement learning, at a millionth of the cost. Some demonstrations print the digits in the image's place: there
+the base is nearly always right, so that its weakness is seeing, not thinking (`vogue eval --view image,text`).
 """
 
 import math
@@ -19,7 +20,8 @@ from transformers import PreTrainedModel
 
 from vogue.config import ConfigError
 from vogue.data.digits import QUESTIONS, SYSTEM_PROMPT, DigitPair, digit_pairs
-from vogue.inputs import Preprocessor
+from vogue.data.prompts import with_view
+from vogue.inputs import Preprocessor, Prompt
 from vogue.seeds import Purpose, rng_for, seed_for
 from vogue.tiny import build_model, build_processor
 from vogue_kernels import linear_logprob
@@ -37,14 +39,16 @@ def warmstart(
     batch_size: int,
     lr: float,
     misread: float,
+    printed: float,
     faintest: float,
     seed: int,
     console: Console | None = None,
 ) -> None:
     """Train a small model and save it in `folder`.
 
-    `misread` is the share of demonstrations with a wrong digit in the last part of the `batches`; `lr` is AdamW's,
-    warmed up and then decayed to a tenth by a cosine; `faintest` the least contrast of a digit (`digit_pairs`).
+    `misread` is the share of demonstrations with a wrong digit in the last part of the `batches`, `printed` that of
+    those with the digits as text and no image; `lr` is AdamW's, warmed up and then decayed to a tenth by a cosine;
+    `faintest` the least contrast of a digit (`digit_pairs`).
 
     Raises `ConfigError` if `folder` exists.
     """
@@ -60,14 +64,15 @@ def warmstart(
     classifier = nn.Linear(model.config.text_config.hidden_size, 10)
     step = _training([*model.model.visual.parameters(), *classifier.parameters()], lr, vision_batches)
     for _ in _progress("vision tower", vision_batches, console):
-        step(examples.classification_loss(model, classifier, rng.integers(len(pairs), size=2 * batch_size)))
+        step(examples.classification_loss(model, classifier, rng.integers(len(pairs), size=2 * batch_size).tolist()))
 
     step = _training(list(model.parameters()), lr, batches)
     for batch in _progress("warm start", batches, console):
         chosen = rng.integers(len(pairs), size=batch_size)
-        wrong = rng.random(batch_size) < (misread if batch >= MISREAD_FROM * batches else 0)
+        text = rng.random(batch_size) < printed
+        wrong = (rng.random(batch_size) < (misread if batch >= MISREAD_FROM * batches else 0)) & ~text
         read = [pairs[i].misread(rng) if bad else (None, None) for i, bad in zip(chosen, wrong, strict=True)]
-        step(examples.loss(model, chosen.tolist(), read))
+        step(examples.loss(model, chosen.tolist(), read, text.tolist()))
 
     partial = folder.with_name(f".{folder.name}.partial")  # renamed when whole, so that a stop leaves no half model
     model.save_pretrained(partial)
@@ -80,6 +85,7 @@ class Examples:
 
     def __init__(self, pairs: list[DigitPair], preprocessor: Preprocessor):
         self.pairs = pairs
+        self.preprocessor = preprocessor
         self.tokenizer = preprocessor.tokenizer
         self.views = [preprocessor.view([pair.image]) for pair in pairs]
         prompts = {pair.question: (pair, view) for pair, view in zip(pairs, self.views, strict=True)}
@@ -92,10 +98,19 @@ class Examples:
         labels = torch.tensor([digit for i in chosen for digit in (self.pairs[i].left, self.pairs[i].right)])
         return nn.functional.cross_entropy(classifier(torch.cat(tuple(features))), labels)
 
-    def loss(self, model: PreTrainedModel, chosen: list[int], read: list[tuple[int | None, int | None]]) -> Tensor:
-        """Mean negative log-likelihood (nats a token) of the demonstrations of pairs `chosen`, as `read`."""
+    def loss(
+        self,
+        model: PreTrainedModel,
+        chosen: list[int],
+        read: list[tuple[int | None, int | None]],
+        printed: list[bool],
+    ) -> Tensor:
+        """Mean negative log-likelihood (nats a token) of the demonstrations of pairs `chosen`, as `read`.
+
+        Those `printed` have their digits as text in the image's place.
+        """
         end = [self.tokenizer.eos_token_id]
-        prompts = [self.prompts[self.pairs[i].question] for i in chosen]
+        prompts = [self._prompt(self.pairs[i], text) for i, text in zip(chosen, printed, strict=True)]
         texts = [self.pairs[i].demonstration(*digits) for i, digits in zip(chosen, read, strict=True)]
         answers = [torch.tensor(self.tokenizer(text)["input_ids"] + end) for text in texts]
         rows = [torch.cat([prompt.token_ids, answer]) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -107,12 +122,19 @@ class Examples:
             input_ids=input_ids,
             attention_mask=_pad([torch.ones_like(row) for row in rows], 0),
             mm_token_type_ids=_pad([prompt.token_types for prompt in prompts], 0, input_ids.shape[1]),
-            **self._images(chosen),
+            **self._images([i for i, text in zip(chosen, printed, strict=True) if not text]),
         ).last_hidden_state[:, :-1]
         kept = labels != -100
         return -linear_logprob(hidden[kept], model.lm_head.weight, labels[kept]).logprob.mean()
 
+    def _prompt(self, pair: DigitPair, printed: bool) -> Prompt:
+        if not printed:
+            return self.prompts[pair.question]
+        return self.preprocessor.prompt(with_view(pair.sample(), "text"), self.preprocessor.view([]))
+
     def _images(self, chosen: list[int]) -> dict[str, Tensor]:
+        if not chosen:
+            return {}
         return {
             "pixel_values": torch.cat([self.views[i].pixel_values for i in chosen]),
             "image_grid_thw": torch.cat([self.views[i].sizes for i in chosen]),
@@ -149,7 +171,8 @@ def _progress(name: str, batches: int, console: Console | None) -> Iterator[int]
 def _corpus(pairs: list[DigitPair]) -> list[str]:
     """What the tokenizer is trained on: everything the task says."""
     prompts = [SYSTEM_PROMPT, "system\nuser\nassistant\n", *QUESTIONS.values()]
-    return prompts * 100 + [pair.demonstration() for pair in pairs[:1000]]
+    texts = [f"{pair.sample().state}\n\n{pair.demonstration()}" for pair in pairs[:1000]]
+    return prompts * 100 + texts
 
 
 def _pad(rows: list[Tensor], value: int, length: int | None = None) -> Tensor:
