@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vogue.data import Sample
-from vogue.evaluate import Estimate, Judged, by_category, estimate, judge, pass_at_k, summary, write_judged
+from vogue.evaluate import (
+    Estimate,
+    Judged,
+    by_category,
+    estimate,
+    headline,
+    judge,
+    pass_at_k,
+    record,
+    summary,
+    write_judged,
+)
 from vogue.rewards import Score, score_batch
 from vogue.rollout import Completion
 from vogue.rollout.hf import HfEngine
@@ -60,12 +71,31 @@ def judged(*right_of_four):
 def test_the_summary_averages_over_problems():
     found = summary(judged(0, 1, 4))
     assert found["pass@1"].value == pytest.approx((0 + 0.25 + 1) / 3)
+    assert found["pass@2"].value == pytest.approx((0 + 0.5 + 1) / 3)
     assert found["pass@4"].value == pytest.approx(2 / 3)
 
 
-def test_fewer_than_four_samples_give_pass_at_1_alone():
-    two = [Judged(item.sample, item.completions[:2], item.scores[:2]) for item in judged(1, 0)]
-    assert list(summary(two)) == ["pass@1"]
+def test_every_power_of_two_that_there_are_samples_for_is_summed_up_and_what_is_asked_for():
+    items = judged(1, 0)
+    three = [Judged(item.sample, item.completions[:3], item.scores[:3]) for item in items]
+    assert list(summary(three)) == ["pass@1", "pass@2"]
+    assert list(summary(items)) == ["pass@1", "pass@2", "pass@4"]
+    assert list(summary(items, (3, 1))) == ["pass@1", "pass@2", "pass@3", "pass@4"]
+    with pytest.raises(ValueError, match="pass@5 needs at least 5 samples a problem, there are 4"):
+        summary(items, (5,))
+
+
+def test_a_record_holds_what_every_problem_got_beside_the_means():
+    parsed = (("3", "4", None, "3"), (None,) * 4)
+    items = [
+        replace(item, scores=tuple(replace(score, parsed=answer) for score, answer in zip(item.scores, answers)))
+        for item, answers in zip(judged(2, 0), parsed)
+    ]
+    row = json.loads(json.dumps(record(items, (3,))))
+    assert list(row) == ["pass@1", "pass@2", "pass@3", "pass@4", "n", "right", "distinct"]
+    assert (row["n"], row["right"], row["distinct"]) == (4, [2, 0], [2, 0])
+    assert row["pass@2"] == pytest.approx([5 / 12, 0, 5 / 6])  # 5 of 6 pairs hold one of two, for one problem of two
+    assert headline(row) == {"pass@1": Estimate(0.25, 0, 0.5), "pass@4": Estimate(0.5, 0, 1)}
 
 
 def test_an_estimate_reads_as_percent_with_its_interval():

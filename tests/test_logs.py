@@ -6,7 +6,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vogue import logs
 from vogue.config import ConfigError, load_config
-from vogue.evaluate import Estimate
+
+EVALUATION = {"pass@1": [0.5, 0.4, 0.6], "pass@2": [0.75, 0.7, 0.8], "pass@4": [1.0, 1.0, 1.0]}
+EVALUATION |= {"n": 4, "right": [3, 1], "distinct": [2, 4]}
 
 
 def log_steps(config, start, end):
@@ -15,7 +17,7 @@ def log_steps(config, start, end):
     with logs.RunLog(config, start, Console(quiet=True)) as log:
         for step in range(start, end):
             log.step(step, {"reward": float(100 * start + step)}, [{"completion": f"{start}: {step}"}])
-            log.evaluation(step + 1, {"pass@1": Estimate(0.5, 0.4, 0.6)})
+            log.evaluation(step + 1, EVALUATION)
 
 
 def lines(config, name):
@@ -26,11 +28,20 @@ def test_a_run_writes_its_metrics_completions_evaluations_and_configuration(conf
     log_steps(config(), 0, 2)
     assert lines(config(), "metrics.jsonl") == [{"step": 0, "reward": 0.0}, {"step": 1, "reward": 1.0}]
     assert lines(config(), "completions.jsonl")[1] == {"step": 1, "completion": "0: 1"}
-    assert lines(config(), "evaluations.jsonl")[1] == {"step": 2, "pass@1": [0.5, 0.4, 0.6]}
+    assert lines(config(), "evaluations.jsonl")[1] == {"step": 2} | EVALUATION
     assert load_config(config().trainer.output_dir / "config.yaml", []) == config()
     events = EventAccumulator(str(config().trainer.output_dir / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("reward")] == [(0, 0.0), (1, 1.0)]
     assert [(event.step, event.value) for event in events.Scalars("eval/pass@1")] == [(1, 0.5), (2, 0.5)]
+    assert [(event.step, event.value) for event in events.Scalars("eval/pass@2")] == [(1, 0.75), (2, 0.75)]
+
+
+def test_an_evaluation_is_told_by_pass_at_1_and_by_the_largest_k(config, capsys):
+    logs.prepare(config(), 0)
+    with logs.RunLog(config(), 0, Console(width=200)) as log:
+        log.evaluation(7, EVALUATION)
+    told = "after 7 steps: held-out pass@1 50.0% [40.0, 60.0], pass@4 100.0% [100.0, 100.0]"
+    assert told in capsys.readouterr().out
 
 
 def test_going_on_from_a_checkpoint_drops_what_was_logged_after_it(config):
@@ -54,7 +65,7 @@ def test_a_run_that_stopped_before_its_first_step_starts_over(config):
     for _ in range(2):  # the evaluation before training is run again, and must not stand there twice
         logs.prepare(config(), 0)
         with logs.RunLog(config(), 0, Console(quiet=True)) as log:
-            log.evaluation(0, {"pass@1": Estimate(0.5, 0.4, 0.6)})
+            log.evaluation(0, EVALUATION)
     assert [row["step"] for row in lines(config(), "evaluations.jsonl")] == [0]
 
 

@@ -28,7 +28,6 @@ from vogue.rollout import Completion, Engine, Request, create_engine
 from vogue.seeds import Purpose, seed_for
 
 RESAMPLES = 2000
-PASS_AT = (1, 4)
 CHUNK = 64  # problems generated at a time, so that the progress bar moves
 
 
@@ -87,10 +86,30 @@ def judge(
     return [Judged(sample, tuple(group), s) for sample, group, s in zip(samples, groups, scores, strict=True)]
 
 
-def summary(judged: list[Judged]) -> dict[str, Estimate]:
-    """pass@1, and pass@4 where there are that many samples a problem."""
+def summary(judged: list[Judged], pass_at: Sequence[int] = ()) -> dict[str, Estimate]:
+    """pass@1, pass@2, pass@4 … of every power of two that there are samples for, and of each k in `pass_at`."""
     n = len(judged[0].scores)
-    return {f"pass@{k}": estimate([pass_at_k(n, item.right, k) for item in judged]) for k in PASS_AT if k <= n}
+    ks = sorted({2**power for power in range(n.bit_length())} | set(pass_at))
+    return {f"pass@{k}": estimate([pass_at_k(n, item.right, k) for item in judged]) for k in ks}
+
+
+def record(judged: list[Judged], pass_at: Sequence[int] = ()) -> dict[str, list[float] | int | list[int]]:
+    """A row of evaluations.jsonl: `summary` as [value, low, high], and what every problem got.
+
+    n         completions a problem
+    right     how many of them are right, a number a problem
+    distinct  how many different answers could be parsed from them, a number a problem
+    """
+    estimates = {name: [e.value, e.low, e.high] for name, e in summary(judged, pass_at).items()}
+    answers = [{score.parsed for score in item.scores} - {None} for item in judged]
+    counts = {"right": [item.right for item in judged], "distinct": list(map(len, answers))}
+    return estimates | {"n": len(judged[0].scores)} | counts
+
+
+def headline(row: dict) -> dict[str, Estimate]:
+    """pass@1 and pass@k of the largest k of a `record`."""
+    names = [name for name in row if name.startswith("pass@")]
+    return {name: Estimate(*row[name]) for name in (names[0], names[-1])}
 
 
 def by_category(judged: list[Judged]) -> dict[str, list[Judged]]:
@@ -125,8 +144,8 @@ def write_judged(judged: dict[str, list[Judged]], path: Path) -> None:
         for view, items in judged.items():
             for number, item in enumerate(items):
                 sample = item.sample
-                record = {"view": view, "category": sample.category, "problem": number}
-                record |= {"question": sample.problem, "answer": sample.answer}
+                row = {"view": view, "category": sample.category, "problem": number}
+                row |= {"question": sample.problem, "answer": sample.answer}
                 for completion, score in zip(item.completions, item.scores, strict=True):
                     earned = {"parsed": score.parsed, "reward": score.reward, "accuracy": score.accuracy}
-                    file.write(json.dumps(record | {"completion": completion.text} | earned) + "\n")
+                    file.write(json.dumps(row | {"completion": completion.text} | earned) + "\n")

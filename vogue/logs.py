@@ -1,7 +1,7 @@
 """What a run leaves behind and shows while it runs; only rank 0 has one.
 
 metrics.jsonl       one object a step
-evaluations.jsonl   held-out pass@k as [mean, low, high], after so many steps
+evaluations.jsonl   held-out pass@k as [mean, low, high], after so many steps, and what every problem got
 completions.jsonl   sampled completions, with their reward, branch and advantage
 tensorboard/        the same metrics as events
 config.yaml         the resolved configuration
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from vogue.config import Config, ConfigError, flatten, load_config, save_config
-from vogue.evaluate import Estimate
+from vogue.evaluate import headline
 
 SHOWN = {"reward": "reward", "accuracy": "acc", "entropy": "H", "u_per": "u_per", "throughput/rollout": "tok/s"}
 
@@ -86,11 +86,12 @@ class RunLog:
         shown = "  ".join(f"{label} {metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics)
         self.progress.update(self.task, completed=step + 1, shown=shown)
 
-    def evaluation(self, step: int, estimates: dict[str, Estimate]) -> None:
-        rows = {name: [e.value, e.low, e.high] for name, e in estimates.items()}
-        self._append("evaluations.jsonl", [{"step": step} | rows])
-        self._scalars(step, {f"eval/{name}": e.value for name, e in estimates.items()})
-        shown = ", ".join(f"{name} {e}" for name, e in estimates.items())
+    def evaluation(self, step: int, record: dict) -> None:
+        """`record`: see `vogue.evaluate.record`."""
+        self._append("evaluations.jsonl", [{"step": step} | record])
+        values = {f"eval/{name}": value[0] for name, value in record.items() if name.startswith("pass@")}
+        self._scalars(step, values)
+        shown = ", ".join(f"{name} {e}" for name, e in headline(record).items())
         self.progress.console.print(f"after {step} steps: held-out {shown}")
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:

@@ -17,7 +17,7 @@ from vogue import distributed, logs
 from vogue.config import Config, ConfigError
 from vogue.data import Sample, load_samples
 from vogue.data.prompts import system_prompt
-from vogue.evaluate import Estimate, summary
+from vogue.evaluate import headline, record
 from vogue.inputs import Preprocessor, load_processor
 from vogue.report import plot_curves
 from vogue.rewards import check_function
@@ -47,7 +47,7 @@ def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> 
             if isinstance(event, Step):
                 log.step(event.step, event.metrics, _records(event, config))
             else:
-                log.evaluation(event.step, event.estimates)
+                log.evaluation(event.step, event.record)
     _show(config, console)
     return 0
 
@@ -63,24 +63,24 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out pass@k after `step` steps."""
+    """What the held-out problems got after `step` steps: see `vogue.evaluate.record`."""
 
     step: int
-    estimates: dict[str, Estimate]
+    record: dict
 
 
 def _events(trainer: Trainer, held_out: list[Sample], profile: frozenset[int]) -> Iterator[Step | Evaluation]:
     """The run: steps, evaluations before, between and after them, and checkpoints."""
     settings = trainer.config.trainer
     if held_out and trainer.step == 0:
-        yield Evaluation(0, summary(trainer.evaluate(held_out, settings.eval_samples)))
+        yield Evaluation(0, record(trainer.evaluate(held_out, settings.eval_samples)))
     while trainer.step < settings.steps:
         with _traced(trainer, trainer.step in profile):
             metrics, groups = trainer.run_step()
         yield Step(trainer.step - 1, metrics, groups)
         last = trainer.step == settings.steps
         if held_out and (last or trainer.step % settings.eval_every == 0):
-            yield Evaluation(trainer.step, summary(trainer.evaluate(held_out, settings.eval_samples)))
+            yield Evaluation(trainer.step, record(trainer.evaluate(held_out, settings.eval_samples)))
         if last or (settings.save_every and trainer.step % settings.save_every == 0):
             trainer.save()
 
@@ -132,10 +132,11 @@ def _show(config: Config, console: Console) -> None:
     plot_curves([folder], folder / "curves.png")
     if (folder / "evaluations.jsonl").exists():
         rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-        names = [name for name in rows[0] if name != "step"]
+        shown = [headline(row) for row in rows]
+        names = [*dict.fromkeys(name for estimates in shown for name in estimates)]
         table = Table("steps", *names, title="held-out problems, 95% intervals")
-        for row in rows:
-            table.add_row(str(row["step"]), *(str(Estimate(*row[name])) for name in names))
+        for row, estimates in zip(rows, shown, strict=True):
+            table.add_row(str(row["step"]), *(str(estimates.get(name, "")) for name in names))
         console.print(table)
     newest = sorted((folder / "checkpoints").glob("step_*"))[-1]
     for name, path in {
