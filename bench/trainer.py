@@ -136,8 +136,8 @@ def vogue_trainer(folder: Path, task: Task, *overrides: str):
 
 def given_groups(trainer, task: Task) -> list:
     """Groups of this step's prompts with given completions, of the branch that the draw asks for."""
+    from vogue.groups import Group
     from vogue.rollout import Completion
-    from vogue.trainer import Group
 
     groups = []
     for item in trainer.items(trainer.step):

@@ -1,9 +1,12 @@
+from itertools import combinations, product
+from statistics import fmean, pstdev
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vogue.advantage import group_advantages, mixed
+from vogue.advantage import group_advantages, mixed, passk_advantages
 
 groups = st.lists(st.floats(0, 1, width=32), min_size=2, max_size=8).map(lambda r: torch.tensor([r]))
 
@@ -55,3 +58,29 @@ def test_groups_of_one_and_unfinite_rewards_are_refused():
         group_advantages(torch.zeros(3, 1))
     with pytest.raises(ValueError, match="the reward of response 1 in group 0 is nan"):
         group_advantages(torch.tensor([[0.0, float("nan")]]))
+
+
+@pytest.mark.parametrize("k", range(1, 7))
+def test_passk_advantages_are_means_over_all_subsets_that_hold_a_response(k):
+    subsets = list(combinations(range(6), k))
+    for right in product((False, True), repeat=6):
+        rewards = [float(any(right[i] for i in subset)) for subset in subsets]
+        mean, std = fmean(rewards), pstdev(rewards)
+        expected = [
+            fmean((r - mean) / std for subset, r in zip(subsets, rewards) if i in subset) if std else 0.0
+            for i in range(6)
+        ]
+        assert passk_advantages(torch.tensor([right]), k)[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_at_k_1_passk_is_grpo_with_the_populations_deviation():
+    right = torch.tensor([[True, False, False, True, False]])
+    found = passk_advantages(right, 1)
+    assert found.mean().abs() < 1e-6
+    assert found.std(unbiased=False).item() == pytest.approx(1)
+
+
+def test_a_k_that_no_group_has_is_refused():
+    for k in (0, 3):
+        with pytest.raises(ValueError, match=f"k is {k}; it must be from 1 to the 2 responses"):
+            passk_advantages(torch.tensor([[True, False]]), k)

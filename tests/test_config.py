@@ -1,8 +1,11 @@
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 
 from vogue.cli import _fields
-from vogue.config import METHODS, Config, ConfigError, load_config, save_config
+from vogue.config import METHODS, STARTS, Config, ConfigError, load_config, save_config
 
 NEEDED = ["model.path=some/model", "data.train=train.parquet"]
 
@@ -32,7 +35,11 @@ def load(*overrides, path=None):
         ("optimizer.betas=[0.9,2]", "optimizer.betas.1=2: input should be less than or equal to 1"),
         ("model=7b", "model='7b': input should be a valid dictionary"),
         ("model.path=", "model.path=None: input should be a valid string"),
-        ("method=ppo", "method='ppo': input should be 'vogue' or 'grpo'"),
+        ("method=ppo", "method='ppo': input should be 'vogue', 'grpo', 'dapo', 'noisy_rollout', 'entropy' or 'passk'"),
+        ("guidance.divergence=forward", "unknown setting guidance.divergence"),
+        ("uncertainty.estimator=k2", "uncertainty.estimator='k2': input should be 'exact', 'k3' or 'sampled'"),
+        ("rollout.rounds=0", "rollout.rounds=0: input should be greater than or equal to 1"),
+        ("advantage=passk", "advantage='passk': input should be a valid dictionary"),
         ("seed=-1", "seed=-1: input should be greater than or equal to 0"),
         ("trainer.updates=5", "trainer.updates=5 does not divide rollout.prompts=32"),
         ("trainer.eval_every=10", "trainer.eval_every is set, but data.test is not"),
@@ -64,11 +71,62 @@ def test_a_setting_cannot_contradict_the_method(override):
         load("method=grpo", override)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["method=passk", "rollout.n=3"], "advantage.k=4 is more than rollout.n=3"),
+        (["method=dapo", "loss.clip_high=0.2"], "method=dapo fixes loss.clip_high=0.28, but it is set to 0.2"),
+        (["method=grpo", "advantage.kind=passk"], "method=grpo fixes advantage.kind=group, but it is set to passk"),
+        (["rollout.noisy_share=0.5"], "method=vogue fixes rollout.noisy_share=0.0, but it is set to 0.5"),
+        (
+            ["method=noisy_rollout", "rollout.noisy_share=0.05"],
+            "rollout.noisy_share=0.05 of rollout.n=8 is 0 of them, not some",
+        ),
+        (
+            ["uncertainty.estimator=sampled", "uncertainty.divergence=reverse"],
+            "uncertainty.divergence=reverse could be negative with estimator=sampled",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_told(overrides, told):
+    with pytest.raises(ConfigError) as error:
+        load(*overrides)
+    assert str(error.value) == told
+
+
+def test_each_method_is_its_papers():
+    entropy, passk, dapo, noisy = (load(f"method={name}") for name in ("entropy", "passk", "dapo", "noisy_rollout"))
+    assert (entropy.guidance.alpha_out, entropy.guidance.beta_out, entropy.guidance.alpha_per) == (0.4, 2, 0)
+    assert (passk.advantage.kind, passk.guidance.alpha_out, passk.guidance.alpha_per) == ("passk", 0, 0)
+    assert (dapo.loss.clip_low, dapo.loss.clip_high, dapo.loss.aggregation) == (0.2, 0.28, "token-mean")
+    assert (dapo.rollout.rounds, dapo.reward.overlong_buffer) == (4, 0.2)
+    assert (noisy.rollout.noisy, noisy.rollout.n, noisy.perturb.anneal_at) == (4, 8, pytest.approx(40 / 60))
+    assert {config.branch.probability for config in (entropy, passk, dapo, noisy)} == {0}
+
+
+def test_vogue_takes_dapos_parts_and_a_start_may_be_changed():
+    config = load("loss.clip_high=0.28", "rollout.rounds=3", "reward.overlong_buffer=0.2", "advantage.kind=passk")
+    assert (config.branch.probability, config.guidance.alpha_per, config.rollout.rounds) == (None, 1, 3)
+    assert load("method=dapo", "rollout.rounds=9").rollout.rounds == 9
+
+
+def test_the_combinations_and_ablations_that_the_readme_names_can_be_set():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    section = readme[readme.index("- VOGUE runs on those") : readme.index("- `branch.granularity` says")]
+    named = re.findall(r"`([a-z_]+\.[a-z_]+)=([^`\s]+)`", section)
+    assert len(named) == 12
+    for key, value in named:
+        found = load(f"{key}={value}").model_dump(mode="json")
+        for part in key.split("."):
+            found = found[part]
+        assert str(found) == value or float(found) == float(value)
+
+
 def test_a_method_fixes_what_makes_it_what_it_is():
     assert load().branch.probability is None
     grpo = load("method=grpo", "branch.probability=0")
     assert (grpo.branch.probability, grpo.guidance.alpha_out, grpo.guidance.alpha_per) == (0, 0, 0)
-    for preset in METHODS.values():
+    for preset in (*METHODS.values(), *STARTS.values()):
         assert preset.keys() <= {key for key, _ in _fields(Config, "")}
 
 

@@ -262,6 +262,21 @@ def test_two_ranks_go_on_from_a_checkpoint_as_if_they_had_not_stopped(train, on_
     assert all((straight[name] - again[name]).abs().max() < 1e-6 for name in straight)
 
 
+DAPO = ("method=dapo", "branch.probability=0", "rollout.rounds=3", "rollout.n=4", "trainer.updates=2")
+
+
+@pytest.mark.slow
+def test_two_ranks_sample_dynamically_as_one_does_and_go_on_from_a_checkpoint(train):
+    one = metrics(train(1, "dapo", *DAPO, "trainer.steps=2"))
+    train(2, "dapo-two", *DAPO, "trainer.steps=1")
+    two = metrics(train(2, "dapo-two", *DAPO, "trainer.steps=2", resume=True))
+    names = ("reward", "reward/overlong", "loss", "grad_norm", "entropy", "tokens", "rounds", "filled_share")
+    assert len(one) == len(two) == 2
+    assert max(row["rounds"] for row in one) > 1
+    for a, b in zip(one, two, strict=True):
+        assert {name: b[name] for name in names} == pytest.approx({name: a[name] for name in names}, rel=1e-4, abs=1e-6)
+
+
 def test_two_ranks_each_with_vllm_train_and_stay_in_step(train):
     rows = metrics(train(2, "vllm", "trainer.steps=2", "optimizer.lr=1e-3", engine="vllm"))
     assert len(rows) == 2

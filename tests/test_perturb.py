@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vogue.perturb import perturb
+from vogue.perturb import annealed, perturb
 
 RNG = np.random.default_rng(0)
 PHOTO = Image.fromarray(RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8))
@@ -104,3 +104,10 @@ def test_bad_settings_are_refused_with_their_value():
         perturb(PHOTO, "blur")
     with pytest.raises(ValueError, match=r"sigma is -0\.1"):
         perturb(PHOTO, sigma=-0.1)
+
+
+def test_the_strength_falls_along_noisyrollouts_sigmoid():
+    # 60 steps, γ = 40: 30 (20 − 40) / 60 = −10, so 1 − sigmoid(−10) = 0.9999546; at 44, 30 · 4 / 60 = 2: 0.1192029.
+    found = [annealed(0.4, step, 60, 2 / 3) for step in (0, 20, 40, 44, 60)]
+    assert found == pytest.approx([0.4, 0.4 * 0.9999546, 0.2, 0.4 * 0.1192029, 0.4 * 4.5398e-5], rel=1e-5)
+    assert annealed(0.4, 4, 6, 2 / 3) == pytest.approx(0.2)  # a tenth of the steps, the same course

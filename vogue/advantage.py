@@ -1,8 +1,14 @@
 r"""Advantages of a group's responses against each other, without a value model.
 
-A_i = (r_i − mean(r)) / (std(r) + ε)          GRPO, arXiv 2402.03300
+group    A_i = (r_i − mean(r)) / (std(r) + ε)                    GRPO, arXiv 2402.03300
+passk    R = 1 − C(N⁻, k) / C(N, k),   s = √(R (1 − R))          Pass@k Training, arXiv 2508.10751
+         A⁺ = (1 − R) / s                                        right responses
+         A⁻ = (1 − R − C(N⁻ − 1, k − 1) / C(N − 1, k − 1)) / s   the N⁻ wrong ones of N
 """
 
+from math import comb, sqrt
+
+import torch
 from torch import Tensor
 
 
@@ -25,6 +31,29 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     advantages = deviations / (rewards.std(dim=1, keepdim=True) + eps)
     # The mean of equal rewards may differ from them in the last bit.
     return advantages.where(mixed(rewards)[:, None], 0)
+
+
+def passk_advantages(right: Tensor, k: int) -> Tensor:
+    """Advantages (P, G) float32 of right (P, G) bool, by the reward 1 of every k responses with a right one among them.
+
+    A response's is the mean over all the k-subsets that hold it, each standardised over all C(G, k). 0 where each
+    subset earns the same: in a group all right or all wrong, and in one with fewer than k wrong responses.
+
+    Raises ValueError unless 1 ≤ k ≤ G.
+    """
+    size = right.shape[1]
+    if not 1 <= k <= size:
+        raise ValueError(f"k is {k}; it must be from 1 to the {size} responses of a group.")
+    return torch.stack([_passk(row, size, k) for row in right])
+
+
+def _passk(right: Tensor, size: int, k: int) -> Tensor:
+    wrong = size - int(right.sum())
+    mean = 1 - comb(wrong, k) / comb(size, k)
+    if not 0 < mean < 1:
+        return torch.zeros(size)
+    fails = comb(wrong - 1, k - 1) / comb(size - 1, k - 1)  # of the subsets that hold a given wrong response
+    return torch.where(right, 1 - mean, 1 - mean - fails) / sqrt(mean * (1 - mean))
 
 
 def mixed(rewards: Tensor) -> Tensor:

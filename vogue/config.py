@@ -14,9 +14,28 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # What each method is, next to VOGUE's defaults (papers.md's symbols in the field descriptions below).
+GRPO: dict[str, Any] = {
+    "branch.probability": 0.0,
+    "rollout.noisy_share": 0.0,
+    "guidance.alpha_out": 0.0,
+    "guidance.alpha_per": 0.0,
+    "advantage.kind": "group",
+}
 METHODS: dict[str, dict[str, Any]] = {
-    "vogue": {},
-    "grpo": {"branch.probability": 0.0, "guidance.alpha_out": 0.0, "guidance.alpha_per": 0.0},
+    "vogue": {"rollout.noisy_share": 0.0},
+    "grpo": GRPO,
+    "dapo": GRPO | {"loss.clip_low": 0.2, "loss.clip_high": 0.28, "loss.aggregation": "token-mean"},
+    "noisy_rollout": {name: value for name, value in GRPO.items() if name != "rollout.noisy_share"},
+    "entropy": {name: value for name, value in GRPO.items() if name != "guidance.alpha_out"},
+    "passk": GRPO | {"advantage.kind": "passk"},
+}
+
+# Where a method starts from other defaults; these may be set to something else. DAPO's buffer is the paper's 4,096 of
+# 20,480 tokens; its limit of rounds is ours (the paper has none). NoisyRollout's half is the paper's 6 + 6 completions,
+# and its strength has halved at step 40 of the 60 that the paper trains on Geometry3K.
+STARTS: dict[str, dict[str, Any]] = {
+    "dapo": {"rollout.rounds": 4, "reward.overlong_buffer": 0.2},
+    "noisy_rollout": {"rollout.noisy_share": 0.5, "perturb.anneal_at": 2 / 3},
 }
 
 # What each reward design adds up, and with which weights. VOGUE's; the six of arXiv 2601.00215, whose weights are known
@@ -71,6 +90,9 @@ class DataConfig(Section):
 class PerturbConfig(Section):
     preset: Literal["noise", "paper"] = Field("noise", description="T: Gaussian noise alone, or the paper's mix")
     sigma: NonNegative = Field(0.4, description="standard deviation of the noise on [0, 1] pixels")
+    anneal_at: Share | None = Field(
+        None, description="share of trainer.steps after which a sigmoid has taken sigma to half; unset: it stays"
+    )
 
 
 class BranchConfig(Section):
@@ -85,9 +107,22 @@ class GuidanceConfig(Section):
     beta_out: Positive = Field(2.0, description="cap of g_out: |A| / beta_out")
     alpha_per: NonNegative = Field(1.0, description="weight of the divergence of the branches; 0 switches u_per off")
     beta_per: Positive = Field(2.0, description="cap of g_per: |A| / beta_per")
+
+
+class UncertaintyConfig(Section):
+    estimator: Literal["exact", "k3", "sampled"] = Field(
+        "exact",
+        description="u_out and u_per from the whole vocabulary, from the sampled token without bias, or as VOGUE's "
+        "official code has it: that token's term alone",
+    )
     divergence: Literal["symmetric", "forward", "reverse"] = Field(
         "symmetric", description="u_per: half the sum of both KLs, KL(raw||noisy), or KL(noisy||raw)"
     )
+
+
+class AdvantageConfig(Section):
+    kind: Literal["group", "passk"] = Field("group", description="GRPO's, or Pass@k Training's by right and wrong")
+    k: Count = Field(4, description="of passk")
 
 
 class RewardConfig(Section):
@@ -115,6 +150,9 @@ class RewardConfig(Section):
         pattern=r"^.+\.py:[A-Za-z_]\w*$",
         description="path/to/file.py:name of your own reward in place of that sum: "
         "def name(completions: list[str], samples: list[dict[str, str]]) -> list[float]",
+    )
+    overlong_buffer: Share = Field(
+        0.0, description="last share of rollout.max_tokens, in which a completion's reward falls by up to 1 (DAPO's)"
     )
     timeout: Positive = Field(60.0, description="seconds a call of reward.function may take: a step's completions")
 
@@ -147,11 +185,22 @@ class RewardConfig(Section):
 class RolloutConfig(Section):
     engine: Literal["vllm", "hf"] = Field("vllm", description="what generates")
     prompts: Count = Field(32, description="prompts a step, over all ranks")
+    rounds: Count = Field(
+        1, description="rollouts a step at most, of new prompts, until enough groups have right and wrong answers"
+    )
     n: int = Field(8, ge=2, description="G, completions a prompt")
+    noisy_share: Share = Field(
+        0.0, description="share of each group's completions that are generated from T(x), yet trained on x"
+    )
     max_tokens: Count = Field(1024, description="tokens a completion at most")
     temperature: Positive = Field(1.0, description="of sampling; the policy's logits are divided by it in training too")
     memory: Share = Field(0.4, description="share of a GPU's memory for vLLM")
     kv_cache_gb: Positive = Field(1.0, description="vLLM's KV cache on a CPU, GB a rank")
+
+    @property
+    def noisy(self) -> int:
+        """Completions of each group that are generated from T(x), yet trained on x."""
+        return round(self.noisy_share * self.n)
 
 
 class LossConfig(Section):
@@ -190,12 +239,14 @@ class TrainerConfig(Section):
 
 class Config(Section):
     seed: int = Field(0, ge=0, description="of data order, perturbation, branch draws and sampling")
-    method: Literal["vogue", "grpo"] = Field("vogue", description="preset; `grpo` is the raw branch without guidance")
+    method: Literal[*METHODS] = Field("vogue", description=f"preset, see the README: {', '.join(METHODS)}")
     model: ModelConfig
     data: DataConfig
     perturb: PerturbConfig = PerturbConfig()
     branch: BranchConfig = BranchConfig()
     guidance: GuidanceConfig = GuidanceConfig()
+    uncertainty: UncertaintyConfig = UncertaintyConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
     reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
@@ -207,6 +258,16 @@ class Config(Section):
         if self.rollout.prompts % self.trainer.updates:
             raise ValueError(
                 f"trainer.updates={self.trainer.updates} does not divide rollout.prompts={self.rollout.prompts}"
+            )
+        n = self.rollout.n
+        if self.advantage.kind == "passk" and self.advantage.k > n:
+            raise ValueError(f"advantage.k={self.advantage.k} is more than rollout.n={n}")
+        if self.method == "noisy_rollout" and not 0 < self.rollout.noisy < n:
+            share = self.rollout.noisy_share
+            raise ValueError(f"rollout.noisy_share={share} of rollout.n={n} is {self.rollout.noisy} of them, not some")
+        if self.uncertainty.estimator == "sampled" and self.uncertainty.divergence != "symmetric":
+            raise ValueError(
+                f"uncertainty.divergence={self.uncertainty.divergence} could be negative with estimator=sampled"
             )
         if self.trainer.eval_every and not self.data.test:
             raise ValueError("trainer.eval_every is set, but data.test is not")
@@ -254,13 +315,15 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def _apply_method(values: dict[str, Any]) -> dict[str, Any]:
-    """Fill in what `method` fixes; refuse a setting that contradicts it."""
+    """Fill in what `method` fixes and where it starts; refuse a setting that contradicts it."""
     method = values.get("method", "vogue")
-    for key, fixed in METHODS.get(method, {}).items():
+    for key, value in (STARTS.get(method, {}) | METHODS.get(method, {})).items():
         section, name = key.split(".")
-        given = values.setdefault(section, {}).setdefault(name, fixed)
-        if given != fixed:
-            raise ConfigError(f"method={method} fixes {key}={fixed}, but it is set to {given}")
+        if not isinstance(values.setdefault(section, {}), dict):
+            continue  # not a section, as the check of all settings will say
+        given = values[section].setdefault(name, value)
+        if given != value and key in METHODS[method]:
+            raise ConfigError(f"method={method} fixes {key}={value}, but it is set to {given}")
     return values
 
 

@@ -35,7 +35,8 @@ class Sums:
         *("reward", "accuracy", "format", "finished", "tokens", "noisy_share", "solved_share", "mixed_share"),
         *("distinct_answers", "pass_at_n", "entropy", "clip_fraction", "out_capped", "mismatch/logprob"),
         *("mismatch/kl", "u_per", "per_capped", "ratio_error", "loss", "grad_norm", "verifier_failures"),
-        *(f"reward/{name}" for name in COMPONENTS),
+        *(f"reward/{name}" for name in (*COMPONENTS, "overlong")),
+        *("rounds", "filled_share"),
     )
 
     def __init__(self):

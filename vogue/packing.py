@@ -27,7 +27,8 @@ class Row:
 
     `advantages[i]` is the base advantage of `completions[i]`. `view` is the branch they were drawn from, `other`
     the other one, where the two are compared (`None` for raw rows: they need no second forward).
-    `weight` is 0 for a row that only keeps ranks in step.
+    `weight` is 0 for a row that only keeps ranks in step. `foreign[i]`: completion i was generated from another view
+    than `view`, none was where it is empty.
     """
 
     prompt: Prompt
@@ -36,6 +37,7 @@ class Row:
     completions: tuple[Completion, ...]
     advantages: tuple[float, ...]
     weight: float = 1.0
+    foreign: tuple[bool, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -65,9 +67,9 @@ class Batch:
 
     `input_ids`, `token_types`, `segments`: (B, L) int64. `positions` (N,): where in the B·L hidden states token n
     is predicted. `targets` (N,) int64; `advantages`, `rollout_logprob`, `weights` (N,) float32: base advantage, the
-    engine's log-probability, and the token's weight in the loss. `view` and `other` are None where there is no image;
-    `noisy` rows have both branches. `old` holds what a pass before several updates found
-    (log-probability, entropy, divergence).
+    engine's log-probability (NaN where the engine saw another view), and the token's weight in the loss. `view` and
+    `other` are None where there is no image; `noisy` rows have both branches. `old` holds what a pass before several
+    updates found (log-probability, u_out, u_per).
     """
 
     input_ids: Tensor
@@ -127,7 +129,7 @@ def spread(micro_batches: list[list[Row]], count: int, filler: Row) -> list[list
         )
         half = (len(spread_out[i]) + 1) // 2
         spread_out[i : i + 1] = [spread_out[i][:half], spread_out[i][half:]]
-    idle = replace(filler, weight=0.0, completions=filler.completions[:1], advantages=filler.advantages[:1])
+    idle = replace(filler, weight=0.0, completions=filler.completions[:1], advantages=(0.0,), foreign=())
     return spread_out + [[idle]] * (count - len(spread_out))
 
 
@@ -159,7 +161,9 @@ def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
         input_ids[b, :start] = row.prompt.token_ids
         token_types[b, :start] = row.prompt.token_types
         segments[b, :start] = 0
-        for segment, (completion, advantage) in enumerate(zip(row.completions, row.advantages, strict=True), 1):
+        foreign = row.foreign or (False,) * len(row.completions)
+        completions = zip(row.completions, row.advantages, foreign, strict=True)
+        for segment, (completion, advantage, is_foreign) in enumerate(completions, 1):
             tokens = torch.tensor(completion.token_ids)
             read = _read(completion)
             end = start + len(read)
@@ -172,7 +176,8 @@ def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
             flat["positions"].append(b * length + at)
             flat["targets"].append(tokens)
             flat["advantages"].append(torch.full((len(tokens),), advantage))
-            flat["rollout_logprob"].append(torch.tensor(completion.logprobs))
+            rollout_logprob = torch.tensor(completion.logprobs)
+            flat["rollout_logprob"].append(rollout_logprob.fill_(torch.nan) if is_foreign else rollout_logprob)
             flat["weights"].append(torch.full((len(tokens),), weight))
             start = end
     return Batch(

@@ -4,10 +4,15 @@ r"""T(x): the perturbed view of an image.
     paper   horizontal flip (p = ½), vertical flip (p = ½), rotation by U(−10°, 10°),
             brightness and contrast each × U(0.85, 1.15), then noise; hue and saturation stay
 
+NoisyRollout (arXiv 2504.13055) lets the strength fall: σ_t = σ_0 (1 − sigmoid(λ (t − γ) / t_max)), λ = 30. Its own
+strength counts diffusion steps, whose noise fades the image too; here it is σ.
+
 Flips move what a question may ask about ("the left digit"), so `noise` is the default here.
 Every number comes from one generator of its own: equal seeds give equal pixels whatever else
 the program draws. torchvision's random transforms use the global generator and cannot.
 """
+
+from math import exp
 
 import torch
 from PIL import Image
@@ -17,6 +22,16 @@ from torchvision.transforms.v2 import functional as F
 PRESETS = ("noise", "paper")
 MAX_ANGLE = 10.0  # degrees
 JITTER = 0.15  # brightness and contrast; the official 0.15·strength at strength 1
+
+SLOPE = 30.0  # λ
+
+
+def annealed(sigma: float, step: int, total: int, half: float) -> float:
+    """σ at `step` of `total`: `sigma` at first, half of it at γ = `half` · total, then towards 0.
+
+    The paper states γ in steps, 40 of 60; a share of the run is ours, so that a short run anneals too.
+    """
+    return sigma / (1 + exp(SLOPE * (step / total - half)))
 
 
 def perturb(image: Image.Image | torch.Tensor, preset: str = "noise", sigma: float = 0.4, seed: int = 0) -> Image.Image:

@@ -18,10 +18,11 @@ from vogue.config import Config, ConfigError
 from vogue.data import Sample, load_samples
 from vogue.data.prompts import system_prompt
 from vogue.evaluate import headline, record
+from vogue.groups import Group
 from vogue.inputs import Preprocessor, load_processor
 from vogue.report import plot_curves
 from vogue.rewards import check_function
-from vogue.trainer import Group, Trainer
+from vogue.trainer import Trainer
 
 
 def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> int:

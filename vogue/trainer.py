@@ -10,11 +10,16 @@ One step:
     ascend min(r A^, clip(r, 1 - low, 1 + high) A^)            r = pi / pi_old
 
 Rows of the raw branch need one forward; rows of the noisy branch a second one, without gradient, on the raw image.
+
+The other methods are settings of this loop (`vogue.config.METHODS`). Two need more: DAPO's dynamic sampling repeats the
+rollout with new prompts (`Trainer.rounds`), and NoisyRollout's groups hold completions of both branches and are trained
+on the raw one, where old log-probabilities are computed too.
 """
 
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import compress
 
 import deepspeed
 import torch
@@ -23,45 +28,23 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from vogue import branch, checkpoint, distributed
-from vogue.advantage import group_advantages
 from vogue.config import Config, ConfigError
 from vogue.data import DataError, Sample
-from vogue.evaluate import Judged, judge, pass_at_k
-from vogue.inputs import Preprocessor, Prompt, View
+from vogue.evaluate import Judged, judge
+from vogue.groups import Group, Item, assigned, choose, found_mixed, judged, lengths, sample_order, split, tally
+from vogue.inputs import Preprocessor
 from vogue.metrics import Clock, Sums, peak_memory
 from vogue.packing import Batch, Row, collate, deal, pack, spread
-from vogue.perturb import perturb
+from vogue.perturb import annealed, perturb
 from vogue.policy import Policy
-from vogue.rewards import Score, verifier
+from vogue.rewards import verifier
 from vogue.rewards.groups import score_groups
 from vogue.rollout import Completion, Request, create_engine, media_token_ids
-from vogue.seeds import Purpose, rng_for, seed_for
+from vogue.seeds import Purpose, seed_for
+from vogue.uncertainty import output_uncertainty, perception_uncertainty
 from vogue_kernels import BranchStats, GuidanceConfig, LogprobStats, clipped_surrogate, shaped_advantage
 
 NOISY_COST = 4 / 3  # of training on a noisy group, in that of a raw one: it adds a forward without gradient
-
-
-@dataclass(frozen=True)
-class Item:
-    """Prompt `number` of a step: `raw` and `noisy` views, and which of its G completions train on the noisy branch."""
-
-    number: int
-    prompt: Prompt
-    raw: View
-    noisy: View | None
-    draws: tuple[bool, ...]
-
-
-@dataclass(frozen=True)
-class Group:
-    """G completions of one item from one branch, scored; `kept` are those the draw trains on."""
-
-    item: Item
-    noisy: bool
-    completions: tuple[Completion, ...]
-    scores: tuple[Score, ...]
-    advantages: tuple[float, ...]
-    kept: tuple[bool, ...]
 
 
 class Trainer:
@@ -93,7 +76,7 @@ class Trainer:
         self.engine = _deepspeed_engine(self.policy, config)
         tied = self.policy.model.config.tie_word_embeddings
         self.rollout = create_engine(config, self.processor, tied)
-        self.guidance = GuidanceConfig(**config.guidance.model_dump(exclude={"divergence"}))
+        self.guidance = GuidanceConfig(**config.guidance.model_dump())
         self.step = 0
         self._background = ThreadPoolExecutor(max_workers=1)
         self._ahead: tuple[int, Future[list[Item]]] | None = None
@@ -108,31 +91,50 @@ class Trainer:
 
     def run_step(self) -> tuple[dict[str, float], list[Group]]:
         """One pass of the algorithm; returns metrics over all ranks and this rank's groups."""
-        clock = Clock()
-        with clock("data"):
-            items = self.items_ahead()
-        with clock("rollout"):
-            groups = self.generate(items)
-        with clock("reward"):
-            groups = self.judge(groups)
-        sums = Sums()
+        clock, sums = Clock(), Sums()
+        groups = self.rounds(sums, clock)
         with clock("train"):
             self.update(groups, sums, clock)
         self.step += 1
         with clock("sync"):
             self.sync()
-        _count(groups, sums)
+        tally(groups, sums)
         sums.add("verifier_failures", verifier.failures)
         metrics = sums.means(self.device)
         metrics["lr"] = self.engine.get_lr()[0]
         metrics |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
-        tokens = distributed.total({"tokens": float(sum(_lengths(groups)))}, self.device)["tokens"]
+        tokens = distributed.total({"tokens": float(sum(lengths(groups)))}, self.device)["tokens"]
         metrics["throughput/rollout"] = tokens / clock.seconds["rollout"]
         metrics["throughput/train"] = tokens / clock.seconds["train"]
         metrics["memory_gb"] = peak_memory()
         return metrics, groups
 
     # ------------------------------------------------------------------------------------------------ rollout
+
+    def rounds(self, sums: Sums, clock: Clock) -> list[Group]:
+        """This rank's judged groups of the step; `rollout.rounds` of new prompts at most, until enough are mixed.
+
+        A prompt is mixed where accuracies differ within one of its groups. Too few of them after the last round are
+        filled up with others. What isn't trained on stays in the list, with nothing kept. All ranks decide together.
+        """
+        rollout = self.config.rollout
+        groups: list[Group] = []
+        for number in range(rollout.rounds):
+            with clock("data"):
+                items = self.items(self.step, number) if number else self.items_ahead()
+            with clock("rollout"):
+                generated = self.generate(items)
+            with clock("reward"):
+                groups += self.judge(generated)
+            if rollout.rounds == 1:
+                return groups
+            found = {k: v for part in distributed.gather(found_mixed(groups)) for k, v in part.items()}
+            if sum(found.values()) >= rollout.prompts:
+                break
+        chosen = choose(found, rollout.prompts)
+        sums.add("rounds", number + 1)
+        sums.add("filled_share", sum(not found[prompt] for prompt in chosen) / len(chosen))
+        return assigned(groups, chosen, self.config.trainer.updates)
 
     def items_ahead(self) -> list[Item]:
         """`items` of this step; those of the next one are loaded and perturbed from now on, while this one trains."""
@@ -143,70 +145,83 @@ class Trainer:
             self._ahead = self.step + 1, self._background.submit(self.items, self.step + 1)
         return items
 
-    def items(self, step: int) -> list[Item]:
-        """This rank's prompts of `step`, perturbed where the draw asks for it; a function of the step alone."""
+    def items(self, step: int, number: int = 0) -> list[Item]:
+        """This rank's prompts of `step`'s round `number`, perturbed where that is needed; a function of both alone.
+
+        Every step has its place in the order of samples for all rounds it may have, so that nothing needs remembering.
+        """
         rollout = self.config.rollout
         p = branch.noisy_probability(step, self.config.trainer.steps, self.config.branch.probability)
-        draws = branch.draw(
-            self.config.branch.granularity,
-            rollout.prompts,
-            rollout.n,
-            p,
-            seed_for(self.config.seed, Purpose.BRANCH),
-            step,
-        )
-        order = sample_order(len(self.samples), step * rollout.prompts, rollout.prompts, self.config.seed)
-        costs = [self.lengths[i] * (NOISY_COST if drawn.any() else 1) for i, drawn in zip(order, draws, strict=True)]
+        seed, total, first = self.config.seed, rollout.prompts * rollout.rounds, rollout.prompts * number
+        branch_seed = seed_for(seed, Purpose.BRANCH)
+        drawn = branch.draw(self.config.branch.granularity, total, rollout.n, p, branch_seed, step)
+        draws = drawn[first : first + rollout.prompts]
+        order = sample_order(len(self.samples), step * total + first, rollout.prompts, seed)
+        costs = [self.lengths[i] * (NOISY_COST if z.any() else 1) for i, z in zip(order, draws, strict=True)]
         size = rollout.prompts // self.config.trainer.updates
         mine = [
             start + i
             for start in range(0, rollout.prompts, size)  # an update's prompts, shared by all ranks
             for i in deal(costs[start : start + size], self.ranks)[self.rank]
         ]
-        return [self.item(self.samples[order[i]], step, i, tuple(draws[i].tolist())) for i in mine]
+        items = (self.item(self.samples[order[i]], step, first + i, tuple(draws[i].tolist())) for i in mine)
+        return [replace(item, part=i // size) for i, item in zip(mine, items, strict=True)]
 
     def item(self, sample: Sample, step: int, number: int, draws: tuple[bool, ...]) -> Item:
         images, settings = sample.load_images(), self.config.perturb
         seeds = (seed_for(self.config.seed, Purpose.PERTURB, step, number, i) for i in range(len(images)))
+        sigma = settings.sigma
+        if settings.anneal_at is not None:
+            sigma = annealed(sigma, step, self.config.trainer.steps, settings.anneal_at)
         try:
             raw, noisy = self.preprocessor.view(images), None
-            if any(draws):
+            if any(draws) or self.config.rollout.noisy:
                 copies = zip(images, seeds, strict=True)
-                noisy = self.preprocessor.view(
-                    [perturb(x, settings.preset, settings.sigma, seed) for x, seed in copies]
-                )
+                noisy = self.preprocessor.view([perturb(x, settings.preset, sigma, seed) for x, seed in copies])
         except (OSError, ValueError) as error:
             raise DataError(f"{sample.place}: {error}") from error
         return Item(number, self.preprocessor.prompt(sample, raw), raw, noisy, draws)
 
     def generate(self, items: list[Item]) -> list[Group]:
-        """Groups of every branch that a draw asks for, unscored. Both, where draws are per response and differ."""
+        """Groups of every branch that a draw asks for, unscored. Both, where draws are per response and differ.
+
+        With `rollout.noisy_share`, one group of completions of both views, trained on the raw branch.
+        """
+        n, noisy_n = self.config.rollout.n, self.config.rollout.noisy
+        if noisy_n:
+            clean = self.complete([(item, False) for item in items], n - noisy_n)
+            noisy = self.complete([(item, True) for item in items], noisy_n)
+            foreign = (False,) * (n - noisy_n) + (True,) * noisy_n
+            joined = zip(items, clean, noisy, strict=True)
+            return [Group(item, False, (*a, *b), (), (), (True,) * n, foreign) for item, a, b in joined]
         wanted = [(item, noisy) for item in items for noisy in (False, True) if noisy in item.draws]
-        requests = []
+        return [
+            Group(item, noisy, tuple(completions), (), (), tuple(draw == noisy for draw in item.draws))
+            for (item, noisy), completions in zip(wanted, self.complete(wanted, n), strict=True)
+        ]
+
+    def complete(self, wanted: list[tuple[Item, bool]], n: int) -> list[list[Completion]]:
+        """`n` completions for each item's raw or (True) noisy view."""
+        rollout, requests = self.config.rollout, []
         for item, noisy in wanted:
             seed = seed_for(self.config.seed, Purpose.ROLLOUT, self.step, item.number, noisy)
             requests.append(Request(item.prompt, (item.noisy if noisy else item.raw).images, seed))
-        rollout = self.config.rollout
-        outputs = self.rollout.generate(requests, rollout.n, rollout.max_tokens, rollout.temperature)
-        return [
-            Group(item, noisy, tuple(completions), (), (), tuple(draw == noisy for draw in item.draws))
-            for (item, noisy), completions in zip(wanted, outputs, strict=True)
-        ]
+        return self.rollout.generate(requests, n, rollout.max_tokens, rollout.temperature)
 
     def judge(self, groups: list[Group]) -> list[Group]:
-        """Scores and group-relative advantages, from all G completions of each branch."""
+        """Scores and advantages, from all G completions of each group."""
         samples = [group.item.prompt.sample for group in groups]
         completions = [group.completions for group in groups]
         places = [(self.step, group.item.number, group.noisy) for group in groups]
         scores = score_groups(self.rollout, self.preprocessor, self.config, samples, completions, places)
-        return [_judged(group, found) for group, found in zip(groups, scores, strict=True)]
+        return [judged(group, found, self.config) for group, found in zip(groups, scores, strict=True)]
 
     # ----------------------------------------------------------------------------------------------- training
 
     def update(self, groups: list[Group], sums: Sums, clock: Clock) -> None:
         """`trainer.updates` optimizer updates, each on its share of the step's prompts."""
         with clock("pack"):
-            parts = [self.batches(part) for part in _split(groups, self.config.trainer.updates)]
+            parts = [self.batches(part) for part in split(groups, self.config.trainer.updates)]
         if len(parts) > 1:
             with clock("old"), torch.no_grad():
                 parts = [[replace(batch, old=self.read(self.engine(batch))) for batch in part] for part in parts]
@@ -215,8 +230,9 @@ class Trainer:
             for i, batch in enumerate(batches):
                 self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
                 with clock("forward"):
-                    logprob, entropy, divergence = self.read(self.engine(batch))
-                    loss = self.loss(batch, logprob, entropy, divergence, sums, first=number == 0)
+                    stats = self.engine(batch)
+                    measure(batch, stats, sums)
+                    loss = self.loss(batch, *self.read(stats), sums, first=number == 0)
                 with clock("backward"):
                     # DeepSpeed averages gradients over the ranks; this loss is one summand of the global mean.
                     self.engine.backward(loss * (self.ranks / weight))
@@ -227,6 +243,8 @@ class Trainer:
     def batches(self, groups: list[Group]) -> list[Batch]:
         """Micro-batches, noisy rows first, as many on every rank and in the same order."""
         rows = [row for group in groups for row in self.rows(group)]
+        item, completions = groups[0].item, groups[0].completions
+        idle = Row(item.prompt, item.raw, None, completions[:1], (0.0,))
         noisy = [row for row in rows if row.noisy]
         raw = [row for row in rows if not row.noisy]
         packed = [pack(part, self.config.trainer.micro_batch_tokens) for part in (noisy, raw)]
@@ -234,68 +252,54 @@ class Trainer:
         token_mean = self.config.loss.aggregation == "token-mean"
         filled = []
         for part, count, is_noisy in zip(packed, counts, (True, False), strict=True):
-            filler = rows[0]
-            filler = replace(filler, other=(filler.other or filler.view) if is_noisy else None)
-            filled += spread(part, count, filler)
+            filled += spread(part, count, replace(idle, other=item.raw) if is_noisy else idle)
         pad_id = self.processor.tokenizer.pad_token_id
         return [collate(rows, pad_id, token_mean).to(self.device) for rows in filled]
 
     def rows(self, group: Group) -> list[Row]:
         """A group as one row, or as a row a completion where the model can't share the prompt."""
-        drawn = zip(group.completions, group.advantages, group.kept, strict=True)
-        kept = [(completion, advantage) for completion, advantage, keep in drawn if keep]
+        foreign = group.foreign or (False,) * len(group.completions)
+        kept = list(compress(zip(group.completions, group.advantages, foreign, strict=True), group.kept))
         view, other = (group.item.noisy, group.item.raw) if group.noisy else (group.item.raw, None)
-        parts = [kept] if self.shared_prefix else [[pair] for pair in kept]
-        return [Row(group.item.prompt, view, other, *zip(*part, strict=True)) for part in parts if part]
+        rows = []
+        for part in [kept] if self.shared_prefix else [[one] for one in kept]:
+            if part:
+                completions, advantages, foreign = zip(*part, strict=True)
+                rows.append(Row(group.item.prompt, view, other, completions, advantages, foreign=foreign))
+        return rows
 
     def read(self, stats: BranchStats | LogprobStats) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probability (with its gradient), and entropy and divergence (without) of the behaviour branch."""
+        """Log-probability (with its gradient) of the behaviour branch, and u_out and u_per (without)."""
+        settings = self.config.uncertainty
         if isinstance(stats, LogprobStats):
-            return stats.logprob, stats.entropy.detach(), None
-        divergence = {
-            "symmetric": stats.symmetric_kl,
-            "forward": stats.kl_raw_noisy,
-            "reverse": stats.kl_noisy_raw,
-        }[self.config.guidance.divergence]
-        return stats.logprob_noisy, stats.entropy_noisy.detach(), divergence.detach()
+            return stats.logprob, output_uncertainty(stats.entropy, stats.logprob, settings.estimator), None
+        u_out = output_uncertainty(stats.entropy_noisy, stats.logprob_noisy, settings.estimator)
+        return stats.logprob_noisy, u_out, perception_uncertainty(stats, settings.estimator, settings.divergence)
 
     def loss(
-        self,
-        batch: Batch,
-        logprob: Tensor,
-        entropy: Tensor,
-        divergence: Tensor | None,
-        sums: Sums,
-        first: bool,
+        self, batch: Batch, logprob: Tensor, u_out: Tensor, u_per: Tensor | None, sums: Sums, first: bool
     ) -> Tensor:
         """Weighted sum of the tokens' losses; adds the batch's metrics to `sums`."""
         settings = self.config.loss
-        old_logprob, old_entropy, old_divergence = batch.old or (logprob.detach(), entropy, divergence)
-        noisy = torch.full_like(batch.targets, divergence is not None, dtype=torch.bool)
-        shaped = shaped_advantage(batch.advantages, old_entropy, old_divergence, noisy, self.guidance)
+        old_logprob, old_u_out, old_u_per = batch.old or (logprob.detach(), u_out, u_per)
+        noisy = torch.full_like(batch.targets, u_per is not None, dtype=torch.bool)
+        shaped = shaped_advantage(batch.advantages, old_u_out, old_u_per, noisy, self.guidance)
         token_loss, clipped = clipped_surrogate(
             logprob, old_logprob, shaped.advantage, settings.clip_low, settings.clip_high
         )
-        mismatch = old_logprob - batch.rollout_logprob
+        comparable = ~batch.rollout_logprob.isnan()
+        mismatch = torch.where(comparable, old_logprob - batch.rollout_logprob, 0.0)
         if settings.importance_cap is not None:
             token_loss = token_loss * mismatch.exp().clamp(max=settings.importance_cap)
         real = batch.weights > 0
+        ratio_error = {"ratio_error": (logprob.detach() - old_logprob).expm1().abs()} if first else {}
+        sums.add_tokens(real, {"clip_fraction": clipped} | ratio_error)
         sums.add_tokens(
-            real,
-            {
-                "entropy": entropy,
-                "clip_fraction": clipped,
-                "mismatch/logprob": mismatch.abs(),
-                "mismatch/kl": mismatch.expm1() - mismatch,
-            }
-            | ({"u_per": divergence} if divergence is not None else {})
-            | ({"ratio_error": (logprob.detach() - old_logprob).expm1().abs()} if first else {}),
+            real & comparable, {"mismatch/logprob": mismatch.abs(), "mismatch/kl": mismatch.expm1() - mismatch}
         )
         # Where A is 0 every bonus is, and says nothing about the caps.
-        sums.add_tokens(
-            real & (batch.advantages != 0),
-            {"out_capped": shaped.out_capped} | ({"per_capped": shaped.per_capped} if divergence is not None else {}),
-        )
+        per_capped = {} if u_per is None else {"per_capped": shaped.per_capped}
+        sums.add_tokens(real & (batch.advantages != 0), {"out_capped": shaped.out_capped} | per_capped)
         sums.add_sum("loss", float((batch.weights * token_loss.detach()).sum()), float(batch.weights.sum()))
         return (batch.weights * token_loss).sum()
 
@@ -325,53 +329,13 @@ class Trainer:
         )
 
 
-def sample_order(size: int, start: int, count: int, seed: int) -> list[int]:
-    """Indices of samples number `start` to `start + count` of an endless sequence of shuffled epochs."""
-    order: list[int] = []
-    epoch, offset = divmod(start, size)
-    while len(order) < count:
-        shuffled = rng_for(seed, Purpose.DATA, epoch).permutation(size)
-        order += shuffled[offset : offset + count - len(order)].tolist()
-        epoch, offset = epoch + 1, 0
-    return order
-
-
-def _judged(group: Group, scores: tuple[Score, ...]) -> Group:
-    advantages = group_advantages(torch.tensor([[score.reward for score in scores]]))[0]
-    return replace(group, scores=scores, advantages=tuple(advantages.tolist()))
-
-
-def _split(groups: list[Group], parts: int) -> list[list[Group]]:
-    """Groups by prompt into `parts` of equally many prompts."""
-    prompts = list(dict.fromkeys(id(group.item) for group in groups))
-    size = len(prompts) // parts
-    number = {item: i // size for i, item in enumerate(prompts)}
-    return [[group for group in groups if number[id(group.item)] == part] for part in range(parts)]
-
-
-def _lengths(groups: list[Group]) -> list[int]:
-    return [len(completion.token_ids) for group in groups for completion in group.completions]
-
-
-def _count(groups: list[Group], sums: Sums) -> None:
-    """Metrics of groups and completions."""
-    for group in groups:
-        scores = group.scores
-        right = sum(score.accuracy == 1 for score in scores)
-        sums.add("solved_share", right == len(scores))
-        sums.add("mixed_share", 0 < right < len(scores))
-        sums.add("distinct_answers", len({score.parsed for score in scores}))
-        sums.add("pass_at_n", pass_at_k(len(scores), right, len(scores)))
-        for score, completion, kept in zip(scores, group.completions, group.kept, strict=True):
-            sums.add("reward", score.reward)
-            sums.add("accuracy", score.accuracy)
-            sums.add("format", score.format)
-            for name, value in score.components.items():
-                sums.add(f"reward/{name}", value)
-            sums.add("finished", completion.finished)
-            sums.add("tokens", len(completion.token_ids))
-            if kept:
-                sums.add("noisy_share", group.noisy)
+def measure(batch: Batch, stats: BranchStats | LogprobStats, sums: Sums) -> None:
+    """Add the exact entropy and symmetric divergence to `sums`, whatever estimates of them guide."""
+    real = batch.weights > 0
+    if isinstance(stats, LogprobStats):
+        sums.add_tokens(real, {"entropy": stats.entropy.detach()})
+    else:
+        sums.add_tokens(real, {"entropy": stats.entropy_noisy.detach(), "u_per": stats.symmetric_kl.detach()})
 
 
 def _check_split(config: Config, ranks: int) -> None:

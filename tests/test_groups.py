@@ -1,0 +1,72 @@
+"""Which prompts a step trains on, and what its groups are worth."""
+
+from dataclasses import replace
+
+import pytest
+
+from vogue.groups import Group, Item, assigned, choose, found_mixed, judged, overlong_punishment, split
+from vogue.rewards import Score
+from vogue.rollout import Completion
+
+
+def group(number, *accuracies, rewards=None, lengths=None, part=0):
+    count = len(accuracies)
+    scores = tuple(Score(r, a, 1.0, None) for r, a in zip(rewards or accuracies, accuracies))
+    completions = tuple(Completion((0,) * n, (0.0,) * n, "", True) for n in lengths or (1,) * count)
+    item = Item(number, None, None, None, (False,) * count, part)
+    return Group(item, False, completions, scores, (), (True,) * count)
+
+
+def test_the_soft_punishment_by_hand():
+    # 10 tokens at most, a buffer of 4: none up to 6 tokens, then a quarter more for each.
+    found = [overlong_punishment(length, longest=10, buffer=4) for length in (1, 6, 7, 8, 9, 10)]
+    assert found == [0, 0, -0.25, -0.5, -0.75, -1]
+
+
+def test_a_long_completion_earns_less_and_that_is_told_and_reaches_the_advantages(config):
+    settings = config("rollout.max_tokens=10", "reward.overlong_buffer=0.4", "rollout.n=3")
+    plain = group(0, 1.0, 1.0, 0.0, lengths=(6, 8, 10))
+    found = judged(plain, plain.scores, settings)
+    assert [score.reward for score in found.scores] == [1.0, 0.5, -1.0]
+    assert [score.components["overlong"] for score in found.scores] == [0, -0.5, -1]
+    assert [score.accuracy for score in found.scores] == [1, 1, 0]
+    # mean 1/6, sample variance ((5/6)² + (2/6)² + (7/6)²) / 2 = 13/12, std 1.040833
+    assert found.advantages == pytest.approx([0.800641, 0.320256, -1.120897], abs=1e-5)
+    assert judged(plain, plain.scores, config("rollout.n=3")).scores == plain.scores
+
+
+def test_passk_goes_by_right_and_wrong_whatever_the_rewards_are(config):
+    settings = config("method=passk", "advantage.k=2", "rollout.n=4")
+    some = group(0, 1.0, 0.0, 0.0, 0.0, rewards=(0.9, 0.5, 0.1, 0.0))
+    # 3 of the 6 pairs hold the right one: R = 1/2, s = 1/2. Of a wrong one's 3 pairs 1 does: (1/3 - 1/2) / (1/2).
+    assert judged(some, some.scores, settings).advantages == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
+
+
+def test_a_prompt_is_mixed_by_accuracy_alone_and_in_any_of_its_groups():
+    groups = [group(0, 1, 1), group(0, 0, 1), group(1, 1, 1, rewards=(0.9, 1)), group(2, 0, 1), group(2, 0, 0)]
+    assert found_mixed(groups) == {0: True, 1: False, 2: True}
+
+
+def test_mixed_prompts_come_first_and_others_fill_up():
+    assert choose({0: False, 1: True, 2: False, 3: True, 4: True}, 2) == [1, 3]
+    assert choose({4: False, 3: True, 2: False, 1: False}, 3) == [1, 2, 3]
+
+
+def test_chosen_prompts_are_shared_by_the_updates_and_nothing_else_is_kept():
+    groups = [group(number, 0, 1) for number in range(6)]
+    found = assigned(groups, [0, 2, 4, 5], parts=2)
+    assert [any(g.kept) for g in found] == [True, False, True, False, True, True]
+    assert [g.item.part for g in found if any(g.kept)] == [0, 0, 1, 1]
+
+
+def test_a_rank_without_a_prompt_of_an_update_gets_an_idle_group():
+    first, second = split([group(3, 0, 1, part=1)], 2)
+    assert [(g.item.number, g.kept) for g in first] == [(3, (False, False))]
+    assert [(g.item.number, g.kept) for g in second] == [(3, (True, True))]
+
+
+def test_a_completions_source_is_the_branch_it_is_trained_on_unless_it_is_foreign():
+    raw = group(0, 0, 1)
+    assert raw.sources == (False, False)
+    assert replace(raw, noisy=True).sources == (True, True)
+    assert replace(raw, foreign=(False, True)).sources == (False, True)
