@@ -1,4 +1,4 @@
-"""The command `vogue`: warmstart, train, eval, data, doctor.
+"""The command `vogue`: warmstart, train, sweep, eval, data, doctor.
 
 A wrong setting or sample ends a command with one message on standard error and exit code 2, before anything is
 trained or overwritten.
@@ -6,6 +6,7 @@ trained or overwritten.
 
 import argparse
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -46,6 +47,24 @@ Besides the columns of EasyR1's schema, `category` is the kind and `state` print
 the training sets of arXiv 2601.00215, Clock-3k and Diverse-8k:
   vogue data puzzles --kind clock --count 3000 --out data/clock-3k
   vogue data puzzles --kind clock,maze,move_box,n_queens --count 2000 --out data/diverse-8k"""
+
+SWEEP_HELP = """\
+FILE says what is run; `settings` is a file that `vogue train` takes, and its model.path the start of every run:
+
+  settings: examples/digits/vogue.yaml
+  output_dir: runs/sweeps/digits
+  seeds: [0, 1, 2, 3, 4]
+  jobs: 2                               # runs at a time (default 1); they share the cores
+  overrides: [trainer.steps=100]        # of every run (optional)
+  variants:                             # the others are compared with the first one
+    grpo: [method=grpo]
+    vogue: []
+    vogue_no_u_per: [guidance.alpha_per=0]
+  launcher: [deepspeed, --num_gpus, "8", --module, vogue.train]     # default: this Python, one rank
+
+key=value settings after FILE are for every run too. Each run has the folder OUTPUT_DIR/VARIANT/seed_N, and what it
+printed in seed_N.log beside it; OUTPUT_DIR/table.md and table.json are the table. The same command goes on with a sweep
+that stopped. Exit code 1: a run failed."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,6 +118,19 @@ def evaluate(arguments: argparse.Namespace) -> int:
         write_judged(judged, arguments.out)
         console.print(f"completions and scores: {arguments.out}")
     return 0
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    _quiet()
+    path, overrides = _file_and_overrides(arguments.settings)
+    if path is None:
+        raise ConfigError("FILE is missing: what is to be run; `vogue sweep --help` shows one")
+    from vogue import sweep as module
+
+    chosen = module.load_sweep(path, arguments.jobs)
+    if arguments.table:
+        return module.show_table(chosen, overrides, Console())
+    return module.run(chosen, overrides, shlex.join(["vogue", "sweep", *arguments.settings]), Console())
 
 
 def warmstart(arguments: argparse.Namespace) -> int:
@@ -172,6 +204,13 @@ def _parser() -> argparse.ArgumentParser:
         help="write a torch profiler trace of these steps, counted from 0, into trainer.output_dir/profile: 3,5",
     )
     command.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+
+    command = _add(
+        commands, "sweep", sweep, "train variants × seeds from one start, resumable, and compare them", SWEEP_HELP
+    )
+    _add_config(command)
+    command.add_argument("--jobs", type=_whole_number, metavar="N", help="runs at a time, in place of FILE's")
+    command.add_argument("--table", action="store_true", help="run nothing, show the table of the runs that are done")
 
     command = _add(
         commands, "eval", evaluate, "pass@1 and pass@4 of model.path on data.test by category, with 95%% intervals"

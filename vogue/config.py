@@ -279,6 +279,12 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
 
     Raises `ConfigError` with one line per wrong setting.
     """
+    values = read_settings(path, overrides)
+    return check(Config, _apply_method({"model": {}, "data": {}} | values), "vogue train")
+
+
+def read_settings(path: str | Path | None, overrides: list[str]) -> dict[str, Any]:
+    """A YAML file's settings (optional) under `key=value` overrides, unchecked; raises `ConfigError`."""
     try:
         parts = [OmegaConf.load(path)] if path else []
         merged = OmegaConf.merge(*parts, OmegaConf.from_dotlist(overrides))
@@ -289,10 +295,15 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
         raise ConfigError(f"{path or 'overrides'}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected settings, found a {type(values).__name__}")
+    return values
+
+
+def check(model: type[Section], values: dict[str, Any], command: str) -> Section:
+    """`values` as a `model`; raises `ConfigError` with one line per wrong setting of `command`."""
     try:
-        return Config(**_apply_method({"model": {}, "data": {}} | values))
+        return model(**values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_sentence(item) for item in error.errors())) from None
+        raise ConfigError("\n".join(_sentence(item, model, command) for item in error.errors())) from None
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -327,19 +338,18 @@ def _apply_method(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _sentence(item: dict[str, Any]) -> str:
+def _sentence(item: dict[str, Any], model: type[Section], command: str) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "missing":
-        return f"{key} is not set: {_description(item['loc'])}"
+        return f"{key} is not set: {_description(item['loc'], model)}"
     if item["type"] == "extra_forbidden":
-        return f"unknown setting {key}; `vogue train --help` lists them all"
+        return f"unknown setting {key}; `{command} --help` lists them all"
     if item["type"] == "value_error":
         return item["msg"].removeprefix("Value error, ")
     return f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
-def _description(location: tuple) -> str:
-    model: Any = Config
+def _description(location: tuple, model: Any) -> str:
     for name in location[:-1]:
         model = model.model_fields[name].annotation
-    return model.model_fields[location[-1]].description or "see `vogue train --help`"
+    return model.model_fields[location[-1]].description

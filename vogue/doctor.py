@@ -93,6 +93,12 @@ def instruction_sets(cpuinfo: str) -> list[str]:
     return [name for name in INSTRUCTION_SETS if name in flags]
 
 
+def processor_name(cpuinfo: str) -> str:
+    """The first that the text of /proc/cpuinfo names; empty where it names none."""
+    found = re.search(r"^model name\s*: (.+)", cpuinfo, re.MULTILINE)
+    return found[1] if found else ""
+
+
 def nvidia_gpus() -> Finding:
     """Names and memory of the GPUs that the NVIDIA driver sees, with or without a CUDA build of torch."""
     try:
@@ -110,14 +116,15 @@ def nvidia_gpus() -> Finding:
 
 def machine() -> dict[str, str]:
     cpuinfo = Path("/proc/cpuinfo")
-    known = instruction_sets(cpuinfo.read_text()) if cpuinfo.exists() else []
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
     tools = ("c++", "cmake", "ninja", "nvcc")
     memory = psutil.virtual_memory()
     return {
         "Python": f"{platform.python_version()} on {platform.platform(terse=True)}, {platform.machine()}",
+        "processor": processor_name(text) or platform.machine(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "memory": f"{memory.total / 2**30:.0f} GiB, {memory.available / 2**30:.0f} free",
-        "instruction sets": ", ".join(known) or "unknown",
+        "instruction sets": ", ".join(instruction_sets(text)) or "unknown",
         "build tools": ", ".join(name for name in tools if shutil.which(name)) or "none",
     }
 

@@ -19,10 +19,12 @@ from vogue.evaluate import headline
 SHOWN = {"reward": "reward", "accuracy": "acc", "entropy": "H", "u_per": "u_per", "throughput/rollout": "tok/s"}
 
 
-# Settings that a resumed run may change: they leave what it computes as it is, or, like more steps, are asked for.
+# Settings that leave what a run computes as it is.
+HARMLESS = ("trainer.save_every", "trainer.keep", "trainer.log_completions", "trainer.wandb", "rollout.memory")
+# Settings that a resumed run may change: those, and what is asked for, like more steps.
 RESUMABLE = (
-    *("trainer.steps", "trainer.save_every", "trainer.keep", "trainer.log_completions", "trainer.wandb"),
-    *("trainer.eval_every", "trainer.eval_samples", "data.test", "data.test_limit", "rollout.memory"),
+    *HARMLESS,
+    *("trainer.steps", "trainer.eval_every", "trainer.eval_samples", "data.test", "data.test_limit"),
 )
 
 
@@ -32,12 +34,18 @@ def check_folder(config: Config, resume: bool) -> None:
     if not resume:
         if (folder / "metrics.jsonl").exists():
             raise ConfigError(f"{folder} holds a run already: pass --resume, or another trainer.output_dir")
-    elif (folder / "config.yaml").exists():
-        before, now = flatten(load_config(folder / "config.yaml", [])), flatten(config)
-        changed = [key for key in now if now[key] != before[key] and key not in RESUMABLE]
-        if changed:
-            told = "; ".join(f"{key} was {before[key]} and is {now[key]}" for key in changed)
-            raise ConfigError(f"--resume: this would be another run than the one in {folder}: {told}")
+    elif (folder / "config.yaml").exists() and (told := changes(config, RESUMABLE)):
+        raise ConfigError(f"--resume: this would be another run than the one in {folder}: {told}")
+
+
+def changes(config: Config, allowed: tuple[str, ...]) -> str:
+    """What `config` sets otherwise than the run in its output folder did, `allowed` settings aside; empty for nothing.
+
+    Raises `ConfigError` where there is no run.
+    """
+    before, now = flatten(load_config(config.trainer.output_dir / "config.yaml", [])), flatten(config)
+    changed = [key for key in now if now[key] != before[key] and key not in allowed]
+    return "; ".join(f"{key} was {before[key]} and is {now[key]}" for key in changed)
 
 
 def prepare(config: Config, step: int) -> None:

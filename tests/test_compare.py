@@ -1,0 +1,119 @@
+"""The statistics of a sweep, on numbers small enough to work out by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vogue.compare import Outcome, compare, interval, markdown, read_outcome, sign_flip
+
+
+def outcome(after, before=(0, 0, 0, 0), n=4, **training):
+    return Outcome(n, list(before), list(after), {"seconds": 2.0} | training)
+
+
+@pytest.mark.parametrize(
+    "differences, p",
+    [
+        ((1, 2, 3), 2 / 8),  # only all signs alike reach 6
+        ((3, 1, -1), 6 / 8),  # |3 +- 1 +- 1| >= 3 for three of four, and as many of -3
+        ((1, 2, -3), 1),  # a sum of 0 is reached by any signs
+        ((0.1, 0.2, 0.3, 0.1, 0.2), 2 / 32),
+        ((-0.1, -0.2, -0.3, -0.1, -0.2), 2 / 32),
+        ((0, 0, 0), 1),
+        ((5,), 1),
+    ],
+)
+def test_the_sign_flip_test_counts_the_signs_that_reach_the_sum(differences, p):
+    assert sign_flip(np.array(differences, float)) == p
+
+
+def test_identical_variants_differ_by_exactly_nothing():
+    runs = {seed: outcome(right) for seed, right in enumerate([(0, 1, 4, 2), (1, 1, 3, 2), (0, 0, 4, 4)])}
+    row = compare({"first": runs, "same": dict(runs)})["variants"]["same"]
+    assert row["difference"] == {"pass@1": [0, 0, 0], "pass@4": [0, 0, 0]}
+    assert row["p"] == {"pass@1": 1, "pass@4": 1}
+
+
+def test_a_shift_of_every_problem_is_found_without_any_spread_of_problems_or_seeds():
+    # One more of four right: pass@1 is 0.25 higher everywhere; pass@4 is 1 or 0, and rises where none was right.
+    before = {0: (0, 1, 3, 2), 1: (1, 1, 3, 2), 2: (0, 0, 3, 3)}
+    first = {seed: outcome(right) for seed, right in before.items()}
+    better = {seed: outcome([count + 1 for count in right]) for seed, right in before.items()}
+    row = compare({"first": first, "better": better})["variants"]["better"]
+    assert row["difference"]["pass@1"] == [0.25, 0.25, 0.25]
+    assert row["difference"]["pass@4"][0] == pytest.approx(3 / 12)
+    assert row["difference"]["pass@4"][1] < row["difference"]["pass@4"][2]
+    assert row["p"]["pass@1"] == 2 / 8
+    assert row["p"]["pass@4"] == 4 / 8  # seeds' differences 1/4, 0, 2/4: the sign of the 0 doesn't matter
+
+
+def test_the_interval_of_two_seeds_without_spread_of_problems_has_three_values():
+    found = interval(np.array([[0.0] * 50, [1.0] * 50]))  # resampled seeds: 0, 1/2, 1/2, 1
+    assert (found.value, found.low, found.high) == (0.5, 0, 1)
+
+
+def test_more_seeds_with_the_same_answers_do_not_narrow_the_interval():
+    # The same problems were drawn for all seeds: 10 x 100 values of which only 100 are independent.
+    found = interval(np.tile([0.0, 1.0], (10, 50)))
+    assert found.value == 0.5
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.5 / 100**0.5, rel=0.1)
+
+
+def test_the_interval_has_the_spread_of_seeds_and_of_problems():
+    rng = np.random.default_rng(0)
+    seeds, problems = rng.normal(size=(40, 1)), rng.normal(size=(1, 200))
+    found = interval(seeds + problems)
+    expected = (seeds.var() / 40 + problems.var() / 200) ** 0.5
+    assert found.value == pytest.approx(seeds.mean() + problems.mean())
+    assert found.high - found.low == pytest.approx(2 * 1.96 * expected, rel=0.1)
+
+
+def test_a_run_is_read_from_its_folder(tmp_path):
+    evaluations = [{"step": step, "n": 4, "right": right} for step, right in ((0, [0, 1]), (5, [2, 2]), (10, [3, 4]))]
+    metrics = [
+        {"step": step, "entropy": step, "distinct_answers": 2.0, "time/train/forward": 9.0}
+        | {f"time/{phase}": 0.1 * (step + 1) for phase in ("data", "rollout", "reward", "train", "sync")}
+        | ({"u_per": 0.5} if step == 9 else {})
+        for step in range(10)
+    ]
+    for name, rows in {"evaluations": evaluations, "metrics": metrics}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_outcome(tmp_path)
+    assert (found.n, found.before, found.after) == (4, [0, 1], [3, 4])
+    seconds = found.training.pop("seconds")
+    assert seconds == pytest.approx(0.5 * (5 + 6) / 2)  # steps take 0.5, 1.0 ... 5.0; the forward is part of train
+    assert found.training == {"entropy": 8.5, "distinct_answers": 2.0, "u_per": 0.5}  # of the last two steps
+
+
+def test_variants_are_paired_over_the_seeds_that_both_have():
+    first = {0: outcome((0, 0, 0, 0)), 1: outcome((4, 4, 4, 4))}
+    other = {1: outcome((4, 4, 0, 4)), 2: outcome((0, 0, 0, 0))}
+    rows = compare({"first": first, "other": other, "none": {}, "apart": {2: outcome((1, 1, 1, 1))}})["variants"]
+    assert rows["other"]["seeds"] == [1, 2]
+    assert rows["other"]["paired"] == [1]
+    assert rows["other"]["held_out"]["pass@1"][0] == 3 / 8
+    assert rows["other"]["difference"]["pass@1"][0] == -1 / 4
+    assert rows["none"] == {"seeds": []}
+    assert "difference" not in rows["apart"]
+    assert "difference" not in rows["first"]
+
+
+def test_the_table_says_what_is_in_it():
+    first = {seed: outcome((0, 2), (0, 1), entropy=1.0 + seed) for seed in range(2)}
+    other = {seed: outcome((1, 3), (0, 1), u_per=0.01) for seed in range(2)}
+    lines = markdown(compare({"grpo": first, "vogue": other}), seeds=3).splitlines()
+    assert lines[0] == "| variant | seeds | pass@1 | minus grpo | p | pass@4 | minus grpo | p |"
+    assert lines[2].startswith("| (before training) |  | 12.5% [0.0, 25.0] |  |  | 50.0% [0.0, 100.0] |")
+    assert lines[3].startswith("| grpo | 2 of 3 | 25.0% [0.0, 50.0] |  |  | 50.0% [0.0, 100.0] |")
+    assert lines[4].startswith("| vogue | 2 of 3 | 50.0% [25.0, 75.0] | +25.0 [+25.0, +25.0] | 0.5 | 100.0%")
+    assert lines[8] == "| grpo | 1.5 ± 0.71 |  |  | 2 ± 0 |"
+    assert lines[9] == "| vogue |  |  | 0.01 ± 0 | 2 ± 0 |"
+    assert "which 2 of them can't bring below 0.5" in lines[13]
+
+
+def test_one_seed_has_no_deviation_and_two_completions_no_pass_at_4():
+    found = compare({"only": {7: outcome((1, 2), (0, 0), n=2)}})
+    assert list(found["before"]) == ["pass@1"]
+    assert found["variants"]["only"]["training"] == {"seconds": [2.0, None]}
+    assert markdown(found, seeds=1).splitlines()[7] == "| only |  |  |  | 2 |"

@@ -1,0 +1,202 @@
+"""What the runs of a sweep say: held-out pass@k of each variant, its difference from the first one, and their training.
+
+Seeds and problems are both a draw from many, and every run answers the same problems: Y[s, i] is pass@k of the run of
+seed s on problem i, S seeds and P problems.
+
+    mean        m(Y) = 1/(S P) Σ_s Σ_i Y[s, i]
+    interval    S seeds s' and P problems i' drawn with replacement, each by itself: the 2.5% and 97.5% quantiles of
+                1/(S P) Σ_s' Σ_i' Y[s', i']             (the pigeonhole bootstrap: Owen, Ann. Appl. Stat. 1(2), 2007)
+    difference  mean and interval of D = Y - Y_first, seed by seed and problem by problem
+    p           d_s = mean of D[s, :]; the share of the 2^S sign vectors ε with |Σ_s ε_s d_s| >= |Σ_s d_s|
+
+The test is exact where a seed's difference is as likely to be -d as d if the variants are alike; p is two-sided and at
+least 2 / 2^S. A bootstrap of S seeds has the variance of their mean times (S - 1) / S: with few seeds its intervals are
+too narrow, and with one they speak of the problems alone.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vogue.evaluate import RESAMPLES, Estimate, pass_at_k
+
+PASS_AT = (1, 4)
+PHASES = ("data", "rollout", "reward", "train", "sync")  # of a step, one after the other
+TAIL = 0.2  # share of the steps that training is judged by, the last ones
+TRAINING = {
+    "entropy": "entropy (nats a token)",
+    "distinct_answers": "distinct answers a group",
+    "u_per": "u_per (nats a token)",
+    "seconds": "seconds a step",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A done run: how many of each problem's `n` completions were right, (P,), and the means of its training."""
+
+    n: int
+    before: list[int]
+    after: list[int]
+    training: dict[str, float]
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The objects of a JSONL file; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def read_outcome(folder: Path) -> Outcome:
+    """Of a run's folder: its first and last evaluation, and TRAINING where its metrics have it."""
+    first, *_, last = read_rows(folder / "evaluations.jsonl")
+    rows = read_rows(folder / "metrics.jsonl")
+    tail = rows[-max(1, round(TAIL * len(rows))) :]
+    found = {name: [row[name] for row in tail if name in row] for name in TRAINING}
+    training = {name: mean(values) for name, values in found.items() if values}
+    training["seconds"] = median(sum(row[f"time/{phase}"] for phase in PHASES) for row in rows)
+    return Outcome(last["n"], first["right"], last["right"], training)
+
+
+# ----------------------------------------------------------------------------------------------------- statistics
+
+
+def interval(values: np.ndarray) -> Estimate:
+    """Mean of (S, P) values, of S seeds on P problems, and its 95% interval."""
+    rng = np.random.default_rng(0)
+    seeds, problems = (rng.multinomial(size, np.full(size, 1 / size), RESAMPLES) for size in values.shape)
+    means = (seeds @ values * problems).sum(axis=1) / values.size
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+def sign_flip(differences: np.ndarray) -> float:
+    """Two-sided p of the exact test that flips the signs of (S,) differences in all 2^S ways."""
+    sums = np.zeros(1)
+    for difference in differences:
+        sums = np.concatenate([sums + difference, sums - difference])
+    return float(np.mean(np.abs(sums) >= abs(differences.sum()) - 1e-12))  # sums[0] itself, however it rounds
+
+
+def compare(outcomes: dict[str, dict[int, Outcome]]) -> dict:
+    """The table of {variant: {seed: outcome}}, as JSON values; variants are compared with the first one.
+
+    before      {pass@k: [mean, low, high]}, of the first variant that has a run
+    variants    name: seeds, and by name of the value {pass@k: [mean, low, high]}, differences {pass@k: [mean, low,
+                high]} and p {pass@k: p} over `paired` seeds, and {one of TRAINING: [mean, standard deviation]} over the
+                seeds; no differences where no seed is in both, null for the deviation of one seed
+    """
+    first, *_ = outcomes.values()
+    some = next(runs for runs in outcomes.values() if runs)
+    ks = [k for k in PASS_AT if k <= next(iter(some.values())).n]
+    variants = {}
+    for name, runs in outcomes.items():
+        row = variants[name] = {"seeds": list(runs)}
+        if not runs:
+            continue
+        row["held_out"] = {f"pass@{k}": _interval(_solved(runs, runs, k, "after")) for k in ks}
+        paired = [seed for seed in runs if seed in first]
+        if runs is not first and paired:
+            apart = {f"pass@{k}": _solved(runs, paired, k, "after") - _solved(first, paired, k, "after") for k in ks}
+            row["paired"] = paired
+            row["difference"] = {key: _interval(values) for key, values in apart.items()}
+            row["p"] = {key: sign_flip(values.mean(axis=1)) for key, values in apart.items()}
+        found = {key: [run.training[key] for run in runs.values() if key in run.training] for key in TRAINING}
+        row["training"] = {
+            key: [mean(values), stdev(values) if len(values) > 1 else None] for key, values in found.items() if values
+        }
+    return {
+        "before": {f"pass@{k}": _interval(_solved(some, some, k, "before")) for k in ks},
+        "variants": variants,
+    }
+
+
+def _solved(runs: dict[int, Outcome], seeds, k: int, when: str) -> np.ndarray:
+    """pass@k (S, P) of `seeds`, `when` before or after training."""
+    return np.array([[pass_at_k(runs[seed].n, right, k) for right in getattr(runs[seed], when)] for seed in seeds])
+
+
+def _interval(values: np.ndarray) -> list[float]:
+    found = interval(values)
+    return [found.value, found.low, found.high]
+
+
+# ---------------------------------------------------------------------------------------------------------- table
+
+
+def tables(compared: dict, seeds: int) -> list[list[list[str]]]:
+    """Two tables of text, held-out problems and training, each a list of rows and the first their heads.
+
+    `seeds`: how many each variant is to have.
+    """
+    names, variants = list(compared["before"]), compared["variants"]
+    first = next(iter(variants))
+    held_out = [["variant", "seeds", *(head for name in names for head in (name, f"minus {first}", "p"))]]
+    held_out.append(
+        ["(before training)", "", *(cell for e in compared["before"].values() for cell in (_percent(e), "", ""))]
+    )
+    training = [["variant", *TRAINING.values()]]
+    for variant, row in variants.items():
+        count = len(row["seeds"])
+        cells = [variant, str(count) if count == seeds else f"{count} of {seeds}"]
+        for name in names if count else ():
+            cells.append(_percent(row["held_out"][name]))
+            cells += [_points(row["difference"][name]), f"{row['p'][name]:.3g}"] if "p" in row else ["", ""]
+        held_out.append(cells + [""] * (len(held_out[0]) - len(cells)))
+        training.append([variant, *(_spread(row.get("training", {}).get(name)) for name in TRAINING)])
+    return [held_out, training]
+
+
+def notes(compared: dict) -> list[str]:
+    """What the tables' figures are."""
+    variants = compared["variants"]
+    pairs = max((len(row["paired"]) for row in variants.values() if "paired" in row), default=0)
+    lines = ["Held-out problems: mean over seeds and problems, with the 95% interval of a bootstrap over both."]
+    if pairs:
+        lines.append(
+            f"Differences from {next(iter(variants))} in points, paired by seed and problem; p is that of the exact "
+            f"two-sided sign-flip test over the seeds, which {pairs} of them can't bring below {2 / 2**pairs:.3g}, "
+            "not corrected for the number of variants."
+        )
+    last = f"means over the last {TAIL:.0%} of the steps, u_per over noisy groups alone"
+    lines.append(f"Training: {last}; seconds: the median of {' + '.join(PHASES)}; ± the standard deviation over seeds.")
+    return lines
+
+
+def show(compared: dict, seeds: int, console: Console) -> None:
+    for header, *rows in tables(compared, seeds):
+        table = Table(*map(escape, header))
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+    for line in notes(compared):
+        console.print(line, markup=False, highlight=False)
+
+
+def markdown(compared: dict, seeds: int) -> str:
+    blocks = []
+    for header, *rows in tables(compared, seeds):
+        lines = [header, ["---"] * len(header), *rows]
+        blocks.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join([*blocks, *notes(compared)]) + "\n"
+
+
+def _percent(estimate: list[float]) -> str:
+    return str(Estimate(*estimate))
+
+
+def _points(estimate: list[float]) -> str:
+    value, low, high = (100 * part for part in estimate)
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _spread(estimate: list[float | None] | None) -> str:
+    if estimate is None:
+        return ""
+    center, deviation = estimate
+    return f"{center:.3g}" if deviation is None else f"{center:.3g} ± {deviation:.2g}"
