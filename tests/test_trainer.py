@@ -501,7 +501,7 @@ def test_several_updates_a_step_start_at_a_ratio_of_one_and_clip_against_the_wei
 
 
 def test_parts_of_a_step_share_its_prompts_equally_and_keep_a_prompt_together(new_trainer):
-    trainer = new_trainer(*MIXED)
+    trainer = new_trainer(*MIXED, "trainer.updates=2")
     groups = trainer.generate(trainer.items(trainer.step))
     parts = split(groups, 2)
     assert [sorted({group.item.number for group in part}) for part in parts] == [[0, 1], [2, 3]]
