@@ -73,7 +73,7 @@ def test_a_run_is_read_from_its_folder(tmp_path):
     evaluations = [{"step": step, "n": 4, "right": right} for step, right in ((0, [0, 1]), (5, [2, 2]), (10, [3, 4]))]
     metrics = [
         {"step": step, "entropy": step, "distinct_answers": 2.0, "time/train/forward": 9.0}
-        | {f"time/{phase}": 0.1 * (step + 1) for phase in ("data", "rollout", "reward", "train", "sync")}
+        | {f"time/{phase}": 0.1 * (step + 1) ** 2 for phase in ("data", "rollout", "reward", "train", "sync")}
         | ({"u_per": 0.5} if step == 9 else {})
         for step in range(10)
     ]
@@ -82,7 +82,7 @@ def test_a_run_is_read_from_its_folder(tmp_path):
     found = read_outcome(tmp_path)
     assert (found.n, found.before, found.after) == (4, [0, 1], [3, 4])
     seconds = found.training.pop("seconds")
-    assert seconds == pytest.approx(0.5 * (5 + 6) / 2)  # steps take 0.5, 1.0 ... 5.0; the forward is part of train
+    assert seconds == pytest.approx(0.5 * (25 + 36) / 2)  # steps take 0.5, 2, 4.5 ... 50; the forward is part of train
     assert found.training == {"entropy": 8.5, "distinct_answers": 2.0, "u_per": 0.5}  # of the last two steps
 
 

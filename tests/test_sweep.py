@@ -39,10 +39,12 @@ if how == "hang":
     (here / "pids.json.new").write_text(json.dumps([os.getpid(), child.pid]))
     os.rename(here / "pids.json.new", here / "pids.json")
     child.wait()
-if how == "meet":  # goes on when two of these run at once
+if how == "meet":  # ends well only where two of these run at once
     (here / f"met-{folder.name}").touch()
-    while len(list(here.glob("met-*"))) < 2:
+    deadline = time.monotonic() + 60
+    while len(list(here.glob("met-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
+    how = "alone" if time.monotonic() >= deadline else None
 if how == "silent":
     sys.exit(0)
 if not resume and (folder / "metrics.jsonl").exists():
@@ -264,8 +266,7 @@ def test_what_other_settings_made_is_neither_compared_nor_gone_on_with_nor_remov
 
 def test_so_many_runs_at_a_time_share_the_cores(sweep_file, how, calls):
     how(vogue__seed_0="meet", vogue__seed_1="meet")
-    # Neither of the two would end alone; they fail after they met.
-    assert main(["sweep", sweep_file(variants={"vogue": []}), "--jobs", "2"]) == 1
+    assert main(["sweep", sweep_file(variants={"vogue": []}), "--jobs", "2"]) == 0
     threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert {threads for _, _, threads in calls()} == {threads}
 
@@ -274,6 +275,13 @@ def test_the_users_number_of_threads_stays(sweep_file, calls, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert main(["sweep", sweep_file(seeds=[0], variants={"vogue": []})]) == 0
     assert calls() == [("vogue/seed_0", False, "7")]
+
+
+def alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_a_sweep_that_is_terminated_ends_all_that_it_started(sweep_file, how, capsys, tmp_path):
@@ -290,8 +298,10 @@ def test_a_sweep_that_is_terminated_ends_all_that_it_started(sweep_file, how, ca
     assert main(["sweep", sweep_file()]) == 130
     assert "stopped: 1 of 4 runs are done; the same command goes on" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    for pid in json.loads(pids.read_text()):
-        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    deadline = time.monotonic() + 60  # a busy machine takes its time with what is killed
+    while any(map(alive, json.loads(pids.read_text()))):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_two_sweeps_do_not_work_in_one_folder(sweep_file, capsys, tmp_path):

@@ -170,7 +170,9 @@ def notes(compared: dict) -> list[str]:
 
 def show(compared: dict, seeds: int, console: Console) -> None:
     for header, *rows in tables(compared, seeds):
-        table = Table(*map(escape, header))
+        table = Table()
+        for name in header:
+            table.add_column(escape(name), no_wrap=name == "variant")
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)
