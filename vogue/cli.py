@@ -29,7 +29,7 @@ WARMSTART = {
     "batch_size": (32, "demonstrations a batch"),
     "lr": (3e-3, "learning rate of AdamW"),
     "misread": (0.5, "share of demonstrations that misread a digit, in the last quarter"),
-    "printed": (0.1, "share of demonstrations with the digits as text and no image"),
+    "printed": (0.0, "share of demonstrations with the digits as text and no image"),
     "faintest": (1.0, "least contrast of a digit, as in `vogue data digits`"),
     "seed": (0, "of everything random"),
 }

@@ -4,8 +4,8 @@ Two stages, as vision-language models are made. The vision tower learns to tell 
 classifier, which is then dropped. The whole model learns from demonstrations in the reward's format: at first right
 ones, then a share of them misreads a digit and stays consistent with what it read. So the base answers in the right
 format, is wrong about half of the time when sampled, and knows more than it shows: what a pretrained model looks like
-to reinforcement learning, at a millionth of the cost. Some demonstrations print the digits in the image's place: there
-the base is nearly always right, so that its weakness is seeing, not thinking (`vogue eval --view image,text`).
+to reinforcement learning, at a millionth of the cost. A share of the demonstrations may print the digits in the image's
+place, so that `vogue eval --view image,text` can tell whether its weakness is seeing or thinking.
 """
 
 import math
@@ -55,7 +55,7 @@ def warmstart(
     if folder.exists():
         raise ConfigError(f"{folder} exists already: remove it, or name another folder")
     pairs = digit_pairs("train", PAIRS, seed, faintest=faintest)
-    processor = build_processor(_corpus(pairs), pixel_mean=PIXEL_MEAN, pixel_std=PIXEL_STD)
+    processor = build_processor(_corpus(pairs, printed > 0), pixel_mean=PIXEL_MEAN, pixel_std=PIXEL_STD)
     torch.manual_seed(seed_for(seed, Purpose.WARMSTART))
     model = build_model(processor).train()
     examples = Examples(pairs, Preprocessor(processor, SYSTEM_PROMPT, 512))
@@ -168,11 +168,11 @@ def _progress(name: str, batches: int, console: Console | None) -> Iterator[int]
         yield from progress.track(range(batches))
 
 
-def _corpus(pairs: list[DigitPair]) -> list[str]:
-    """What the tokenizer is trained on: everything the task says."""
+def _corpus(pairs: list[DigitPair], printed: bool) -> list[str]:
+    """What the tokenizer is trained on: everything the task says, with the digits as text where they are `printed`."""
     prompts = [SYSTEM_PROMPT, "system\nuser\nassistant\n", *QUESTIONS.values()]
-    texts = [f"{pair.sample().state}\n\n{pair.demonstration()}" for pair in pairs[:1000]]
-    return prompts * 100 + texts
+    states = [pair.sample().state for pair in pairs[:1000]] if printed else []
+    return prompts * 100 + [pair.demonstration() for pair in pairs[:1000]] + states
 
 
 def _pad(rows: list[Tensor], value: int, length: int | None = None) -> Tensor:
