@@ -22,7 +22,7 @@ from vogue.config import Config
 from vogue.sweep import Sweep, load_sweep, plan
 
 STAND_IN = """
-import json, os, pathlib, subprocess, sys, time
+import json, os, pathlib, signal, subprocess, sys, time
 from vogue.config import load_config, save_config
 
 resume = sys.argv[-1] == "--resume"
@@ -35,7 +35,9 @@ with open(here / "calls.jsonl", "a") as file:
 how = json.loads((here / "how.json").read_text()).get(name)
 
 if how == "hang":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for the child, which inherits that and must be killed
     child = subprocess.Popen(["sleep", "1000"])
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     (here / "pids.json.new").write_text(json.dumps([os.getpid(), child.pid]))
     os.rename(here / "pids.json.new", here / "pids.json")
     child.wait()
@@ -314,7 +316,7 @@ def test_two_sweeps_do_not_work_in_one_folder(sweep_file, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_a_real_sweep_compares_methods_from_one_start(settings, sweep_file, tmp_path):
-    chosen = [*settings, "trainer.steps=1", "trainer.eval_every=1", "trainer.eval_samples=2", "data.test_limit=3"]
+    chosen = [*settings, "trainer.steps=1", "trainer.eval_every=1", "trainer.eval_samples=4"]
     chosen = [text for text in chosen if not text.startswith("trainer.output_dir")]
     OmegaConf.save(OmegaConf.from_dotlist(chosen), tmp_path / "base.yaml")
     file = sweep_file(seeds=[3])
@@ -329,7 +331,7 @@ def test_a_real_sweep_compares_methods_from_one_start(settings, sweep_file, tmp_
     assert evaluations["grpo"][0] == evaluations["vogue"][0]  # the same start, problems and seeds of sampling
     assert [row["step"] for row in evaluations["vogue"]] == [0, 1]
     table = json.loads((tmp_path / "out/table.json").read_text())
-    assert list(table["before"]) == ["pass@1"]
+    assert list(table["before"]) == ["pass@1", "pass@4"]
     after = {name: rows[-1]["pass@1"][0] for name, rows in evaluations.items()}
     row = table["variants"]["vogue"]
     assert row["difference"]["pass@1"][0] == pytest.approx(after["vogue"] - after["grpo"])
