@@ -126,6 +126,7 @@ def vogue_trainer(folder: Path, task: Task, *overrides: str):
         f"rollout.max_tokens={task.completion}",
         "rollout.kv_cache_gb=0.5",
         "rollout.engine=hf",
+        "trainer.measure_every=0",
         f"trainer.micro_batch_tokens={BUDGET}",
         f"trainer.output_dir={folder}/run",
     ]

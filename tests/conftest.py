@@ -109,6 +109,7 @@ def settings(model_folder, digits_folder, tmp_path):
         "rollout.max_tokens=12",
         "optimizer.lr=1e-3",
         "trainer.steps=4",
+        "trainer.measure_every=0",
         f"trainer.output_dir={tmp_path}/run",
     ]
 

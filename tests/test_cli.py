@@ -185,11 +185,12 @@ def curves(folder):
 @pytest.mark.slow
 def test_a_run_leaves_what_it_promises_and_goes_on_as_if_it_had_not_stopped(settings, capsys, tmp_path):
     settings = [*settings, "trainer.save_every=2", "trainer.eval_every=2", "data.test_limit=2", "rollout.n=4"]
+    settings += ["trainer.measure_every=3"]
     run, straight = tmp_path / "run", tmp_path / "straight"
     assert main(["train", *settings]) == 0
     assert str(run / "curves.png") in capsys.readouterr().out.replace("\n", "")
     files = {"metrics.jsonl", "completions.jsonl", "evaluations.jsonl", "config.yaml", "curves.png"}
-    assert {path.name for path in run.iterdir()} == files | {"tensorboard", "checkpoints"}
+    assert {path.name for path in run.iterdir()} == files | {"tensorboard", "checkpoints", "completions"}
     shutil.copytree(run, straight)
 
     shutil.rmtree(run / "checkpoints" / "step_000004")  # as if it had stopped before that was whole
@@ -197,6 +198,11 @@ def test_a_run_leaves_what_it_promises_and_goes_on_as_if_it_had_not_stopped(sett
     assert [row["step"] for row in curves(run)] == [0, 1, 2, 3]
     assert any(row["loss"] != 0 for row in curves(run)[2:])
     assert curves(run) == curves(straight)
+    images = [
+        {path.name: path.read_bytes() for path in (folder / "completions").iterdir()} for folder in (run, straight)
+    ]
+    assert len(images[0]) >= 8
+    assert images[0] == images[1]
     for name in ("evaluations.jsonl", "completions.jsonl"):
         assert (run / name).read_text() == (straight / name).read_text()
     weights = [load_file(folder / "checkpoints/step_000004/hf/model.safetensors") for folder in (straight, run)]

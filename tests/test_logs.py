@@ -16,7 +16,7 @@ def log_steps(config, start, end):
     logs.prepare(config, start)
     with logs.RunLog(config, start, Console(quiet=True)) as log:
         for step in range(start, end):
-            log.step(step, {"reward": float(100 * start + step)}, [{"completion": f"{start}: {step}"}])
+            log.step(step, {"reward": float(100 * start + step)}, [{"step": step, "completion": f"{start}: {step}"}])
             log.evaluation(step + 1, EVALUATION)
 
 
@@ -58,6 +58,16 @@ def test_going_on_from_a_checkpoint_drops_what_was_logged_after_it(config):
     assert [row["step"] for row in lines(config(), "evaluations.jsonl")] == [1, 2, 3, 4]
     events = EventAccumulator(str(config().trainer.output_dir / "tensorboard")).Reload()
     assert [event.value for event in events.Scalars("reward")] == [0.0, 1.0, 2.0, 303.0]
+
+
+def test_images_of_completions_that_are_dropped_go_with_them(config):
+    log_steps(config(), 0, 3)
+    folder = config().trainer.output_dir / "completions"
+    folder.mkdir()
+    for step in (0, 2, 3, 11):
+        (folder / f"step_{step:06d}_prompt_1_raw_0.webp").touch()
+    logs.prepare(config(), 3)
+    assert sorted(path.name[:11] for path in folder.iterdir()) == ["step_000000", "step_000002"]
 
 
 def test_a_run_that_stopped_before_its_first_step_starts_over(config):

@@ -195,7 +195,7 @@ def test_the_estimator_reaches_guidance_and_leaves_the_logged_uncertainties_exac
     for name in ("exact", "k3", "sampled"):
         chosen, sums = with_settings(trainer, config(*TWO_BY_TWO, f"uncertainty.estimator={name}")), Sums()
         logprob, u_out, u_per = chosen.read(stats)
-        measure(batch, stats, sums)
+        measure(batch, stats, sums, all_groups=False)
         losses[name] = chosen.loss(batch, logprob, u_out, u_per, sums, first=True).item()
         logged[name] = (sums.sums["entropy"], sums.sums["u_per"])
     q, p = stats.logprob_noisy.detach(), stats.logprob_raw.detach()
@@ -256,7 +256,7 @@ def test_clean_and_noisy_completions_are_one_group_trained_on_the_clean_image(ne
     assert (stats.logprob - generated)[~source].abs().max() < 1e-4
     assert (stats.logprob - generated)[source].abs().max() > 1e-3
     noisy_batch = trainer.batches([replace(group, noisy=True, foreign=()) for group in groups])[0]
-    assert (trainer.policy(noisy_batch).logprob_noisy - generated)[source].abs().max() < 1e-4
+    assert (trainer.policy(noisy_batch).logprob - generated)[source].abs().max() < 1e-4
 
     # The mismatch of trainer and engine is measured where both saw the same image, and nothing else knows of the rest.
     assert torch.equal(batch.rollout_logprob.isnan(), source)
@@ -540,6 +540,115 @@ def test_a_step_says_how_long_each_of_its_phases_took(new_trainer):
     assert seconds.keys() == {"data", "rollout", "reward", "train", "sync", *parts}
     assert all(value > 0 for value in seconds.values())
     assert 0.5 * seconds["train"] < sum(seconds[part] for part in parts) <= seconds["train"]
+
+
+# ------------------------------------------------------------------------------- what a step skips, what it measures
+
+NEVER, ALWAYS = "trainer.measure_every=0", "trainer.measure_every=1"
+
+
+def whole_gradient(trainer, groups):
+    """The gradient of an update's summed loss, flat, and how many tokens it reads."""
+    gradient = loss_gradient(trainer, groups, normalise=False)
+    return gradient, sum(len(batch.targets) for batch in trainer.batches(groups))
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean"])
+def test_leaving_out_what_sends_no_gradient_leaves_the_gradient_as_it_is(new_trainer, config, aggregation):
+    settings = ("rollout.n=3", "branch.probability=0.5", "perturb.sigma=0.8", f"loss.aggregation={aggregation}")
+    everything = new_trainer(*settings, ALWAYS)
+    needed = with_settings(everything, config(*settings, NEVER))
+    groups = everything.generate(everything.items(0))
+    assert {group.noisy for group in groups} == {True, False}
+    advantages = [(0.0, 0.0, 0.0), (1.0, -2.0, 0.5), (0.0, 1.0, -1.0), (0.0, 0.0, 0.0)]
+    groups = [replace(group, advantages=a) for group, a in zip(groups, advantages, strict=True)]
+    (first, read), (second, read_less) = whole_gradient(everything, groups), whole_gradient(needed, groups)
+    assert first.norm() > 1e-3
+    assert (first - second).norm() < 1e-5 * first.norm()
+    lengths = [[len(c.token_ids) for c in group.completions] for group in groups]
+    assert read == sum(map(sum, lengths))
+    assert read_less == sum(lengths[1]) + sum(lengths[2][1:])
+
+
+def test_the_loss_of_a_step_counts_what_was_left_out(new_trainer):
+    found = {}
+    for every in (NEVER, ALWAYS):
+        trainer = new_trainer(*MIXED, every)
+        groups = trainer.generate(trainer.items(0))
+        groups = [replace(group, advantages=(1.5 * (i % 2), -0.5 * (i % 2))) for i, group in enumerate(groups)]
+        _, sums = weights_after(trainer, groups)
+        names = ("loss", "entropy", "u_per", "clip_fraction", "out_capped", "per_capped", "mismatch/logprob")
+        found[every] = {name: sums.sums[name] / sums.counts[name] for name in names}
+        share = sums.sums["trained_share"] / sums.counts["trained_share"]
+        assert (share == 1) == (every == ALWAYS)
+    assert found[NEVER] == pytest.approx(found[ALWAYS], rel=1e-4, abs=1e-7)
+
+
+def test_the_other_branch_is_computed_only_where_its_divergence_is_rewarded(new_trainer, config):
+    trainer = new_trainer(*TWO_BY_TWO)
+    groups = both_groups(trainer, 1)
+    assert [row.compared for group in groups for row in trainer.rows(group)] == [False, True]
+    without = with_settings(trainer, config(*TWO_BY_TWO, "guidance.alpha_per=0"))
+    assert [row.compared for group in groups for row in without.rows(group)] == [False, False]
+    batches = without.batches([groups[1]])
+    assert torch.equal(batches[0].view.pixel_values, groups[1].item.noisy.pixel_values)
+    assert isinstance(without.policy(batches[0]), LogprobStats)
+    assert without.loss(batches[0], *without.read(without.policy(batches[0])), Sums(), first=True).isfinite()
+
+
+def test_a_step_without_any_gradient_is_still_an_update(new_trainer):
+    trainer = new_trainer(*TWO_BY_TWO, "optimizer.weight_decay=0.1")
+    groups = [replace(group, advantages=(0.0, 0.0)) for group in trainer.generate(trainer.items(0))]
+    before = torch.cat([p.detach().flatten() for p in trainer.policy.parameters()])
+    after, sums = weights_after(trainer, groups)
+    torch.testing.assert_close(after, before * (1 - 1e-3 * 0.1), rtol=1e-6, atol=1e-9)  # AdamW's decay alone
+    assert sums.sums["loss"] == 0 < sums.counts["loss"]
+
+
+def test_a_measuring_step_changes_nothing_that_is_drawn_generated_or_perturbed(new_trainer):
+    never, always = (new_trainer("branch.probability=0.5", every) for every in (NEVER, ALWAYS))
+    for a, b in zip(never.items(0), always.items(0), strict=True):
+        assert (a.number, a.draws, a.prompt.sample.place) == (b.number, b.draws, b.prompt.sample.place)
+        assert b.noisy is not None
+        assert a.noisy is None or torch.equal(a.noisy.pixel_values, b.noisy.pixel_values)
+    first, second = (trainer.generate(trainer.items(0)) for trainer in (never, always))
+    assert [group.completions for group in first] == [group.completions for group in second]
+
+
+def test_grpo_has_its_divergence_measured_on_every_kth_step_and_is_trained_without_it(new_trainer):
+    trainer = new_trainer("method=grpo", "trainer.measure_every=2", "perturb.sigma=0.8")
+    for step in range(3):
+        metrics, groups = trainer.run_step()
+        names = {name for name in metrics if name.startswith("measured/")}
+        assert names == ({"measured/entropy", "measured/u_per"} if step % 2 == 0 else set())
+        assert not {"u_per", "per_capped"} & metrics.keys()
+        traces = [trace for group in groups for trace in group.traces]
+        if step % 2 == 0:
+            u_per = torch.cat([trace.u_per for trace in traces])
+            assert metrics["measured/u_per"] == pytest.approx(float(u_per.mean()), rel=1e-5)
+            assert u_per.max() > 1e-6
+            assert metrics["trained_share"] == 1
+        else:
+            assert all(trace.u_per is None for trace in traces if trace)
+
+
+@pytest.mark.parametrize("override", ["trainer.shared_prefix=true", "trainer.shared_prefix=false"])
+def test_each_completion_gets_the_values_of_its_own_tokens(new_trainer, override):
+    trainer = new_trainer(*MIXED, "trainer.micro_batch_tokens=150", override, ALWAYS)
+    groups = groups_of_step(trainer)
+    expected = {}
+    for group in groups:
+        for i, completion in enumerate(group.completions):
+            alone = replace(group, kept=tuple(j == i for j in range(2)))
+            (batch,) = trainer.batches([alone])
+            stats = trainer.policy(batch)
+            expected[id(completion)] = (stats.entropy_noisy.detach(), stats.symmetric_kl.detach())
+    kept = {id(c) for group in groups for c, keep in zip(group.completions, group.kept) if keep}
+    traces = trainer.update(groups, Sums(), Clock())
+    assert traces.keys() == kept
+    for key, trace in traces.items():
+        torch.testing.assert_close(trace.entropy, expected[key][0], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(trace.u_per, expected[key][1], rtol=1e-3, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- loading ahead

@@ -232,6 +232,9 @@ class TrainerConfig(Section):
         0, ge=0, description="steps between evaluations on data.test, and before and after; 0: none"
     )
     eval_samples: Count = Field(4, description="completions a problem in these evaluations")
+    measure_every: int = Field(
+        10, ge=0, description="steps between those that compute both branches of every group, to log; 0: none does"
+    )
     log_completions: int = Field(8, ge=0, description="completions a step in completions.jsonl")
     wandb: str | None = Field(None, description="Weights & Biases project, if it is to be used")
     deepspeed: dict[str, Any] = Field({}, description="merged into vogue's DeepSpeed configuration (ZeRO-3)")

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import compress
 
 import torch
+from torch import Tensor
 
 from vogue.advantage import group_advantages, mixed, passk_advantages
 from vogue.config import Config
@@ -31,10 +33,22 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Trace:
+    """Of a completion's tokens (T,) in nats, as the training forward found them.
+
+    The exact entropy, and the symmetric divergence of the branches where both were computed.
+    """
+
+    entropy: Tensor
+    u_per: Tensor | None
+
+
+@dataclass(frozen=True)
 class Group:
     """G completions of one item, scored, and trained on one branch; `kept` are those that are trained on.
 
     `foreign`: which of them were generated from the other branch's view (NoisyRollout's), none where it's empty.
+    `traces`, after training: of each completion, None for those that needed no forward.
     """
 
     item: Item
@@ -44,6 +58,7 @@ class Group:
     advantages: tuple[float, ...]
     kept: tuple[bool, ...]
     foreign: tuple[bool, ...] = ()
+    traces: tuple[Trace | None, ...] = ()
 
     @property
     def sources(self) -> tuple[bool, ...]:
@@ -116,8 +131,9 @@ def split(groups: list[Group], parts: int) -> list[list[Group]]:
     return [[group for group in groups if group.item.part == part] or [idle] for part in range(parts)]
 
 
-def lengths(groups: Iterable[Group]) -> list[int]:
-    return [len(completion.token_ids) for group in groups for completion in group.completions]
+def kept_lengths(groups: Iterable[Group]) -> list[int]:
+    """Tokens of each completion that is trained on, whether it goes through a forward or not."""
+    return [len(completion.token_ids) for group in groups for completion in compress(group.completions, group.kept)]
 
 
 def tally(groups: Iterable[Group], sums: Sums) -> None:

@@ -2,7 +2,8 @@
 
 metrics.jsonl       one object a step
 evaluations.jsonl   held-out pass@k as [mean, low, high], after so many steps, and what every problem got
-completions.jsonl   sampled completions, with their reward, branch and advantage
+completions.jsonl   sampled completions token by token, with their reward, branch and advantage (`vogue.records`)
+completions/        their images
 tensorboard/        the same metrics as events
 config.yaml         the resolved configuration
 """
@@ -15,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vogue.config import Config, ConfigError, flatten, load_config, save_config
 from vogue.evaluate import headline
+from vogue.records import FOLDER
 
 SHOWN = {"reward": "reward", "accuracy": "acc", "entropy": "H", "u_per": "u_per", "throughput/rollout": "tok/s"}
 
@@ -63,6 +65,9 @@ def prepare(config: Config, step: int) -> None:
         if (folder / name).exists():
             kept = [line for line in (folder / name).read_text().splitlines() if json.loads(line)["step"] <= last]
             (folder / name).write_text("".join(line + "\n" for line in kept))
+    for image in (folder / FOLDER).glob("step_*.webp"):
+        if int(image.name.split("_")[1]) >= step:
+            image.unlink()
     save_config(config, folder / "config.yaml")
 
 
@@ -89,7 +94,7 @@ class RunLog:
 
     def step(self, step: int, metrics: dict[str, float], completions: list[dict]) -> None:
         self._append("metrics.jsonl", [{"step": step} | metrics])
-        self._append("completions.jsonl", [{"step": step} | completion for completion in completions])
+        self._append("completions.jsonl", completions)
         self._scalars(step, metrics)
         shown = "  ".join(f"{label} {metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics)
         self.progress.update(self.task, completed=step + 1, shown=shown)

@@ -29,14 +29,20 @@ class Clock:
 
 
 class Sums:
-    """Sums and counts of a step's metrics on this rank; `means` divides them over all ranks."""
+    """Sums and counts of a step's metrics on this rank; `means` divides them over all ranks.
+
+    Those of rewards, answers and lengths are of all that was generated. Those of tokens (entropy, u_per, clipping,
+    mismatch, ratio_error) are of the tokens that send a gradient, A != 0, and so of every step alike, u_per of the
+    noisy ones among them; `measured/...`, on the steps that `trainer.measure_every` names, of all tokens of the step's
+    groups. `trained_share`: share of those tokens that went through a forward.
+    """
 
     NAMES = (
         *("reward", "accuracy", "format", "finished", "tokens", "noisy_share", "solved_share", "mixed_share"),
         *("distinct_answers", "pass_at_n", "entropy", "clip_fraction", "out_capped", "mismatch/logprob"),
         *("mismatch/kl", "u_per", "per_capped", "ratio_error", "loss", "grad_norm", "verifier_failures"),
         *(f"reward/{name}" for name in (*COMPONENTS, "overlong")),
-        *("rounds", "filled_share"),
+        *("rounds", "filled_share", "trained_share", "measured/entropy", "measured/u_per"),
     )
 
     def __init__(self):

@@ -23,10 +23,10 @@ PAD = -1  # segment of padding
 
 @dataclass(frozen=True)
 class Row:
-    """Completions of one prompt that were drawn from one branch, and what training needs of them.
+    """Completions of one prompt that are trained on one branch, and what training needs of them.
 
-    `advantages[i]` is the base advantage of `completions[i]`. `view` is the branch they were drawn from, `other`
-    the other one, where the two are compared (`None` for raw rows: they need no second forward).
+    `advantages[i]` is the base advantage of `completions[i]`. `view` is their branch, the noisy one where `noisy`,
+    `other` the other one, where the two are compared (`None` where no second forward is needed).
     `weight` is 0 for a row that only keeps ranks in step. `foreign[i]`: completion i was generated from another view
     than `view`, none was where it is empty.
     """
@@ -38,13 +38,14 @@ class Row:
     advantages: tuple[float, ...]
     weight: float = 1.0
     foreign: tuple[bool, ...] = ()
+    noisy: bool = False
 
     @property
     def tokens(self) -> int:
         return len(self.prompt.token_ids) + sum(len(_read(c)) for c in self.completions)
 
     @property
-    def noisy(self) -> bool:
+    def compared(self) -> bool:
         return self.other is not None
 
 
@@ -68,8 +69,9 @@ class Batch:
     `input_ids`, `token_types`, `segments`: (B, L) int64. `positions` (N,): where in the B·L hidden states token n
     is predicted. `targets` (N,) int64; `advantages`, `rollout_logprob`, `weights` (N,) float32: base advantage, the
     engine's log-probability (NaN where the engine saw another view), and the token's weight in the loss. `view` and
-    `other` are None where there is no image; `noisy` rows have both branches. `old` holds what a pass before several
-    updates found (log-probability, u_out, u_per).
+    `other` are None where there is no image; in a `compared` batch every row has both branches. `noisy` (N,) bool:
+    tokens of the noisy branch. `completions`: in the tokens' order. `old` holds what a pass before several updates
+    found (log-probability, u_out, u_per).
     """
 
     input_ids: Tensor
@@ -77,12 +79,14 @@ class Batch:
     segments: Tensor
     view: Images | None
     other: Images | None
-    noisy: bool
+    compared: bool
+    completions: tuple[Completion, ...]
     positions: Tensor
     targets: Tensor
     advantages: Tensor
     rollout_logprob: Tensor
     weights: Tensor
+    noisy: Tensor
     old: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     def to(self, device: torch.device) -> "Batch":
@@ -179,6 +183,7 @@ def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
             rollout_logprob = torch.tensor(completion.logprobs)
             flat["rollout_logprob"].append(rollout_logprob.fill_(torch.nan) if is_foreign else rollout_logprob)
             flat["weights"].append(torch.full((len(tokens),), weight))
+            flat["noisy"].append(torch.full((len(tokens),), row.noisy))
             start = end
     return Batch(
         input_ids=input_ids,
@@ -186,12 +191,13 @@ def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
         segments=segments,
         view=_stack([row.view for row in rows]),
         other=_stack([row.other for row in rows if row.other]),
-        noisy=rows[0].noisy,
+        compared=rows[0].compared,
+        completions=tuple(completion for row in rows for completion in row.completions),
         **{name: torch.cat(parts) for name, parts in flat.items()},
     )
 
 
-_FLAT = ("positions", "targets", "advantages", "rollout_logprob", "weights")
+_FLAT = ("positions", "targets", "advantages", "rollout_logprob", "weights", "noisy")
 
 
 def _read(completion: Completion) -> tuple[int, ...]:

@@ -61,7 +61,7 @@ class PolicyHead(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, hidden: Tensor, other: Tensor | None, targets: Tensor) -> BranchStats | LogprobStats:
-        """Statistics of the behaviour branch alone, or of both: `other` raw, `hidden` noisy."""
+        """Statistics of the behaviour branch `hidden` alone, or of both: `other` as "raw", `hidden` as "noisy"."""
         if other is None:
             return linear_logprob(hidden, self.weight, targets, self.bias, self.temperature)
         return linear_branch_stats(other, hidden, self.weight, targets, self.bias, self.temperature)
@@ -70,8 +70,8 @@ class PolicyHead(nn.Module):
 class Policy(nn.Module):
     """`forward(batch)` gives the statistics of the batch's N completion tokens.
 
-    Rows of the noisy branch get `BranchStats`: gradient flows through the noisy branch, and the raw one is computed
-    without. Rows of the raw branch get `LogprobStats`.
+    Compared rows get `BranchStats`, whose "noisy" is the branch they are trained on, with gradient, whichever that is;
+    "raw" is the other one, computed without. Other rows get `LogprobStats`.
 
     `attention` is the text model's: one of transformers', or "auto" for the fastest that lets completions share a
     prompt. `why_separate` says why they can't (None where they can); every row must then hold one completion.
@@ -99,7 +99,7 @@ class Policy(nn.Module):
 
     def forward(self, batch: Batch) -> BranchStats | LogprobStats:
         other = None
-        if batch.noisy:
+        if batch.compared:
             with torch.no_grad():
                 other = self._hidden(batch, batch.other)
         return self.model.lm_head(self._hidden(batch, batch.view), other, batch.targets)

@@ -4,7 +4,6 @@ Everything that can be wrong with settings or data is looked for before the firs
 """
 
 import json
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from vogue.data.prompts import system_prompt
 from vogue.evaluate import headline, record
 from vogue.groups import Group
 from vogue.inputs import Preprocessor, load_processor
+from vogue.records import records
 from vogue.report import plot_curves
 from vogue.rewards import check_function
 from vogue.trainer import Trainer
@@ -46,7 +46,9 @@ def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> 
     with logs.RunLog(config, trainer.step, console) as log:
         for event in _events(trainer, held_out, profile):
             if isinstance(event, Step):
-                log.step(event.step, event.metrics, _records(event, config))
+                count, tokenizer = config.trainer.log_completions, preprocessor.tokenizer
+                rows = records(event.step, event.groups, count, tokenizer, config.trainer.output_dir)
+                log.step(event.step, event.metrics, rows)
             else:
                 log.evaluation(event.step, event.record)
     _show(config, console)
@@ -107,24 +109,6 @@ def _samples(config: Config) -> tuple[list[Sample], list[Sample]]:
     samples = load_samples(config.data.train, config.data.limit)
     held_out = load_samples(config.data.test, config.data.test_limit) if config.trainer.eval_every else []
     return samples, held_out
-
-
-def _records(done: Step, config: Config) -> list[dict]:
-    """A few completions of a step, drawn at random, for completions.jsonl."""
-    rows = [
-        {
-            "problem": group.item.prompt.sample.problem,
-            "answer": group.item.prompt.sample.answer,
-            "completion": completion.text,
-            "branch": "noisy" if group.noisy else "raw",
-            "reward": score.reward,
-            "accuracy": score.accuracy,
-            "advantage": advantage,
-        }
-        for group in done.groups
-        for completion, score, advantage in zip(group.completions, group.scores, group.advantages, strict=True)
-    ]
-    return random.Random(done.step).sample(rows, min(config.trainer.log_completions, len(rows)))
 
 
 def _show(config: Config, console: Console) -> None:

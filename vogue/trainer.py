@@ -10,6 +10,7 @@ One step:
     ascend min(r A^, clip(r, 1 - low, 1 + high) A^)            r = pi / pi_old
 
 Rows of the raw branch need one forward; rows of the noisy branch a second one, without gradient, on the raw image.
+Completions with A = 0 need none. Every `trainer.measure_every` steps all of it is computed, to be logged.
 
 The other methods are settings of this loop (`vogue.config.METHODS`). Two need more: DAPO's dynamic sampling repeats the
 rollout with new prompts (`Trainer.rounds`), and NoisyRollout's groups hold completions of both branches and are trained
@@ -31,7 +32,19 @@ from vogue import branch, checkpoint, distributed
 from vogue.config import Config, ConfigError
 from vogue.data import DataError, Sample
 from vogue.evaluate import Judged, judge
-from vogue.groups import Group, Item, assigned, choose, found_mixed, judged, lengths, sample_order, split, tally
+from vogue.groups import (
+    Group,
+    Item,
+    Trace,
+    assigned,
+    choose,
+    found_mixed,
+    judged,
+    kept_lengths,
+    sample_order,
+    split,
+    tally,
+)
 from vogue.inputs import Preprocessor
 from vogue.metrics import Clock, Sums, peak_memory
 from vogue.packing import Batch, Row, collate, deal, pack, spread
@@ -94,7 +107,8 @@ class Trainer:
         clock, sums = Clock(), Sums()
         groups = self.rounds(sums, clock)
         with clock("train"):
-            self.update(groups, sums, clock)
+            traces = self.update(groups, sums, clock)
+        groups = [replace(g, traces=tuple(traces.get(id(completion)) for completion in g.completions)) for g in groups]
         self.step += 1
         with clock("sync"):
             self.sync()
@@ -103,9 +117,9 @@ class Trainer:
         metrics = sums.means(self.device)
         metrics["lr"] = self.engine.get_lr()[0]
         metrics |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
-        tokens = distributed.total({"tokens": float(sum(lengths(groups)))}, self.device)["tokens"]
-        metrics["throughput/rollout"] = tokens / clock.seconds["rollout"]
-        metrics["throughput/train"] = tokens / clock.seconds["train"]
+        mine = {"rollout": float(sums.sums["tokens"]), "train": float(sums.sums["trained_share"])}
+        for phase, tokens in distributed.total(mine, self.device).items():
+            metrics[f"throughput/{phase}"] = tokens / clock.seconds[phase]
         metrics["memory_gb"] = peak_memory()
         return metrics, groups
 
@@ -175,7 +189,7 @@ class Trainer:
             sigma = annealed(sigma, step, self.config.trainer.steps, settings.anneal_at)
         try:
             raw, noisy = self.preprocessor.view(images), None
-            if any(draws) or self.config.rollout.noisy:
+            if any(draws) or self.config.rollout.noisy or self.measures(step):
                 copies = zip(images, seeds, strict=True)
                 noisy = self.preprocessor.view([perturb(x, settings.preset, sigma, seed) for x, seed in copies])
         except (OSError, ValueError) as error:
@@ -218,54 +232,76 @@ class Trainer:
 
     # ----------------------------------------------------------------------------------------------- training
 
-    def update(self, groups: list[Group], sums: Sums, clock: Clock) -> None:
-        """`trainer.updates` optimizer updates, each on its share of the step's prompts."""
+    def measures(self, step: int) -> bool:
+        """Whether all of the step's groups are computed on both branches, rather than what the loss needs."""
+        every = self.config.trainer.measure_every
+        return every > 0 and step % every == 0
+
+    def update(self, groups: list[Group], sums: Sums, clock: Clock) -> dict[int, Trace]:
+        """`trainer.updates` optimizer updates, each on its share of the step's prompts.
+
+        Returns the traces of the completions that went through a forward, by their id().
+        """
+        traces: dict[int, Trace] = {}
+        parts = split(groups, self.config.trainer.updates)
         with clock("pack"):
-            parts = [self.batches(part) for part in split(groups, self.config.trainer.updates)]
+            packed = [self.batches(part) for part in parts]
         if len(parts) > 1:
             with clock("old"), torch.no_grad():
-                parts = [[replace(batch, old=self.read(self.engine(batch))) for batch in part] for part in parts]
-        for number, batches in enumerate(parts):
-            weight = distributed.total({"w": sum(float(b.weights.sum()) for b in batches)}, self.device)["w"]
+                packed = [[replace(batch, old=self.read(self.engine(batch))) for batch in part] for part in packed]
+        for number, (part, batches) in enumerate(zip(parts, packed, strict=True)):
+            kept = kept_lengths(part)
+            mine = float(sum(kept) if self.config.loss.aggregation == "token-mean" else len(kept))
+            weight = distributed.total({"w": mine}, self.device)["w"]
             for i, batch in enumerate(batches):
                 self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
                 with clock("forward"):
                     stats = self.engine(batch)
-                    measure(batch, stats, sums)
+                    traces |= measure(batch, stats, sums, self.measures(self.step))
                     loss = self.loss(batch, *self.read(stats), sums, first=number == 0)
                 with clock("backward"):
                     # DeepSpeed averages gradients over the ranks; this loss is one summand of the global mean.
                     self.engine.backward(loss * (self.ranks / weight))
             with clock("update"):
                 self.engine.step()
+            # What went through no forward has a loss of 0.
+            sums.add_sum("loss", 0.0, mine - sum(float(batch.weights.sum()) for batch in batches))
+            sums.add_sum("trained_share", 0.0, sum(kept))
             sums.add("grad_norm", float(self.engine.get_global_grad_norm() or 0.0))
+        return traces
 
     def batches(self, groups: list[Group]) -> list[Batch]:
-        """Micro-batches, noisy rows first, as many on every rank and in the same order."""
+        """Micro-batches, compared rows first, as many on every rank and in the same order."""
         rows = [row for group in groups for row in self.rows(group)]
         item, completions = groups[0].item, groups[0].completions
         idle = Row(item.prompt, item.raw, None, completions[:1], (0.0,))
-        noisy = [row for row in rows if row.noisy]
-        raw = [row for row in rows if not row.noisy]
-        packed = [pack(part, self.config.trainer.micro_batch_tokens) for part in (noisy, raw)]
-        counts = distributed.largest([len(part) for part in packed], self.device)
-        token_mean = self.config.loss.aggregation == "token-mean"
-        filled = []
-        for part, count, is_noisy in zip(packed, counts, (True, False), strict=True):
-            filled += spread(part, count, replace(idle, other=item.raw) if is_noisy else idle)
-        pad_id = self.processor.tokenizer.pad_token_id
+        kinds = [[row for row in rows if row.compared], [row for row in rows if not row.compared]]
+        packed = [pack(kind, self.config.trainer.micro_batch_tokens) for kind in kinds]
+        counts = distributed.largest([len(kind) for kind in packed], self.device)
+        if not any(counts):
+            counts = [0, 1]  # nothing sends a gradient, but the optimizer's moments and decay go on
+        filled = spread(packed[0], counts[0], replace(idle, other=item.raw)) + spread(packed[1], counts[1], idle)
+        pad_id, token_mean = self.processor.tokenizer.pad_token_id, self.config.loss.aggregation == "token-mean"
         return [collate(rows, pad_id, token_mean).to(self.device) for rows in filled]
 
     def rows(self, group: Group) -> list[Row]:
-        """A group as one row, or as a row a completion where the model can't share the prompt."""
+        """A group as one row, or as a row a completion where the model can't share the prompt.
+
+        A completion with A = 0 sends no gradient, and only a noisy one's bonus needs the other branch: what isn't
+        needed is left out, unless the step `measures`.
+        """
+        measures, noisy = self.measures(self.step), group.noisy
         foreign = group.foreign or (False,) * len(group.completions)
-        kept = list(compress(zip(group.completions, group.advantages, foreign, strict=True), group.kept))
-        view, other = (group.item.noisy, group.item.raw) if group.noisy else (group.item.raw, None)
+        needed = [kept and (measures or a != 0) for kept, a in zip(group.kept, group.advantages, strict=True)]
+        chosen = list(compress(zip(group.completions, group.advantages, foreign, strict=True), needed))
+        view, other = (group.item.noisy, group.item.raw) if noisy else (group.item.raw, group.item.noisy)
+        if not measures and not (noisy and self.guidance.alpha_per > 0):
+            other = None
         rows = []
-        for part in [kept] if self.shared_prefix else [[one] for one in kept]:
+        for part in [chosen] if self.shared_prefix else [[one] for one in chosen]:
             if part:
                 completions, advantages, foreign = zip(*part, strict=True)
-                rows.append(Row(group.item.prompt, view, other, completions, advantages, foreign=foreign))
+                rows.append(Row(group.item.prompt, view, other, completions, advantages, 1.0, foreign, noisy))
         return rows
 
     def read(self, stats: BranchStats | LogprobStats) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -282,8 +318,7 @@ class Trainer:
         """Weighted sum of the tokens' losses; adds the batch's metrics to `sums`."""
         settings = self.config.loss
         old_logprob, old_u_out, old_u_per = batch.old or (logprob.detach(), u_out, u_per)
-        noisy = torch.full_like(batch.targets, u_per is not None, dtype=torch.bool)
-        shaped = shaped_advantage(batch.advantages, old_u_out, old_u_per, noisy, self.guidance)
+        shaped = shaped_advantage(batch.advantages, old_u_out, old_u_per, batch.noisy, self.guidance)
         token_loss, clipped = clipped_surrogate(
             logprob, old_logprob, shaped.advantage, settings.clip_low, settings.clip_high
         )
@@ -291,15 +326,14 @@ class Trainer:
         mismatch = torch.where(comparable, old_logprob - batch.rollout_logprob, 0.0)
         if settings.importance_cap is not None:
             token_loss = token_loss * mismatch.exp().clamp(max=settings.importance_cap)
-        real = batch.weights > 0
+        trained = _trained(batch)
         ratio_error = {"ratio_error": (logprob.detach() - old_logprob).expm1().abs()} if first else {}
-        sums.add_tokens(real, {"clip_fraction": clipped} | ratio_error)
+        sums.add_tokens(trained, {"clip_fraction": clipped, "out_capped": shaped.out_capped} | ratio_error)
         sums.add_tokens(
-            real & comparable, {"mismatch/logprob": mismatch.abs(), "mismatch/kl": mismatch.expm1() - mismatch}
+            trained & comparable, {"mismatch/logprob": mismatch.abs(), "mismatch/kl": mismatch.expm1() - mismatch}
         )
-        # Where A is 0 every bonus is, and says nothing about the caps.
-        per_capped = {} if u_per is None else {"per_capped": shaped.per_capped}
-        sums.add_tokens(real & (batch.advantages != 0), {"out_capped": shaped.out_capped} | per_capped)
+        if u_per is not None:
+            sums.add_tokens(trained & batch.noisy, {"per_capped": shaped.per_capped})
         sums.add_sum("loss", float((batch.weights * token_loss.detach()).sum()), float(batch.weights.sum()))
         return (batch.weights * token_loss).sum()
 
@@ -329,13 +363,31 @@ class Trainer:
         )
 
 
-def measure(batch: Batch, stats: BranchStats | LogprobStats, sums: Sums) -> None:
-    """Add the exact entropy and symmetric divergence to `sums`, whatever estimates of them guide."""
-    real = batch.weights > 0
+def measure(batch: Batch, stats: BranchStats | LogprobStats, sums: Sums, all_groups: bool) -> dict[int, Trace]:
+    """Add the exact entropy and symmetric divergence to `sums`, whatever estimates of them guide.
+
+    Returns the completions' traces by their id().
+    """
+    real, trained = batch.weights > 0, _trained(batch)
     if isinstance(stats, LogprobStats):
-        sums.add_tokens(real, {"entropy": stats.entropy.detach()})
+        entropy, u_per = stats.entropy.detach(), None
     else:
-        sums.add_tokens(real, {"entropy": stats.entropy_noisy.detach(), "u_per": stats.symmetric_kl.detach()})
+        entropy, u_per = stats.entropy_noisy.detach(), stats.symmetric_kl.detach()
+        sums.add_tokens(trained & batch.noisy, {"u_per": u_per})
+    sums.add_tokens(trained, {"entropy": entropy})
+    sums.sums["trained_share"] += int(real.sum())
+    if all_groups:
+        sums.add_tokens(real, {"measured/entropy": entropy} | ({} if u_per is None else {"measured/u_per": u_per}))
+    lengths = [len(completion.token_ids) for completion in batch.completions]
+    entropies = entropy.cpu().split(lengths)
+    divergences = [None] * len(lengths) if u_per is None else u_per.cpu().split(lengths)
+    traces = zip(batch.completions, entropies, divergences, real.cpu().split(lengths), strict=True)
+    return {id(completion): Trace(h, u) for completion, h, u, is_real in traces if is_real.all()}
+
+
+def _trained(batch: Batch) -> Tensor:
+    """Which tokens (N,) send a gradient."""
+    return (batch.weights > 0) & (batch.advantages != 0)
 
 
 def _check_split(config: Config, ranks: int) -> None:

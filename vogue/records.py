@@ -1,0 +1,80 @@
+"""What completions.jsonl says of a completion, token by token, and the images beside it in completions/."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from vogue.groups import Group
+
+FOLDER = "completions"
+SIDE = 448  # pixels of an image's longer side at most
+LONGEST = 4  # bytes, and so tokens, of a character
+
+
+def records(step: int, groups: list[Group], count: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[dict]:
+    """Records of `count` completions of `groups`, drawn at random; their images are written to `folder`/completions."""
+    places = [(group, i) for group in groups for i in range(len(group.completions))]
+    chosen = random.Random(step).sample(places, min(count, len(places)))
+    return [record(step, group, i, tokenizer, folder) for group, i in chosen]
+
+
+def record(step: int, group: Group, i: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict:
+    """One completion: `entropy` and `u_per` in nats a token, null where they weren't computed."""
+    item, sample, score = group.item, group.item.prompt.sample, group.scores[i]
+    trace = group.traces[i] if group.traces else None
+    name = f"step_{step:06d}_prompt_{item.number}"
+    return {
+        "step": step,
+        "problem": sample.problem,
+        "answer": sample.answer,
+        "category": sample.category,
+        "completion": group.completions[i].text,
+        "branch": "noisy" if group.sources[i] else "raw",
+        "reward": score.reward,
+        "accuracy": score.accuracy,
+        "components": score.components,
+        "advantage": group.advantages[i],
+        "tokens": pieces(group.completions[i].token_ids, tokenizer),
+        "entropy": _rounded(trace.entropy) if trace else None,
+        "u_per": _rounded(trace.u_per) if trace and trace.u_per is not None else None,
+        "image": _written(item.raw.images, folder, f"{name}_raw"),
+        "perturbed": _written(item.noisy.images, folder, f"{name}_noisy") if item.noisy else None,
+    }
+
+
+def pieces(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of each token, so that together they are the completion's.
+
+    Of a character that several tokens make the last has all, the others ""; so have special tokens. A tokenizer that
+    marks words by spaces (SentencePiece's) loses those before a token.
+    """
+    texts, start = [], 0
+    for end in range(1, len(token_ids) + 1):
+        text = tokenizer.decode(token_ids[start:end], skip_special_tokens=True)
+        if text.endswith("\ufffd") and end - start < LONGEST and end < len(token_ids):
+            texts.append("")
+        else:
+            texts.append(text)
+            start = end
+    return texts
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [float(f"{value:.5g}") for value in values.tolist()]
+
+
+def _written(images: Sequence[Image.Image], folder: Path, name: str) -> str | list[str] | None:
+    """Where the images are, relative to `folder`: one path, a list of several, or None without any."""
+    (folder / FOLDER).mkdir(exist_ok=True)
+    paths = [f"{FOLDER}/{name}_{number}.webp" for number in range(len(images))]
+    for image, path in zip(images, paths, strict=True):
+        small = max(image.size) <= SIDE
+        if not small:
+            image = image.copy()
+            image.thumbnail((SIDE, SIDE))
+        image.save(folder / path, "WEBP", lossless=small)
+    return paths if len(paths) > 1 else next(iter(paths), None)
