@@ -154,6 +154,12 @@ def test_a_view_that_does_not_exist_or_has_no_state(fails, settings, tmp_path):
     )
 
 
+def test_more_digits_than_there_are_and_nothing_is_written(fails, tmp_path):
+    message = fails("data", "digits", str(tmp_path / "data"), "--train", "50", "--test", "10000000")
+    assert re.fullmatch(r"vogue data: 10000000 pairs asked of the test split, which has \d+\.", message)
+    assert not (tmp_path / "data").exists()
+
+
 def test_an_option_that_does_not_exist(settings, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["train", *settings, "--frobnicate"])

@@ -71,8 +71,8 @@ def test_a_record_has_its_keys_and_the_values_of_its_tokens(processor, tmp_path)
     assert first["tokens"] == ["4", ""]
     assert first["entropy"] == [0.33333, 0.66667]
     assert first["u_per"] == [0.00033333, 0.00066667]
-    assert first["image"] == "completions/step_000003_prompt_12_raw_0.webp"
-    assert first["perturbed"] == "completions/step_000003_prompt_12_noisy_0.webp"
+    assert first["image"] == ["completions/step_000003_prompt_12_raw_0.webp"]
+    assert first["perturbed"] == ["completions/step_000003_prompt_12_noisy_0.webp"]
     assert "".join(second["tokens"]) == "né"
 
 
@@ -105,7 +105,7 @@ def test_small_images_are_written_as_they_are_and_large_ones_smaller(processor, 
 
 def test_a_sample_without_images_has_none(processor, tmp_path):
     row, _ = records(1, [group(processor.tokenizer, [])], 8, processor.tokenizer, tmp_path)
-    assert row["image"] is None
+    assert row["image"] == []
 
 
 def test_equal_steps_choose_equal_completions(processor, tmp_path):

@@ -67,8 +67,8 @@ def _rounded(values: Tensor) -> list[float]:
     return [float(f"{value:.5g}") for value in values.tolist()]
 
 
-def _written(images: Sequence[Image.Image], folder: Path, name: str) -> str | list[str] | None:
-    """Where the images are, relative to `folder`: one path, a list of several, or None without any."""
+def _written(images: Sequence[Image.Image], folder: Path, name: str) -> list[str]:
+    """Where the images are, relative to `folder`."""
     (folder / FOLDER).mkdir(exist_ok=True)
     paths = [f"{FOLDER}/{name}_{number}.webp" for number in range(len(images))]
     for image, path in zip(images, paths, strict=True):
@@ -77,4 +77,4 @@ def _written(images: Sequence[Image.Image], folder: Path, name: str) -> str | li
             image = image.copy()
             image.thumbnail((SIDE, SIDE))
         image.save(folder / path, "WEBP", lossless=small)
-    return paths if len(paths) > 1 else next(iter(paths), None)
+    return paths

@@ -128,9 +128,12 @@ def write_digits(
     size: int = 28,
     faintest: float = 1.0,
 ) -> None:
-    """Write train.parquet, validation.parquet and test.parquet with that many samples each."""
+    """Write train.parquet, validation.parquet and test.parquet with that many samples each.
+
+    Raises DataError, before anything is written, where a split has fewer.
+    """
     counts = dict(zip(SPLITS, (train, validation, test), strict=True))
-    for split, count in counts.items():  # all of them before the first is written
+    for split, count in counts.items():
         _check(split, count, tuple(QUESTIONS), faintest)
     for split, count in counts.items():
         samples = digits_samples(split, count, seed, size=size, faintest=faintest)
