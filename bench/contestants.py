@@ -1,0 +1,148 @@
+"""What competes in bench/trainer.py: vogue's training part, its whole step and its weight sync, and TRL's step.
+
+Each is a worker (connection, folder, task, ...) in a process of its own, which `turns.contestants` starts.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from turns import measured, requests
+
+BUDGET = 8192  # tokens of a micro-batch
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on: `image` px a side times 2 to 1, lengths in tokens, sizes of the model."""
+
+    name: str
+    image: tuple[int, int]
+    prompt: int
+    completion: int
+    prompts: int = 32
+    n: int = 8
+    vocab: int = 512
+    hidden_size: int = 128
+    layers: int = 4
+
+    @property
+    def micro_batch(self) -> int:
+        """Completions in a micro-batch of TRL's."""
+        total = self.prompts * self.n
+        fitting = BUDGET // (self.prompt + self.completion)
+        return max(size for size in range(1, total + 1) if total % size == 0 and size <= max(1, fitting))
+
+
+def prepare(task: Task, folder: Path) -> None:
+    """Write the checkpoint and train.parquet with prompts of exactly `task.prompt` tokens."""
+    import torch
+
+    from vogue.data import Sample, write_parquet
+    from vogue.data.digits import QUESTIONS, digits_samples
+    from vogue.inputs import Preprocessor
+    from vogue.tiny import build_model, build_processor
+
+    processor = build_processor(["user\nassistant\n", *QUESTIONS.values()] * 100, vocab_size=512)
+    torch.manual_seed(0)
+    model = build_model(processor, hidden_size=task.hidden_size, layers=task.layers)
+    model.resize_token_embeddings(task.vocab)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    preprocessor = Preprocessor(processor, "", task.prompt)
+    samples = []
+    for sample in digits_samples("train", 2 * task.prompts, seed=0):
+        (image,) = sample.load_images()
+        image = image.resize(task.image)
+        short = len(preprocessor.prompt(sample, preprocessor.view([image])).token_ids)
+        # A byte that no merge of the tokenizer's holds: a token each.
+        problem = sample.problem + "~" * (task.prompt - short)
+        samples.append(Sample(problem, sample.answer, (image,), source="digits"))
+        assert len(preprocessor.prompt(samples[-1], preprocessor.view([image])).token_ids) == task.prompt
+    write_parquet(samples, folder / "train.parquet")
+
+
+def completions_of(task: Task, seed: int) -> list[list[int]]:
+    """`n` completions of random tokens, none of them special."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(10, 200, (task.n, task.completion), generator=generator).tolist()
+
+
+def vogue_trainer(folder: Path, task: Task, *overrides: str):
+    from vogue.config import load_config
+    from vogue.data import load_samples
+    from vogue.inputs import Preprocessor, load_processor
+    from vogue.trainer import Trainer
+
+    settings = [
+        f"model.path={folder}",
+        "model.dtype=float32",
+        f"data.train={folder}/train.parquet",
+        "data.system_prompt=",
+        f"data.max_prompt_tokens={task.prompt}",
+        f"rollout.prompts={task.prompts}",
+        f"rollout.n={task.n}",
+        f"rollout.max_tokens={task.completion}",
+        "rollout.kv_cache_gb=0.5",
+        "rollout.engine=hf",
+        "trainer.measure_every=0",
+        "trainer.measure_every=0",
+        f"trainer.micro_batch_tokens={BUDGET}",
+        f"trainer.output_dir={folder}/run",
+    ]
+    config = load_config(None, [*settings, *overrides])
+    preprocessor = Preprocessor(load_processor(config.model.path), "", task.prompt)
+    return Trainer(config, load_samples(config.data.train), preprocessor, resume=False)
+
+
+def given_groups(trainer, task: Task) -> list:
+    """Groups of this step's prompts with given completions, of the branch that the draw asks for."""
+    from vogue.groups import Group
+    from vogue.rollout import Completion
+
+    groups = []
+    for item in trainer.items(trainer.step):
+        tokens = completions_of(task, item.number)
+        made = tuple(Completion(tuple(ids), (-5.0,) * len(ids), "", False) for ids in tokens)
+        advantages = tuple((-1.0) ** i for i in range(task.n))
+        groups.append(Group(item, item.draws[0], made, (), advantages, (True,) * task.n))
+    return groups
+
+
+def vogue_update(connection, folder: Path, task: Task, *overrides: str) -> None:
+    """Repetitions of the training part; a request may name other sizes (prompts, n, completion) than the task's."""
+    from vogue.metrics import Clock, Sums
+
+    trainer = vogue_trainer(folder, task, *overrides)
+    for request in requests(connection):
+        sizes = replace(task, **request)
+        groups = given_groups(trainer, sizes)[: sizes.prompts]
+        with measured(connection):
+            trainer.update(groups, Sums(), Clock())
+
+
+def vogue_step(connection, folder: Path, task: Task, *overrides: str) -> None:
+    """Repetitions of a whole step, of a run with as many of them as `trainer.steps` says."""
+    trainer = vogue_trainer(folder, task, *overrides)
+    for _ in requests(connection):
+        with measured(connection) as found:
+            found["metrics"], _ = trainer.run_step()
+        # The schedule starts over: after one step to warm up, as many repetitions as it has are each step of it once.
+        trainer.step %= trainer.config.trainer.steps
+
+
+def vogue_sync(connection, folder: Path, task: Task) -> None:
+    trainer = vogue_trainer(folder, task, "rollout.engine=vllm")
+    parameters = list(trainer.policy.parameters())
+    for _ in requests(connection):
+        with measured(connection) as found:
+            trainer.sync()
+        found |= {"tensors": len(parameters), "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters)}
+
+
+def trl_step(connection, folder: Path, task: Task, part: str) -> None:
+    """Repetitions of TRL's step; `part` "train" gives it the completions and leaves out what precedes the forward."""
+    from trl_trainer import run
+
+    run(connection, folder, task, part)
