@@ -39,6 +39,20 @@ PUZZLES = {
     "size": (224, "width and height of an image, in pixels"),
     "seed": (0, "of everything random"),
 }
+EVAL_HELP = """\
+benchmarks: data.test is a folder or file in the benchmark's own schema and layout, or hub:owner/name@split (with a
+subset, hub:owner/name/subset@split); unset, the benchmark's place on the hub. Completions are sampled at
+rollout.temperature with up to rollout.max_tokens tokens, behind the system prompt of reward.design. Whose prompts and
+scoring they are, and what is ours, stands at the top of vogue/benchmarks/NAME.py.
+
+a data set of your own, by category, the image printed as text beside it:
+  vogue eval run.yaml model.path=MODEL data.test=test.parquet --view image,text
+ChartQA from the hub, pass@1 to pass@16 from 16 completions a question:
+  vogue eval run.yaml model.path=MODEL data.test=null --benchmark chartqa --samples 16 --pass-at 1,2,4,8,16
+MathVista from a folder with testmini.json and images/, every answer extracted by a language model, all of it written
+down to check (the endpoint's key, if it wants one, is the environment variable OPENAI_API_KEY):
+  vogue eval run.yaml model.path=MODEL data.test=MathVista/data --benchmark mathvista --out mathvista.jsonl \\
+      --extractor http://localhost:8000/v1 --extractor-model Qwen/Qwen2.5-72B-Instruct --extract-all"""
 PUZZLES_HELP = """\
 kinds: clock, maze, move_box, n_queens, water_jugs, tower_of_hanoi, number_slide, checker_move, board_tiling
 
@@ -70,6 +84,7 @@ that stopped. Exit code 1: a run failed."""
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     arguments = _parse(argv)
+    from vogue.benchmarks import ExtractorError
     from vogue.data import DataError
     from vogue.rewards import RewardError
 
@@ -78,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     except RewardError as error:  # of one rank, maybe not the first
         print(f"vogue {arguments.command}: {error}", file=sys.stderr)
         return USAGE_ERROR
-    except (ConfigError, DataError, ImportError) as error:
+    except (ConfigError, DataError, ExtractorError, ImportError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"vogue {arguments.command}: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -98,8 +113,15 @@ def train(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     _quiet()
     config = load_config(*_file_and_overrides(arguments.settings))
+    pass_at = _pass_at(arguments)
+    if arguments.out and not arguments.out.parent.is_dir():
+        raise ConfigError(f"--out {arguments.out}: there is no folder {arguments.out.parent}")
+    if arguments.benchmark:
+        return _evaluate_benchmark(config, arguments, pass_at)
     if config.data.test is None:
         raise ConfigError("data.test is not set: the samples to evaluate on")
+    if arguments.extractor or arguments.extract_all:
+        raise ConfigError("--extractor needs --benchmark: other answers are read and scored by reward.design")
     from vogue.evaluate import by_category, evaluate_model, summary, write_judged
 
     console = Console()
@@ -107,16 +129,49 @@ def evaluate(arguments: argparse.Namespace) -> int:
     groups = {view: by_category(items) for view, items in judged.items()}
     first, last = arguments.views[0], arguments.views[-1]
     title = f"{config.model.path}: {arguments.samples} completions a problem"
-    table = Table("category", "view", "problems", *summary(judged[first]), title=title)
+    table = Table("category", "view", "problems", *(f"pass@{k}" for k in pass_at), title=title)
     for category in groups[first]:
         for view in arguments.views:
             items = groups[view][category]
-            estimates = map(str, summary(items).values())
+            estimates = map(str, summary(items, pass_at).values())
             table.add_row(category, view, str(len(items)), *estimates, end_section=view == last)
     console.print(table)
     if arguments.out:
         write_judged(judged, arguments.out)
         console.print(f"completions and scores: {arguments.out}")
+    return 0
+
+
+def _evaluate_benchmark(config: Config, arguments: argparse.Namespace, pass_at: tuple[int, ...]) -> int:
+    from vogue.benchmarks import BENCHMARKS, Extractor
+    from vogue.evaluate import answer_benchmark, ask_extractor, benchmark_table, write_answered
+
+    if arguments.views != ("image",):
+        raise ConfigError(f"--view {','.join(arguments.views)}: a benchmark has no printed state to show in its place")
+    if bool(arguments.extractor) != bool(arguments.extractor_model):
+        raise ConfigError("--extractor URL and --extractor-model NAME need each other")
+    if arguments.extract_all and not arguments.extractor:
+        raise ConfigError("--extract-all needs --extractor, the endpoint to ask")
+    benchmark, console = BENCHMARKS[arguments.benchmark], Console()
+    problems = benchmark.load(config.data.test, config.data.test_limit)
+    extractor = Extractor(arguments.extractor, arguments.extractor_model) if arguments.extractor else None
+    if extractor:
+        extractor.check()
+    answered = answer_benchmark(config, benchmark, problems, arguments.samples, console)
+    if arguments.out:  # before the endpoint is asked, which may fail
+        write_answered(answered, arguments.out)
+    if extractor:
+        answered = ask_extractor(benchmark, answered, extractor, arguments.extract_all, console)
+    title = f"{config.model.path}, {arguments.benchmark}: {arguments.samples} completions a problem"
+    table = Table("", "of", *(f"pass@{k}" for k in pass_at), title=title)
+    for name, count, estimates in benchmark_table(benchmark, answered, pass_at):
+        table.add_row(name, str(count), *map(str, estimates))
+    console.print(table)
+    unread = sum(answer is None for item in answered for answer in item.answers)
+    console.print(f"completions in which no answer was found: {unread} of {len(answered) * arguments.samples}")
+    if arguments.out:
+        write_answered(answered, arguments.out)
+        console.print(f"completions, answers and scores: {arguments.out}")
     return 0
 
 
@@ -186,6 +241,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from vogue.benchmarks import BENCHMARKS
+
     parser = argparse.ArgumentParser(
         prog="vogue",
         description="Reinforcement learning of vision-language models from verifiable rewards, exploring where the "
@@ -209,14 +266,40 @@ def _parser() -> argparse.ArgumentParser:
         commands, "sweep", sweep, "train variants × seeds from one start, resumable, and compare them", SWEEP_HELP
     )
     _add_config(command)
-    command.add_argument("--jobs", type=_whole_number, metavar="N", help="runs at a time, in place of FILE's")
+    command.add_argument("--jobs", type=_count, metavar="N", help="runs at a time, in place of FILE's")
     command.add_argument("--table", action="store_true", help="run nothing, show the table of the runs that are done")
 
     command = _add(
-        commands, "eval", evaluate, "pass@1 and pass@4 of model.path on data.test by category, with 95%% intervals"
+        commands,
+        "eval",
+        evaluate,
+        "pass@k of model.path on data.test or a published benchmark, with 95%% intervals",
+        EVAL_HELP,
     )
     _add_config(command)
-    command.add_argument("--samples", type=int, default=4, metavar="N", help="completions a problem (default 4)")
+    command.add_argument("--samples", type=_count, default=4, metavar="N", help="completions a problem (default 4)")
+    command.add_argument(
+        "--pass-at",
+        type=_counts,
+        metavar="K,…",
+        help="pass@1 and pass@k for these k up to N, from the same completions (default 1, 2, 4 … up to N)",
+    )
+    command.add_argument(
+        "--benchmark",
+        choices=BENCHMARKS,
+        metavar="NAME",
+        help=f"score as this benchmark does, with its own table: {', '.join(BENCHMARKS)}",
+    )
+    command.add_argument(
+        "--extractor",
+        metavar="URL",
+        help="OpenAI-compatible endpoint, http://HOST:PORT/v1, whose language model is asked for the answer of a "
+        "completion in which rules find none",
+    )
+    command.add_argument("--extractor-model", metavar="NAME", help="the model to ask there")
+    command.add_argument(
+        "--extract-all", action="store_true", help="ask it about every completion, not only where rules find no answer"
+    )
     command.add_argument(
         "--view",
         dest="views",
@@ -289,6 +372,26 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 def _names(text: str) -> tuple[str, ...]:
     """The parts of a list with commas, each once."""
     return tuple(dict.fromkeys(text.split(",")))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, but is {text!r}")
+    return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(map(_count, text.split(",")))
+
+
+def _pass_at(arguments: argparse.Namespace) -> tuple[int, ...]:
+    """The k of the table's columns; raises ConfigError for one that there aren't samples for."""
+    from vogue.evaluate import powers_of_two
+
+    asked = arguments.pass_at or powers_of_two(arguments.samples)
+    if max(asked) > arguments.samples:
+        raise ConfigError(f"--pass-at {max(asked)} needs --samples {max(asked)} or more, but it is {arguments.samples}")
+    return tuple(sorted({1, *asked}))
 
 
 def _whole_number(text: str) -> int:

@@ -4,13 +4,14 @@
 
 The estimator is unbiased for every k <= n. The interval resamples *problems*, since samples of one problem are not
 independent.
+
+A benchmark (`vogue.benchmarks`) has its own data, scoring and table; its completions come from the same engine.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import product
-from math import comb
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import comb, isnan
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoConfig
 
+from vogue.benchmarks import Benchmark, Extractor, Line, Problem, Share, extract
 from vogue.config import Config
 from vogue.data import Sample, load_samples
 from vogue.data.prompts import system_prompt, with_view
@@ -33,14 +35,14 @@ CHUNK = 64  # problems generated at a time, so that the progress bar moves
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems and its 95% interval."""
+    """A mean over problems and its 95% interval; NaN where there is nothing to take it of."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        return f"{100 * self.value:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+        return "–" if isnan(self.value) else f"{100 * self.value:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,20 @@ class Judged:
         return sum(score.accuracy == 1 for score in self.scores)
 
 
+@dataclass(frozen=True)
+class Answered:
+    """A benchmark's problem with its completions; of each, the answer it gives, if any, and whether that is right.
+
+    extracted  whether the answer was asked of the language model at an endpoint rather than found by rules
+    """
+
+    problem: Problem
+    completions: tuple[Completion, ...]
+    answers: tuple[str | None, ...]
+    extracted: tuple[bool, ...]
+    right: tuple[bool, ...]
+
+
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Chance that k of n samples, drawn without putting back, hold one of the `right` ones."""
     if not 1 <= k <= n:
@@ -63,47 +79,62 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1 - comb(n - right, k) / comb(n, k)
 
 
-def estimate(values: list[float]) -> Estimate:
-    """Mean and 95% percentile-bootstrap interval over problems."""
-    array = np.asarray(values)
-    drawn = np.random.default_rng(0).integers(len(array), size=(RESAMPLES, len(array)))
-    low, high = np.quantile(array[drawn].mean(axis=1), [0.025, 0.975])
-    return Estimate(float(array.mean()), float(low), float(high))
+def estimate(values: Sequence[float], weights: Sequence[float] | None = None) -> Estimate:
+    """Sum of values / sum of weights, 1 each by default, with a 95% percentile-bootstrap interval over problems."""
+    above, below = np.asarray(values), np.ones(len(values)) if weights is None else np.asarray(weights)
+    if not below.any():
+        return Estimate(np.nan, np.nan, np.nan)
+    drawn = np.random.default_rng(0).integers(len(above), size=(RESAMPLES, len(above)))
+    with np.errstate(invalid="ignore"):  # 0 / 0 where only problems without weight were drawn
+        low, high = np.nanquantile(above[drawn].sum(axis=1) / below[drawn].sum(axis=1), [0.025, 0.975])
+    return Estimate(float(above.sum() / below.sum()), float(low), float(high))
+
+
+def generate(
+    engine: Engine, preprocessor: Preprocessor, config: Config, samples: Sequence[Sample], n: int, first: int = 0
+) -> list[list[Completion]]:
+    """`n` completions for each sample's raw image; `first` numbers the first sample, and so its random draws."""
+    requests = []
+    for number, sample in enumerate(samples, first):
+        view = preprocessor.view(sample.load_images())
+        seed = seed_for(config.seed, Purpose.EVALUATION, number)
+        requests.append(Request(preprocessor.prompt(sample, view), view.images, seed))
+    return engine.generate(requests, n, config.rollout.max_tokens, config.rollout.temperature)
 
 
 def judge(
     engine: Engine, preprocessor: Preprocessor, config: Config, samples: list[Sample], n: int, first: int = 0
 ) -> list[Judged]:
     """Generate `n` completions for each sample's raw image and score them; `first` numbers the first sample."""
-    requests = []
-    for number, sample in enumerate(samples, first):
-        view = preprocessor.view(sample.load_images())
-        seed = seed_for(config.seed, Purpose.EVALUATION, number)
-        requests.append(Request(preprocessor.prompt(sample, view), view.images, seed))
-    groups = engine.generate(requests, n, config.rollout.max_tokens, config.rollout.temperature)
+    groups = generate(engine, preprocessor, config, samples, n, first)
     places = [(number,) for number in range(first, first + len(samples))]
     scores = score_groups(engine, preprocessor, config, samples, groups, places)
     return [Judged(sample, tuple(group), s) for sample, group, s in zip(samples, groups, scores, strict=True)]
 
 
-def summary(judged: list[Judged], pass_at: Sequence[int] = ()) -> dict[str, Estimate]:
-    """pass@1, pass@2, pass@4 … of every power of two that there are samples for, and of each k in `pass_at`."""
+def powers_of_two(n: int) -> tuple[int, ...]:
+    """1, 2, 4 … up to n."""
+    return tuple(2**power for power in range(n.bit_length()))
+
+
+def summary(judged: Sequence[Judged], pass_at: Sequence[int]) -> dict[str, Estimate]:
+    """pass@k for each k in `pass_at`."""
     n = len(judged[0].scores)
-    ks = sorted({2**power for power in range(n.bit_length())} | set(pass_at))
-    return {f"pass@{k}": estimate([pass_at_k(n, item.right, k) for item in judged]) for k in ks}
+    return {f"pass@{k}": estimate([pass_at_k(n, item.right, k) for item in judged]) for k in pass_at}
 
 
-def record(judged: list[Judged], pass_at: Sequence[int] = ()) -> dict[str, list[float] | int | list[int]]:
-    """A row of evaluations.jsonl: `summary` as [value, low, high], and what every problem got.
+def record(judged: list[Judged]) -> dict[str, list[float] | int | list[int]]:
+    """A row of evaluations.jsonl: pass@1, pass@2, pass@4 … as [value, low, high], and what every problem got.
 
     n         completions a problem
     right     how many of them are right, a number a problem
     distinct  how many different answers could be parsed from them, a number a problem
     """
-    estimates = {name: [e.value, e.low, e.high] for name, e in summary(judged, pass_at).items()}
+    n = len(judged[0].scores)
+    estimates = {name: [e.value, e.low, e.high] for name, e in summary(judged, powers_of_two(n)).items()}
     answers = [{score.parsed for score in item.scores} - {None} for item in judged]
     counts = {"right": [item.right for item in judged], "distinct": list(map(len, answers))}
-    return estimates | {"n": len(judged[0].scores)} | counts
+    return estimates | {"n": n} | counts
 
 
 def headline(row: dict) -> dict[str, Estimate]:
@@ -124,18 +155,89 @@ def evaluate_model(config: Config, n: int, views: Sequence[str], console: Consol
     """Judge `model.path` on `data.test` in each view with `n` completions a problem, in this process alone."""
     samples = load_samples(config.data.test, config.data.test_limit)
     shown = {view: [with_view(sample, view) for sample in samples] for view in views}
+    check_function(config.reward)
+    engine, preprocessor = _start(config, [sample for viewed in shown.values() for sample in viewed])
+    judged: dict[str, list[Judged]] = {view: [] for view in views}
+    for view in views:
+        for start, chunk in _chunks(shown[view], view, console):
+            judged[view] += judge(engine, preprocessor, config, chunk, n, start)
+    return judged
+
+
+def answer_benchmark(
+    config: Config, benchmark: Benchmark, problems: Sequence[Problem], n: int, console: Console
+) -> list[Answered]:
+    """What `model.path` answers to a benchmark's problems, `n` times each, read by rules; in this process alone."""
+    samples = [problem.sample for problem in problems]
+    engine, preprocessor = _start(config, samples)
+    groups = []
+    for start, chunk in _chunks(samples, "evaluate", console):
+        groups += generate(engine, preprocessor, config, chunk, n, start)
+    return [read(benchmark, problem, group) for problem, group in zip(problems, groups, strict=True)]
+
+
+def read(benchmark: Benchmark, problem: Problem, completions: Sequence[Completion]) -> Answered:
+    """A problem's completions with the answers that rules find in them."""
+    form = benchmark.form(problem.row)
+    answers = tuple(extract(completion.text, form) for completion in completions)
+    right = tuple(answer is not None and benchmark.is_right(answer, problem.row) for answer in answers)
+    return Answered(problem, tuple(completions), answers, (False,) * len(answers), right)
+
+
+def ask_extractor(
+    benchmark: Benchmark, answered: Sequence[Answered], extractor: Extractor, everything: bool, console: Console
+) -> list[Answered]:
+    """`answered` with the answers that a language model finds where the rules find none, or in `everything`.
+
+    Raises ExtractorError where the endpoint fails.
+    """
+    asked = [{place for place, answer in enumerate(item.answers) if everything or answer is None} for item in answered]
+    questions = [
+        (item.problem.sample.problem, item.completions[place].text, benchmark.form(item.problem.row))
+        for item, places in zip(answered, asked, strict=True)
+        for place in sorted(places)
+    ]
+    replies = iter([*track(extractor.extract_all(questions), "extract", len(questions), console=console)])
+    return [
+        _with_answers(benchmark, item, {place: next(replies) for place in sorted(places)})
+        for item, places in zip(answered, asked, strict=True)
+    ]
+
+
+def _with_answers(benchmark: Benchmark, item: Answered, found: dict[int, str | None]) -> Answered:
+    answers = tuple(found.get(place, answer) for place, answer in enumerate(item.answers))
+    right = tuple(answer is not None and benchmark.is_right(answer, item.problem.row) for answer in answers)
+    return replace(item, answers=answers, extracted=tuple(place in found for place in range(len(answers))), right=right)
+
+
+def benchmark_table(
+    benchmark: Benchmark, answered: Sequence[Answered], pass_at: Sequence[int]
+) -> list[tuple[str, int, list[Estimate]]]:
+    """The benchmark's own table: a line's name, how many units it has, and pass@k; of a `Share` its value alone."""
+    lines = benchmark.table([item.problem for item in answered], [item.right for item in answered])
+    return [(line.name, *_estimates(line, pass_at)) for line in lines]
+
+
+def _estimates(line: Line | Share, pass_at: Sequence[int]) -> tuple[int, list[Estimate]]:
+    if isinstance(line, Share):
+        return len(line.parts), [estimate(*zip(*line.parts, strict=True))]
+    n = len(line.attempts[0])
+    return len(line.attempts), [estimate([pass_at_k(n, sum(unit), k) for unit in line.attempts]) for k in pass_at]
+
+
+def _start(config: Config, samples: Sequence[Sample]) -> tuple[Engine, Preprocessor]:
+    """What generates and what makes its prompts, once all `samples` are known to be good."""
     processor = load_processor(config.model.path)
     preprocessor = Preprocessor(processor, system_prompt(config), config.data.max_prompt_tokens)
-    for viewed in shown.values():
-        preprocessor.check(viewed)
-    check_function(config.reward)
+    preprocessor.check(samples)
     tied = AutoConfig.from_pretrained(config.model.path).tie_word_embeddings
-    engine = create_engine(config, processor, tied)
-    starts = range(0, len(samples), CHUNK)
-    judged: dict[str, list[Judged]] = {view: [] for view in views}
-    for view, start in track([*product(views, starts)], "evaluate", console=console):
-        judged[view] += judge(engine, preprocessor, config, shown[view][start : start + CHUNK], n, first=start)
-    return judged
+    return create_engine(config, processor, tied), preprocessor
+
+
+def _chunks(samples: Sequence[Sample], name: str, console: Console) -> Iterator[tuple[int, Sequence[Sample]]]:
+    """Parts of `samples`, each with the number of its first one, and a progress bar."""
+    for start in track(range(0, len(samples), CHUNK), name, console=console):
+        yield start, samples[start : start + CHUNK]
 
 
 def write_judged(judged: dict[str, list[Judged]], path: Path) -> None:
@@ -149,3 +251,16 @@ def write_judged(judged: dict[str, list[Judged]], path: Path) -> None:
                 for completion, score in zip(item.completions, item.scores, strict=True):
                     earned = {"parsed": score.parsed, "reward": score.reward, "accuracy": score.accuracy}
                     file.write(json.dumps(row | {"completion": completion.text} | earned) + "\n")
+
+
+def write_answered(answered: Sequence[Answered], path: Path) -> None:
+    """One JSON object a completion, with the answer that was found in it, by what, and whether it is right."""
+    with open(path, "w") as file:
+        for number, item in enumerate(answered):
+            sample = item.problem.sample
+            row = {"problem": number, "place": sample.place, "question": sample.problem, "answer": sample.answer}
+            for completion, parsed, extracted, right in zip(
+                item.completions, item.answers, item.extracted, item.right, strict=True
+            ):
+                found = {"parsed": parsed, "parsed_by": "extractor" if extracted else "rules", "right": right}
+                file.write(json.dumps(row | {"completion": completion.text} | found) + "\n")

@@ -122,15 +122,20 @@ def test_the_hub_is_asked_for_the_named_split_and_images_stay_encoded(monkeypatc
 
     asked = []
 
-    def load_dataset(name, split):
-        asked.append((name, split))
+    def load_dataset(*names, split):
+        asked.append((*names, split))
         rows = datasets.Dataset.from_list([record(images=[{"bytes": encoded(RED), "path": None}], level=5)])
         return rows.cast_column("images", datasets.List(datasets.Image()))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (sample,) = load_samples("hub:owner/geometry@test")
     load_samples("hub:owner/geometry")
-    assert asked == [("owner/geometry", "test"), ("owner/geometry", "train")]
+    load_samples("hub:owner/geometry/angles@test")
+    assert asked == [
+        ("owner/geometry", "test"),
+        ("owner/geometry", "train"),
+        ("owner/geometry", "angles", "test"),
+    ]
     assert isinstance(sample.images[0], bytes)
     assert pixels(sample.load_images()[0]) == pixels(RED)
     assert sample.place == "hub:owner/geometry@test, row 0"

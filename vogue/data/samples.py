@@ -17,7 +17,7 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,15 +104,51 @@ def load_samples(spec: str | Path, limit: int | None = None) -> list[Sample]:
     """The first `limit` samples (all by default) of a data set; images stay encoded.
 
     spec: a .parquet, .json (a list of records) or .jsonl file, a folder of parquet files (read
-    in the order of their names), or `hub:owner/name@split` (split "train" by default), which
-    needs the `datasets` package.
+    in the order of their names), or `hub:owner/name@split` (split "train" by default;
+    `hub:owner/name/subset@split` where there are subsets), which needs the `datasets` package.
 
     Raises DataError for a missing file or column, an unusable row, and an empty data set.
     """
-    samples = list(itertools.islice(_read(str(spec)), limit))
+    records = itertools.islice(read_records(str(spec), REQUIRED, COLUMNS), limit)
+    samples = [_sample(*record) for record in records]
     if not samples:
         raise DataError(f"{spec}: no samples in it.")
     return samples
+
+
+def read_records(
+    spec: str, required: Sequence[str], wanted: Sequence[str] | None = None
+) -> Iterator[tuple[dict, str, Path]]:
+    """The rows of a data set as they stand there, each with its place for messages and the folder of its file.
+
+    spec      as in `load_samples`; `hub:owner/name/subset@split` where a data set on the hub has subsets
+    required  columns that must be there; a JSON file's are the caller's to check
+    wanted    columns to read, all by default
+
+    Raises DataError for a missing file or column and for a file that can't be read.
+    """
+    if spec.startswith("hub:"):
+        return _read_hub(spec, required, wanted)
+    path = Path(spec)
+    if path.is_dir():
+        parts = sorted(path.glob("*.parquet"))
+        return itertools.chain.from_iterable(_read_parquet(part, required, wanted) for part in parts)
+    readers = {".json": _read_json, ".jsonl": _read_jsonl}
+    suffixes = (".parquet", *readers)
+    if path.suffix not in suffixes:
+        raise DataError(f"{spec}: a data set is a folder, hub:owner/name@split, or a file in {', '.join(suffixes)}.")
+    if not path.is_file():
+        raise DataError(f"{spec}: no such file (looked in {path.absolute().parent}).")
+    return readers[path.suffix](path) if path.suffix in readers else _read_parquet(path, required, wanted)
+
+
+def require_columns(names, required: Iterable[str], place: str) -> None:
+    """Raise DataError where one of `required` isn't among `names`: a record, or a list of names."""
+    if not isinstance(names, dict | list):
+        raise DataError(f"{place}: must be a record, but is a {type(names).__name__}: {str(names)[:80]!r}.")
+    for column in required:
+        if column not in names:
+            raise DataError(f"{place}: no column '{column}' (it has: {', '.join(map(str, names))}).")
 
 
 def check_images(samples: Iterable[Sample]) -> None:
@@ -143,56 +179,43 @@ def write_parquet(samples: Iterable[Sample], path: str | Path) -> None:
         os.replace(unfinished, path)
 
 
-def _read(spec: str) -> Iterator[Sample]:
-    if spec.startswith("hub:"):
-        return _read_hub(spec)
-    path = Path(spec)
-    if path.is_dir():
-        return itertools.chain.from_iterable(map(_read_parquet, sorted(path.glob("*.parquet"))))
-    readers = {".parquet": _read_parquet, ".json": _read_json, ".jsonl": _read_jsonl}
-    if path.suffix not in readers:
-        raise DataError(f"{spec}: a data set is a folder, hub:owner/name@split, or a file in {', '.join(readers)}.")
-    if not path.is_file():
-        raise DataError(f"{spec}: no such file (looked in {path.absolute().parent}).")
-    return readers[path.suffix](path)
-
-
-def _read_parquet(path: Path) -> Iterator[Sample]:
+def _read_parquet(path: Path, required: Sequence[str], wanted: Sequence[str] | None) -> Iterator[tuple]:
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            _require_columns(names, str(path))
-            batches = file.iter_batches(BATCH_ROWS, columns=[name for name in COLUMNS if name in names])
-            yield from _samples_of(batches, str(path), path.parent)
+            require_columns(names, required, str(path))
+            batches = file.iter_batches(BATCH_ROWS, columns=[name for name in wanted or names if name in names])
+            yield from _numbered(batches, str(path), path.parent)
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a readable parquet file: {error}.") from error
 
 
-def _read_hub(spec: str) -> Iterator[Sample]:
+def _read_hub(spec: str, required: Sequence[str], wanted: Sequence[str] | None) -> Iterator[tuple]:
     from datasets import load_dataset
 
     name, _, split = spec.removeprefix("hub:").partition("@")
-    rows = load_dataset(name, split=split or "train")
-    _require_columns(rows.column_names, spec)
-    columns = [column for column in COLUMNS if column in rows.column_names]
+    parts = name.split("/")  # owner, name, and maybe a subset
+    rows = load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train")
+    require_columns(rows.column_names, required, spec)
+    columns = [column for column in wanted or rows.column_names if column in rows.column_names]
     # The Arrow format hands out images as they are stored, encoded.
     batches = rows.select_columns(columns).with_format("arrow").iter(BATCH_ROWS)
-    yield from _samples_of(batches, spec, Path())
+    yield from _numbered(batches, spec, Path())
 
 
-def _read_json(path: Path) -> Iterator[Sample]:
+def _read_json(path: Path) -> Iterator[tuple]:
     records = _parse_json(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(records, list):
         raise DataError(f"{path}: must hold a list of records, but holds a {type(records).__name__}.")
     for row, record in enumerate(records):
-        yield _sample(record, f"{path}, row {row}", path.parent)
+        yield record, f"{path}, row {row}", path.parent
 
 
-def _read_jsonl(path: Path) -> Iterator[Sample]:
+def _read_jsonl(path: Path) -> Iterator[tuple]:
     with path.open(encoding="utf-8") as lines:
         for row, line in enumerate(line for line in lines if line.strip()):
             place = f"{path}, row {row}"
-            yield _sample(_parse_json(line, place), place, path.parent)
+            yield _parse_json(line, place), place, path.parent
 
 
 def _parse_json(text: str, place: str):
@@ -202,17 +225,15 @@ def _parse_json(text: str, place: str):
         raise DataError(f"{place}: not valid JSON: {error}.") from error
 
 
-def _samples_of(batches, name: str, folder: Path) -> Iterator[Sample]:
+def _numbered(batches, name: str, folder: Path) -> Iterator[tuple]:
     rows = itertools.count()
     for batch in batches:
         for record in batch.to_pylist():
-            yield _sample(record, f"{name}, row {next(rows)}", folder)
+            yield record, f"{name}, row {next(rows)}", folder
 
 
 def _sample(record, place: str, folder: Path) -> Sample:
-    if not isinstance(record, dict):
-        raise DataError(f"{place}: must be a record, but is a {type(record).__name__}: {str(record)[:80]!r}.")
-    _require_columns(record, place)
+    require_columns(record, REQUIRED, place)
     answer = record["answer"]
     cells = record["images"] or []
     if not isinstance(cells, list):
@@ -220,19 +241,13 @@ def _sample(record, place: str, folder: Path) -> Sample:
     return Sample(
         problem=record["problem"],
         answer=str(answer) if isinstance(answer, (int, float)) else answer,
-        images=tuple(_reference(cell, place, folder) for cell in cells),
+        images=tuple(reference(cell, place, folder) for cell in cells),
         **{name: record.get(name) or "" for name in OPTIONAL},
         place=place,
     )
 
 
-def _require_columns(names: Iterable[str], place: str) -> None:
-    for column in REQUIRED:
-        if column not in names:
-            raise DataError(f"{place}: no column '{column}' (it has: {', '.join(map(str, names))}).")
-
-
-def _reference(cell, place: str, folder: Path) -> bytes | Path:
+def reference(cell, place: str, folder: Path) -> bytes | Path:
     """What a cell of `images` refers to: encoded bytes, or a path resolved against the data file's folder."""
     content = cell
     if isinstance(cell, dict):

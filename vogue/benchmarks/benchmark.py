@@ -1,0 +1,145 @@
+"""What a benchmark is: rows in its own schema, and its own rules for asking, reading, scoring and summing up."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+from vogue.benchmarks.extract import Form
+from vogue.data import DataError, Sample
+from vogue.data.samples import read_records, reference, require_columns
+
+IMAGE_FOLDERS = ("", "images", "png", "hallusion_bench")  # where the benchmarks' repositories keep them
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question of a benchmark: what the policy is asked, and the row with all that scoring needs."""
+
+    sample: Sample
+    row: dict
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a benchmark's table: units, each with n attempts that are right or not; pass@k is their mean."""
+
+    name: str
+    attempts: list[tuple[bool, ...]]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A line that is a sum over units divided by another one, for one attempt: numerator and denominator of each."""
+
+    name: str
+    parts: list[tuple[float, float]]
+
+
+Right = list[tuple[bool, ...]]  # of each problem, which of its n attempts are right
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The rules of a benchmark, functions of a row of its data.
+
+    hub       what is read where `data.test` isn't set
+    files     the names, or patterns, of its data files where `data.test` is a folder
+    columns   that every row must have
+    images    columns for the image, of which the first that holds something is taken
+    prompt    the question as the policy is asked it, behind the system prompt of `reward.design`
+    answer    the right answer as text
+    form      what an answer looks like, and so how it is found in a completion
+    is_right  whether an answer in that form is right
+    table     its own table: from the problems and which attempts at them are right
+    """
+
+    hub: str
+    files: tuple[str, ...]
+    columns: tuple[str, ...]
+    images: tuple[str, ...]
+    prompt: Callable[[dict], str]
+    answer: Callable[[dict], str]
+    form: Callable[[dict], Form]
+    is_right: Callable[[str, dict], bool]
+    table: Callable[[Sequence[Problem], Right], list[Line | Share]]
+
+    def load(self, spec: str | None, limit: int | None = None) -> list[Problem]:
+        """The first `limit` problems of `spec`: folder or file in the benchmark's own schema, or hub:owner/name@split.
+
+        Raises DataError for missing files and columns, and for a row that can't be used.
+        """
+        spec = spec or self.hub
+        problems = [self._problem(*record) for record in islice(self._records(spec), limit)]
+        if not problems:
+            raise DataError(f"{spec}: no problems in it.")
+        return problems
+
+    def _problem(self, row: dict, place: str, folder: Path) -> Problem:
+        require_columns(row, self.columns, place)
+        cells = [row[name] for name in self.images if row.get(name)]
+        images = (_image(cells[0], place, folder),) if cells else ()
+        return Problem(Sample(self.prompt(row), self.answer(row), images, place=place), row)
+
+    def _records(self, spec: str) -> Iterator[tuple[dict, str, Path]]:
+        path = Path(spec)
+        if path.is_dir():
+            found = [file for name in self.files for file in sorted(path.glob(name))]
+            if found:
+                return chain.from_iterable(map(_read_json, found))
+            if not any(path.glob("*.parquet")):
+                raise DataError(f"{spec}: holds neither {' nor '.join(self.files)} nor *.parquet.")
+        elif path.suffix == ".json" and path.is_file():
+            return _read_json(path)
+        return read_records(spec, self.columns)
+
+
+def _read_json(path: Path) -> Iterator[tuple[dict, str, Path]]:
+    """A list of rows, an object of rows by their keys, or a row a line: the benchmarks have all three in .json."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError:
+        try:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}: neither JSON nor a JSON object a line: {error}.") from error
+    if isinstance(rows, dict):
+        keyed = all(isinstance(row, dict) for row in rows.values())
+        rows = list(rows.values()) if keyed else [rows]
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: must hold rows, but holds a {type(rows).__name__}.")
+    for number, row in enumerate(rows):
+        yield row, f"{path}, row {number}", path.parent
+
+
+def _image(cell, place: str, folder: Path) -> bytes | Path:
+    found = reference(cell, place, Path())
+    if isinstance(found, bytes):
+        return found
+    places = [folder / name / found for name in IMAGE_FOLDERS]
+    return next((path for path in places if path.is_file()), places[0])
+
+
+def by_group(problems: Sequence[Problem], right: Right, groups: Callable[[Problem], Sequence[str]]) -> list[Line]:
+    """A line for "all" and one for each group, in the order of their names; a problem may be in several."""
+    lines: dict[str, Right] = {}
+    for problem, attempts in zip(problems, right, strict=True):
+        for name in groups(problem):
+            lines.setdefault(name, []).append(attempts)
+    return [Line("all", right), *(Line(name, lines[name]) for name in sorted(lines))]
+
+
+def together(name: str, problems: Sequence[Problem], right: Right, key: Callable[[dict], tuple | None]) -> Line:
+    """A line whose units are the problems of one key, right where all of them are in one attempt; None: of no unit."""
+    units: dict[tuple, Right] = {}
+    for problem, attempts in zip(problems, right, strict=True):
+        if (unit := key(problem.row)) is not None:
+            units.setdefault(unit, []).append(attempts)
+    return Line(name, [tuple(map(all, zip(*unit, strict=True))) for unit in units.values()])
+
+
+def letter_choices(choices: Sequence[str]) -> dict[str, str]:
+    """Choices by their letters, from A."""
+    return {chr(ord("A") + number): choice for number, choice in enumerate(choices)}

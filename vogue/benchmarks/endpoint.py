@@ -1,0 +1,102 @@
+"""The answer that a completion gives, by a language model behind an OpenAI-compatible endpoint.
+
+VOGUE (arXiv 2510.01444) had Qwen2.5-72B-Instruct extract the answers; vLLM serves it with such an endpoint, at
+http://HOST:8000/v1 say. Ours: the wording of the question; that the reply is read by the rules of the answer's form, as
+if it stood in \\boxed{}. The key, where one is needed, comes from the environment variable OPENAI_API_KEY.
+"""
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.client import HTTPException
+
+from vogue.benchmarks.extract import NUMERIC, Form
+
+QUESTION = """\
+Below are a question and a response to it. Which answer does the response give? Don't solve the question yourself.
+Reply with the answer alone, as {wanted}, or with none where the response gives no answer.
+
+Question:
+{question}
+
+Response:
+{response}"""
+PARALLEL = 16  # requests at a time
+AGAIN = (429, 500, 502, 503, 504)  # too many requests, and errors that may pass
+
+
+class ExtractorError(RuntimeError):
+    """The endpoint can't be reached or doesn't answer as it should; the message names it and says how."""
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Asks `model` at `url`, the part before /chat/completions; safe to use from several threads.
+
+    timeout  seconds a request may take
+    pauses   seconds before each further try where a request fails in a way that may pass
+    """
+
+    url: str
+    model: str
+    timeout: float = 120.0
+    pauses: tuple[float, ...] = (1.0, 4.0, 16.0)
+
+    def __post_init__(self):
+        if not self.url.startswith(("http://", "https://")):
+            raise ExtractorError(f"{self.url}: an endpoint is http://HOST:PORT/v1 or https://HOST/v1")
+
+    def check(self) -> None:
+        """Ask a small question, whose answer doesn't matter; raises ExtractorError where that fails."""
+        self.extract("What is 1 + 1?", "It is 2.", NUMERIC)
+
+    def extract_all(self, asked: Iterable[tuple[str, str, Form]]) -> Iterator[str | None]:
+        """The answers in (question, completion, form), in order; several are asked for at a time."""
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            yield from pool.map(lambda each: self.extract(*each), asked)
+
+    def extract(self, question: str, completion: str, form: Form) -> str | None:
+        """The answer that `completion` gives to `question`; None where the model finds none.
+
+        Raises ExtractorError where the endpoint refuses, or fails again and again.
+        """
+        text = QUESTION.format(wanted=form.wanted, question=question, response=completion)
+        reply = self._reply(text).strip()
+        return None if not reply or reply.strip(".").casefold() == "none" else form.read(reply)
+
+    def _reply(self, text: str) -> str:
+        messages = [{"role": "user", "content": text}]
+        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": 256}
+        pauses = iter(self.pauses)
+        while True:
+            try:
+                return self._post(body)
+            except (OSError, HTTPException) as error:  # HTTPError and timeouts are OSErrors
+                pause = next(pauses, None)
+                if pause is None or getattr(error, "code", AGAIN[0]) not in AGAIN:
+                    raise ExtractorError(f"{self.url}: {_told(error)}") from None
+            time.sleep(pause)
+
+    def _post(self, body: dict) -> str:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        url = self.url.rstrip("/") + "/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            reply = response.read()
+        try:
+            return json.loads(reply)["choices"][0]["message"]["content"] or ""
+        except (ValueError, LookupError, TypeError):
+            raise ExtractorError(f"{self.url}: not the reply of a chat completion: {reply[:200]!r}") from None
+
+
+def _told(error: OSError | HTTPException) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"{error.code} {error.reason}: {error.read()[:200].decode(errors='replace')}"
+    return str(getattr(error, "reason", error)) or type(error).__name__
