@@ -42,8 +42,9 @@ PUZZLES = {
 EVAL_HELP = """\
 benchmarks: data.test is a folder or file in the benchmark's own schema and layout, or hub:owner/name@split (with a
 subset, hub:owner/name/subset@split); unset, the benchmark's place on the hub. Completions are sampled at
-rollout.temperature with up to rollout.max_tokens tokens, behind the system prompt of reward.design. Whose prompts and
-scoring they are, and what is ours, stands at the top of vogue/benchmarks/NAME.py.
+rollout.temperature with up to rollout.max_tokens tokens, behind the system prompt of reward.design; some benchmarks'
+images need more than the default data.max_prompt_tokens. Whose prompts and scoring they are, and what is ours, stands
+at the top of vogue/benchmarks/NAME.py.
 
 a data set of your own, by category, the image printed as text beside it:
   vogue eval run.yaml model.path=MODEL data.test=test.parquet --view image,text
@@ -144,7 +145,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def _evaluate_benchmark(config: Config, arguments: argparse.Namespace, pass_at: tuple[int, ...]) -> int:
     from vogue.benchmarks import BENCHMARKS, Extractor
-    from vogue.evaluate import answer_benchmark, ask_extractor, benchmark_table, write_answered
+    from vogue.benchmarks.answers import ask_extractor, write_answered
+    from vogue.evaluate import answer_benchmark, benchmark_table
 
     if arguments.views != ("image",):
         raise ConfigError(f"--view {','.join(arguments.views)}: a benchmark has no printed state to show in its place")
@@ -167,7 +169,7 @@ def _evaluate_benchmark(config: Config, arguments: argparse.Namespace, pass_at: 
     for name, count, estimates in benchmark_table(benchmark, answered, pass_at):
         table.add_row(name, str(count), *map(str, estimates))
     console.print(table)
-    unread = sum(answer is None for item in answered for answer in item.answers)
+    unread = sum(answer.parsed is None for item in answered for answer in item.answers)
     console.print(f"completions in which no answer was found: {unread} of {len(answered) * arguments.samples}")
     if arguments.out:
         write_answered(answered, arguments.out)

@@ -10,7 +10,7 @@ A benchmark (`vogue.benchmarks`) has its own data, scoring and table; its comple
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import comb, isnan
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoConfig
 
-from vogue.benchmarks import Benchmark, Extractor, Line, Problem, Share, extract
+from vogue.benchmarks import Benchmark, Line, Problem, Share
+from vogue.benchmarks.answers import Answered, read
 from vogue.config import Config
 from vogue.data import Sample, load_samples
 from vogue.data.prompts import system_prompt, with_view
@@ -56,20 +57,6 @@ class Judged:
     @property
     def right(self) -> int:
         return sum(score.accuracy == 1 for score in self.scores)
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A benchmark's problem with its completions; of each, the answer it gives, if any, and whether that is right.
-
-    extracted  whether the answer was asked of the language model at an endpoint rather than found by rules
-    """
-
-    problem: Problem
-    completions: tuple[Completion, ...]
-    answers: tuple[str | None, ...]
-    extracted: tuple[bool, ...]
-    right: tuple[bool, ...]
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
@@ -176,40 +163,6 @@ def answer_benchmark(
     return [read(benchmark, problem, group) for problem, group in zip(problems, groups, strict=True)]
 
 
-def read(benchmark: Benchmark, problem: Problem, completions: Sequence[Completion]) -> Answered:
-    """A problem's completions with the answers that rules find in them."""
-    form = benchmark.form(problem.row)
-    answers = tuple(extract(completion.text, form) for completion in completions)
-    right = tuple(answer is not None and benchmark.is_right(answer, problem.row) for answer in answers)
-    return Answered(problem, tuple(completions), answers, (False,) * len(answers), right)
-
-
-def ask_extractor(
-    benchmark: Benchmark, answered: Sequence[Answered], extractor: Extractor, everything: bool, console: Console
-) -> list[Answered]:
-    """`answered` with the answers that a language model finds where the rules find none, or in `everything`.
-
-    Raises ExtractorError where the endpoint fails.
-    """
-    asked = [{place for place, answer in enumerate(item.answers) if everything or answer is None} for item in answered]
-    questions = [
-        (item.problem.sample.problem, item.completions[place].text, benchmark.form(item.problem.row))
-        for item, places in zip(answered, asked, strict=True)
-        for place in sorted(places)
-    ]
-    replies = iter([*track(extractor.extract_all(questions), "extract", len(questions), console=console)])
-    return [
-        _with_answers(benchmark, item, {place: next(replies) for place in sorted(places)})
-        for item, places in zip(answered, asked, strict=True)
-    ]
-
-
-def _with_answers(benchmark: Benchmark, item: Answered, found: dict[int, str | None]) -> Answered:
-    answers = tuple(found.get(place, answer) for place, answer in enumerate(item.answers))
-    right = tuple(answer is not None and benchmark.is_right(answer, item.problem.row) for answer in answers)
-    return replace(item, answers=answers, extracted=tuple(place in found for place in range(len(answers))), right=right)
-
-
 def benchmark_table(
     benchmark: Benchmark, answered: Sequence[Answered], pass_at: Sequence[int]
 ) -> list[tuple[str, int, list[Estimate]]]:
@@ -251,16 +204,3 @@ def write_judged(judged: dict[str, list[Judged]], path: Path) -> None:
                 for completion, score in zip(item.completions, item.scores, strict=True):
                     earned = {"parsed": score.parsed, "reward": score.reward, "accuracy": score.accuracy}
                     file.write(json.dumps(row | {"completion": completion.text} | earned) + "\n")
-
-
-def write_answered(answered: Sequence[Answered], path: Path) -> None:
-    """One JSON object a completion, with the answer that was found in it, by what, and whether it is right."""
-    with open(path, "w") as file:
-        for number, item in enumerate(answered):
-            sample = item.problem.sample
-            row = {"problem": number, "place": sample.place, "question": sample.problem, "answer": sample.answer}
-            for completion, parsed, extracted, right in zip(
-                item.completions, item.answers, item.extracted, item.right, strict=True
-            ):
-                found = {"parsed": parsed, "parsed_by": "extractor" if extracted else "rules", "right": right}
-                file.write(json.dumps(row | {"completion": completion.text} | found) + "\n")

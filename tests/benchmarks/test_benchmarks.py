@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from vogue.benchmarks import BENCHMARKS
+from vogue.benchmarks.answers import read, write_answered
 from vogue.benchmarks.mathvista import edit_distance
 from vogue.data import DataError
-from vogue.evaluate import Estimate, benchmark_table, read, write_answered
+from vogue.evaluate import Estimate, benchmark_table
 from vogue.rollout import Completion
 
 

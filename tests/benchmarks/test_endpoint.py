@@ -8,11 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from rich.console import Console
 
-from vogue.benchmarks import BENCHMARKS, Extractor, ExtractorError
-from vogue.benchmarks.benchmark import Problem
+from vogue.benchmarks import BENCHMARKS, Extractor, ExtractorError, Problem
+from vogue.benchmarks.answers import ask_extractor, read
 from vogue.benchmarks.extract import NUMERIC, options
 from vogue.data import Sample
-from vogue.evaluate import ask_extractor, read
 from vogue.rollout import Completion
 
 OPTIONS = options({"A": "4", "B": "5"})
@@ -144,8 +143,8 @@ def test_only_what_the_rules_leave_unread_is_asked_unless_everything_is(serve):
     assert [item.right for item in items] == [(False, False), (False, True)]
     common = (BENCHMARKS["chartqa"], items, Extractor(server.url, "m"))
     rest = ask_extractor(*common, False, Console(quiet=True))
-    assert [item.answers for item in rest] == [("4", "5"), ("5", "5")]
-    assert [item.extracted for item in rest] == [(False, True), (True, False)]
+    parsed = [[(answer.parsed, answer.parsed_by) for answer in item.answers] for item in rest]
+    assert parsed == [[("4", "rules"), ("5", "extractor")], [("5", "extractor"), ("5", "rules")]]
     assert [item.right for item in rest] == [(False, True), (True, True)]
     assert len(server.got) == 2
     everything = ask_extractor(*common, True, Console(quiet=True))

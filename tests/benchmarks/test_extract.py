@@ -53,6 +53,13 @@ def test_an_option_is_found_by_its_letter_or_its_text(completion, letter):
     assert extract(completion, CHOICES) == letter
 
 
+def test_an_option_of_one_word_is_found_at_the_start_of_a_sentence():
+    yes_or_no = options({"A": "Yes", "B": "No"})
+    assert extract("So the answer is no, there are fewer.", yes_or_no) == "B"
+    assert extract("So the answer is nowhere to be seen.", yes_or_no) is None
+    assert extract("The answer is 3, 5.", options({"A": "3", "B": "5"})) is None
+
+
 @pytest.mark.parametrize(
     ("completion", "number"),
     [

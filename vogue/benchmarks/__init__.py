@@ -4,7 +4,6 @@ from vogue.benchmarks.algopuzzlevqa import ALGOPUZZLEVQA
 from vogue.benchmarks.benchmark import Benchmark, Line, Problem, Share
 from vogue.benchmarks.chartqa import CHARTQA
 from vogue.benchmarks.endpoint import Extractor, ExtractorError
-from vogue.benchmarks.extract import extract
 from vogue.benchmarks.hallusionbench import HALLUSIONBENCH
 from vogue.benchmarks.logicvista import LOGICVISTA
 from vogue.benchmarks.mathverse import MATHVERSE
@@ -21,4 +20,4 @@ BENCHMARKS = {
     "algopuzzlevqa": ALGOPUZZLEVQA,
 }
 
-__all__ = ["BENCHMARKS", "Benchmark", "Extractor", "ExtractorError", "Line", "Problem", "Share", "extract"]
+__all__ = ["BENCHMARKS", "Benchmark", "Extractor", "ExtractorError", "Line", "Problem", "Share"]

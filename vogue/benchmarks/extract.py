@@ -84,7 +84,7 @@ def options(choices: Mapping[str, str]) -> Form:
             return text.strip("()").upper()
         if start := leading.match(text):
             return start[1] or start[2]
-        same = [key for key, choice in choices.items() if choice and plain(choice).casefold() == text.casefold()]
+        same = [key for key, choice in choices.items() if choice and _begins(text.casefold(), plain(choice).casefold())]
         if not same and len(text) <= LONGEST_VALUE:
             same = [key for key, choice in choices.items() if choice and is_correct(text, choice)]
         return same[0] if len(same) == 1 else last(text)
@@ -97,6 +97,11 @@ def options(choices: Mapping[str, str]) -> Form:
         return read(text) if text and "\n" not in text else last(text)
 
     return Form(f"the letter of the chosen option, one of {', '.join(letters)}", read, search)
+
+
+def _begins(text: str, choice: str) -> bool:
+    """Whether `text` is the choice, or a word that is the choice and then more: "no, it isn't"."""
+    return text == choice or (choice.isalpha() and re.match(rf"{choice}\s*[,.;:(]", text) is not None)
 
 
 def _letters(statement: str) -> str | None:
