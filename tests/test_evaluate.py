@@ -58,9 +58,9 @@ def test_the_interval_of_a_mean_narrows_with_the_square_root_of_the_problems():
 
 
 def test_an_estimate_of_a_ratio_is_one_of_sums_over_problems():
-    found = estimate([1.0, 0.0, 0.5], [1.0, 0.0, 2.0])
-    assert found.value == pytest.approx(1.5 / 3)
-    assert found.low == pytest.approx(0.25)  # the third problem alone was drawn, or it and the second
+    found = estimate([1.0, 0.0, 0.5], [1.0, 0.0, 4.0])
+    assert found.value == pytest.approx(1.5 / 5)
+    assert found.low == pytest.approx(0.125)  # the third problem alone was drawn, or it and the second
     assert found.high == pytest.approx(1)
     assert str(estimate([0.0, 0.0], [0.0, 0.0])) == "–"
 

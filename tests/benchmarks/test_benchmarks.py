@@ -83,12 +83,13 @@ def test_mathverse_asks_its_reasoning_query_about_the_image(tmp_path):
 
 
 def test_mathverse_scores_choices_and_expressions(tmp_path):
-    choice, length, ratio, equation, hidden = mathverse(
+    choice, length, ratio, angle, area, hidden = mathverse(
         tmp_path,
         mathverse_row("D"),
         mathverse_row("$C=40.84 \\mathrm{~cm}$", kind="free-form", question="How long is it?"),
         mathverse_row("\\frac{9\\sqrt{3}}{2}", kind="free-form", question="How long is a?"),
         mathverse_row("53.6^\\circ ", kind="free-form", question="Find b."),
+        mathverse_row("Area $=\\frac{147 \\pi}{4} \\mathrm{~cm}^{2}$", kind="free-form", question="How large is it?"),
         mathverse_row("B", "Vision Only", question=""),
     )
     found = scores("mathverse", choice, "\\boxed{D}", "\\boxed{140°}", "(D) 140°", "\\boxed{A}", "no idea")
@@ -96,11 +97,13 @@ def test_mathverse_scores_choices_and_expressions(tmp_path):
     found = scores("mathverse", length, "\\boxed{40.84}", "\\boxed{40.84 \\text{ cm}}", "\\boxed{40.85}")
     assert found == [True, True, False]
     assert scores("mathverse", ratio, "\\boxed{4.5\\sqrt{3}}", "\\boxed{4.5}") == [True, False]
-    assert scores("mathverse", equation, "The answer is 53.6 degrees.", "\\boxed{53.6°}", "\\boxed{53}") == [
+    assert scores("mathverse", angle, "The answer is 53.6 degrees.", "\\boxed{53.6°}", "\\boxed{53}") == [
         True,
         True,
         False,
     ]
+    found = scores("mathverse", area, "\\boxed{36.75\\pi}", "\\boxed{36.75\\pi \\text{ cm}^2}", "\\boxed{36.75}")
+    assert found == [True, True, False]
     assert scores("mathverse", hidden, "\\boxed{B}", "\\boxed{(C)}") == [True, False]
 
 
