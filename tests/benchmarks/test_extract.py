@@ -60,6 +60,10 @@ def test_an_option_of_one_word_is_found_at_the_start_of_a_sentence():
     assert extract("The answer is 3, 5.", options({"A": "3", "B": "5"})) is None
 
 
+def test_words_are_not_compared_as_products_of_variables():
+    assert extract("\\boxed{on top}", options({"A": "no pot", "B": "yes"})) is None
+
+
 @pytest.mark.parametrize(
     ("completion", "number"),
     [

@@ -85,7 +85,7 @@ def options(choices: Mapping[str, str]) -> Form:
         if start := leading.match(text):
             return start[1] or start[2]
         same = [key for key, choice in choices.items() if choice and _begins(text.casefold(), plain(choice).casefold())]
-        if not same and len(text) <= LONGEST_VALUE:
+        if not same and len(text) <= LONGEST_VALUE and re.search(r"[0-9\\]", text):  # words are no mathematics
             same = [key for key, choice in choices.items() if choice and is_correct(text, choice)]
         return same[0] if len(same) == 1 else last(text)
 
