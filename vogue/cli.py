@@ -1,4 +1,4 @@
-"""The command `vogue`: warmstart, train, sweep, eval, data, doctor.
+"""The command `vogue`: warmstart, train, sweep, eval, report, data, doctor.
 
 A wrong setting or sample ends a command with one message on standard error and exit code 2, before anything is
 trained or overwritten.
@@ -54,6 +54,12 @@ MathVista from a folder with testmini.json and images/, every answer extracted b
 down to check (the endpoint's key, if it wants one, is the environment variable OPENAI_API_KEY):
   vogue eval run.yaml model.path=MODEL data.test=MathVista/data --benchmark mathvista --out mathvista.jsonl \\
       --extractor http://localhost:8000/v1 --extractor-model Qwen/Qwen2.5-72B-Instruct --extract-all"""
+REPORT_HELP = """\
+learning curves, pass@k before and after, exploration, guidance, times, and every logged completion with its images and
+its tokens coloured by u_per or entropy. Runs that differ in their seed alone are one method: their mean with a band.
+
+  vogue report runs/demo/vogue
+  vogue report runs/sweeps/digits/*/seed_? --out runs/sweeps/digits/report.html"""
 PUZZLES_HELP = """\
 kinds: clock, maze, move_box, n_queens, water_jugs, tower_of_hanoi, number_slide, checker_move, board_tiling
 
@@ -222,6 +228,15 @@ def puzzles(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def report(arguments: argparse.Namespace) -> int:
+    from vogue.report import write_report
+
+    page, *images = write_report(arguments.runs, arguments.out)
+    print(f"report: {page}")
+    print("beside it:", ", ".join(path.name for path in images))
+    return 0
+
+
 def doctor(_: argparse.Namespace) -> int:
     from vogue import doctor as module
 
@@ -312,6 +327,14 @@ def _parser() -> argparse.ArgumentParser:
         "thinking? (default image)",
     )
     command.add_argument("--out", type=Path, metavar="FILE", help="write every completion with its score, JSONL")
+
+    command = _add(
+        commands, "report", report, "one HTML page on runs, which needs no network, and PNGs beside it", REPORT_HELP
+    )
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, its trainer.output_dir")
+    command.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page (default for one run: RUN/report.html; several need it said)"
+    )
 
     command = _add(commands, "warmstart", warmstart, "make a small Qwen2.5-VL for the digits task from nothing")
     command.add_argument("out", type=Path, help="folder of the model")

@@ -8,3 +8,4 @@ out=runs/demo
 [ -d $out/base ] || vogue warmstart $out/base
 resume=$([ -d $out/vogue/checkpoints ] && echo --resume || true)
 vogue train examples/digits/vogue.yaml $resume
+vogue report $out/vogue

@@ -1,0 +1,313 @@
+"""The figures of a report: which curves stand in which panel, for the page's charts and for PNGs alike."""
+
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from vogue.evaluate import Estimate, estimate, pass_at_k
+from vogue.report.runs import Method, Run, group_methods, read_runs
+
+# Of the methods, in light and dark mode: Okabe and Ito's palette, which colour-blind readers can tell apart,
+# darkened or lightened until each stands out from the page by 3 to 1.
+LIGHT = ("#0072b2", "#c45100", "#00805c", "#a8518a", "#8f6a00", "#2b83ba", "#5b5b66", "#7a3b00")
+DARK = ("#4aa8e0", "#f08a3c", "#2fc795", "#e29bc8", "#e6c029", "#86cdf5", "#b4b4c0", "#d39a6a")
+
+PHASES = ("data", "rollout", "reward", "train", "sync")  # of a step, one after the other
+TRAIN_PHASES = ("pack", "old", "forward", "backward", "update")  # within "train"
+MANY_SEEDS = 10  # fewer tell no 95% interval
+FEW_POINTS = 20  # of a curve: each gets a dot
+
+# Title, unit and metric. Shares have the unit "%" and are kept between 0 and 1.
+LEARNING = (("Reward", "", "reward"), ("Accuracy in training", "%", "accuracy"))
+EXPLORATION = (("Entropy", "nats", "entropy"), ("Distinct answers in a group", "", "distinct_answers"))
+GUIDANCE = (
+    ("u_per, noisy branch", "nats", "u_per"),
+    ("Completions from the noisy branch", "%", "noisy_share"),
+    ("Tokens at the cap of u_per's bonus", "%", "per_capped"),
+    ("Tokens at the cap of u_out's bonus", "%", "out_capped"),
+    ("Tokens with a clipped ratio", "%", "clip_fraction"),
+    ("Norm of the gradient", "", "grad_norm"),
+)
+GROUPS = (
+    ("Groups with right and wrong answers", "%", "mixed_share"),
+    ("Groups with right answers only", "%", "solved_share"),
+    ("Completions that end by themselves", "%", "finished"),
+    ("Tokens a completion", "", "tokens"),
+)
+MACHINE = (
+    ("Tokens a second, rollout", "", "throughput/rollout"),
+    ("Tokens a second, training", "", "throughput/train"),
+    ("Peak memory", "GB", "memory_gb"),
+    ("Trainer against engine, |Δ log-probability|", "nats", "mismatch/logprob"),
+    ("Trainer against engine, KL", "nats", "mismatch/kl"),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value at x, with an interval where there is one."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve; `method` is the number of its colour. Thin: one seed of several. Dashed: before training."""
+
+    label: str
+    method: int
+    points: list[Point]
+    thin: bool = False
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves over the same x: steps, or (`doubling`) k on an axis where doubling is one length."""
+
+    title: str
+    unit: str
+    lines: list[Line]
+    x: str = "step"
+    doubling: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """Panels under one heading with a sentence on what they show."""
+
+    name: str
+    title: str
+    text: str
+    panels: list[Panel]
+
+
+def sections(methods: Sequence[Method]) -> list[Section]:
+    """All panels that have data."""
+    bands = _about_bands(methods)
+    gap, source = _gap(methods)
+    names = {name for method in methods for run in method.runs for row in run.metrics for name in row}
+    rewards = [(f"Score of {name[7:]}", "", name) for name in sorted(names) if name.startswith("reward/")]
+    found = [
+        Section(
+            "learning_curves",
+            "Learning curves",
+            f"Reward and accuracy of the completions trained on; pass@1 on held-out problems. {bands}",
+            [*_panels(methods, LEARNING), Panel("Held-out pass@1", "%", _lines(methods, _evaluated("pass@1")))],
+        ),
+        Section(
+            "pass_at_k",
+            "pass@k before and after training",
+            "Chance that k completions of a held-out problem hold a right one. Dashed: before training; "
+            f"solid: after it. {bands}",
+            [Panel("Held-out pass@k", "%", _before_and_after(methods), "k", doubling=True)],
+        ),
+        Section(
+            "exploration",
+            "How exploration decays",
+            f"pass@k beyond pass@1 is what the model finds only by trying again. {source} {bands}",
+            [*_panels(methods, EXPLORATION), gap],
+        ),
+        Section(
+            "groups",
+            "Groups and rewards",
+            "Only groups with unequal rewards teach; each score that adds to the reward, before its weight.",
+            _panels(methods, (*GROUPS, *rewards)),
+        ),
+        Section(
+            "guidance",
+            "Guidance and clipping",
+            "u_per: how far the policies on the raw and on the perturbed image diverge, a token; u_out: the entropy. "
+            "Each pays a bonus up to a cap.",
+            _panels(methods, GUIDANCE),
+        ),
+        Section(
+            "machine",
+            "Time, memory, mismatch",
+            "The mismatch compares log-probabilities of the trainer and of the rollout engine for the same tokens.",
+            [Panel("Time of a step", "s", _lines(methods, _seconds)), *_panels(methods, MACHINE)],
+        ),
+    ]
+    kept = [Section(s.name, s.title, s.text, [panel for panel in s.panels if panel.lines]) for s in found]
+    return [section for section in kept if section.panels]
+
+
+def first_and_last(run: Run) -> tuple[dict | None, dict | None]:
+    """The evaluations before the first step and after the last one, where there are such."""
+    rows = {row["step"]: row for row in run.evaluations}
+    return rows.get(0), rows.get(max(rows, default=0) or None)
+
+
+def pass_at(evaluation: dict) -> dict[int, Estimate]:
+    """pass@k by k: for 1, 2, 4, … and n where the right completions of each problem were counted, else as written."""
+    if "right" not in evaluation:
+        return {int(name[5:]): Estimate(*evaluation[name]) for name in evaluation if name.startswith("pass@")}
+    n = evaluation["n"]
+    ks = sorted({2**i for i in range(n.bit_length())} | {n})
+    return {k: estimate([pass_at_k(n, right, k) for right in evaluation["right"]]) for k in ks}
+
+
+def phase_seconds(run: Run) -> dict[str, float]:
+    """Mean seconds a step of each phase; "train" as its parts, and what is left of it."""
+    seconds = {}
+    for phase in (*PHASES, *TRAIN_PHASES):
+        values = [row.get(f"time/{phase}", 0.0) for row in run.metrics]
+        seconds[phase] = sum(values) / len(values)
+    rest = seconds.pop("train") - sum(seconds[phase] for phase in TRAIN_PHASES)
+    order = ("data", "rollout", "reward", *TRAIN_PHASES, "rest of train", "sync")
+    seconds["rest of train"] = max(0.0, rest)
+    return {phase: seconds[phase] for phase in order}
+
+
+def plot_curves(runs: Sequence[Path], target: Path) -> None:
+    """Draw all panels of `runs` (folders) into the PNG `target`."""
+    panels = [panel for section in sections(group_methods(read_runs(runs))) for panel in section.panels]
+    target.write_bytes(draw(panels))
+
+
+def draw(panels: Sequence[Panel]) -> bytes:
+    """The panels as a PNG, with one legend."""
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(max(6, 4.5 * columns), 3.4 * rows + 0.4), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    handles = {}
+    for axis, panel in zip(axes, panels, strict=False):
+        handles |= _draw_panel(axis, panel)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=max(2, columns), frameon=False)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=100)
+    return image.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------------- curves
+
+
+def _draw_panel(axis: Axes, panel: Panel) -> dict[str, Line2D]:
+    """Draw the curves; returns what the legend shows."""
+    handles = {}
+    for line in panel.lines:
+        color = LIGHT[line.method % len(LIGHT)]
+        x, y = [point.x for point in line.points], [point.y for point in line.points]
+        banded = [point for point in line.points if point.low is not None]
+        if banded:
+            low, high = [point.low for point in banded], [point.high for point in banded]
+            axis.fill_between([point.x for point in banded], low, high, color=color, alpha=0.15, linewidth=0)
+        style = {"linestyle": "--" if line.dashed else "-", "color": color}
+        style |= {"linewidth": 0.8, "alpha": 0.5} if line.thin else {"linewidth": 1.8}
+        marker = "o" if len(x) <= FEW_POINTS and not line.thin else ""
+        (handle,) = axis.plot(x, y, marker=marker, markersize=4, **style)
+        if not line.thin:
+            handles[line.label] = handle
+    axis.set_title(f"{panel.title} ({panel.unit})" if panel.unit not in ("", "%") else panel.title, fontsize="medium")
+    axis.set_xlabel(panel.x)
+    axis.grid(alpha=0.3)
+    if panel.unit == "%":
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.4g}%"))
+    if panel.doubling:
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:.0f}"))
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return handles
+
+
+def _panels(methods: Sequence[Method], metrics: Iterable[tuple[str, str, str]]) -> list[Panel]:
+    return [Panel(title, unit, _lines(methods, _measured(name))) for title, unit, name in metrics]
+
+
+def _lines(methods: Sequence[Method], curve: Callable[[Run], list[Point]], dashed: bool = False) -> list[Line]:
+    """A run's curve; for a method of several runs each of theirs, thin, and their mean."""
+    lines = []
+    for number, method in enumerate(methods):
+        label = f"{method.label}, before" if dashed else method.label
+        curves = {run.name: points for run in method.runs if (points := curve(run))}
+        if len(curves) > 1:
+            for name, points in curves.items():
+                lines.append(Line(name, number, [Point(point.x, point.y) for point in points], True, dashed))
+            lines.append(Line(label, number, _mean(list(curves.values())), False, dashed))
+        else:
+            lines += [Line(label, number, points, False, dashed) for points in curves.values()]
+    return lines
+
+
+def _mean(curves: Sequence[list[Point]]) -> list[Point]:
+    """Mean and band over seeds, at every x that all of them have."""
+    values: dict[float, list[float]] = {}
+    for points in curves:
+        for point in points:
+            values.setdefault(point.x, []).append(point.y)
+    return [Point(x, *_band(y)) for x, y in sorted(values.items()) if len(y) == len(curves)]
+
+
+def _band(values: list[float]) -> tuple[float, float, float]:
+    if len(values) >= MANY_SEEDS:
+        found = estimate(values)
+        return found.value, found.low, found.high
+    return sum(values) / len(values), min(values), max(values)
+
+
+def _about_bands(methods: Sequence[Method]) -> str:
+    counts = {len(method.runs) for method in methods}
+    words = []
+    if counts - {1}:
+        few = "from the lowest seed to the highest" if min(counts - {1}) < MANY_SEEDS else ""
+        many = "its 95% bootstrap interval" if max(counts) >= MANY_SEEDS else ""
+        bands = f"{few}, or {many} from {MANY_SEEDS} seeds on" if few and many else few or many
+        words.append(f"Several seeds of a method: a thin line each, their mean, and a band {bands}.")
+    if 1 in counts:
+        words.append("The band of a single run's held-out pass@k is its 95% interval over problems.")
+    return " ".join(words)
+
+
+def _measured(name: str) -> Callable[[Run], list[Point]]:
+    return lambda run: [
+        Point(row["step"], row[name]) for row in run.metrics if name in row and math.isfinite(row[name])
+    ]
+
+
+def _evaluated(name: str) -> Callable[[Run], list[Point]]:
+    return lambda run: [Point(row["step"], *row[name]) for row in run.evaluations if name in row]
+
+
+def _seconds(run: Run) -> list[Point]:
+    return [Point(row["step"], sum(row.get(f"time/{phase}", 0.0) for phase in PHASES)) for row in run.metrics]
+
+
+def _gap(methods: Sequence[Method]) -> tuple[Panel, str]:
+    """pass@k - pass@1 over the steps, and a sentence on where it is from: evaluations if every run has them."""
+    runs = [run for method in methods for run in method.runs]
+    if all(run.evaluations and all("pass@4" in row for row in run.evaluations) for run in runs):
+        title, source = "Held-out pass@4 − pass@1", "Here from the evaluations on held-out problems, with k = 4."
+
+        def curve(run: Run) -> list[Point]:
+            return [Point(row["step"], row["pass@4"][0] - row["pass@1"][0]) for row in run.evaluations]
+    else:
+        title = "pass@G − accuracy of training groups"
+        source = "Here from the groups of G completions trained on, since not every run was evaluated with pass@4."
+
+        def curve(run: Run) -> list[Point]:
+            rows = [row for row in run.metrics if "pass_at_n" in row]
+            return [Point(row["step"], row["pass_at_n"] - row["accuracy"]) for row in rows]
+
+    return Panel(title, "%", _lines(methods, curve)), source
+
+
+def _before_and_after(methods: Sequence[Method]) -> list[Line]:
+    def curve(run: Run, row: dict | None) -> list[Point]:
+        return [Point(k, e.value, e.low, e.high) for k, e in pass_at(row).items()] if row else []
+
+    before = _lines(methods, lambda run: curve(run, first_and_last(run)[0]), dashed=True)
+    return before + _lines(methods, lambda run: curve(run, first_and_last(run)[1]))

@@ -1,0 +1,114 @@
+"""The runs of a report, read from their folders, and the methods that they are seeds of."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vogue.config import Config, ConfigError, flatten, load_config
+
+PER_SEED = ("seed", "trainer.output_dir", "model.path")  # every seed may have a warm start of its own
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder: its settings, and one object a step, an evaluation and a logged completion."""
+
+    folder: Path
+    name: str
+    config: Config
+    metrics: list[dict[str, float]]
+    evaluations: list[dict[str, Any]]
+    completions: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Runs that differ in their seed alone; `settings` are what they share, by dotted name."""
+
+    label: str
+    settings: dict[str, Any]
+    runs: tuple[Run, ...]
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs of `folders`, each once, named by what their paths don't share.
+
+    Raises `ConfigError` for a folder that holds no run or no step, and for a file that can't be read.
+    """
+    folders = list(dict.fromkeys(folder.resolve() for folder in folders))
+    shared = folders[0].parent if len(folders) == 1 else Path(os.path.commonpath(folders))
+    names = [folder.name if folder == shared else str(folder.relative_to(shared)) for folder in folders]
+    return [_read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def group_methods(runs: Sequence[Run]) -> list[Method]:
+    """Runs of equal settings, whatever their seed; the model counts as a setting where a seed comes twice."""
+    groups = []
+    for found in _by_settings(runs, PER_SEED):
+        twice = len({run.config.seed for run in found[1]}) < len(found[1])
+        groups += _by_settings(found[1], PER_SEED[:2]) if twice else [found]
+    labels = _labels([settings for settings, _ in groups])
+    return [Method(label, settings, tuple(runs)) for label, (settings, runs) in zip(labels, groups, strict=True)]
+
+
+def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the settings that aren't the same everywhere."""
+    names = dict.fromkeys(name for values in settings for name in values)
+    return [name for name in names if any(values.get(name) != settings[0].get(name) for values in settings)]
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    for needed in ("config.yaml", "metrics.jsonl"):
+        if not (folder / needed).is_file():
+            raise ConfigError(f"{folder} is no run: it has no {needed}")
+    try:
+        config = load_config(folder / "config.yaml", [])
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'config.yaml'}: {error}") from None
+    metrics, evaluations, completions = (
+        _read_lines(folder / f"{kind}.jsonl") for kind in ("metrics", "evaluations", "completions")
+    )
+    if not metrics:
+        raise ConfigError(f"{folder / 'metrics.jsonl'} has no steps yet")
+    for number, record in enumerate(completions, 1):
+        for signal in ("u_per", "entropy"):
+            values, tokens = record.get(signal), record.get("tokens") or []
+            if values is not None and len(values) != len(tokens):
+                place = f"{folder / 'completions.jsonl'}, line {number}"
+                raise ConfigError(f"{place}: {len(tokens)} tokens, but {len(values)} values of {signal}")
+    return Run(folder, name, config, metrics, evaluations, completions)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, if there is one; a last line that is still being written is left out."""
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text().split("\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}, line {number}: {error}") from None
+    return records
+
+
+def _by_settings(runs: Sequence[Run], ignored: Sequence[str]) -> list[tuple[dict[str, Any], list[Run]]]:
+    groups: dict[str, tuple[dict[str, Any], list[Run]]] = {}
+    for run in runs:
+        settings = {name: value for name, value in flatten(run.config).items() if name not in ignored}
+        groups.setdefault(json.dumps(settings, sort_keys=True), (settings, []))[1].append(run)
+    return list(groups.values())
+
+
+def _labels(groups: Sequence[dict[str, Any]]) -> list[str]:
+    """The method's name, with the settings in which it differs from others of that name."""
+    labels = []
+    for settings in groups:
+        names = differing([other for other in groups if other["method"] == settings["method"]])
+        changed = [f"{name.split('.')[-1]}={settings.get(name)}" for name in names]
+        labels.append(", ".join([settings["method"], *changed]))
+    return labels
