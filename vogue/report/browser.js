@@ -97,7 +97,7 @@ function paint() {
   const scale = document.getElementById("scale");
   const top = data.tops[signal];
   scale.hidden = !top;
-  if (top) [0, top / 2, top].forEach((value, i) => (scale.querySelectorAll("span")[i].textContent = i < 2 ? number(value) : `${number(value)} nats or more`));
+  if (top) scale.querySelector("span").textContent = `${number(top)} nats or more`;
 }
 
 function describe(span, x, y) {

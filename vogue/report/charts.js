@@ -28,7 +28,8 @@ function hideTip() {
 function number(value, unit) {
   if (value === null || value === undefined) return "–";
   if (unit === "%") return `${(100 * value).toFixed(1)}%`;
-  const text = value && Math.abs(value) < 1e-3 ? value.toExponential(1) : Number(value.toPrecision(3)).toLocaleString("en");
+  const digits = Math.abs(value) < 1000 ? { maximumSignificantDigits: 3 } : { maximumFractionDigits: 0 };
+  const text = value && Math.abs(value) < 1e-3 ? value.toExponential(1) : value.toLocaleString("en", digits);
   return unit ? `${text} ${unit}` : text;
 }
 

@@ -283,7 +283,8 @@ def _evaluated(name: str) -> Callable[[Run], list[Point]]:
 
 
 def _seconds(run: Run) -> list[Point]:
-    return [Point(row["step"], sum(row.get(f"time/{phase}", 0.0) for phase in PHASES)) for row in run.metrics]
+    rows = [row for row in run.metrics if "time/train" in row]
+    return [Point(row["step"], sum(row[f"time/{phase}"] for phase in PHASES)) for row in rows]
 
 
 def _gap(methods: Sequence[Method]) -> tuple[Panel, str]:

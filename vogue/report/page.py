@@ -255,8 +255,8 @@ def _rounded(values: list[float] | None) -> list[float] | None:
 
 
 def _number(value: float | None) -> str:
-    """Three digits; tiny values of nats as 2.1e-05."""
-    return "–" if value is None else f"{value:.3g}"
+    """Three digits, or all before the point."""
+    return "–" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _visible(token: str) -> str:
