@@ -198,8 +198,8 @@ def test_the_page_of_one_run_lies_in_its_folder_with_pngs_beside_it(tmp_path, ca
             image.load()
 
 
-def test_nothing_in_the_page_is_loaded_from_elsewhere(tmp_path):
-    page = write_report([write_run(tmp_path / "run", steps=3, logged=1)])[0].read_text()
+def test_nothing_in_the_page_is_loaded_from_elsewhere(report):
+    page = report.read_text()
     assert "default-src 'none'" in page
     assert set(re.findall(r"https?://[^\s\"']+", page)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
     assert all(value.startswith(("#", "data:")) for value in re.findall(r"\b(?:src|href)=\"([^\"]*)", page))
@@ -207,12 +207,13 @@ def test_nothing_in_the_page_is_loaded_from_elsewhere(tmp_path):
 
 def test_a_run_that_can_not_be_reported_leaves_the_earlier_page(tmp_path, capsys):
     run = write_run(tmp_path / "run", steps=3, logged=2)
-    page = write_report([run])[0]
-    earlier = page.read_text()
+    page = run / "report.html"
+    page.write_text("an earlier page")
     change(run / "completions.jsonl", lambda number, row: row | ({"entropy": [0.5]} if number == 1 else {}))
     assert main(["report", str(run)]) == 2
     assert re.search(r"completions.jsonl, line 2: \d+ tokens, but 1 values of entropy", capsys.readouterr().err)
-    assert page.read_text() == earlier
+    assert page.read_text() == "an earlier page"
+    assert not list(run.glob("*.png"))
 
 
 def test_a_folder_that_is_no_run_or_has_no_steps_or_cannot_be_read(tmp_path, capsys):

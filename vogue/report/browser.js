@@ -65,7 +65,7 @@ function card(record) {
 // Small images are shown at a whole multiple of their size, so that their pixels stay square.
 function picture(place, kind) {
   const { uri, size, missing } = data.images[place];
-  if (missing) return make("figure", {}, make("p", { class: "missing" }, `not found: ${missing}`), make("figcaption", {}, kind));
+  if (missing) return make("figure", {}, make("p", { class: "missing" }, `cannot be shown: ${missing}`), make("figcaption", {}, kind));
   const scale = Math.floor(224 / Math.max(...size));
   const crisp = scale > 1 ? { class: "crisp", style: `width: ${scale * size[0]}px` } : {};
   const image = make("img", { src: uri, alt: `${kind} image`, ...crisp });

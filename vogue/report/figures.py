@@ -95,28 +95,35 @@ class Section:
 def sections(methods: Sequence[Method]) -> list[Section]:
     """All panels that have data."""
     bands = _about_bands(methods)
+    single = any(len(method.runs) == 1 for method in methods)
+    held_out = bands + single * " The band of a single run's held-out pass@k is its 95% interval over problems."
     gap, source = _gap(methods)
     names = {name for method in methods for run in method.runs for row in run.metrics for name in row}
+    names -= {"reward/accuracy"}  # "accuracy" is drawn already
     rewards = [(f"Score of {name[7:]}", "", name) for name in sorted(names) if name.startswith("reward/")]
     found = [
         Section(
             "learning_curves",
             "Learning curves",
-            f"Reward and accuracy of the completions trained on; pass@1 on held-out problems. {bands}",
+            f"Reward and accuracy of the completions trained on; pass@1 on held-out problems. {held_out}",
             [*_panels(methods, LEARNING), Panel("Held-out pass@1", "%", _lines(methods, _evaluated("pass@1")))],
         ),
         Section(
             "pass_at_k",
             "pass@k before and after training",
             "Chance that k completions of a held-out problem hold a right one. Dashed: before training; "
-            f"solid: after it. {bands}",
+            f"solid: after it. {held_out}",
             [Panel("Held-out pass@k", "%", _before_and_after(methods), "k", doubling=True)],
         ),
         Section(
             "exploration",
             "How exploration decays",
             f"pass@k beyond pass@1 is what the model finds only by trying again. {source} {bands}",
-            [*_panels(methods, EXPLORATION), gap],
+            [
+                *_panels(methods, EXPLORATION),
+                Panel("Distinct answers to a held-out problem", "", _lines(methods, _distinct)),
+                gap,
+            ],
         ),
         Section(
             "groups",
@@ -260,16 +267,13 @@ def _band(values: list[float]) -> tuple[float, float, float]:
 
 
 def _about_bands(methods: Sequence[Method]) -> str:
-    counts = {len(method.runs) for method in methods}
-    words = []
-    if counts - {1}:
-        few = "from the lowest seed to the highest" if min(counts - {1}) < MANY_SEEDS else ""
-        many = "its 95% bootstrap interval" if max(counts) >= MANY_SEEDS else ""
-        bands = f"{few}, or {many} from {MANY_SEEDS} seeds on" if few and many else few or many
-        words.append(f"Several seeds of a method: a thin line each, their mean, and a band {bands}.")
-    if 1 in counts:
-        words.append("The band of a single run's held-out pass@k is its 95% interval over problems.")
-    return " ".join(words)
+    counts = {len(method.runs) for method in methods} - {1}
+    if not counts:
+        return ""
+    few = "the lowest seed to the highest"
+    many = f"end to end of the mean's 95% bootstrap interval (at least {MANY_SEEDS} seeds)"
+    bands = " or ".join([few] * (min(counts) < MANY_SEEDS) + [many] * (max(counts) >= MANY_SEEDS))
+    return f"Several seeds of a method: a thin line each, their mean, and a band from {bands}."
 
 
 def _measured(name: str) -> Callable[[Run], list[Point]]:
@@ -280,6 +284,11 @@ def _measured(name: str) -> Callable[[Run], list[Point]]:
 
 def _evaluated(name: str) -> Callable[[Run], list[Point]]:
     return lambda run: [Point(row["step"], *row[name]) for row in run.evaluations if name in row]
+
+
+def _distinct(run: Run) -> list[Point]:
+    counted = [row for row in run.evaluations if "distinct" in row]
+    return [Point(row["step"], sum(row["distinct"]) / len(row["distinct"])) for row in counted]
 
 
 def _seconds(run: Run) -> list[Point]:

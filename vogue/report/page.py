@@ -211,7 +211,7 @@ def _images(paths: list[Path]) -> dict[Path, dict[str, Any]]:
 
 
 def _size(path: Path) -> tuple[int, int] | None:
-    """Width and height; None where the image is gone, which the page then says in its place."""
+    """Width and height; None where there is no such image any more, which the page then says in its place."""
     try:
         with Image.open(path) as image:
             return image.size
