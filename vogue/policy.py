@@ -54,9 +54,9 @@ class PolicyHead(nn.Module):
 
     def __init__(self, projection: nn.Linear, temperature: float, banned: Sequence[int]):
         super().__init__()
-        self.weight = projection.weight
+        self.weight = weight = projection.weight
         self.temperature = temperature
-        bias = torch.zeros(projection.out_features, dtype=projection.weight.dtype)
+        bias = torch.zeros(projection.out_features, dtype=weight.dtype, device=weight.device)
         bias[list(banned)] = BAN
         self.register_buffer("bias", bias, persistent=False)
 

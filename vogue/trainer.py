@@ -24,9 +24,7 @@ from itertools import compress
 
 import deepspeed
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 
 from vogue import branch, checkpoint, distributed
 from vogue.config import Config, ConfigError
@@ -46,6 +44,7 @@ from vogue.groups import (
     tally,
 )
 from vogue.inputs import Preprocessor
+from vogue.loading import deepspeed_settings, load_model
 from vogue.metrics import Clock, Sums, peak_memory
 from vogue.packing import Batch, Row, collate, deal, pack, spread
 from vogue.perturb import annealed, perturb
@@ -72,16 +71,8 @@ class Trainer:
         self.samples = samples
         self.preprocessor = preprocessor
         self.processor = preprocessor.processor
-        model = config.model
         self.policy = Policy(
-            AutoModelForImageTextToText.from_pretrained(
-                model.path,
-                dtype=model.dtype,
-                attn_implementation="sdpa" if model.attention in ("auto", "flex_attention") else model.attention,
-            ),
-            config.rollout.temperature,
-            media_token_ids(self.processor),
-            model.attention,
+            load_model(config), config.rollout.temperature, media_token_ids(self.processor), config.model.attention
         )
         self.shared_prefix = config.trainer.shared_prefix and not self.policy.why_separate
         if config.trainer.shared_prefix and self.policy.why_separate and self.rank == 0:
@@ -410,14 +401,7 @@ def _deepspeed_engine(policy: Policy, config: Config):
     warmup = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda update: min(1.0, (update + 1) / (settings.warmup_steps + 1))
     )
-    deepspeed_config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": settings.max_grad_norm,
-        "zero_optimization": {"stage": 3},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": model.dtype == "bfloat16"},
-    }
-    deepspeed_config = OmegaConf.to_container(OmegaConf.merge(deepspeed_config, config.trainer.deepspeed))
-    engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, lr_scheduler=warmup, config=deepspeed_config)
+    engine, *_ = deepspeed.initialize(
+        model=policy, optimizer=optimizer, lr_scheduler=warmup, config=deepspeed_settings(config)
+    )
     return engine

@@ -1,0 +1,150 @@
+"""The model that is partitioned while it loads, against the one that `from_pretrained` makes by itself."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_engines import launch
+from test_families import random_model
+from transformers import AutoModelForImageTextToText
+
+from vogue import distributed
+from vogue.checkpoint import gathered_weights
+from vogue.config import load_config
+from vogue.loading import load_model
+from vogue.policy import FAMILIES
+
+
+def settings(folder, *overrides):
+    return load_config(None, [f"model.path={folder}", "model.dtype=float32", *overrides])
+
+
+def is_partitioned(model):
+    (found,) = {hasattr(parameter, "ds_id") for parameter in model.parameters()}
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_partitioned_model_has_the_weights_and_buffers_of_a_whole_one(kind, dtype, tmp_path):
+    distributed.start()
+    random_model(kind, torch.float32).save_pretrained(tmp_path)
+    model = load_model(settings(tmp_path, f"model.dtype={dtype}"))
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=dtype, attn_implementation="sdpa")
+    assert is_partitioned(model)
+    assert not is_partitioned(whole)  # nor would a rollout engine's model be
+    weights, buffers = dict(whole.named_parameters()), dict(whole.named_buffers())
+    for name, weight in gathered_weights(model):
+        expected = weights.pop(name)
+        assert weight.dtype == expected.dtype == getattr(torch, dtype), name
+        assert torch.equal(weight, expected), name
+    assert not weights
+    assert any(buffer.dtype == torch.float32 for buffer in buffers.values())  # the rotary frequencies, in bfloat16 too
+    for name, buffer in model.named_buffers():
+        expected = buffers.pop(name)
+        assert buffer.dtype == expected.dtype, name
+        assert torch.equal(buffer, expected), name
+    assert not buffers
+    assert model.config.to_dict() == whole.config.to_dict()
+    assert not model.training
+
+
+def test_a_tied_head_is_the_embedding_and_an_untied_one_is_not(new_model, tmp_path):
+    distributed.start()
+    tied = new_model()
+    tied.save_pretrained(tmp_path / "tied")
+    tied.config.tie_word_embeddings = tied.config.text_config.tie_word_embeddings = False
+    untied = type(tied)(tied.config)
+    untied.save_pretrained(tmp_path / "untied")
+    for name, expected in {"tied": True, "untied": False}.items():
+        model = load_model(settings(tmp_path / name))
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) == expected
+    assert torch.equal(dict(gathered_weights(model))["lm_head.weight"], untied.lm_head.weight)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_model_of_another_stage_is_whole(stage, new_model, tmp_path):
+    distributed.start()
+    new_model().save_pretrained(tmp_path)
+    assert not is_partitioned(load_model(settings(tmp_path, f"trainer.deepspeed.zero_optimization.stage={stage}")))
+
+
+NORM = "model.language_model.norm.weight"
+
+
+def test_a_weight_of_another_shape_is_refused_with_its_name(new_model, tmp_path):
+    distributed.start()
+    new_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {NORM: torch.ones(63)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=rf"size mismatch for {NORM}: .*\[63\].*\[64\]"):
+        load_model(settings(tmp_path))
+    assert not is_partitioned(new_model())  # what was begun is over
+
+
+def test_a_missing_weight_is_initialised_and_told(new_model, tmp_path, capfd):
+    distributed.start()
+    expected = new_model()
+    expected.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[NORM]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = dict(gathered_weights(load_model(settings(tmp_path))))
+    said = capfd.readouterr()
+    assert NORM in said.out + said.err
+    assert "MISSING" in said.out + said.err
+    assert torch.equal(loaded.pop(NORM), torch.ones(64))
+    assert all(torch.equal(weight, expected.get_parameter(name)) for name, weight in loaded.items())
+
+
+PEAK = """
+import sys, threading, torch
+import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
+from transformers import AutoModelForImageTextToText
+from vogue import distributed
+from vogue.checkpoint import gathered_weights
+from vogue.config import load_config
+from vogue.loading import load_model
+
+# argv: the model's folder
+(folder,) = [text for text in sys.argv[1:] if not text.startswith("--")]
+
+def held():  # bytes that aren't the cache of a file
+    rows = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return sum(int(rows[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
+
+def watch():
+    while not loaded.wait(0.002):
+        peaks.append(held())
+
+rank, _, _ = distributed.start()
+loaded, before, peaks = threading.Event(), held(), []
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = load_model(load_config(None, [f"model.path={folder}", "model.dtype=float32"]))
+loaded.set()
+watcher.join()
+size = 4 * sum(p.ds_numel for p in model.parameters())
+assert size > 200e6, size
+share = (max(peaks) - before) / size
+expected = dict(AutoModelForImageTextToText.from_pretrained(folder, dtype="float32").named_parameters())
+for name, weight in gathered_weights(model):
+    assert torch.equal(weight, expected.pop(name)), name
+assert not expected
+shares = distributed.gather(share)
+if rank == 0:
+    print("shares held:", shares)
+"""
+
+
+@pytest.mark.slow
+def test_each_of_two_ranks_holds_little_more_than_its_half_while_loading(new_model, processor, tmp_path):
+    new_model(hidden_size=1024, layers=5).save_pretrained(tmp_path / "model", max_shard_size="50MB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 3
+    script = tmp_path / "peak.py"
+    script.write_text(PEAK)
+    (line,) = [line for line in launch(2, script, tmp_path / "model").splitlines() if "shares held:" in line]
+    shares = json.loads(line.partition("held:")[2])
+    assert len(shares) == 2
+    assert all(0.4 < share < 0.75 for share in shares), shares
