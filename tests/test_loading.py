@@ -70,30 +70,28 @@ def test_a_model_of_another_stage_is_whole(stage, new_model, tmp_path):
     assert not is_partitioned(load_model(settings(tmp_path, f"trainer.deepspeed.zero_optimization.stage={stage}")))
 
 
-NORM = "model.language_model.norm.weight"
+NORM, SAVED_NORM = "model.language_model.norm.weight", "model.norm.weight"  # here, and as Qwen2.5-VL's files have it
 
 
 def test_a_weight_of_another_shape_is_refused_with_its_name(new_model, tmp_path):
     distributed.start()
     new_model().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    save_file(weights | {NORM: torch.ones(63)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights | {SAVED_NORM: torch.ones(63)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match=rf"size mismatch for {NORM}: .*\[63\].*\[64\]"):
         load_model(settings(tmp_path))
     assert not is_partitioned(new_model())  # what was begun is over
 
 
-def test_a_missing_weight_is_initialised_and_told(new_model, tmp_path, capfd):
+def test_a_missing_weight_is_initialised_and_told(new_model, tmp_path, caplog):
     distributed.start()
     expected = new_model()
     expected.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    del weights[NORM]
+    del weights[SAVED_NORM]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     loaded = dict(gathered_weights(load_model(settings(tmp_path))))
-    said = capfd.readouterr()
-    assert NORM in said.out + said.err
-    assert "MISSING" in said.out + said.err
+    assert f"{NORM} | MISSING" in caplog.text
     assert torch.equal(loaded.pop(NORM), torch.ones(64))
     assert all(torch.equal(weight, expected.get_parameter(name)) for name, weight in loaded.items())
 
@@ -139,11 +137,12 @@ if rank == 0:
 
 
 @pytest.mark.slow
-def test_each_of_two_ranks_holds_little_more_than_its_half_while_loading(new_model, processor, tmp_path):
+def test_each_of_two_ranks_holds_little_more_than_its_half_while_loading(new_model, tmp_path, monkeypatch):
     new_model(hidden_size=1024, layers=5).save_pretrained(tmp_path / "model", max_shard_size="50MB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 3
     script = tmp_path / "peak.py"
     script.write_text(PEAK)
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1048576")  # what was freed goes back to the system and isn't counted
     (line,) = [line for line in launch(2, script, tmp_path / "model").splitlines() if "shares held:" in line]
     shares = json.loads(line.partition("held:")[2])
     assert len(shares) == 2
