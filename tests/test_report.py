@@ -71,22 +71,23 @@ def evaluation(rng, step, steps, problems):
 
 
 def completion(folder, rng, step, number, pair, steps):
-    """A record of completions.jsonl and its images: half of the digits are misread."""
+    """A record of completions.jsonl and its images; in half of them a digit is misread."""
     noisy = bool(rng.random() < 1 - step / steps)
-    right = bool(rng.random() < 0.5)
-    text = demonstration(pair.question, *((pair.left, pair.right) if right else pair.misread(rng)))
+    read = (pair.left, pair.right) if rng.random() < 0.5 else pair.misread(rng)
+    text, answer = demonstration(pair.question, *read), pair.sample().answer
+    right = text.endswith(f"{{{answer}}}")
     tokens = re.findall(r"</?think>|\\boxed| ?[a-z]+| ?\d| ?\S|\n", text)
-    read = [bool(re.fullmatch(r" ?\d", token)) for token in tokens]
+    digits = [bool(re.fullmatch(r" ?\d", token)) for token in tokens]
     paths = [f"completions/{step:06d}_{number}_{kind}.webp" for kind in ("raw", "perturbed")]
     pair.image.save(folder / paths[0], lossless=True)
     perturb(pair.image, seed=step * 100 + number).save(folder / paths[1], lossless=True)
     return {
-        "step": step, "problem": pair.sample().problem, "answer": pair.sample().answer, "category": pair.question,
+        "step": step, "problem": pair.sample().problem, "answer": answer, "category": pair.question,
         "completion": text, "branch": "noisy" if noisy else "raw", "reward": 0.1 + 0.9 * right,
         "accuracy": float(right), "components": {"accuracy": float(right), "format": 1.0},
         "advantage": float(rng.normal(right - 0.5, 0.3)), "tokens": tokens,
-        "entropy": rng.gamma(1, [0.4 if digit else 0.02 for digit in read]).tolist(),
-        "u_per": rng.gamma(1, [0.1 if digit else 0.003 for digit in read]).tolist() if noisy else None,
+        "entropy": rng.gamma(1, [0.4 if digit else 0.02 for digit in digits]).tolist(),
+        "u_per": rng.gamma(1, [0.1 if digit else 0.003 for digit in digits]).tolist() if noisy else None,
         "image": paths[:1], "perturbed": paths[1:] if noisy else None,
     }  # fmt: skip
 
