@@ -1,4 +1,4 @@
-"""The model that is partitioned while it loads, against the one that `from_pretrained` makes by itself."""
+"""The model that is partitioned as it is loaded, against the one that `from_pretrained` makes by itself."""
 
 import json
 
@@ -15,6 +15,8 @@ from vogue.config import load_config
 from vogue.loading import load_model
 from vogue.policy import FAMILIES
 
+CPU = torch.device("cpu")
+
 
 def settings(folder, *overrides):
     return load_config(None, [f"model.path={folder}", "model.dtype=float32", *overrides])
@@ -30,7 +32,7 @@ def is_partitioned(model):
 def test_a_partitioned_model_has_the_weights_and_buffers_of_a_whole_one(kind, dtype, tmp_path):
     distributed.start()
     random_model(kind, torch.float32).save_pretrained(tmp_path)
-    model = load_model(settings(tmp_path, f"model.dtype={dtype}"))
+    model = load_model(settings(tmp_path, f"model.dtype={dtype}"), CPU)
     whole = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=dtype, attn_implementation="sdpa")
     assert is_partitioned(model)
     assert not is_partitioned(whole)  # nor would a rollout engine's model be
@@ -58,7 +60,7 @@ def test_a_tied_head_is_the_embedding_and_an_untied_one_is_not(new_model, tmp_pa
     untied = type(tied)(tied.config)
     untied.save_pretrained(tmp_path / "untied")
     for name, expected in {"tied": True, "untied": False}.items():
-        model = load_model(settings(tmp_path / name))
+        model = load_model(settings(tmp_path / name), CPU)
         assert (model.lm_head.weight is model.get_input_embeddings().weight) == expected
     assert torch.equal(dict(gathered_weights(model))["lm_head.weight"], untied.lm_head.weight)
 
@@ -67,20 +69,21 @@ def test_a_tied_head_is_the_embedding_and_an_untied_one_is_not(new_model, tmp_pa
 def test_a_model_of_another_stage_is_whole(stage, new_model, tmp_path):
     distributed.start()
     new_model().save_pretrained(tmp_path)
-    assert not is_partitioned(load_model(settings(tmp_path, f"trainer.deepspeed.zero_optimization.stage={stage}")))
+    config = settings(tmp_path, f"trainer.deepspeed.zero_optimization.stage={stage}")
+    assert not is_partitioned(load_model(config, CPU))
 
 
 NORM, SAVED_NORM = "model.language_model.norm.weight", "model.norm.weight"  # here, and as Qwen2.5-VL's files have it
 
 
-def test_a_weight_of_another_shape_is_refused_with_its_name(new_model, tmp_path):
+def test_a_weight_of_another_shape_is_refused_with_its_name(new_model, tmp_path, caplog):
     distributed.start()
     new_model().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     save_file(weights | {SAVED_NORM: torch.ones(63)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match=rf"size mismatch for {NORM}: .*\[63\].*\[64\]"):
-        load_model(settings(tmp_path))
-    assert not is_partitioned(new_model())  # what was begun is over
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load_model(settings(tmp_path), CPU)
+    assert f"{NORM} | MISMATCH" in caplog.text
 
 
 def test_a_missing_weight_is_initialised_and_told(new_model, tmp_path, caplog):
@@ -90,14 +93,14 @@ def test_a_missing_weight_is_initialised_and_told(new_model, tmp_path, caplog):
     weights = load_file(tmp_path / "model.safetensors")
     del weights[SAVED_NORM]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    loaded = dict(gathered_weights(load_model(settings(tmp_path))))
+    loaded = dict(gathered_weights(load_model(settings(tmp_path), CPU)))
     assert f"{NORM} | MISSING" in caplog.text
     assert torch.equal(loaded.pop(NORM), torch.ones(64))
     assert all(torch.equal(weight, expected.get_parameter(name)) for name, weight in loaded.items())
 
 
 PEAK = """
-import sys, threading, torch
+import sys, torch
 import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
 from transformers import AutoModelForImageTextToText
 from vogue import distributed
@@ -108,29 +111,21 @@ from vogue.loading import load_model
 # argv: the model's folder
 (folder,) = [text for text in sys.argv[1:] if not text.startswith("--")]
 
-def held():  # bytes that aren't the cache of a file
+def resident(which):  # bytes, mapped files included
     rows = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return sum(int(rows[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
+    return int(rows[which].split()[0]) * 1024
 
-def watch():
-    while not loaded.wait(0.002):
-        peaks.append(held())
-
-rank, _, _ = distributed.start()
-loaded, before, peaks = threading.Event(), held(), []
-watcher = threading.Thread(target=watch)
-watcher.start()
-model = load_model(load_config(None, [f"model.path={folder}", "model.dtype=float32"]))
-loaded.set()
-watcher.join()
+rank, _, device = distributed.start()
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
+before = resident("VmRSS")
+model = load_model(load_config(None, [f"model.path={folder}", "model.dtype=float32"]), device)
 size = 4 * sum(p.ds_numel for p in model.parameters())
+shares = distributed.gather((resident("VmHWM") - before) / size)
 assert size > 200e6, size
-share = (max(peaks) - before) / size
 expected = dict(AutoModelForImageTextToText.from_pretrained(folder, dtype="float32").named_parameters())
 for name, weight in gathered_weights(model):
     assert torch.equal(weight, expected.pop(name)), name
 assert not expected
-shares = distributed.gather(share)
 if rank == 0:
     print("shares held:", shares)
 """
@@ -138,12 +133,11 @@ if rank == 0:
 
 @pytest.mark.slow
 def test_each_of_two_ranks_holds_little_more_than_its_half_while_loading(new_model, tmp_path, monkeypatch):
-    new_model(hidden_size=1024, layers=5).save_pretrained(tmp_path / "model", max_shard_size="50MB")
-    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 3
+    new_model(hidden_size=1024, layers=5).save_pretrained(tmp_path / "model", max_shard_size="20MB")
     script = tmp_path / "peak.py"
     script.write_text(PEAK)
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1048576")  # what was freed goes back to the system and isn't counted
     (line,) = [line for line in launch(2, script, tmp_path / "model").splitlines() if "shares held:" in line]
     shares = json.loads(line.partition("held:")[2])
     assert len(shares) == 2
-    assert all(0.4 < share < 0.75 for share in shares), shares
+    assert all(0.4 < share < 0.8 for share in shares), shares

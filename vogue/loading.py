@@ -1,17 +1,14 @@
-"""The policy's model from its checkpoint, where ZeRO-3 trains it: partitioned from the start.
+"""The policy's model from its checkpoint, and what DeepSpeed is told of how to hold it.
 
-transformers then makes every layer under `deepspeed.zero.Init`, so that a rank keeps its share of it alone, and reads
-the checkpoint on rank 0, a module at a time. Nobody ever holds the whole model: not the host's memory once for every
-rank, and not a GPU's, which is no larger than training needs.
+Where ZeRO-3 trains, no rank ever holds the whole model, neither in its host's memory nor on its GPU. transformers maps
+the checkpoint's files and reads a weight when it is first used; partitioning uses them one at a time, and a rank keeps
+its share of each. `deepspeed.initialize` would move the whole model to every GPU first.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
+import deepspeed
+import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForImageTextToText, PreTrainedModel
-from transformers.integrations import HfDeepSpeedConfig
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vogue.config import Config
 
@@ -29,32 +26,21 @@ def deepspeed_settings(config: Config) -> dict:
     return OmegaConf.to_container(OmegaConf.merge(own, config.trainer.deepspeed))
 
 
-def load_model(config: Config) -> PreTrainedModel:
-    """The model of `config.model`, equal on all ranks, which call this together once they have joined the run.
+def load_model(config: Config, device: torch.device) -> PreTrainedModel:
+    """The model of `config.model`; all ranks call this together, once they have joined the run.
 
-    Its parameters are partitioned over the ranks where DeepSpeed's stage is 3, and whole otherwise; its buffers are
-    whole. Raises RuntimeError (on rank 0, if partitioned) where a weight's shape isn't the model's.
+    Where DeepSpeed's stage is 3, parameters are partitioned over the ranks and buffers are on `device`; else all is
+    whole and on the CPU. A checkpoint in another dtype than `model.dtype` is converted whole, on every rank, first.
     """
     model = config.model
-    with _partitioned(config):
-        return AutoModelForImageTextToText.from_pretrained(
-            model.path,
-            dtype=model.dtype,
-            attn_implementation="sdpa" if model.attention in ("auto", "flex_attention") else model.attention,
-        )
-
-
-@contextmanager
-def _partitioned(config: Config) -> Iterator[HfDeepSpeedConfig]:
-    """Models that transformers makes within are partitioned if the stage is 3; a rollout engine's, later, is whole."""
-    settings = deepspeed_settings(config) | {
-        "bf16": {"enabled": config.model.dtype == "bfloat16"},
-        # Of buffers: zero.Init rounds them to the parameters' type, rotary frequencies too. In float32, they are
-        # computed again when the weights are there.
-        "data_types": {"keep_in_fp32_modules": ["*"]},
-    }
-    alive = HfDeepSpeedConfig(settings)  # transformers itself keeps a weak reference
-    try:
-        yield alive
-    finally:
-        unset_hf_deepspeed_config()
+    loaded = AutoModelForImageTextToText.from_pretrained(
+        model.path,
+        dtype=model.dtype,
+        attn_implementation="sdpa" if model.attention in ("auto", "flex_attention") else model.attention,
+    )
+    settings = deepspeed_settings(config)
+    if settings["zero_optimization"]["stage"] == 3:
+        deepspeed.zero.Init(module=loaded, config_dict_or_path=settings)
+        for buffer in loaded.buffers():
+            buffer.data = buffer.data.to(device)
+    return loaded

@@ -72,7 +72,10 @@ class Trainer:
         self.preprocessor = preprocessor
         self.processor = preprocessor.processor
         self.policy = Policy(
-            load_model(config), config.rollout.temperature, media_token_ids(self.processor), config.model.attention
+            load_model(config, self.device),
+            config.rollout.temperature,
+            media_token_ids(self.processor),
+            config.model.attention,
         )
         self.shared_prefix = config.trainer.shared_prefix and not self.policy.why_separate
         if config.trainer.shared_prefix and self.policy.why_separate and self.rank == 0:
