@@ -168,7 +168,7 @@ def test_a_panel_without_data_is_not_drawn(tmp_path):
     change(run / "metrics.jsonl", lambda step, _: {"step": step, "reward": 0.5, "accuracy": 0.5, "entropy": 0.1})
     found = sections(group_methods(read_runs([run])))
     assert [panel.title for section in found for panel in section.panels] == [
-        *("Reward", "Accuracy in training", "Entropy")
+        *("Reward", "Accuracy in training", "Entropy of tokens trained on")
     ]
 
 

@@ -26,9 +26,14 @@ FEW_POINTS = 20  # of a curve: each gets a dot
 
 # Title, unit and metric. Shares have the unit "%" and are kept between 0 and 1.
 LEARNING = (("Reward", "", "reward"), ("Accuracy in training", "%", "accuracy"))
-EXPLORATION = (("Entropy", "nats", "entropy"), ("Distinct answers in a group", "", "distinct_answers"))
+EXPLORATION = (
+    ("Entropy of tokens trained on", "nats", "entropy"),
+    ("Entropy of all tokens", "nats", "measured/entropy"),
+    ("Distinct answers in a group", "", "distinct_answers"),
+)
 GUIDANCE = (
-    ("u_per, noisy branch", "nats", "u_per"),
+    ("u_per of noisy tokens trained on", "nats", "u_per"),
+    ("u_per of all tokens", "nats", "measured/u_per"),
     ("Completions from the noisy branch", "%", "noisy_share"),
     ("Tokens at the cap of u_per's bonus", "%", "per_capped"),
     ("Tokens at the cap of u_out's bonus", "%", "out_capped"),
