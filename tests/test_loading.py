@@ -140,4 +140,5 @@ def test_each_of_two_ranks_holds_little_more_than_its_half_while_loading(new_mod
     (line,) = [line for line in launch(2, script, tmp_path / "model").splitlines() if "shares held:" in line]
     shares = json.loads(line.partition("held:")[2])
     assert len(shares) == 2
-    assert all(0.4 < share < 0.8 for share in shares), shares
+    # Half the model, and some 80 MB that loading takes whatever its size; whoever held it whole would be above 1.
+    assert all(0.4 < share < 1 for share in shares), shares

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -21,6 +22,7 @@ from vogue.cli import main
 from vogue.config import Config
 from vogue.sweep import Sweep, load_sweep, plan
 
+ROOT = Path(__file__).parents[1]
 STAND_IN = """
 import json, os, pathlib, signal, subprocess, sys, time
 from vogue.config import load_config, save_config
@@ -337,3 +339,11 @@ def test_a_real_sweep_compares_methods_from_one_start(settings, sweep_file, tmp_
     assert row["difference"]["pass@1"][0] == pytest.approx(after["vogue"] - after["grpo"])
     assert row["training"].keys() == {"entropy", "distinct_answers", "u_per", "seconds"}
     assert "u_per" not in table["variants"]["grpo"]["training"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_of_a_sweep_can_be_planned(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runs = plan(load_sweep(path), [])
+    assert len(runs) == 40 and runs[0].name == "grpo/seed_0"
+    assert {run.config.method for run in runs} == {"grpo", "noisy_rollout", "vogue"}
