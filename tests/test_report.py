@@ -129,7 +129,7 @@ def test_another_setting_is_another_method_named_by_it(tmp_path):
     write_run(tmp_path / "a", steps=2, logged=0)
     write_run(tmp_path / "b", "perturb.sigma=0.8", steps=2, logged=0)
     methods = group_methods(read_runs([tmp_path / "a", tmp_path / "b"]))
-    assert [method.label for method in methods] == ["vogue, sigma=0.4", "vogue, sigma=0.8"]
+    assert [method.label for method in methods] == ["vogue", "vogue, sigma=0.8"]
 
 
 def test_two_models_of_one_seed_are_two_methods(tmp_path):

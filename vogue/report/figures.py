@@ -23,6 +23,7 @@ PHASES = ("data", "rollout", "reward", "train", "sync")  # of a step, one after 
 TRAIN_PHASES = ("pack", "old", "forward", "backward", "update")  # within "train"
 MANY_SEEDS = 10  # fewer tell no 95% interval
 FEW_POINTS = 20  # of a curve: each gets a dot
+LETTER = 0.08  # inches of a letter of the legend
 
 # Title, unit and metric. Shares have the unit "%" and are kept between 0 and 1.
 LEARNING = (("Reward", "", "reward"), ("Accuracy in training", "%", "accuracy"))
@@ -198,7 +199,9 @@ def draw(panels: Sequence[Panel]) -> bytes:
         handles |= _draw_panel(axis, panel)
     for axis in axes[len(panels) :]:
         axis.remove()
-    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=max(2, columns), frameon=False)
+    inches = 0.6 + LETTER * max(map(len, handles), default=0)
+    entries = max(1, int(figure.get_figwidth() / inches))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=entries, frameon=False)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=100)
     return image.getvalue()

@@ -105,10 +105,11 @@ def _by_settings(runs: Sequence[Run], ignored: Sequence[str]) -> list[tuple[dict
 
 
 def _labels(groups: Sequence[dict[str, Any]]) -> list[str]:
-    """The method's name, with the settings in which it differs from others of that name."""
+    """The method's name, with what it sets otherwise than the method does and others of that name don't."""
     labels = []
     for settings in groups:
         names = differing([other for other in groups if other["method"] == settings["method"]])
-        changed = [f"{name.split('.')[-1]}={settings.get(name)}" for name in names]
+        default = flatten(load_config(None, [f"method={settings['method']}", "model.path=model"]))
+        changed = [f"{name.split('.')[-1]}={settings[name]}" for name in names if settings[name] != default[name]]
         labels.append(", ".join([settings["method"], *changed]))
     return labels
