@@ -9,10 +9,11 @@ and a figure is the median over the repetitions. So whatever else the machine do
 
 The same for all of them: the checkpoint (`vogue.tiny`, random weights, float32), the images and questions (digits),
 the lengths of prompts and completions, 32 prompts x 8, one optimizer update of AdamW a step, gradients clipped to 1,
-no gradient checkpointing, no step that measures more than it needs, the same number of threads, and the same rewards.
-In the training part, which is the forward and backward passes and the update with the making of its micro-batches,
-completions are given: random tokens of one length, which is the best case for TRL, since a batch of it needs no
-padding. Processor seconds, of all threads, stand beside the seconds: on a machine that others use they say more.
+no gradient checkpointing, no step that measures more than it needs, the same number of threads, and the same rewards,
+random ones (reward.py). In the training part, which is the forward and backward passes and the update with the making
+of its micro-batches, completions are given: random tokens of one length, which is the best case for TRL, since a batch
+of it needs no padding. Processor seconds, of all threads, stand beside the seconds: on a machine that others use they
+say more.
 
 Not the same: TRL runs without DeepSpeed (its ordinary way on one device), vogue always with it. TRL computes what it
 has by default: log-probabilities and entropies by its chunked head, no reference model (beta 0), no old
