@@ -137,10 +137,11 @@ def vogue_step(connection, folder: Path, task: Task, *overrides: str) -> None:
 def vogue_sync(connection, folder: Path, task: Task) -> None:
     trainer = vogue_trainer(folder, task, "rollout.engine=vllm")
     parameters = list(trainer.policy.parameters())
+    size = {"tensors": len(parameters), "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters)}
     for _ in requests(connection):
         with measured(connection) as found:
+            found |= size
             trainer.sync()
-        found |= {"tensors": len(parameters), "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters)}
 
 
 def trl_step(connection, folder: Path, task: Task, part: str) -> None:
