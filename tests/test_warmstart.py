@@ -69,7 +69,8 @@ def test_equal_seeds_make_equal_models(base, tmp_path):
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(EXAMPLES)))
 def test_every_example_is_a_valid_configuration(path):
-    load_config(path, [])
+    config = load_config(path, [])
+    assert config.model.path and config.data.train and config.trainer.output_dir.parts[0] == "runs"
 
 
 def test_a_printed_demonstration_is_learned_from_the_text_alone(base):
