@@ -88,8 +88,6 @@ def vogue_trainer(folder: Path, task: Task, *overrides: str):
         "rollout.engine=hf",
         f"reward.function={Path(__file__).with_name('reward.py')}:varied",
         "trainer.measure_every=0",
-        f"reward.function={Path(__file__).with_name('reward.py')}:varied",
-        "trainer.measure_every=0",
         f"trainer.micro_batch_tokens={BUDGET}",
         f"trainer.output_dir={folder}/run",
     ]

@@ -110,7 +110,7 @@ def test_the_engine_follows_the_policys_weights(trainer, engine, part):
 
 def requests_of(trainer, count):
     items = [trainer.item(sample, 0, i, (False,)) for i, sample in enumerate(trainer.samples[:count])]
-    return [Request(item.prompt, item.raw.images, seed=10 + i) for i, item in enumerate(items)]
+    return [Request(item.prompt, item.raw, seed=10 + i) for i, item in enumerate(items)]
 
 
 def generate(engine, requests, n=3):
@@ -143,7 +143,7 @@ def test_equal_seeds_give_equal_completions_whatever_else_is_generated(trainer, 
     together = generate(engine, requests)
     assert [c.token_ids for c in generate(engine, requests[1:2])[0]] == [c.token_ids for c in together[1]]
     assert len({c.token_ids for c in together[1]}) > 1
-    other = Request(requests[1].prompt, requests[1].images, seed=99)
+    other = Request(requests[1].prompt, requests[1].view, seed=99)
     assert [c.token_ids for c in generate(engine, [other])[0]] != [c.token_ids for c in together[1]]
 
 
@@ -151,7 +151,7 @@ def test_a_completion_holds_its_end_token_its_text_and_a_logprob_a_token(trainer
     end = trainer.processor.tokenizer.eos_token_id
     views = [preprocessor.view(sample.load_images()) for sample in trainer.samples[:4]]
     prompts = [preprocessor.prompt(sample, view) for sample, view in zip(trainer.samples, views, strict=False)]
-    requests = [Request(prompt, view.images, seed=7) for prompt, view in zip(prompts, views, strict=True)]
+    requests = [Request(prompt, view, seed=7) for prompt, view in zip(prompts, views, strict=True)]
     completions = [c for group in generate(engine, requests, n=8) for c in group]
     assert len(completions) == 32
     assert {c.finished for c in completions} == {True, False}
@@ -168,7 +168,7 @@ def test_prompts_without_and_with_several_images_are_generated_for(trainer, engi
     (image,) = trainer.samples[0].load_images()
     samples = [Sample("2 + 2?", "4", ()), Sample("Is <image> in <image>?", "no", (image, image.resize((84, 56))))]
     items = [trainer.item(sample, 0, i, (False,)) for i, sample in enumerate(samples)]
-    groups = generate(engine, [Request(item.prompt, item.raw.images, 7) for item in items])
+    groups = generate(engine, [Request(item.prompt, item.raw, 7) for item in items])
     assert [len(group) for group in groups] == [3, 3]
 
 

@@ -122,7 +122,7 @@ def row_of(model, kind, size, *completions, images=True):
         (features,) = model.model.get_image_features(**inputs_of(model, view), return_dict=True).pooler_output
         ids = torch.tensor([6, START, *[IMAGE] * len(features), END, 7, 8])
     made = tuple(Completion(tuple(tokens), (0.0,) * len(tokens), "", True) for tokens in completions)
-    return Row(Prompt(SAMPLE, [], ids, (ids == IMAGE).long()), view, None, made, (0.0,) * len(made))
+    return Row(Prompt(SAMPLE, (), ids, (ids == IMAGE).long()), view, None, made, (0.0,) * len(made))
 
 
 def alone(model, row, completion):

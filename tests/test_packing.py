@@ -14,7 +14,7 @@ NOTHING = View((), None, None)
 def row(prompt_ids, *completions, advantages=None, other=None, weight=1.0):
     """A text-only row; a completion is (token ids, log-probabilities)."""
     ids = torch.tensor(prompt_ids)
-    prompt = Prompt(Sample("?", "!", ()), list(prompt_ids), ids, torch.zeros_like(ids))
+    prompt = Prompt(Sample("?", "!", ()), (), ids, torch.zeros_like(ids))
     made = tuple(Completion(tuple(tokens), tuple(logprobs), "", True) for tokens, logprobs in completions)
     return Row(prompt, NOTHING, other, made, tuple(advantages or [0.0] * len(made)), weight)
 

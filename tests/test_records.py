@@ -30,7 +30,7 @@ def group(tokenizer, raw, noisy=None, texts=("4<|im_end|>", "né"), number=12):
     for text in texts:
         ids = tuple(tokenizer(text)["input_ids"])
         completions.append(Completion(ids, (0.0,) * len(ids), tokenizer.decode(ids, skip_special_tokens=True), True))
-    prompt = Prompt(Sample("2 + 2?", "4", (), category="sums"), [], None, None)
+    prompt = Prompt(Sample("2 + 2?", "4", (), category="sums"), (), None, None)
     item = Item(
         number, prompt, View(tuple(raw), None, None), noisy and View(tuple(noisy), None, None), (False,) * len(texts)
     )

@@ -85,7 +85,7 @@ def generate(
     for number, sample in enumerate(samples, first):
         view = preprocessor.view(sample.load_images())
         seed = seed_for(config.seed, Purpose.EVALUATION, number)
-        requests.append(Request(preprocessor.prompt(sample, view), view.images, seed))
+        requests.append(Request(preprocessor.prompt(sample, view), view, seed))
     return engine.generate(requests, n, config.rollout.max_tokens, config.rollout.temperature)
 
 

@@ -35,12 +35,12 @@ class View:
 class Prompt:
     """The text of a sample as token ids.
 
-    `token_ids` (P,) int64 has one placeholder per image *token*, as the policy takes it; `short_ids` has one per
-    image, as vLLM takes it; `token_types` (P,) is 1 at image tokens and 0 elsewhere.
+    `token_ids` (P,) int64 has a placeholder for each token of an image; `image_spans` says where each image's lie,
+    (first, how many); `token_types` (P,) is 1 at image tokens and 0 elsewhere.
     """
 
     sample: Sample
-    short_ids: list[int]
+    image_spans: tuple[tuple[int, int], ...]
     token_ids: Tensor
     token_types: Tensor
 
@@ -68,7 +68,7 @@ class Preprocessor:
             return list(pool.map(self._length, samples))
 
     def _length(self, sample: Sample) -> int:
-        return len(self._token_ids(sample, self._image_tokens(sample.load_images()))[1])
+        return len(self._token_ids(sample, self._image_tokens(sample.load_images()))[0])
 
     def view(self, images: Sequence[Image.Image]) -> View:
         """Turn PIL images into the vision tower's input."""
@@ -80,8 +80,8 @@ class Preprocessor:
 
     def prompt(self, sample: Sample, view: View) -> Prompt:
         """Tokenize `sample` for images of `view`'s size."""
-        short_ids, token_ids = self._token_ids(sample, self._image_tokens(view.images))
-        return Prompt(sample, short_ids, token_ids, (token_ids == self.image_token_id).long())
+        token_ids, spans = self._token_ids(sample, self._image_tokens(view.images))
+        return Prompt(sample, spans, token_ids, (token_ids == self.image_token_id).long())
 
     def _image_tokens(self, images: Sequence[Image.Image]) -> list[int]:
         """Tokens that each of a prompt's images takes."""
@@ -90,8 +90,8 @@ class Preprocessor:
         sizes = [(image.height, image.width) for image in images]
         return self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
 
-    def _token_ids(self, sample: Sample, counts: list[int]) -> tuple[list[int], Tensor]:
-        """Short and full token ids of `sample`, whose images take `counts` tokens."""
+    def _token_ids(self, sample: Sample, counts: list[int]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+        """Token ids of `sample`, whose images take `counts` tokens, and where they lie."""
         text = self.processor.apply_chat_template(
             chat_messages(sample, self.system_prompt), tokenize=False, add_generation_prompt=True
         )
@@ -101,13 +101,13 @@ class Preprocessor:
                 f"{sample.place}: {len(counts)} images, but the prompt has {short_ids.count(self.image_token_id)} "
                 f"places for one; does the text hold {self.processor.image_token} itself?"
             )
-        token_ids = torch.tensor(_expand(short_ids, self.image_token_id, counts))
+        token_ids, spans = _expand(short_ids, self.image_token_id, counts)
         if len(token_ids) > self.max_prompt_tokens:
             raise DataError(
                 f"{sample.place}: the prompt has {len(token_ids)} tokens ({sum(counts)} of them of images), more "
                 f"than data.max_prompt_tokens={self.max_prompt_tokens}"
             )
-        return short_ids, token_ids
+        return torch.tensor(token_ids), spans
 
 
 def sizes_name(processor: ProcessorMixin) -> str:
@@ -134,7 +134,13 @@ def load_processor(path: str) -> ProcessorMixin:
         raise ConfigError(f"model.path={path}: {str(error).splitlines()[0]}") from None
 
 
-def _expand(ids: list[int], placeholder: int, counts: list[int]) -> list[int]:
-    """Repeat the i-th placeholder `counts[i]` times."""
-    repeats = iter(counts)
-    return [token for i in ids for token in ([i] * next(repeats) if i == placeholder else [i])]
+def _expand(ids: list[int], placeholder: int, counts: list[int]) -> tuple[list[int], tuple[tuple[int, int], ...]]:
+    """Repeat the i-th placeholder `counts[i]` times; also (first, how many) of each."""
+    expanded: list[int] = []
+    spans, repeats = [], iter(counts)
+    for token in ids:
+        count = next(repeats) if token == placeholder else 1
+        if token == placeholder:
+            spans.append((len(expanded), count))
+        expanded += [token] * count
+    return expanded, tuple(spans)

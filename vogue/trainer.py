@@ -213,7 +213,7 @@ class Trainer:
         rollout, requests = self.config.rollout, []
         for item, noisy in wanted:
             seed = seed_for(self.config.seed, Purpose.ROLLOUT, self.step, item.number, noisy)
-            requests.append(Request(item.prompt, (item.noisy if noisy else item.raw).images, seed))
+            requests.append(Request(item.prompt, item.noisy if noisy else item.raw, seed))
         return self.rollout.generate(requests, n, rollout.max_tokens, rollout.temperature)
 
     def judge(self, groups: list[Group]) -> list[Group]:

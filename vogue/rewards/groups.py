@@ -58,16 +58,16 @@ def blind_answers(
     sampled as the rollout is, to the prompt of design `verifiable`, whatever `data.system_prompt` says.
     """
     blindfolded = Preprocessor(preprocessor.processor, SYSTEM_PROMPT, config.data.max_prompt_tokens)
-    requests = {}
+    requests, nothing = {}, blindfolded.view(())
     for number, (completion, sample, seed) in enumerate(zip(completions, samples, seeds, strict=True)):
         description = content(completion, "description")
         if description and description.strip():
             shown = with_view(replace(sample, state=description), "text")
             try:
-                prompt = blindfolded.prompt(shown, blindfolded.view(()))
+                prompt = blindfolded.prompt(shown, nothing)
             except DataError:  # the sample is known to be good: its description is too long, or spells special tokens
                 continue
-            requests[number] = Request(prompt, (), seed)
+            requests[number] = Request(prompt, nothing, seed)
     rollout = config.rollout
     outputs = engine.generate([*requests.values()], 1, rollout.max_tokens, rollout.temperature) if requests else []
     answers = {number: output[0].text for number, output in zip(requests, outputs, strict=True)}

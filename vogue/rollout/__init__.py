@@ -8,22 +8,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
 from vogue.config import Config
-from vogue.inputs import Prompt
+from vogue.inputs import Prompt, View
 
 BAN = -100.0  # added to the logits of tokens that can't be sampled, in rollout and training alike
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt with the images of one branch. Equal seeds give equal completions, whatever else is generated."""
+    """One prompt with the images of one branch, preprocessed once for engine and policy alike.
+
+    Equal seeds give equal completions, whatever else is generated.
+    """
 
     prompt: Prompt
-    images: tuple[Image.Image, ...]
+    view: View
     seed: int
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, DynamicCache, ProcessorMixin
 
 from vogue.config import Config
-from vogue.inputs import Preprocessor, cat_images, sizes_name
+from vogue.inputs import cat_images, sizes_name
 from vogue.rollout import BAN, Completion, Request, media_token_ids
 
 SEQUENCES = 512  # generated at a time
@@ -25,7 +25,6 @@ class HfEngine:
         self.model = AutoModelForImageTextToText.from_pretrained(config.model.path, dtype=config.model.dtype)
         self.model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = processor.tokenizer
-        self.preprocessor = Preprocessor(processor, "", config.data.max_prompt_tokens)
         self._sizes = sizes_name(processor)
         self._bias = torch.zeros(self.model.config.text_config.vocab_size, device=self.device)
         self._bias[media_token_ids(processor)] = BAN
@@ -89,7 +88,7 @@ class HfEngine:
         return ids.to(self.device), types.to(self.device), real.to(self.device)
 
     def _images(self, requests: list[Request]) -> dict[str, Tensor]:
-        views = [self.preprocessor.view(request.images) for request in requests if request.images]
+        views = [request.view for request in requests if request.view.images]
         if not views:
             return {}
         inputs = {"pixel_values": cat_images([view.pixel_values for view in views])}

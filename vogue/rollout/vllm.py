@@ -1,6 +1,12 @@
-"""vLLM in the trainer's own process, one engine a rank."""
+"""vLLM in the trainer's own process, one engine a rank.
+
+It is given prompts as the policy reads them: whole token ids, and the image features that the trainer has made already,
+so that no image is preprocessed twice and the two can't disagree about one.
+"""
 
 import contextlib
+import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 
@@ -9,6 +15,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from vogue.config import Config
+from vogue.inputs import sizes_name
 from vogue.rollout import BAN, Completion, Request, media_token_ids
 
 # Read by vLLM when it is imported: run in this process, and leave OpenMP's threads to the trainer, which shares them.
@@ -18,6 +25,9 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 try:
     import vllm
+    from vllm.inputs import EngineInput, mm_input, tokens_input
+    from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+    from vllm.sampling_params import RequestOutputKind
 except ImportError as error:
     raise ImportError(
         f"rollout.engine=vllm needs vLLM ({error}): install vogue[cpu] or vogue[gpu], or set rollout.engine=hf"
@@ -50,6 +60,7 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
             generation_config="vllm",  # not the checkpoint's own top-k and top-p
             limit_mm_per_prompt={"video": 0},
+            mm_device_do_normalize=False,  # pixels come normalised, not as bytes
             seed=config.seed,
             disable_log_stats=True,
             use_tqdm_on_load=False,
@@ -61,15 +72,12 @@ class VllmEngine:
         self._stance = contextlib.nullcontext if on_gpu else lambda: torch.compiler.set_stance("force_eager")
         self._banned = {token: BAN for token in media_token_ids(processor)}
         self._tokenizer = processor.tokenizer
+        self._sizes = sizes_name(processor)
+        self._request_ids = map(str, itertools.count())  # vLLM hands results out in their order
         self._tied_head = tied_head
         self.version = 0
 
     def generate(self, requests: list[Request], n: int, max_tokens: int, temperature: float) -> list[list[Completion]]:
-        inputs = [
-            {"prompt_token_ids": request.prompt.short_ids}
-            | ({"multi_modal_data": {"image": list(request.images)}} if request.images else {})
-            for request in requests
-        ]
         sampling = [
             vllm.SamplingParams(
                 n=n,
@@ -80,19 +88,36 @@ class VllmEngine:
                 flat_logprobs=True,
                 detokenize=False,  # it would decode token by token, and each log-probability's token again
                 logit_bias=self._banned,
+                output_kind=RequestOutputKind.FINAL_ONLY,
             )
             for request in requests
         ]
         with self._stance():
-            outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
-        for request, output in zip(requests, outputs, strict=True):
-            expected = request.prompt.token_ids.tolist()
-            if output.prompt_token_ids != expected:
-                raise RuntimeError(
-                    f"{request.prompt.sample.place}: vLLM made {len(output.prompt_token_ids)} tokens of the prompt, "
-                    f"the policy {len(expected)}; their image processors disagree"
-                )
+            for request, parameters in zip(requests, sampling, strict=True):
+                self.llm.llm_engine.add_request(next(self._request_ids), self._input(request), parameters)
+            outputs = self.llm.wait_for_completion(use_tqdm=False)
         return [[self._completion(item) for item in output.outputs] for output in outputs]
+
+    def _input(self, request: Request) -> EngineInput:
+        """The prompt with its images' features, one entry of each per image; what vLLM's own preprocessing would give.
+
+        vLLM keeps what it computes of an image and of a prompt's beginning under a digest of the pixels.
+        """
+        prompt, view = request.prompt, request.view
+        token_ids = prompt.token_ids.tolist()
+        if not view.images:
+            return tokens_input(token_ids)
+        if view.pixel_values.dim() == 2:  # patches of all images, one after the other
+            pixels = MultiModalFieldConfig.flat_from_sizes("image", view.sizes.prod(-1))
+        else:
+            pixels = MultiModalFieldConfig.batched("image")
+        fields = {"pixel_values": pixels, self._sizes: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+        features = MultiModalKwargsItems.from_hf_inputs(
+            {"pixel_values": view.pixel_values, self._sizes: view.sizes}, fields
+        )
+        digests = [hashlib.blake2b(str(image.size).encode() + image.tobytes()).hexdigest() for image in view.images]
+        spans = [PlaceholderRange(*span) for span in prompt.image_spans]
+        return mm_input(token_ids, features, {"image": digests}, {"image": spans})
 
     def _completion(self, output: "vllm.CompletionOutput") -> Completion:
         # Flat: of each position the sampled token's alone, since no other was asked for.
