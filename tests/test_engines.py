@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -170,6 +171,20 @@ def test_prompts_without_and_with_several_images_are_generated_for(trainer, engi
     items = [trainer.item(sample, 0, i, (False,)) for i, sample in enumerate(samples)]
     groups = generate(engine, [Request(item.prompt, item.raw, 7) for item in items])
     assert [len(group) for group in groups] == [3, 3]
+
+
+def test_an_engine_reads_the_features_that_it_is_given_and_no_pixel_again(trainer, engine):
+    first, second = requests_of(trainer, 2)
+    first = replace(first, seed=second.seed, prompt=second.prompt)
+    assert first.view.images[0].size == second.view.images[0].size
+    expected = [c.logprobs for c in generate(engine, [second])[0]]
+    assert [c.logprobs for c in generate(engine, [first])[0]] != expected
+    noise = tuple(Image.effect_noise(image.size, 90).convert("RGB") for image in first.view.images)
+    misleading = replace(first, view=replace(second.view, images=noise))
+    found = [c.logprobs for c in generate(engine, [misleading])[0]]
+    assert [len(row) for row in found] == [len(row) for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        assert row == pytest.approx(other, abs=1e-5)
 
 
 def test_nothing_is_generated_for_no_prompts(trainer, engine):

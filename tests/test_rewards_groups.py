@@ -34,7 +34,7 @@ def test_the_policy_is_asked_again_with_its_description_in_the_images_place(
     (request,) = engine.asked
     text = processor.tokenizer.decode(request.prompt.token_ids)
     question = samples[0].problem.replace("<image>", "")
-    assert request.images == ()
+    assert request.view.images == ()
     assert processor.image_token not in text
     assert SYSTEM_PROMPT in text
     assert "Digits: 4, 7.\n\n" + question in text

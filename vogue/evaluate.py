@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from transformers import AutoConfig
 
 from vogue.benchmarks import Benchmark, Line, Problem, Share
 from vogue.benchmarks.answers import Answered, read
@@ -183,8 +182,7 @@ def _start(config: Config, samples: Sequence[Sample]) -> tuple[Engine, Preproces
     processor = load_processor(config.model.path)
     preprocessor = Preprocessor(processor, system_prompt(config), config.data.max_prompt_tokens)
     preprocessor.check(samples)
-    tied = AutoConfig.from_pretrained(config.model.path).tie_word_embeddings
-    return create_engine(config, processor, tied), preprocessor
+    return create_engine(config, processor), preprocessor
 
 
 def _chunks(samples: Sequence[Sample], name: str, console: Console) -> Iterator[tuple[int, Sequence[Sample]]]:

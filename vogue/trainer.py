@@ -81,8 +81,7 @@ class Trainer:
         if config.trainer.shared_prefix and self.policy.why_separate and self.rank == 0:
             warnings.warn(f"every completion is a row of its own: {self.policy.why_separate}", stacklevel=2)
         self.engine = _deepspeed_engine(self.policy, config)
-        tied = self.policy.model.config.tie_word_embeddings
-        self.rollout = create_engine(config, self.processor, tied)
+        self.rollout = create_engine(config, self.processor, self.policy.model)
         self.guidance = GuidanceConfig(**config.guidance.model_dump())
         self.step = 0
         self._background = ThreadPoolExecutor(max_workers=1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from vogue.config import Config
 from vogue.inputs import Prompt, View
@@ -49,12 +49,16 @@ class Engine(Protocol):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...
 
 
-def create_engine(config: Config, processor: ProcessorMixin, tied_head: bool) -> Engine:
-    """Start the engine `config.rollout.engine`; raises `ImportError` naming the extra where it isn't installed."""
+def create_engine(config: Config, processor: ProcessorMixin, model: PreTrainedModel | None = None) -> Engine:
+    """Start the engine `config.rollout.engine` with the weights of `config.model.path`.
+
+    `model` is the one whose weights it is to follow, if any. Raises `ImportError` naming the extra where the engine
+    isn't installed.
+    """
     if config.rollout.engine == "vllm":
         from vogue.rollout.vllm import VllmEngine
 
-        return VllmEngine(config, processor, tied_head)
+        return VllmEngine(config, processor, model)
     from vogue.rollout.hf import HfEngine
 
     return HfEngine(config, processor)

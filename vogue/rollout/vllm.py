@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.core_model_loading import revert_weight_conversion
 
 from vogue.config import Config
 from vogue.inputs import sizes_name
@@ -37,9 +38,9 @@ CPU_BATCHED_TOKENS = 4096  # of prompts that vLLM takes in at once
 
 
 class VllmEngine:
-    """See `vogue.rollout.Engine`. `tied_head`: the head's weight is the embedding's."""
+    """See `vogue.rollout.Engine`. `model`: whose weights it is to follow; None where it keeps the checkpoint's."""
 
-    def __init__(self, config: Config, processor: ProcessorMixin, tied_head: bool):
+    def __init__(self, config: Config, processor: ProcessorMixin, model: PreTrainedModel | None):
         on_gpu = torch.cuda.is_available()
         max_model_len = config.data.max_prompt_tokens + config.rollout.max_tokens
         platform = {"gpu_memory_utilization": config.rollout.memory}
@@ -74,7 +75,7 @@ class VllmEngine:
         self._tokenizer = processor.tokenizer
         self._sizes = sizes_name(processor)
         self._request_ids = map(str, itertools.count())  # vLLM hands results out in their order
-        self._tied_head = tied_head
+        self._model = model
         self.version = 0
 
     def generate(self, requests: list[Request], n: int, max_tokens: int, temperature: float) -> list[list[Completion]]:
@@ -130,7 +131,7 @@ class VllmEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take the trainer's weights, streamed, and mark them as those of update `version`."""
         with self._stance():
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._with_head(weights)})
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._as_in_checkpoint(weights)})
         # What was computed with the old weights: keys and values, and image embeddings. The worker has dropped its
         # own part of the image caches; the scheduler's must go too, or it counts on entries that are gone.
         self.llm.reset_prefix_cache()
@@ -139,9 +140,11 @@ class VllmEngine:
         self.llm.update_weight_version(str(version))
         self.version = int(self.llm.get_weight_version())
 
-    def _with_head(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        # vLLM packs a tied head's weight apart from the embedding; unless it is sent too, it silently stays old.
+    def _as_in_checkpoint(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The weights under the checkpoint's names, which vLLM can read; transformers' own may differ from them."""
+        tied = self._model.config.tie_word_embeddings
         for name, tensor in weights:
-            yield name, tensor
-            if self._tied_head and name.endswith("embed_tokens.weight"):
-                yield "lm_head.weight", tensor
+            yield from revert_weight_conversion(self._model, {name: tensor}).items()
+            # vLLM packs a tied head's weight apart from the embedding; unless it is sent too, it silently stays old.
+            if tied and name.endswith("embed_tokens.weight"):
+                yield from revert_weight_conversion(self._model, {"lm_head.weight": tensor}).items()

@@ -1,0 +1,134 @@
+"""vLLM against the policy in the families of models that `test_engines` doesn't train."""
+
+import copy
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_families import PINPOINTS, TILE, config_of
+from transformers import (
+    AutoModelForImageTextToText,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+from vogue.config import load_config
+from vogue.data import Sample
+from vogue.inputs import Preprocessor, load_processor
+from vogue.trainer import Trainer
+
+pytestmark = pytest.mark.slow
+
+
+def processor_of(kind, tokenizer, chat_template):
+    if kind == "llava_onevision":
+        pixels = {"size": {"height": TILE, "width": TILE}, "image_grid_pinpoints": PINPOINTS}
+        return LlavaOnevisionProcessor(
+            LlavaOnevisionImageProcessor(**pixels),
+            tokenizer,
+            LlavaOnevisionVideoProcessor(),
+            num_image_tokens=4,
+            vision_feature_select_strategy="full",
+            image_token="<|image_pad|>",
+            video_token="<|video_pad|>",
+            chat_template=chat_template,
+        )
+    patch = 16 if kind == "qwen3_vl" else 14
+    pixels = {"size": {"shortest_edge": 2 * (2 * patch) ** 2, "longest_edge": 64 * (2 * patch) ** 2}}
+    pixels["patch_size"] = patch
+    whole, video = Qwen2VLProcessor, Qwen2VLVideoProcessor
+    if kind == "qwen3_vl":
+        whole, video = Qwen3VLProcessor, Qwen3VLVideoProcessor
+    return whole(Qwen2VLImageProcessor(**pixels), tokenizer, video(**pixels), chat_template=chat_template)
+
+
+def model_of(kind, tokenizer):
+    config, token_id = config_of(kind), tokenizer.convert_tokens_to_ids
+    config.text_config.vocab_size = len(tokenizer)
+    if kind == "qwen3_vl":  # as in the published configurations; transformers does so whatever they say
+        config.text_config.rope_parameters["mrope_interleaved"] = True
+    config.text_config.eos_token_id, config.text_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config.image_token_id, config.video_token_id = token_id("<|image_pad|>"), token_id("<|video_pad|>")
+    if kind == "llava_onevision":
+        config.image_token_index, config.video_token_index = config.image_token_id, config.video_token_id
+    else:
+        config.vision_start_token_id = token_id("<|vision_start|>")
+        config.vision_end_token_id = token_id("<|vision_end|>")
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model
+
+
+def save_as_published(kind, model, folder):
+    """Under the names of the checkpoints on the hub, of which transformers drops a part of LLaVA-OneVision's."""
+    model.save_pretrained(folder)
+    if kind == "llava_onevision":
+        file = folder / "model.safetensors"
+        weights = load_file(file)
+        named = {k.replace("vision_tower.", "vision_tower.vision_model."): v.clone() for k, v in weights.items()}
+        save_file(named, file, metadata={"format": "pt"})
+
+
+def disagreement(trainer):
+    """Largest difference (nats) of the log-probabilities of fresh tokens between policy and engine."""
+    items = [trainer.item(sample, 0, i, (False,) * 3) for i, sample in enumerate(trainer.samples)]
+    groups = [replace(group, advantages=(1.0,) * 3) for group in trainer.generate(items)]
+    with torch.no_grad():
+        pairs = [(trainer.read(trainer.policy(b))[0], b.rollout_logprob) for b in trainer.batches(groups)]
+    assert torch.cat([ours for ours, _ in pairs]).std() > 0.1
+    return max((ours - theirs).abs().max().item() for ours, theirs in pairs)
+
+
+def check(kind, processor, folder):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    processor_of(kind, tokenizer, processor.chat_template).save_pretrained(folder / "model")
+    save_as_published(kind, model_of(kind, tokenizer), folder / "model")
+    settings = [
+        f"model.path={folder / 'model'}",
+        "model.dtype=float32",
+        "rollout.prompts=3",
+        "rollout.n=3",
+        "rollout.max_tokens=8",
+        "rollout.kv_cache_gb=0.1",
+        "trainer.deepspeed.zero_optimization.stage=0",
+        f"trainer.output_dir={folder / 'run'}",
+    ]
+    config = load_config(None, settings)
+    images = [Image.effect_noise(size, 90).convert("RGB") for size in [(90, 40), (28, 28), (28, 56)]]
+    samples = [
+        Sample("How many?", "3", ()),
+        Sample("How many?", "3", (images[0],)),
+        Sample("Is <image> in <image>?", "no", (images[1], images[2])),
+    ]
+    trainer = Trainer(config, samples, Preprocessor(load_processor(config.model.path), "", 512), resume=False)
+    assert disagreement(trainer) < 1e-4
+    with torch.no_grad():
+        for parameter in trainer.policy.model.parameters():
+            parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    assert disagreement(trainer) > 1e-2
+    trainer.sync()
+    assert disagreement(trainer) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "llava_onevision"])
+def test_vllm_follows_the_policy(kind, processor, tmp_path):
+    """Before and after its weights change, on a prompt without an image, one with one and one with two.
+
+    In a process of its own: vLLM's engines in one share their process groups.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+        alone.submit(check, kind, processor, tmp_path).result()
