@@ -108,6 +108,13 @@ def test_warmstart_does_not_overwrite_a_folder(fails, tmp_path):
     assert f"{tmp_path} exists already" in fails("warmstart", str(tmp_path))
 
 
+def test_the_digits_own_warmstart_settings_do_not_go_with_data(fails, tmp_path):
+    folder = tmp_path / "base"
+    message = fails("warmstart", str(folder), "--data", "train.parquet", "--misread", "0.2")
+    assert message == "vogue warmstart: --misread 0.2 is of the digits' demonstrations: it goes without --data"
+    assert "nowhere.parquet: no such file" in fails("warmstart", str(folder), "--data", "nowhere.parquet")
+
+
 def test_help_lists_every_setting_with_its_default_and_meaning(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])

@@ -1,16 +1,22 @@
 """The small model from nothing, and the examples that use it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vogue.config import ConfigError, load_config
+from vogue.data import DataError, Sample, prompts, write_parquet
 from vogue.data.digits import SYSTEM_PROMPT, digit_pairs
+from vogue.data.prompts import with_view
+from vogue.data.puzzles import KINDS, SMALLEST, puzzle_samples
 from vogue.inputs import Preprocessor, load_processor
+from vogue.rewards.designs import score
 from vogue.tiny import SPECIAL_TOKENS
-from vogue.warmstart import Examples, warmstart
+from vogue.warmstart import Examples, caption, demonstration_loss, solution, warmstart, warmstart_on
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RUNS = sorted(path for path in EXAMPLES.rglob("*.yaml") if path.parent.name != "sweeps")
@@ -24,6 +30,7 @@ BRIEF = {
     "faintest": 1.0,
     "seed": 0,
 }
+BRIEF_ON_DATA = {name: value for name, value in BRIEF.items() if name not in ("misread", "faintest")}
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +38,31 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("warmstart") / "base"
     warmstart(folder, **BRIEF)
     return folder
+
+
+@pytest.fixture(scope="module")
+def puzzles():
+    """A puzzle of each kind."""
+    return list(puzzle_samples(tuple(KINDS), "train", 1, seed=0, size=SMALLEST))
+
+
+@pytest.fixture(scope="module")
+def colours():
+    """Two samples that only their images tell apart."""
+    image = {name: Image.new("RGB", (56, 56), name) for name in ("red", "blue")}
+    return [Sample("<image>Which colour?", name, (image[name],), state=name) for name in image]
+
+
+@pytest.fixture
+def warmstart_on_samples(tmp_path):
+    """A function: warm-start on samples; returns the folder of the model."""
+
+    def run(samples, name="base", **settings):
+        write_parquet(samples, tmp_path / "train.parquet")
+        warmstart_on(str(tmp_path / "train.parquet"), tmp_path / name, **BRIEF_ON_DATA | settings)
+        return tmp_path / name
+
+    return run
 
 
 def test_the_folder_is_an_ordinary_checkpoint_of_qwen2_5_vl(base):
@@ -93,3 +125,64 @@ def test_a_printed_demonstration_is_learned_from_the_text_alone(base):
 
 def test_the_digits_example_asks_as_the_warm_start_did():
     assert load_config(EXAMPLES / "digits" / "vogue.yaml", []).data.system_prompt == SYSTEM_PROMPT
+
+
+def right_and_swapped(base, demonstrations, tokenizer):
+    """Losses of two demonstrations, and of the same with each other's texts: equal where the model looks at neither."""
+    model = AutoModelForImageTextToText.from_pretrained(base).eval()
+    swapped = [replace(one, text=other.text) for one, other in zip(demonstrations, demonstrations[::-1], strict=True)]
+    with torch.no_grad():
+        return [float(demonstration_loss(model, tokenizer, batch)) for batch in (demonstrations, swapped)]
+
+
+def test_captions_teach_a_model_of_any_data_to_see(warmstart_on_samples, colours):
+    base = warmstart_on_samples(colours, vision_batches=60, batches=0, lr=3e-3)
+    preprocessor = Preprocessor(load_processor(str(base)), "", 512)
+    captions = [caption(preprocessor, sample) for sample in colours]
+    assert [one.text for one in captions] == [sample.state for sample in colours]
+    right, swapped = right_and_swapped(base, captions, preprocessor.tokenizer)
+    assert right < 0.1 < 0.25 < swapped
+
+
+def test_a_model_of_any_data_learns_to_answer_from_the_images_and_from_the_print(warmstart_on_samples, colours):
+    base = warmstart_on_samples(colours, vision_batches=0, batches=60, lr=3e-3, batch_size=4)
+    preprocessor = Preprocessor(load_processor(str(base)), prompts.SYSTEM_PROMPT, 512)
+    for view in ("image", "text"):
+        solutions = [solution(preprocessor, with_view(sample, view)) for sample in colours]
+        right, swapped = right_and_swapped(base, solutions, preprocessor.tokenizer)
+        assert right < 0.1 < 0.25 < swapped, view
+
+
+def test_equal_seeds_make_equal_models_of_any_data(warmstart_on_samples, puzzles):
+    first, second = (warmstart_on_samples(puzzles, name) for name in ("first", "second"))
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+def test_a_demonstration_of_each_puzzle_is_right_and_in_the_format(puzzles, processor):
+    preprocessor = Preprocessor(processor, prompts.SYSTEM_PROMPT, 2048)
+    for sample in puzzles:
+        text = solution(preprocessor, sample).text
+        assert sample.state in text
+        assert score(text, sample.answer).reward == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"state": ""}, r"train.parquet, row 1: has no 'state'"),
+        ({"images": (), "problem": "How many?"}, r"train.parquet, row 1: has no image"),
+        ({"problem": "<image>" + "How many? " * 3000}, r"train.parquet, row 1: the prompt has \d+ tokens"),
+        ({"state": "Many. " * 3000}, r"train.parquet, row 1: the prompt has \d+ tokens"),
+    ],
+    ids=["no state", "no image", "too long", "too long when printed"],
+)
+def test_a_sample_that_cannot_be_learned_from_is_named(warmstart_on_samples, puzzles, tmp_path, change, message):
+    with pytest.raises(DataError, match=message):
+        warmstart_on_samples([puzzles[0], replace(puzzles[1], **change)])
+    assert not (tmp_path / "base").exists()
+
+
+def test_data_does_not_overwrite_a_folder_either(warmstart_on_samples, puzzles, tmp_path):
+    (tmp_path / "base").mkdir()
+    with pytest.raises(ConfigError, match="exists already"):
+        warmstart_on_samples(puzzles)

@@ -24,14 +24,16 @@ except ImportError as missing:  # only `vogue_kernels` was installed
 
 USAGE_ERROR = 2
 WARMSTART = {
-    "vision_batches": (60, "batches that teach the vision tower"),
+    "vision_batches": (60, "batches that teach it to see"),
     "batches": (320, "supervised batches of the whole model"),
     "batch_size": (32, "demonstrations a batch"),
     "lr": (3e-3, "learning rate of AdamW"),
-    "misread": (0.5, "share of demonstrations that misread a digit, in the last quarter"),
-    "printed": (0.0, "share of demonstrations with the digits as text and no image"),
-    "faintest": (1.0, "least contrast of a digit, as in `vogue data digits`"),
+    "printed": (0.0, "share of demonstrations with the state as text and no image"),
     "seed": (0, "of everything random"),
+}
+WARMSTART_DIGITS = {
+    "misread": (0.5, "digits alone: share of demonstrations that misread one, in the last quarter"),
+    "faintest": (1.0, "digits alone: least contrast of one, as in `vogue data digits`"),
 }
 PUZZLES = {
     "count": (3000, "training samples of each kind"),
@@ -54,6 +56,14 @@ MathVista from a folder with testmini.json and images/, every answer extracted b
 down to check (the endpoint's key, if it wants one, is the environment variable OPENAI_API_KEY):
   vogue eval run.yaml model.path=MODEL data.test=MathVista/data --benchmark mathvista --out mathvista.jsonl \\
       --extractor http://localhost:8000/v1 --extractor-model Qwen/Qwen2.5-72B-Instruct --extract-all"""
+WARMSTART_HELP = """\
+Without --data the task is the digits': --vision-batches of a classifier of digits, then --batches of demonstrations,
+behind the system prompt of examples/digits. With it, each sample's `state` says all that its images show, as text:
+--vision-batches teach the model to caption images with it, --batches to think it and then answer, behind the default
+system prompt.
+
+  vogue data puzzles --kind clock,maze --size 112 --out data
+  vogue warmstart base --data data/train.parquet --vision-batches 300 --printed 0.3"""
 REPORT_HELP = """\
 learning curves, pass@k before and after, exploration, guidance, times, and every logged completion with its images and
 its tokens coloured by u_per or entropy. Runs that differ in their seed alone are one method: their mean with a band.
@@ -202,7 +212,14 @@ def warmstart(arguments: argparse.Namespace) -> int:
 
     console = Console()
     settings = {name: getattr(arguments, name) for name in WARMSTART}
-    module.warmstart(arguments.out, **settings, console=console)
+    own = {name: getattr(arguments, name) for name in WARMSTART_DIGITS}
+    if arguments.data is None:
+        module.warmstart(arguments.out, **settings, **own, console=console)
+    else:
+        for name, value in own.items():
+            if value != WARMSTART_DIGITS[name][0]:
+                raise ConfigError(f"--{name} {value} is of the digits' demonstrations: it goes without --data")
+        module.warmstart_on(arguments.data, arguments.out, **settings, console=console)
     console.print(f"model: {arguments.out}")
     return 0
 
@@ -336,9 +353,16 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="FILE", help="the page (default for one run: RUN/report.html; several need it said)"
     )
 
-    command = _add(commands, "warmstart", warmstart, "make a small Qwen2.5-VL for the digits task from nothing")
+    command = _add(
+        commands,
+        "warmstart",
+        warmstart,
+        "make a small Qwen2.5-VL from nothing, for the digits or data with a printed state",
+        WARMSTART_HELP,
+    )
     command.add_argument("out", type=Path, help="folder of the model")
-    for name, (default, help) in WARMSTART.items():
+    command.add_argument("--data", metavar="FILE", help="samples with a `state`, as data.train (default: the digits)")
+    for name, (default, help) in (WARMSTART | WARMSTART_DIGITS).items():
         flag = "--" + name.replace("_", "-")
         command.add_argument(flag, type=type(default), default=default, help=f"{help} (default {default})")
 

@@ -1,27 +1,36 @@
-"""A base model for the digits task, from nothing, in minutes: `vogue warmstart`.
+"""A base model from nothing, in minutes: `vogue warmstart`.
 
-Two stages, as vision-language models are made. The vision tower learns to tell digits apart through a linear
-classifier, which is then dropped. The whole model learns from demonstrations in the reward's format: at first right
-ones, then a share of them misreads a digit and stays consistent with what it read. So the base answers in the right
-format, is wrong about half of the time when sampled, and knows more than it shows: what a pretrained model looks like
-to reinforcement learning, at a millionth of the cost. A share of the demonstrations may print the digits in the image's
-place, so that `vogue eval --view image,text` can tell whether its weakness is seeing or thinking.
+Two stages, as vision-language models are made: the model learns to see, then to answer in the reward's format. So the
+base is wrong about half of the time when sampled, and knows more than it shows: what a pretrained model looks like to
+reinforcement learning, at a millionth of the cost.
+
+On the digits, the vision tower learns to tell them apart through a linear classifier, which is then dropped; then the
+whole model learns from demonstrations, at first right ones, then a share of them misreads a digit and stays consistent
+with what it read. On any other data with a `state`, all that the images show as text, the model learns to caption an
+image with it, and then to think it and answer.
+
+A share of the demonstrations may print the state in the image's place, so that `vogue eval --view image,text` can tell
+whether the base's weakness is seeing or thinking.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from vogue.config import ConfigError
-from vogue.data.digits import QUESTIONS, SYSTEM_PROMPT, DigitPair, digit_pairs
-from vogue.data.prompts import with_view
-from vogue.inputs import Preprocessor, Prompt
+from vogue.data import DataError, Sample, load_samples
+from vogue.data.digits import QUESTIONS, DigitPair, digit_pairs
+from vogue.data.digits import SYSTEM_PROMPT as DIGITS_SYSTEM_PROMPT
+from vogue.data.prompts import SYSTEM_PROMPT, with_view
+from vogue.data.samples import PLACEHOLDER
+from vogue.inputs import Preprocessor, Prompt, View
 from vogue.seeds import Purpose, rng_for, seed_for
 from vogue.tiny import build_model, build_processor
 from vogue_kernels import linear_logprob
@@ -29,6 +38,18 @@ from vogue_kernels import linear_logprob
 PAIRS = 4000
 MISREAD_FROM = 0.75  # of the batches: before that, demonstrations are right
 PIXEL_MEAN, PIXEL_STD = 0.8, 0.3  # of dark ink on white
+VOCAB_SIZE = 1024  # of a data set's tokenizer, 256 of them bytes
+MAX_PROMPT_TOKENS = 2048  # as data.max_prompt_tokens by default
+CHAT = "system\nuser\nassistant\n"  # what the chat template adds, for the tokenizer
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """`text` is what a model should answer to `prompt`, whose images `view` holds."""
+
+    prompt: Prompt
+    view: View
+    text: str
 
 
 def warmstart(
@@ -44,7 +65,7 @@ def warmstart(
     seed: int,
     console: Console | None = None,
 ) -> None:
-    """Train a small model and save it in `folder`.
+    """Train a small model on the digits and save it in `folder`.
 
     `misread` is the share of demonstrations with a wrong digit in the last part of the `batches`, `printed` that of
     those with the digits as text and no image; `lr` is AdamW's, warmed up and then decayed to a tenth by a cosine;
@@ -52,13 +73,11 @@ def warmstart(
 
     Raises `ConfigError` if `folder` exists.
     """
-    if folder.exists():
-        raise ConfigError(f"{folder} exists already: remove it, or name another folder")
+    _check_new(folder)
     pairs = digit_pairs("train", PAIRS, seed, faintest=faintest)
     processor = build_processor(_corpus(pairs, printed > 0), pixel_mean=PIXEL_MEAN, pixel_std=PIXEL_STD)
-    torch.manual_seed(seed_for(seed, Purpose.WARMSTART))
-    model = build_model(processor).train()
-    examples = Examples(pairs, Preprocessor(processor, SYSTEM_PROMPT, 512))
+    model = _new_model(processor, seed)
+    examples = Examples(pairs, Preprocessor(processor, DIGITS_SYSTEM_PROMPT, 512))
     rng = rng_for(seed, Purpose.WARMSTART)
 
     classifier = nn.Linear(model.config.text_config.hidden_size, 10)
@@ -74,10 +93,89 @@ def warmstart(
         read = [pairs[i].misread(rng) if bad else (None, None) for i, bad in zip(chosen, wrong, strict=True)]
         step(examples.loss(model, chosen.tolist(), read, text.tolist()))
 
-    partial = folder.with_name(f".{folder.name}.partial")  # renamed when whole, so that a stop leaves no half model
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    partial.rename(folder)
+    _save(model, processor, folder)
+
+
+def warmstart_on(
+    data: str,
+    folder: Path,
+    *,
+    vision_batches: int,
+    batches: int,
+    batch_size: int,
+    lr: float,
+    printed: float,
+    seed: int,
+    console: Console | None = None,
+) -> None:
+    r"""Train a small model on the samples of `data` (as `load_samples` takes it) and save it in `folder`.
+
+    For `vision_batches` the model captions images with their samples' `state`, asked nothing; then, for `batches`, it
+    answers `<think>{state}</think>\n\boxed{answer}` to the prompts that `vogue train` gives by default, a share of them
+    `printed`, with the state as text in the images' place. Each stage has AdamW's `lr`, as in `warmstart`.
+
+    Raises `ConfigError` if `folder` exists, and `DataError` for a sample without a state or an image, and as
+    `Preprocessor.check` does.
+    """
+    _check_new(folder)
+    samples = load_samples(data)
+    for sample in samples:
+        if not sample.images or not sample.state:
+            missing = "'state'" if sample.images else "image"
+            raise DataError(f"{sample.place}: has no {missing}: a warm start learns to read the state off the images.")
+    processor = build_processor(_sample_corpus(samples[:1000]), VOCAB_SIZE)
+    preprocessor = Preprocessor(processor, SYSTEM_PROMPT, MAX_PROMPT_TOKENS)
+    preprocessor.check([*samples, *(with_view(sample, "text") for sample in samples if printed)])
+    unasked = Preprocessor(processor, "", MAX_PROMPT_TOKENS)
+    model = _new_model(processor, seed)
+    rng = rng_for(seed, Purpose.WARMSTART)
+
+    step = _training(list(model.parameters()), lr, vision_batches)
+    for _ in _progress("captions", vision_batches, console):
+        chosen = rng.integers(len(samples), size=batch_size)
+        step(demonstration_loss(model, processor.tokenizer, [caption(unasked, samples[i]) for i in chosen]))
+
+    step = _training(list(model.parameters()), lr, batches)
+    for _ in _progress("warm start", batches, console):
+        chosen = rng.integers(len(samples), size=batch_size)
+        views = ["text" if text else "image" for text in rng.random(batch_size) < printed]
+        shown = [with_view(samples[i], view) for i, view in zip(chosen, views, strict=True)]
+        step(demonstration_loss(model, processor.tokenizer, [solution(preprocessor, sample) for sample in shown]))
+
+    _save(model, processor, folder)
+
+
+def caption(preprocessor: Preprocessor, sample: Sample) -> Demonstration:
+    """The images alone, and their state."""
+    view = preprocessor.view(sample.load_images())
+    images = replace(sample, problem=PLACEHOLDER * len(sample.images))
+    return Demonstration(preprocessor.prompt(images, view), view, sample.state)
+
+
+def solution(preprocessor: Preprocessor, sample: Sample) -> Demonstration:
+    """The sample, and its state and answer in the reward's format."""
+    view = preprocessor.view(sample.load_images())
+    return Demonstration(preprocessor.prompt(sample, view), view, _solution(sample))
+
+
+def demonstration_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, demonstrations: Sequence[Demonstration]
+) -> Tensor:
+    """Mean negative log-likelihood (nats a token) of the demonstrations' texts, each with its end."""
+    prompts = [one.prompt.token_ids for one in demonstrations]
+    answers = [torch.tensor([*tokenizer(one.text)["input_ids"], tokenizer.eos_token_id]) for one in demonstrations]
+    rows = [torch.cat(parts) for parts in zip(prompts, answers, strict=True)]
+    input_ids = _pad(rows, tokenizer.pad_token_id)
+    unlabelled = [torch.full_like(prompt, -100) for prompt in prompts]
+    labels = _pad([torch.cat(parts) for parts in zip(unlabelled, answers, strict=True)], -100)[:, 1:]
+    hidden = model.model(
+        input_ids=input_ids,
+        attention_mask=_pad([torch.ones_like(row) for row in rows], 0),
+        mm_token_type_ids=_pad([one.prompt.token_types for one in demonstrations], 0, input_ids.shape[1]),
+        **_images([one.view for one in demonstrations]),
+    ).last_hidden_state[:, :-1]
+    kept = labels != -100
+    return -linear_logprob(hidden[kept], model.lm_head.weight, labels[kept]).logprob.mean()
 
 
 class Examples:
@@ -86,14 +184,13 @@ class Examples:
     def __init__(self, pairs: list[DigitPair], preprocessor: Preprocessor):
         self.pairs = pairs
         self.preprocessor = preprocessor
-        self.tokenizer = preprocessor.tokenizer
         self.views = [preprocessor.view([pair.image]) for pair in pairs]
         prompts = {pair.question: (pair, view) for pair, view in zip(pairs, self.views, strict=True)}
         self.prompts = {name: preprocessor.prompt(pair.sample(), view) for name, (pair, view) in prompts.items()}
 
     def classification_loss(self, model: PreTrainedModel, classifier: nn.Module, chosen: list[int]) -> Tensor:
         """Cross-entropy of the digits of pairs `chosen`; an image is two tokens, one a digit."""
-        images = self._images(chosen)
+        images = _images([self.views[i] for i in chosen])
         features = model.model.get_image_features(*images.values(), return_dict=True).pooler_output
         labels = torch.tensor([digit for i in chosen for digit in (self.pairs[i].left, self.pairs[i].right)])
         return nn.functional.cross_entropy(classifier(torch.cat(tuple(features))), labels)
@@ -109,36 +206,35 @@ class Examples:
 
         Those `printed` have their digits as text in the image's place.
         """
-        end = [self.tokenizer.eos_token_id]
-        prompts = [self._prompt(self.pairs[i], text) for i, text in zip(chosen, printed, strict=True)]
         texts = [self.pairs[i].demonstration(*digits) for i, digits in zip(chosen, read, strict=True)]
-        answers = [torch.tensor(self.tokenizer(text)["input_ids"] + end) for text in texts]
-        rows = [torch.cat([prompt.token_ids, answer]) for prompt, answer in zip(prompts, answers, strict=True)]
-        input_ids = _pad(rows, self.tokenizer.pad_token_id)
-        labels = _pad(
-            [torch.cat([torch.full_like(p.token_ids, -100), a]) for p, a in zip(prompts, answers, strict=True)], -100
-        )[:, 1:]
-        hidden = model.model(
-            input_ids=input_ids,
-            attention_mask=_pad([torch.ones_like(row) for row in rows], 0),
-            mm_token_type_ids=_pad([prompt.token_types for prompt in prompts], 0, input_ids.shape[1]),
-            **self._images([i for i, text in zip(chosen, printed, strict=True) if not text]),
-        ).last_hidden_state[:, :-1]
-        kept = labels != -100
-        return -linear_logprob(hidden[kept], model.lm_head.weight, labels[kept]).logprob.mean()
+        demonstrations = [
+            Demonstration(*self._shown(i, text), answer) for i, text, answer in zip(chosen, printed, texts, strict=True)
+        ]
+        return demonstration_loss(model, self.preprocessor.tokenizer, demonstrations)
 
-    def _prompt(self, pair: DigitPair, printed: bool) -> Prompt:
+    def _shown(self, i: int, printed: bool) -> tuple[Prompt, View]:
+        pair = self.pairs[i]
         if not printed:
-            return self.prompts[pair.question]
-        return self.preprocessor.prompt(with_view(pair.sample(), "text"), self.preprocessor.view([]))
+            return self.prompts[pair.question], self.views[i]
+        view = self.preprocessor.view([])
+        return self.preprocessor.prompt(with_view(pair.sample(), "text"), view), view
 
-    def _images(self, chosen: list[int]) -> dict[str, Tensor]:
-        if not chosen:
-            return {}
-        return {
-            "pixel_values": torch.cat([self.views[i].pixel_values for i in chosen]),
-            "image_grid_thw": torch.cat([self.views[i].sizes for i in chosen]),
-        }
+
+def _check_new(folder: Path) -> None:
+    if folder.exists():
+        raise ConfigError(f"{folder} exists already: remove it, or name another folder")
+
+
+def _new_model(processor: ProcessorMixin, seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed_for(seed, Purpose.WARMSTART))
+    return build_model(processor).train()
+
+
+def _save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
+    partial = folder.with_name(f".{folder.name}.partial")  # renamed when whole, so that a stop leaves no half model
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    partial.rename(folder)
 
 
 def _training(parameters: list[nn.Parameter], lr: float, batches: int) -> Callable[[Tensor], None]:
@@ -170,9 +266,29 @@ def _progress(name: str, batches: int, console: Console | None) -> Iterator[int]
 
 def _corpus(pairs: list[DigitPair], printed: bool) -> list[str]:
     """What the tokenizer is trained on: everything the task says, with the digits as text where they are `printed`."""
-    prompts = [SYSTEM_PROMPT, "system\nuser\nassistant\n", *QUESTIONS.values()]
+    prompts = [DIGITS_SYSTEM_PROMPT, CHAT, *QUESTIONS.values()]
     states = [pair.sample().state for pair in pairs[:1000]] if printed else []
     return prompts * 100 + [pair.demonstration() for pair in pairs[:1000]] + states
+
+
+def _sample_corpus(samples: list[Sample]) -> list[str]:
+    """The same of samples, without their states: a small model learns to read these sooner character by character."""
+    problems = [sample.problem.replace(PLACEHOLDER, "") for sample in samples]
+    return [SYSTEM_PROMPT, CHAT, "<think></think>\n\\boxed{}"] * len(problems) + problems
+
+
+def _solution(sample: Sample) -> str:
+    return f"<think>{sample.state}</think>\n\\boxed{{{sample.answer}}}"
+
+
+def _images(views: Sequence[View]) -> dict[str, Tensor]:
+    shown = [view for view in views if view.images]
+    if not shown:
+        return {}
+    return {
+        "pixel_values": torch.cat([view.pixel_values for view in shown]),
+        "image_grid_thw": torch.cat([view.sizes for view in shown]),
+    }
 
 
 def _pad(rows: list[Tensor], value: int, length: int | None = None) -> Tensor:
