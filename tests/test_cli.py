@@ -153,7 +153,7 @@ def test_evaluation_compares_the_views_of_each_category(settings, capsys, tmp_pa
 
 def test_a_view_that_does_not_exist_or_has_no_state(fails, settings, tmp_path):
     assert fails("eval", *settings, "--view", "sound") == (
-        "vogue eval: view is 'sound'; it must be one of image, text, both."
+        "vogue eval: view is 'sound'; it must be one of image, noisy, text, both."
     )
     data = data_file(tmp_path).removeprefix("data.train=")
     assert f"{data}, row 0: view 'text' needs a 'state'" in fails(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from vogue.data import Sample
 from vogue.evaluate import (
@@ -13,6 +14,7 @@ from vogue.evaluate import (
     Judged,
     by_category,
     estimate,
+    evaluate_model,
     headline,
     judge,
     pass_at_k,
@@ -124,6 +126,15 @@ def test_judging_depends_on_the_number_of_a_problem_and_not_on_its_company(confi
     for item in together:
         texts = [completion.text for completion in item.completions]
         assert list(item.scores) == score_batch(texts, [item.sample] * 2)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.8])
+def test_the_noisy_view_is_of_the_perturbed_images(config, digits_folder, sigma):
+    settings = config(f"data.test={digits_folder / 'test.parquet'}", "data.test_limit=4", f"perturb.sigma={sigma}")
+    found = evaluate_model(settings, 2, ("image", "noisy"), Console(quiet=True))
+    clean, noisy = ([c.logprobs for item in found[view] for c in item.completions] for view in ("image", "noisy"))
+    assert (clean == noisy) == (sigma == 0)
+    assert [item.sample for item in found["noisy"]] == [item.sample for item in found["image"]]
 
 
 def test_judged_completions_are_written_one_a_line(tmp_path):

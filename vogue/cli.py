@@ -341,7 +341,8 @@ def _parser() -> argparse.ArgumentParser:
         default=("image",),
         metavar="VIEW,…",
         help="image, text (the sample's printed state in the image's place), both: is a model's weakness seeing or "
-        "thinking? (default image)",
+        "thinking? And noisy (the image perturbed by the settings of `perturb`): does it need a clean one? (default "
+        "image)",
     )
     command.add_argument("--out", type=Path, metavar="FILE", help="write every completion with its score, JSONL")
 

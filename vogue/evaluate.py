@@ -10,7 +10,7 @@ A benchmark (`vogue.benchmarks`) has its own data, scoring and table; its comple
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb, isnan
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from vogue.config import Config
 from vogue.data import Sample, load_samples
 from vogue.data.prompts import system_prompt, with_view
 from vogue.inputs import Preprocessor, load_processor
+from vogue.perturb import perturb
 from vogue.rewards import Score, check_function
 from vogue.rewards.groups import score_groups
 from vogue.rollout import Completion, Engine, Request, create_engine
@@ -138,7 +139,10 @@ def by_category(judged: list[Judged]) -> dict[str, list[Judged]]:
 
 
 def evaluate_model(config: Config, n: int, views: Sequence[str], console: Console) -> dict[str, list[Judged]]:
-    """Judge `model.path` on `data.test` in each view with `n` completions a problem, in this process alone."""
+    """Judge `model.path` on `data.test` in each view with `n` completions a problem, in this process alone.
+
+    Views are those of `with_view`; of "noisy" the images are perturbed by the settings of `perturb`.
+    """
     samples = load_samples(config.data.test, config.data.test_limit)
     shown = {view: [with_view(sample, view) for sample in samples] for view in views}
     check_function(config.reward)
@@ -146,8 +150,20 @@ def evaluate_model(config: Config, n: int, views: Sequence[str], console: Consol
     judged: dict[str, list[Judged]] = {view: [] for view in views}
     for view in views:
         for start, chunk in _chunks(shown[view], view, console):
-            judged[view] += judge(engine, preprocessor, config, chunk, n, start)
+            seen = (
+                [_perturbed(sample, config, i) for i, sample in enumerate(chunk, start)] if view == "noisy" else chunk
+            )
+            found = judge(engine, preprocessor, config, seen, n, start)
+            judged[view] += [replace(item, sample=sample) for item, sample in zip(found, chunk, strict=True)]
     return judged
+
+
+def _perturbed(sample: Sample, config: Config, number: int) -> Sample:
+    """Sample `number` with T(x) of its images."""
+    preset, sigma = config.perturb.preset, config.perturb.sigma
+    images = enumerate(sample.load_images())
+    noisy = (perturb(x, preset, sigma, seed_for(config.seed, Purpose.EVALUATION, number, i)) for i, x in images)
+    return replace(sample, images=tuple(noisy))
 
 
 def answer_benchmark(

@@ -84,5 +84,5 @@ def test_only_a_state_can_be_printed_and_only_in_a_known_view():
     assert with_view(sample, "image") == sample
     with pytest.raises(DataError, match=r"test\.parquet, row 4: view 'text' needs a 'state', all that the images show"):
         with_view(sample, "text")
-    with pytest.raises(DataError, match="view is 'words'; it must be one of image, text, both"):
+    with pytest.raises(DataError, match="view is 'words'; it must be one of image, noisy, text, both"):
         with_view(sample, "words")

@@ -5,7 +5,7 @@ from dataclasses import replace
 from vogue.config import Config
 from vogue.data.samples import PLACEHOLDER, DataError, Sample
 
-VIEWS = ("image", "text", "both")
+VIEWS = ("image", "noisy", "text", "both")
 ANSWER = "Then give the final answer, and nothing else, inside <answer></answer>."
 THINK = "work through the question as an inner monologue inside <think></think>"
 BOXED = "Then give the final answer inside \\boxed{}."
@@ -48,7 +48,8 @@ def chat_messages(sample: Sample, system_prompt: str = SYSTEM_PROMPT) -> list[di
 def with_view(sample: Sample, view: str) -> Sample:
     """`sample` with its images ("image"), with its printed state instead ("text"), or with both ("both").
 
-    The state stands where the last image stood, or behind it.
+    The state stands where the last image stood, or behind it. "noisy" is as "image": the images that it asks for are
+    T(x), which takes settings and a seed (`vogue.evaluate`).
 
     A model that answers from the text what it doesn't from the image fails at seeing, not at thinking: the
     perception diagnosis of arXiv 2601.00215.
@@ -57,7 +58,7 @@ def with_view(sample: Sample, view: str) -> Sample:
     """
     if view not in VIEWS:
         raise DataError(f"view is {view!r}; it must be one of {', '.join(VIEWS)}.")
-    if view == "image":
+    if view in ("image", "noisy"):
         return sample
     if not sample.state:
         raise DataError(
