@@ -134,8 +134,9 @@ def growth(task: Task, repeats: int, folder: Path, quick: bool) -> dict:
 
 
 def weight_sync(task: Task, repeats: int, folder: Path, quick: bool) -> dict:
-    """Time of a weight sync to vLLM: as many parameters in few tensors and in many, and more of them."""
-    shapes = {"small": (64, 2)} if quick else {"narrow, deep": (128, 16), "wide, flat": (256, 4), "wider": (512, 4)}
+    """Time of a weight sync to vLLM: as many parameters in few tensors and in many, twice as many, and hardly any."""
+    shapes = {"narrow, deep": (512, 32), "wide, flat": (1024, 8), "wide, deep": (1024, 16), "tiny, deep": (64, 32)}
+    shapes = {"small": (64, 2)} if quick else shapes
     found = {}
     workers = {}
     for name, (hidden_size, layers) in shapes.items():
