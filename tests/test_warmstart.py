@@ -16,7 +16,7 @@ from vogue.data.puzzles import KINDS, SMALLEST, puzzle_samples
 from vogue.inputs import Preprocessor, load_processor
 from vogue.rewards.designs import score
 from vogue.tiny import SPECIAL_TOKENS
-from vogue.warmstart import Examples, caption, demonstration_loss, solution, warmstart, warmstart_on
+from vogue.warmstart import Examples, demonstrate, demonstration_loss, warmstart, warmstart_on
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RUNS = sorted(path for path in EXAMPLES.rglob("*.yaml") if path.parent.name != "sweeps")
@@ -135,12 +135,11 @@ def right_and_swapped(base, demonstrations, tokenizer):
         return [float(demonstration_loss(model, tokenizer, batch)) for batch in (demonstrations, swapped)]
 
 
-def test_captions_teach_a_model_of_any_data_to_see(warmstart_on_samples, colours):
+def test_images_alone_teach_a_model_of_any_data_to_see(warmstart_on_samples, colours):
     base = warmstart_on_samples(colours, vision_batches=60, batches=0, lr=3e-3)
     preprocessor = Preprocessor(load_processor(str(base)), "", 512)
-    captions = [caption(preprocessor, sample) for sample in colours]
-    assert [one.text for one in captions] == [sample.state for sample in colours]
-    right, swapped = right_and_swapped(base, captions, preprocessor.tokenizer)
+    alone = [demonstrate(preprocessor, replace(sample, problem="<image>")) for sample in colours]
+    right, swapped = right_and_swapped(base, alone, preprocessor.tokenizer)
     assert right < 0.1 < 0.25 < swapped
 
 
@@ -148,8 +147,8 @@ def test_a_model_of_any_data_learns_to_answer_from_the_images_and_from_the_print
     base = warmstart_on_samples(colours, vision_batches=0, batches=60, lr=3e-3, batch_size=4)
     preprocessor = Preprocessor(load_processor(str(base)), prompts.SYSTEM_PROMPT, 512)
     for view in ("image", "text"):
-        solutions = [solution(preprocessor, with_view(sample, view)) for sample in colours]
-        right, swapped = right_and_swapped(base, solutions, preprocessor.tokenizer)
+        asked = [demonstrate(preprocessor, with_view(sample, view)) for sample in colours]
+        right, swapped = right_and_swapped(base, asked, preprocessor.tokenizer)
         assert right < 0.1 < 0.25 < swapped, view
 
 
@@ -161,7 +160,7 @@ def test_equal_seeds_make_equal_models_of_any_data(warmstart_on_samples, puzzles
 def test_a_demonstration_of_each_puzzle_is_right_and_in_the_format(puzzles, processor):
     preprocessor = Preprocessor(processor, prompts.SYSTEM_PROMPT, 2048)
     for sample in puzzles:
-        text = solution(preprocessor, sample).text
+        text = demonstrate(preprocessor, sample).text
         assert sample.state in text
         assert score(text, sample.answer).reward == 1
 

@@ -59,11 +59,11 @@ down to check (the endpoint's key, if it wants one, is the environment variable 
 WARMSTART_HELP = """\
 Without --data the task is the digits': --vision-batches of a classifier of digits, then --batches of demonstrations,
 behind the system prompt of examples/digits. With it, each sample's `state` says all that its images show, as text:
---vision-batches teach the model to caption images with it, --batches to think it and then answer, behind the default
-system prompt.
+the model learns to think that and then answer, in --vision-batches of images alone, which are quick for want of a
+question, then in --batches of whole samples, behind the default system prompt.
 
-  vogue data puzzles --kind clock,maze --size 112 --out data
-  vogue warmstart base --data data/train.parquet --vision-batches 300 --printed 0.3"""
+  vogue data puzzles --kind checker_move --size 112 --out data
+  vogue warmstart base --data data/train.parquet --vision-batches 1800 --lr 2e-3 --printed 0.2"""
 REPORT_HELP = """\
 learning curves, pass@k before and after, exploration, guidance, times, and every logged completion with its images and
 its tokens coloured by u_per or entropy. Runs that differ in their seed alone are one method: their mean with a band.

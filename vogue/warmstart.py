@@ -6,8 +6,8 @@ reinforcement learning, at a millionth of the cost.
 
 On the digits, the vision tower learns to tell them apart through a linear classifier, which is then dropped; then the
 whole model learns from demonstrations, at first right ones, then a share of them misreads a digit and stays consistent
-with what it read. On any other data with a `state`, all that the images show as text, the model learns to caption an
-image with it, and then to think it and answer.
+with what it read. On any other data with a `state`, all that the images show as text, the model learns to think the
+state and answer, first from the images alone and then asked.
 
 A share of the demonstrations may print the state in the image's place, so that `vogue eval --view image,text` can tell
 whether the base's weakness is seeing or thinking.
@@ -110,8 +110,8 @@ def warmstart_on(
 ) -> None:
     r"""Train a small model on the samples of `data` (as `load_samples` takes it) and save it in `folder`.
 
-    For `vision_batches` the model captions images with their samples' `state`, asked nothing; then, for `batches`, it
-    answers `<think>{state}</think>\n\boxed{answer}` to the prompts that `vogue train` gives by default, a share of them
+    The model answers `<think>{state}</think>\n\boxed{answer}`: for `vision_batches` to images alone, which is quick for
+    want of a question, then, for `batches`, to the prompts that `vogue train` gives by default, a share of them
     `printed`, with the state as text in the images' place. Each stage has AdamW's `lr`, as in `warmstart`.
 
     Raises `ConfigError` if `folder` exists, and `DataError` for a sample without a state or an image, and as
@@ -126,36 +126,31 @@ def warmstart_on(
     processor = build_processor(_sample_corpus(samples[:1000]), VOCAB_SIZE)
     preprocessor = Preprocessor(processor, SYSTEM_PROMPT, MAX_PROMPT_TOKENS)
     preprocessor.check([*samples, *(with_view(sample, "text") for sample in samples if printed)])
-    unasked = Preprocessor(processor, "", MAX_PROMPT_TOKENS)
+    unasked = [replace(sample, problem=PLACEHOLDER * len(sample.images)) for sample in samples]
+    alone = Preprocessor(processor, "", MAX_PROMPT_TOKENS)
     model = _new_model(processor, seed)
     rng = rng_for(seed, Purpose.WARMSTART)
 
     step = _training(list(model.parameters()), lr, vision_batches)
-    for _ in _progress("captions", vision_batches, console):
+    for _ in _progress("images alone", vision_batches, console):
         chosen = rng.integers(len(samples), size=batch_size)
-        step(demonstration_loss(model, processor.tokenizer, [caption(unasked, samples[i]) for i in chosen]))
+        step(demonstration_loss(model, processor.tokenizer, [demonstrate(alone, unasked[i]) for i in chosen]))
 
     step = _training(list(model.parameters()), lr, batches)
     for _ in _progress("warm start", batches, console):
         chosen = rng.integers(len(samples), size=batch_size)
         views = ["text" if text else "image" for text in rng.random(batch_size) < printed]
         shown = [with_view(samples[i], view) for i, view in zip(chosen, views, strict=True)]
-        step(demonstration_loss(model, processor.tokenizer, [solution(preprocessor, sample) for sample in shown]))
+        step(demonstration_loss(model, processor.tokenizer, [demonstrate(preprocessor, sample) for sample in shown]))
 
     _save(model, processor, folder)
 
 
-def caption(preprocessor: Preprocessor, sample: Sample) -> Demonstration:
-    """The images alone, and their state."""
+def demonstrate(preprocessor: Preprocessor, sample: Sample) -> Demonstration:
+    """The sample's question, images, and its state and answer in the reward's format."""
     view = preprocessor.view(sample.load_images())
-    images = replace(sample, problem=PLACEHOLDER * len(sample.images))
-    return Demonstration(preprocessor.prompt(images, view), view, sample.state)
-
-
-def solution(preprocessor: Preprocessor, sample: Sample) -> Demonstration:
-    """The sample, and its state and answer in the reward's format."""
-    view = preprocessor.view(sample.load_images())
-    return Demonstration(preprocessor.prompt(sample, view), view, _solution(sample))
+    text = f"<think>{sample.state}</think>\n\\boxed{{{sample.answer}}}"
+    return Demonstration(preprocessor.prompt(sample, view), view, text)
 
 
 def demonstration_loss(
@@ -275,10 +270,6 @@ def _sample_corpus(samples: list[Sample]) -> list[str]:
     """The same of samples, without their states: a small model learns to read these sooner character by character."""
     problems = [sample.problem.replace(PLACEHOLDER, "") for sample in samples]
     return [SYSTEM_PROMPT, CHAT, "<think></think>\n\\boxed{}"] * len(problems) + problems
-
-
-def _solution(sample: Sample) -> str:
-    return f"<think>{sample.state}</think>\n\\boxed{{{sample.answer}}}"
 
 
 def _images(views: Sequence[View]) -> dict[str, Tensor]:
