@@ -125,6 +125,20 @@ def test_seeds_of_a_method_are_one_line_with_their_mean_lowest_and_highest(tmp_p
     assert len(lines) == 5
 
 
+def test_many_methods_are_their_means_alone(tmp_path):
+    sigmas = (0.1, 0.2, 0.3, 0.5, 0.6)
+    folders = [
+        write_run(tmp_path / f"{sigma}_{seed}", f"perturb.sigma={sigma}", seed=seed, steps=2, logged=0)
+        for sigma in sigmas
+        for seed in range(2)
+    ]
+    for folder in folders:
+        change(folder / "metrics.jsonl", lambda _, row: row | {"reward": float(folder.name.split("_")[1])})  # noqa: B023
+    lines = panel(folders, "Reward")
+    assert list(lines) == [(f"vogue, sigma={sigma}", False, False) for sigma in sigmas]
+    assert all([(p.y, p.low) for p in points] == [(0.5, None)] * 2 for points in lines.values())
+
+
 def test_another_setting_is_another_method_named_by_it(tmp_path):
     write_run(tmp_path / "a", steps=2, logged=0)
     write_run(tmp_path / "b", "perturb.sigma=0.8", steps=2, logged=0)

@@ -14,16 +14,18 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from vogue.evaluate import Estimate, estimate, pass_at_k
 from vogue.report.runs import Method, Run, group_methods, read_runs
 
-# Of the methods, in light and dark mode: Okabe and Ito's palette, which colour-blind readers can tell apart,
-# darkened or lightened until each stands out from the page by 3 to 1.
-LIGHT = ("#0072b2", "#c45100", "#00805c", "#a8518a", "#8f6a00", "#2b83ba", "#5b5b66", "#7a3b00")
-DARK = ("#4aa8e0", "#f08a3c", "#2fc795", "#e29bc8", "#e6c029", "#86cdf5", "#b4b4c0", "#d39a6a")
+# Of the methods, in light and dark mode: Okabe and Ito's palette, which colour-blind readers can tell apart, with an
+# indigo and a crimson in place of its second blue and its yellow, darkened or lightened until each stands out from the
+# page by 3 to 1.
+LIGHT = ("#0072b2", "#c45100", "#00805c", "#b0438f", "#8f6a00", "#5b3fd0", "#5b5b66", "#c9103a")
+DARK = ("#4aa8e0", "#f08a3c", "#2fc795", "#e29bc8", "#e6c029", "#a79bff", "#b4b4c0", "#ff7a90")
 
 PHASES = ("data", "rollout", "reward", "train", "sync")  # of a step, one after the other
 TRAIN_PHASES = ("pack", "old", "forward", "backward", "update")  # within "train"
 MANY_SEEDS = 10  # fewer tell no 95% interval
+MANY_METHODS = 5  # from so many on, bands and single seeds would hide each other
 FEW_POINTS = 20  # of a curve: each gets a dot
-LETTER = 0.08  # inches of a letter of the legend
+LETTER, ROW = 0.08, 0.24  # inches of a letter and of a row of the legend
 
 # Title, unit and metric. Shares have the unit "%" and are kept between 0 and 1.
 LEARNING = (("Reward", "", "reward"), ("Accuracy in training", "%", "accuracy"))
@@ -101,7 +103,7 @@ class Section:
 def sections(methods: Sequence[Method]) -> list[Section]:
     """All panels that have data."""
     bands = _about_bands(methods)
-    single = any(len(method.runs) == 1 for method in methods)
+    single = len(methods) < MANY_METHODS and any(len(method.runs) == 1 for method in methods)
     held_out = bands + single * " The band of a single run's held-out pass@k is its 95% interval over problems."
     gap, source = _gap(methods)
     names = {name for method in methods for run in method.runs for row in run.metrics for name in row}
@@ -192,15 +194,16 @@ def draw(panels: Sequence[Panel]) -> bytes:
     """The panels as a PNG, with one legend."""
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(max(6, 4.5 * columns), 3.4 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(max(6, 4.5 * columns), 3.4 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    handles = {}
+    handles: dict[str, Line2D] = {}
     for axis, panel in zip(axes, panels, strict=False):
         handles |= _draw_panel(axis, panel)
     for axis in axes[len(panels) :]:
         axis.remove()
     inches = 0.6 + LETTER * max(map(len, handles), default=0)
     entries = max(1, int(figure.get_figwidth() / inches))
+    figure.set_figheight(figure.get_figheight() + ROW * math.ceil(len(handles) / entries) + 0.15)
     figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=entries, frameon=False)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=100)
@@ -224,7 +227,9 @@ def _draw_panel(axis: Axes, panel: Panel) -> dict[str, Line2D]:
         style |= {"linewidth": 0.8, "alpha": 0.5} if line.thin else {"linewidth": 1.8}
         marker = "o" if len(x) <= FEW_POINTS and not line.thin else ""
         (handle,) = axis.plot(x, y, marker=marker, markersize=4, **style)
-        if not line.thin:
+        if line.dashed:
+            handles.setdefault("before training", Line2D([], [], linestyle="--", color="gray"))
+        elif not line.thin:
             handles[line.label] = handle
     axis.set_title(f"{panel.title} ({panel.unit})" if panel.unit not in ("", "%") else panel.title, fontsize="medium")
     axis.set_xlabel(panel.x)
@@ -244,12 +249,15 @@ def _panels(methods: Sequence[Method], metrics: Iterable[tuple[str, str, str]]) 
 
 
 def _lines(methods: Sequence[Method], curve: Callable[[Run], list[Point]], dashed: bool = False) -> list[Line]:
-    """A run's curve; for a method of several runs each of theirs, thin, and their mean."""
+    """A run's curve; for a method of several runs each of theirs, thin, and their mean. Of MANY_METHODS means alone."""
     lines = []
     for number, method in enumerate(methods):
         label = f"{method.label}, before" if dashed else method.label
         curves = {run.name: points for run in method.runs if (points := curve(run))}
-        if len(curves) > 1:
+        if curves and len(methods) >= MANY_METHODS:
+            mean = [Point(point.x, point.y) for point in _mean(list(curves.values()))]
+            lines.append(Line(label, number, mean, False, dashed))
+        elif len(curves) > 1:
             for name, points in curves.items():
                 lines.append(Line(name, number, [Point(point.x, point.y) for point in points], True, dashed))
             lines.append(Line(label, number, _mean(list(curves.values())), False, dashed))
@@ -278,6 +286,8 @@ def _about_bands(methods: Sequence[Method]) -> str:
     counts = {len(method.runs) for method in methods} - {1}
     if not counts:
         return ""
+    if len(methods) >= MANY_METHODS:
+        return "Each line is the mean over a method's seeds."
     few = "the lowest seed to the highest"
     many = f"end to end of the mean's 95% bootstrap interval (at least {MANY_SEEDS} seeds)"
     bands = " or ".join([few] * (min(counts) < MANY_SEEDS) + [many] * (max(counts) >= MANY_SEEDS))
