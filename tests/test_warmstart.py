@@ -185,3 +185,8 @@ def test_data_does_not_overwrite_a_folder_either(warmstart_on_samples, puzzles, 
     (tmp_path / "base").mkdir()
     with pytest.raises(ConfigError, match="exists already"):
         warmstart_on_samples(puzzles)
+
+
+def test_the_puzzles_example_asks_as_the_warm_start_did():
+    config = load_config(EXAMPLES / "puzzles" / "vogue.yaml", [])
+    assert prompts.system_prompt(config) == prompts.SYSTEM_PROMPT

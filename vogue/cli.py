@@ -63,7 +63,7 @@ the model learns to think that and then answer, in --vision-batches of images al
 question, then in --batches of whole samples, behind the default system prompt.
 
   vogue data puzzles --kind checker_move --size 112 --out data
-  vogue warmstart base --data data/train.parquet --vision-batches 1800 --lr 2e-3 --printed 0.2"""
+  vogue warmstart base --data data/train.parquet --vision-batches 800 --lr 2e-3 --printed 0.2"""
 REPORT_HELP = """\
 learning curves, pass@k before and after, exploration, guidance, times, and every logged completion with its images and
 its tokens coloured by u_per or entropy. Runs that differ in their seed alone are one method: their mean with a band.
