@@ -275,8 +275,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from vogue.benchmarks import BENCHMARKS
-
     parser = argparse.ArgumentParser(
         prog="vogue",
         description="Reinforcement learning of vision-language models from verifiable rewards, exploring where the "
@@ -284,6 +282,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    _add_train(commands)
+    _add_sweep(commands)
+    _add_eval(commands)
+    _add_report(commands)
+    _add_warmstart(commands)
+    _add_data(commands)
+    _add(commands, "doctor", doctor, "what was found here, what can run, and why the rest can't")
+    return parser
+
+
+def _add_train(commands) -> None:
     command = _add(commands, "train", train, "train a model", epilog=_settings_help())
     _add_config(command)
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint of trainer.output_dir")
@@ -296,12 +305,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
+
+def _add_sweep(commands) -> None:
     command = _add(
         commands, "sweep", sweep, "train variants × seeds from one start, resumable, and compare them", SWEEP_HELP
     )
     _add_config(command)
     command.add_argument("--jobs", type=_count, metavar="N", help="runs at a time, in place of FILE's")
     command.add_argument("--table", action="store_true", help="run nothing, show the table of the runs that are done")
+
+
+def _add_eval(commands) -> None:
+    from vogue.benchmarks import BENCHMARKS
 
     command = _add(
         commands,
@@ -346,6 +361,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--out", type=Path, metavar="FILE", help="write every completion with its score, JSONL")
 
+
+def _add_report(commands) -> None:
     command = _add(
         commands, "report", report, "one HTML page on runs, which needs no network, and PNGs beside it", REPORT_HELP
     )
@@ -354,6 +371,8 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="FILE", help="the page (default for one run: RUN/report.html; several need it said)"
     )
 
+
+def _add_warmstart(commands) -> None:
     command = _add(
         commands,
         "warmstart",
@@ -367,6 +386,8 @@ def _parser() -> argparse.ArgumentParser:
         flag = "--" + name.replace("_", "-")
         command.add_argument(flag, type=type(default), default=default, help=f"{help} (default {default})")
 
+
+def _add_data(commands) -> None:
     command = commands.add_parser("data", help="write a data set in the EasyR1 schema (problem, answer, images)")
     kinds = command.add_subparsers(dest="kind", required=True, metavar="KIND")
     command = _add(kinds, "digits", digits, "two handwritten digits and a question: train, validation, test .parquet")
@@ -389,9 +410,6 @@ def _parser() -> argparse.ArgumentParser:
             f"--{name}", type=_whole_number, default=default, metavar="N", help=f"{help} (default {default})"
         )
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
-
-    _add(commands, "doctor", doctor, "what was found here, what can run, and why the rest can't")
-    return parser
 
 
 def _steps(text: str) -> frozenset[int]:
