@@ -150,9 +150,9 @@ def evaluate_model(config: Config, n: int, views: Sequence[str], console: Consol
     judged: dict[str, list[Judged]] = {view: [] for view in views}
     for view in views:
         for start, chunk in _chunks(shown[view], view, console):
-            seen = (
-                [_perturbed(sample, config, i) for i, sample in enumerate(chunk, start)] if view == "noisy" else chunk
-            )
+            seen = chunk
+            if view == "noisy":  # made chunk by chunk, so that not all of them are in memory
+                seen = [_perturbed(sample, config, number) for number, sample in enumerate(chunk, start)]
             found = judge(engine, preprocessor, config, seen, n, start)
             judged[view] += [replace(item, sample=sample) for item, sample in zip(found, chunk, strict=True)]
     return judged
