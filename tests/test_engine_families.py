@@ -125,10 +125,12 @@ def check(kind, processor, folder):
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "llava_onevision"])
-def test_vllm_follows_the_policy(kind, processor, tmp_path):
+def test_vllm_follows_the_policy(kind, processor, tmp_path, monkeypatch):
     """Before and after its weights change, on a prompt without an image, one with one and one with two.
 
-    In a process of its own: vLLM's engines in one share their process groups.
+    In a process of its own, and not as a rank of this one's run: vLLM's engines in one share their process groups.
     """
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     with ProcessPoolExecutor(1, get_context("spawn")) as alone:
         alone.submit(check, kind, processor, tmp_path).result()
