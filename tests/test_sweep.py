@@ -344,6 +344,7 @@ def test_a_real_sweep_compares_methods_from_one_start(settings, sweep_file, tmp_
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_example_of_a_sweep_can_be_planned(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    runs = plan(load_sweep(path), [])
-    assert len(runs) == 40 and runs[0].name == "grpo/seed_0"
-    assert {run.config.method for run in runs} == {"grpo", "noisy_rollout", "vogue"}
+    sweep = load_sweep(path)
+    runs = plan(sweep, [])
+    assert len(runs) == 5 * len(sweep.variants) and runs[0].name == "grpo/seed_0"
+    assert {"grpo", "vogue"} <= {run.config.method for run in runs}
