@@ -15,8 +15,8 @@ from vogue.evaluate import Estimate, estimate, pass_at_k
 from vogue.report.runs import Method, Run, group_methods, read_runs
 
 # Of the methods, in light and dark mode: Okabe and Ito's palette, which colour-blind readers can tell apart, with an
-# indigo and a crimson in place of its second blue and its yellow, darkened or lightened until each stands out from the
-# page by 3 to 1.
+# indigo and a crimson in place of its second blue and its second orange, darkened or lightened until each stands out
+# from the page by 3 to 1.
 LIGHT = ("#0072b2", "#c45100", "#00805c", "#b0438f", "#8f6a00", "#5b3fd0", "#5b5b66", "#c9103a")
 DARK = ("#4aa8e0", "#f08a3c", "#2fc795", "#e29bc8", "#e6c029", "#a79bff", "#b4b4c0", "#ff7a90")
 
