@@ -339,6 +339,23 @@ def test_no_rank_holds_more_of_the_partitioned_weights_than_the_budget(model_fol
     assert "whole" in launch(2, script, 100_000, *settings)
 
 
+COLLECTIVES = """
+import torch, torch.distributed as dist
+from vogue import distributed
+
+distributed.start()
+for _ in range(20):
+    dist.all_gather_into_tensor(torch.empty(2000), torch.ones(1000))
+    dist.all_reduce(torch.ones(3))
+"""
+
+
+def test_ranks_end_without_an_abort_right_after_a_collective(tmp_path):
+    script = tmp_path / "collectives.py"
+    script.write_text(COLLECTIVES)
+    launch(2, script)
+
+
 GRADIENTS = """
 import sys, torch
 from dataclasses import replace

@@ -1,5 +1,6 @@
 """The ranks of a run: start, and the few sums and maxima that the trainer takes over them."""
 
+import atexit
 import os
 import socket
 
@@ -27,7 +28,11 @@ def start() -> tuple[int, int, torch.device]:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         # An all-reduce for inference that nothing here uses; DeepSpeed would compile it for minutes first.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    is_first = not dist.is_initialized()
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
+    if is_first and not on_gpu:
+        # Else gloo's threads may let go of a tensor when the interpreter is already gone, which aborts the process.
+        atexit.register(dist.destroy_process_group)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return dist.get_rank(), dist.get_world_size(), device
 
