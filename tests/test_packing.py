@@ -19,9 +19,9 @@ def row(prompt_ids, *completions, advantages=None, other=None, weight=1.0):
     return Row(prompt, NOTHING, other, made, tuple(advantages or [0.0] * len(made)), weight)
 
 
-def flat(length):
+def flat(length, compared=False):
     """A row of `length` tokens, one of them a completion's."""
-    return row(range(length - 1), ((7,), (0.0,)))
+    return row(range(length - 1), ((7,), (0.0,)), other=NOTHING if compared else None)
 
 
 lengths = st.lists(st.integers(2, 40), max_size=30)
@@ -54,6 +54,35 @@ def test_spreading_makes_exactly_the_count_and_idles_only_for_want_of_rows(sizes
     idle = [r for batch in spread_out if not batch[0].weight for r in batch]
     assert len(idle) == max(0, len(spread_out) - len(rows))
     assert all(len(r.completions) == 1 for r in idle)
+
+
+mixed = st.lists(st.tuples(st.integers(2, 40), st.booleans()), max_size=30)
+
+
+@given(mixed, st.integers(1, 200))
+def test_compared_rows_come_first_and_share_one_batch_at_most_with_others(sizes, budget):
+    packed = pack([flat(*size) for size in sizes], budget)
+    kinds = [r.compared for batch in packed for r in batch]
+    assert kinds == sorted(kinds, reverse=True)
+    assert sum(len({r.compared for r in batch}) > 1 for batch in packed) <= 1
+
+
+def test_compared_rows_and_others_of_one_length_share_a_batch():
+    (batch,) = pack([flat(10), flat(10, True), flat(10), flat(10, True)], budget=40)
+    assert [r.compared for r in batch] == [True, True, False, False]
+
+
+@given(mixed.filter(lambda sizes: any(compared for _, compared in sizes)), st.integers(0, 5))
+def test_every_part_of_a_compared_batch_has_compared_rows_first(sizes, missing):
+    rows = [flat(*size) for size in sizes]
+    packed = [batch for batch in pack(rows, 100) if batch[0].compared]
+    spread_out = spread(packed, len(packed) + missing, flat(2, True))
+    assert len(spread_out) == len(packed) + missing
+    assert sum(len(batch) for batch in spread_out if batch[0].weight) == sum(map(len, packed))
+    for batch in spread_out:
+        kinds = [r.compared for r in batch]
+        assert kinds == sorted(kinds, reverse=True)
+        assert kinds[0]
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=64), st.sampled_from([1, 2, 3, 8]))
@@ -113,7 +142,7 @@ def test_images_of_a_batch_follow_the_order_of_its_rows():
     ]
     batch = collate(rows, 0, token_mean=True)
     assert batch.view.pixel_values[:, 0].tolist() == [1.0] * 4 + [3.0] * 8
-    assert batch.other.pixel_values[:, 0].tolist() == [5.0] * 4 + [7.0] * 8
+    assert batch.other.view.pixel_values[:, 0].tolist() == [5.0] * 4 + [7.0] * 8
     assert batch.view.sizes.tolist() == [[1, 2, 2], [1, 2, 4]]
     assert batch.view.order == (0, 1)
 

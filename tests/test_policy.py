@@ -12,7 +12,7 @@ from vogue.packing import Row, collate
 from vogue.perturb import perturb
 from vogue.policy import Policy
 from vogue.rollout import BAN, Completion, media_token_ids
-from vogue_kernels import BranchStats, LogprobStats
+from vogue_kernels import BranchStats
 
 TEMPERATURE = 0.7
 PAD_ID = 0
@@ -77,12 +77,8 @@ def alone(model, prompt, view, tokens, banned):
 
 
 def in_double(batch):
-    views = {
-        name: replace(view, pixel_values=view.pixel_values.double())
-        for name in ("view", "other")
-        if (view := getattr(batch, name)) is not None
-    }
-    return replace(batch, **views)
+    view = batch.view and replace(batch.view, pixel_values=batch.view.pixel_values.double())
+    return replace(batch, view=view, other=batch.other and in_double(batch.other))
 
 
 def gradients(model):
@@ -117,7 +113,7 @@ def test_sharing_a_prompt_changes_no_logprob_entropy_or_gradient(names, tied, ki
     rows = [row(preprocessor, kinds[name], (3, 5, 1), seed=i) for i, name in enumerate(names)]
     batch = in_double(collate(rows, PAD_ID, token_mean=True))
     stats = policy(batch)
-    assert isinstance(stats, LogprobStats)
+    assert stats.branches is None
 
     logps = torch.cat([alone(plain, r.prompt, r.view, c.token_ids, banned) for r in rows for c in r.completions])
     logprob = logps.gather(1, batch.targets[:, None])[:, 0]
@@ -142,46 +138,54 @@ def untied(model):
     return twin
 
 
-def test_noisy_rows_compare_both_branches_and_learn_through_the_noisy_one_alone(kinds, preprocessor, new_model):
+@pytest.mark.parametrize("with_others", [False, True], ids=["compared-rows-alone", "with-a-row-of-one-branch"])
+def test_noisy_rows_compare_both_branches_and_learn_through_the_noisy_one_alone(
+    with_others, kinds, preprocessor, new_model
+):
     plain = new_model().double()
     banned = media_token_ids(preprocessor.processor)
     policy = Policy(copy_of(plain), TEMPERATURE, banned)
     names = ("one image", "two images", "no image")
     rows = [row(preprocessor, kinds[name], (2, 4), sigma=0.8, seed=i) for i, name in enumerate(names)]
+    rows += [row(preprocessor, kinds["another image"], (3, 2), seed=3)] * with_others
     batch = in_double(collate(rows, PAD_ID, token_mean=True))
-    stats = policy(batch)
-    assert isinstance(stats, BranchStats)
+    stats, branches = policy(batch), policy(batch).branches
 
     completions = [(r, c.token_ids) for r in rows for c in r.completions]
-    noisy = torch.cat([alone(plain, r.prompt, r.view, tokens, banned) for r, tokens in completions])
+    q = torch.cat([alone(plain, r.prompt, r.view, tokens, banned) for r, tokens in completions])
     with torch.no_grad():
-        raw = torch.cat([alone(plain, r.prompt, r.other, tokens, banned) for r, tokens in completions])
+        p = torch.cat([alone(plain, r.prompt, r.other, tokens, banned) for r, tokens in completions if r.compared])
     targets = batch.targets[:, None]
-    forward, reverse = (raw.exp() * (raw - noisy)).sum(1), (noisy.exp() * (noisy - raw)).sum(1)
+    logprob, entropy = q.gather(1, targets)[:, 0], -(q.exp() * q).sum(1)
+    assert stats.logprob.sub(logprob).abs().max() < 1e-9
+    assert stats.entropy.sub(entropy).abs().max() < 1e-9
+    m, noisy = len(p), q[: len(p)]
+    assert (m < len(q)) == with_others
+    forward, reverse = (p.exp() * (p - noisy)).sum(1), (noisy.exp() * (noisy - p)).sum(1)
     expected = BranchStats(
-        logprob_raw=raw.gather(1, targets)[:, 0],
-        logprob_noisy=noisy.gather(1, targets)[:, 0],
-        entropy_raw=-(raw.exp() * raw).sum(1),
-        entropy_noisy=-(noisy.exp() * noisy).sum(1),
+        logprob_raw=p.gather(1, targets[:m])[:, 0],
+        logprob_noisy=logprob[:m],
+        entropy_raw=-(p.exp() * p).sum(1),
+        entropy_noisy=entropy[:m],
         kl_raw_noisy=forward,
         kl_noisy_raw=reverse,
         symmetric_kl=(forward + reverse) / 2,
     )
     for name, value in expected._asdict().items():
-        assert getattr(stats, name).sub(value).abs().max() < 1e-9, name
-    assert stats.symmetric_kl[: 2 * 6].min() > 1e-4  # the branches do differ where there is an image
-    assert stats.symmetric_kl[2 * 6 :].max() < 1e-12  # and are one where there is none
+        assert getattr(branches, name).sub(value).abs().max() < 1e-9, name
+    assert branches.symmetric_kl[: 2 * 6].min() > 1e-4  # the branches do differ where there is an image
+    assert branches.symmetric_kl[2 * 6 :].max() < 1e-12  # and are one where there is none
 
     weights = torch.linspace(-1, 2, len(targets), dtype=torch.float64)
-    (weights * stats.logprob_noisy).sum().backward()
-    (weights * expected.logprob_noisy).sum().backward()
+    (weights * stats.logprob).sum().backward()
+    (weights * logprob).sum().backward()
     assert_equal_gradients(policy, plain)
 
 
 def test_the_raw_branch_of_noisy_rows_keeps_no_graph(kinds, preprocessor, new_model):
     policy = Policy(new_model(), 1.0)
     stats = policy(collate([row(preprocessor, kinds["one image"], (2,), sigma=0.8)], PAD_ID, token_mean=True))
-    stats.entropy_raw.sum().backward()
+    stats.branches.entropy_raw.sum().backward()
     reached = {name for name, gradient in gradients(policy.model).items() if gradient is not None and gradient.any()}
     assert reached == {"model.language_model.embed_tokens.weight"}  # the tied head itself, no layer below it
 

@@ -18,7 +18,7 @@ from vogue.groups import Group, sample_order, split
 from vogue.metrics import Clock, Sums
 from vogue.rollout import Completion
 from vogue.trainer import _check_split, measure
-from vogue_kernels import BranchStats, GuidanceConfig, LogprobStats
+from vogue_kernels import GuidanceConfig
 
 TWO_BY_TWO = ("rollout.prompts=2", "rollout.n=2")
 
@@ -173,15 +173,14 @@ def test_every_guidance_setting_reaches_the_loss(
 def test_the_divergence_setting_chooses_which_one_is_read_and_nothing_else(new_trainer, config):
     trainer = new_trainer(*TWO_BY_TWO, "perturb.sigma=0.8")
     stats = trainer.policy(noisy_batch(trainer))
-    assert isinstance(stats, BranchStats)
     read = {
         name: with_settings(trainer, config(f"uncertainty.divergence={name}")).read(stats)
         for name in ("symmetric", "forward", "reverse")
     }
-    assert all(logprob is stats.logprob_noisy for logprob, _, _ in read.values())
-    assert all(torch.equal(entropy, stats.entropy_noisy) for _, entropy, _ in read.values())
-    assert torch.equal(read["forward"][2], stats.kl_raw_noisy)  # KL(p || q), p the raw branch
-    assert torch.equal(read["reverse"][2], stats.kl_noisy_raw)
+    assert all(logprob is stats.logprob for logprob, _, _ in read.values())
+    assert all(torch.equal(entropy, stats.entropy) for _, entropy, _ in read.values())
+    assert torch.equal(read["forward"][2], stats.branches.kl_raw_noisy)  # KL(p || q), p the raw branch
+    assert torch.equal(read["reverse"][2], stats.branches.kl_noisy_raw)
     torch.testing.assert_close(read["symmetric"][2], (read["forward"][2] + read["reverse"][2]) / 2)
     assert (read["forward"][2] - read["reverse"][2]).abs().max() > 1e-6
     assert not any(t.requires_grad for _, entropy, divergence in read.values() for t in (entropy, divergence))
@@ -198,13 +197,13 @@ def test_the_estimator_reaches_guidance_and_leaves_the_logged_uncertainties_exac
         measure(batch, stats, sums, all_groups=False)
         losses[name] = chosen.loss(batch, logprob, u_out, u_per, sums, first=True).item()
         logged[name] = (sums.sums["entropy"], sums.sums["u_per"])
-    q, p = stats.logprob_noisy.detach(), stats.logprob_raw.detach()
+    q, p = stats.logprob.detach(), stats.branches.logprob_raw.detach()
     caps = batch.advantages.abs() / 2
     bonus = torch.minimum(caps, 0.4 * -q) + torch.minimum(caps, ((p - q).exp() - 1) * (p - q) / 2)
     assert losses["k3"] == pytest.approx(-float((batch.advantages + bonus).sum()), rel=1e-5)
     assert len(set(losses.values())) == 3
     assert set(logged.values()) == {
-        (float(stats.entropy_noisy.double().sum()), float(stats.symmetric_kl.double().sum()))
+        (float(stats.entropy.detach().double().sum()), float(stats.branches.symmetric_kl.detach().double().sum()))
     }
 
 
@@ -247,7 +246,7 @@ def test_clean_and_noisy_completions_are_one_group_trained_on_the_clean_image(ne
     (batch,) = trainer.batches(groups)
     assert torch.equal(batch.view.pixel_values, torch.cat([group.item.raw.pixel_values for group in groups]))
     stats = trainer.policy(batch)
-    assert isinstance(stats, LogprobStats)
+    assert stats.branches is None
 
     # The engine's log-probabilities are those of the view that it saw: they say which one it was.
     lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
@@ -524,13 +523,23 @@ def test_after_a_step_the_engine_has_the_policys_weights_and_their_version(new_t
     assert metrics["tokens"] == pytest.approx(sum(lengths) / len(lengths))
 
 
-def test_raw_rows_need_one_forward_and_noisy_rows_two(new_trainer):
-    trainer = new_trainer(*MIXED)
-    batches = trainer.batches(groups_of_step(trainer))
-    kinds = [type(trainer.policy(batch)) for batch in batches]
-    assert list(dict.fromkeys(kinds)) == [BranchStats, LogprobStats]
-    assert kinds == sorted(kinds, key=[BranchStats, LogprobStats].index)  # noisy ones first, on every rank
-    assert [batch.other is None for batch in batches] == [kind is LogprobStats for kind in kinds]
+@pytest.mark.parametrize("budget", [8192, 150])
+def test_raw_rows_need_one_forward_and_noisy_rows_two(new_trainer, budget):
+    trainer = new_trainer(*MIXED, f"trainer.micro_batch_tokens={budget}")
+    groups = groups_of_step(trainer)
+    batches = trainer.batches(groups)
+    noisy = {id(c) for group in groups if group.noisy for c, keep in zip(group.completions, group.kept) if keep}
+    compared = [{id(c) for c in batch.other.completions} if batch.other else set() for batch in batches]
+    assert 0 < len(noisy) < sum(sum(group.kept) for group in groups)
+    assert set().union(*compared) == noisy
+    assert compared == sorted(compared, key=bool, reverse=True)  # noisy ones first, on every rank
+    for batch, found in zip(batches, compared, strict=True):
+        branches = trainer.policy(batch).branches
+        assert (branches is None) == (not found)
+        if found:
+            first = sum(len(c.token_ids) for c in batch.completions if id(c) in found)
+            assert len(branches.logprob_raw) == first
+            assert batch.noisy.tolist() == [True] * first + [False] * (len(batch.targets) - first)
 
 
 def test_a_step_says_how_long_each_of_its_phases_took(new_trainer):
@@ -592,7 +601,7 @@ def test_the_other_branch_is_computed_only_where_its_divergence_is_rewarded(new_
     assert [row.compared for group in groups for row in without.rows(group)] == [False, False]
     batches = without.batches([groups[1]])
     assert torch.equal(batches[0].view.pixel_values, groups[1].item.noisy.pixel_values)
-    assert isinstance(without.policy(batches[0]), LogprobStats)
+    assert without.policy(batches[0]).branches is None
     assert without.loss(batches[0], *without.read(without.policy(batches[0])), Sums(), first=True).isfinite()
 
 
@@ -642,7 +651,7 @@ def test_each_completion_gets_the_values_of_its_own_tokens(new_trainer, override
             alone = replace(group, kept=tuple(j == i for j in range(2)))
             (batch,) = trainer.batches([alone])
             stats = trainer.policy(batch)
-            expected[id(completion)] = (stats.entropy_noisy.detach(), stats.symmetric_kl.detach())
+            expected[id(completion)] = (stats.entropy.detach(), stats.branches.symmetric_kl.detach())
     kept = {id(c) for group in groups for c, keep in zip(group.completions, group.kept) if keep}
     traces = trainer.update(groups, Sums(), Clock())
     assert traces.keys() == kept

@@ -61,6 +61,9 @@ class Images:
     counts: tuple[int, ...]
     order: tuple[int, ...]
 
+    def to(self, device: torch.device) -> "Images":
+        return replace(self, pixel_values=self.pixel_values.to(device), sizes=self.sizes.to(device))
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -68,18 +71,16 @@ class Batch:
 
     `input_ids`, `token_types`, `segments`: (B, L) int64. `positions` (N,): where in the B·L hidden states token n
     is predicted. `targets` (N,) int64; `advantages`, `rollout_logprob`, `weights` (N,) float32: base advantage, the
-    engine's log-probability (NaN where the engine saw another view), and the token's weight in the loss. `view` and
-    `other` are None where there is no image; in a `compared` batch every row has both branches. `noisy` (N,) bool:
-    tokens of the noisy branch. `completions`: in the tokens' order. `old` holds what a pass before several updates
-    found (log-probability, u_out, u_per).
+    engine's log-probability (NaN where the engine saw another view), and the token's weight in the loss. `noisy` (N,)
+    bool: tokens of the noisy branch. `completions`: in the tokens' order. `view` is None where there is no image.
+    `other`: the compared rows, which are the first ones, on their other branch; None where there are none. `old` holds
+    what a pass before several updates found (log-probability, u_out, u_per).
     """
 
     input_ids: Tensor
     token_types: Tensor
     segments: Tensor
     view: Images | None
-    other: Images | None
-    compared: bool
     completions: tuple[Completion, ...]
     positions: Tensor
     targets: Tensor
@@ -87,54 +88,57 @@ class Batch:
     rollout_logprob: Tensor
     weights: Tensor
     noisy: Tensor
+    other: "Batch | None"
     old: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        images = {
-            k: replace(v, pixel_values=v.pixel_values.to(device), sizes=v.sizes.to(device))
-            for k, v in vars(self).items()
-            if isinstance(v, Images)
-        }
-        return replace(self, **moved, **images)
+        kinds = Tensor | Images | Batch
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, kinds)})
 
 
 MAX_PADDING = 0.1  # of a micro-batch's tokens
 
 
 def pack(rows: Iterable[Row], budget: int) -> list[list[Row]]:
-    """Rows into micro-batches of at most `budget` tokens, of which at most a tenth is padding, the longest rows first.
+    """Rows into micro-batches of at most `budget` tokens, of which at most a tenth is padding.
 
-    A row longer than the budget is a micro-batch of its own.
+    Compared rows come first, so that few micro-batches have any, and the longest of each kind. A row longer than the
+    budget is a micro-batch of its own.
     """
     packed: list[list[Row]] = []
-    real = 0  # tokens of the last micro-batch that aren't padding
-    for row in sorted(rows, key=lambda row: row.tokens, reverse=True):
+    longest = real = 0  # of the last micro-batch: the longest row's tokens, and those of all rows
+    for row in sorted(rows, key=lambda row: (row.compared, row.tokens), reverse=True):
         if packed:
-            size = packed[-1][0].tokens * (len(packed[-1]) + 1)
+            size = max(longest, row.tokens) * (len(packed[-1]) + 1)
             if size <= budget and real + row.tokens >= (1 - MAX_PADDING) * size:
                 packed[-1].append(row)
-                real += row.tokens
+                longest, real = max(longest, row.tokens), real + row.tokens
                 continue
         packed.append([row])
-        real = row.tokens
+        longest = real = row.tokens
     return packed
 
 
 def spread(micro_batches: list[list[Row]], count: int, filler: Row) -> list[list[Row]]:
     """Exactly `count` micro-batches: every rank must run as many forwards as the others (ZeRO-3's collectives).
 
-    The largest are cut in two; where there are fewer rows than that, idle ones of `filler` are added.
+    The largest are cut in two, both with compared rows where there were any; where no more can be cut, idle ones of
+    `filler` are added.
     """
     spread_out = list(micro_batches)
-    while len(spread_out) < count and any(len(rows) > 1 for rows in spread_out):
-        i = max(
-            range(len(spread_out)), key=lambda i: (len(spread_out[i]) > 1, sum(row.tokens for row in spread_out[i]))
-        )
-        half = (len(spread_out[i]) + 1) // 2
-        spread_out[i : i + 1] = [spread_out[i][:half], spread_out[i][half:]]
+    while len(spread_out) < count and any(map(_can_be_cut, spread_out)):
+        i = max(range(len(spread_out)), key=lambda i: (_can_be_cut(spread_out[i]), _tokens(spread_out[i])))
+        spread_out[i : i + 1] = [spread_out[i][::2], spread_out[i][1::2]]
     idle = replace(filler, weight=0.0, completions=filler.completions[:1], advantages=(0.0,), foreign=())
     return spread_out + [[idle]] * (count - len(spread_out))
+
+
+def _tokens(rows: Sequence[Row]) -> int:
+    return sum(row.tokens for row in rows)
+
+
+def _can_be_cut(rows: Sequence[Row]) -> bool:
+    return (sum(row.compared for row in rows) or len(rows)) > 1
 
 
 def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
@@ -150,11 +154,12 @@ def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
 
 
 def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
-    """Pad `rows` into a batch.
+    """Pad `rows`, compared ones first, into a batch.
 
     A token's weight is 1 (token-mean), or 1 / its completion's length (sequence-mean), times its row's; the trainer
     divides by their sum over the whole update, so that splitting it into micro-batches changes nothing.
     """
+    compared = [replace(row, view=row.other, other=None) for row in rows if row.compared]
     length = max(row.tokens for row in rows)
     input_ids = torch.full((len(rows), length), pad_id)
     token_types = torch.zeros_like(input_ids)
@@ -190,9 +195,8 @@ def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
         token_types=token_types,
         segments=segments,
         view=_stack([row.view for row in rows]),
-        other=_stack([row.other for row in rows if row.other]),
-        compared=rows[0].compared,
         completions=tuple(completion for row in rows for completion in row.completions),
+        other=collate(compared, pad_id, token_mean) if compared else None,
         **{name: torch.cat(parts) for name, parts in flat.items()},
     )
 

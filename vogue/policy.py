@@ -12,6 +12,7 @@ prompt's, so each completion sees exactly what it would see alone. The vision to
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,18 @@ FAMILIES = {
 }
 
 
+class TokenStats(NamedTuple):
+    """Log-probability, with gradient, and entropy of N tokens on the branch they are trained on, (N,), in nats.
+
+    `branches`: of the first M tokens, which are compared. That branch is "noisy" in there, with gradient, whichever it
+    is; "raw" is the other one. None where M is 0.
+    """
+
+    logprob: Tensor
+    entropy: Tensor
+    branches: BranchStats | None
+
+
 class PolicyHead(nn.Module):
     """Output projection and per-token statistics in one: hidden states (N, D) to results (N,), float32, in nats.
 
@@ -60,18 +73,24 @@ class PolicyHead(nn.Module):
         bias[list(banned)] = BAN
         self.register_buffer("bias", bias, persistent=False)
 
-    def forward(self, hidden: Tensor, other: Tensor | None, targets: Tensor) -> BranchStats | LogprobStats:
-        """Statistics of the behaviour branch `hidden` alone, or of both: `other` as "raw", `hidden` as "noisy"."""
+    def forward(self, hidden: Tensor, other: Tensor | None, targets: Tensor) -> TokenStats:
+        """`other` (M, D), if any: hidden states of the first M tokens on their other branch."""
         if other is None:
-            return linear_logprob(hidden, self.weight, targets, self.bias, self.temperature)
-        return linear_branch_stats(other, hidden, self.weight, targets, self.bias, self.temperature)
+            return TokenStats(*self._alone(hidden, targets), None)
+        m = len(other)
+        branches = linear_branch_stats(other, hidden[:m], self.weight, targets[:m], self.bias, self.temperature)
+        logprob, entropy = branches.logprob_noisy, branches.entropy_noisy
+        if m < len(hidden):
+            alone = self._alone(hidden[m:], targets[m:])
+            logprob, entropy = torch.cat([logprob, alone.logprob]), torch.cat([entropy, alone.entropy])
+        return TokenStats(logprob, entropy, branches)
+
+    def _alone(self, hidden: Tensor, targets: Tensor) -> LogprobStats:
+        return linear_logprob(hidden, self.weight, targets, self.bias, self.temperature)
 
 
 class Policy(nn.Module):
-    """`forward(batch)` gives the statistics of the batch's N completion tokens.
-
-    Compared rows get `BranchStats`, whose "noisy" is the branch they are trained on, with gradient, whichever that is;
-    "raw" is the other one, computed without. Other rows get `LogprobStats`.
+    """`forward(batch)` gives the statistics of the batch's N completion tokens; the other branch has no gradient.
 
     `attention` is the text model's: one of transformers', or "auto" for the fastest that lets completions share a
     prompt. `why_separate` says why they can't (None where they can); every row must then hold one completion.
@@ -97,18 +116,19 @@ class Policy(nn.Module):
         # LLaVA-OneVision's own parameter, read outside of its forward: one of this module's is whole in this one's.
         self.image_newline = getattr(model.model, "image_newline", None)
 
-    def forward(self, batch: Batch) -> BranchStats | LogprobStats:
+    def forward(self, batch: Batch) -> TokenStats:
         other = None
-        if batch.compared:
+        if batch.other is not None:
             with torch.no_grad():
-                other = self._hidden(batch, batch.other)
-        return self.model.lm_head(self._hidden(batch, batch.view), other, batch.targets)
+                other = self._hidden(batch.other)
+        return self.model.lm_head(self._hidden(batch), other, batch.targets)
 
-    def _hidden(self, batch: Batch, images: Images | None) -> Tensor:
+    def _hidden(self, batch: Batch) -> Tensor:
         """Hidden states (N, D) at the positions that predict the completions' tokens."""
+        images = batch.view
         body = self.model.model
         features = self._features(images or self._blank())
-        inputs = {"input_ids": batch.input_ids, "position_ids": self._positions(batch, images), "use_cache": False}
+        inputs = {"input_ids": batch.input_ids, "position_ids": self._positions(batch), "use_cache": False}
         if images is not None:
             inputs["mm_encoder_outputs"] = {"image": _in_order(features, images.order)}
         if self.why_separate:
@@ -141,8 +161,9 @@ class Policy(nn.Module):
         sizes = torch.full((2, 2), side, device=device)
         return Images(torch.zeros(2, 1, vision.num_channels, side, side, device=device), sizes, (2,), (0, 1))
 
-    def _positions(self, batch: Batch, images: Images | None) -> Tensor:
+    def _positions(self, batch: Batch) -> Tensor:
         """Positions of the prompt's tokens, each completion counting on from there."""
+        images = batch.view
         prompt = batch.segments == 0
         if self.family.rotary:
             grid = None if images is None else images.sizes[list(images.order)]

@@ -24,7 +24,7 @@ from itertools import compress
 
 import deepspeed
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vogue import branch, checkpoint, distributed
 from vogue.config import Config, ConfigError
@@ -48,13 +48,13 @@ from vogue.loading import deepspeed_settings, load_model
 from vogue.metrics import Clock, Sums, peak_memory
 from vogue.packing import Batch, Row, collate, deal, pack, spread
 from vogue.perturb import annealed, perturb
-from vogue.policy import Policy
+from vogue.policy import Policy, TokenStats
 from vogue.rewards import verifier
 from vogue.rewards.groups import score_groups
 from vogue.rollout import Completion, Request, create_engine, media_token_ids
 from vogue.seeds import Purpose, seed_for
 from vogue.uncertainty import output_uncertainty, perception_uncertainty
-from vogue_kernels import BranchStats, GuidanceConfig, LogprobStats, clipped_surrogate, shaped_advantage
+from vogue_kernels import GuidanceConfig, clipped_surrogate, shaped_advantage
 
 NOISY_COST = 4 / 3  # of training on a noisy group, in that of a raw one: it adds a forward without gradient
 
@@ -264,16 +264,17 @@ class Trainer:
         return traces
 
     def batches(self, groups: list[Group]) -> list[Batch]:
-        """Micro-batches, compared rows first, as many on every rank and in the same order."""
+        """Micro-batches, those with compared rows first, as many on every rank and in the same order."""
         rows = [row for group in groups for row in self.rows(group)]
         item, completions = groups[0].item, groups[0].completions
         idle = Row(item.prompt, item.raw, None, completions[:1], (0.0,))
-        kinds = [[row for row in rows if row.compared], [row for row in rows if not row.compared]]
-        packed = [pack(kind, self.config.trainer.micro_batch_tokens) for kind in kinds]
-        counts = distributed.largest([len(kind) for kind in packed], self.device)
+        packed = pack(rows, self.config.trainer.micro_batch_tokens)
+        compared = sum(micro_batch[0].compared for micro_batch in packed)
+        counts = distributed.largest([compared, len(packed) - compared], self.device)
         if not any(counts):
             counts = [0, 1]  # nothing sends a gradient, but the optimizer's moments and decay go on
-        filled = spread(packed[0], counts[0], replace(idle, other=item.raw)) + spread(packed[1], counts[1], idle)
+        filled = spread(packed[:compared], counts[0], replace(idle, other=item.raw))
+        filled += spread(packed[compared:], counts[1], idle)
         pad_id, token_mean = self.processor.tokenizer.pad_token_id, self.config.loss.aggregation == "token-mean"
         return [collate(rows, pad_id, token_mean).to(self.device) for rows in filled]
 
@@ -297,13 +298,14 @@ class Trainer:
                 rows.append(Row(group.item.prompt, view, other, completions, advantages, 1.0, foreign, noisy))
         return rows
 
-    def read(self, stats: BranchStats | LogprobStats) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probability (with its gradient) of the behaviour branch, and u_out and u_per (without)."""
-        settings = self.config.uncertainty
-        if isinstance(stats, LogprobStats):
-            return stats.logprob, output_uncertainty(stats.entropy, stats.logprob, settings.estimator), None
-        u_out = output_uncertainty(stats.entropy_noisy, stats.logprob_noisy, settings.estimator)
-        return stats.logprob_noisy, u_out, perception_uncertainty(stats, settings.estimator, settings.divergence)
+    def read(self, stats: TokenStats) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probability, with its gradient, u_out and u_per (0 of tokens that aren't compared), each (N,)."""
+        settings, u_per = self.config.uncertainty, None
+        u_out = output_uncertainty(stats.entropy, stats.logprob, settings.estimator)
+        if stats.branches is not None:
+            u_per = perception_uncertainty(stats.branches, settings.estimator, settings.divergence)
+            u_per = nn.functional.pad(u_per, (0, len(u_out) - len(u_per)))
+        return stats.logprob, u_out, u_per
 
     def loss(
         self, batch: Batch, logprob: Tensor, u_out: Tensor, u_per: Tensor | None, sums: Sums, first: bool
@@ -356,26 +358,29 @@ class Trainer:
         )
 
 
-def measure(batch: Batch, stats: BranchStats | LogprobStats, sums: Sums, all_groups: bool) -> dict[int, Trace]:
+def measure(batch: Batch, stats: TokenStats, sums: Sums, all_groups: bool) -> dict[int, Trace]:
     """Add the exact entropy and symmetric divergence to `sums`, whatever estimates of them guide.
 
     Returns the completions' traces by their id().
     """
     real, trained = batch.weights > 0, _trained(batch)
-    if isinstance(stats, LogprobStats):
-        entropy, u_per = stats.entropy.detach(), None
-    else:
-        entropy, u_per = stats.entropy_noisy.detach(), stats.symmetric_kl.detach()
-        sums.add_tokens(trained & batch.noisy, {"u_per": u_per})
+    entropy = stats.entropy.detach()
+    u_per = entropy[:0] if stats.branches is None else stats.branches.symmetric_kl.detach()
+    compared = slice(len(u_per))
     sums.add_tokens(trained, {"entropy": entropy})
-    sums.sums["trained_share"] += int(real.sum())
+    sums.add_tokens((trained & batch.noisy)[compared], {"u_per": u_per})
     if all_groups:
-        sums.add_tokens(real, {"measured/entropy": entropy} | ({} if u_per is None else {"measured/u_per": u_per}))
-    lengths = [len(completion.token_ids) for completion in batch.completions]
-    entropies = entropy.cpu().split(lengths)
-    divergences = [None] * len(lengths) if u_per is None else u_per.cpu().split(lengths)
-    traces = zip(batch.completions, entropies, divergences, real.cpu().split(lengths), strict=True)
-    return {id(completion): Trace(h, u) for completion, h, u, is_real in traces if is_real.all()}
+        sums.add_tokens(real, {"measured/entropy": entropy})
+        sums.add_tokens(real[compared], {"measured/u_per": u_per})
+    sums.sums["trained_share"] += int(real.sum())
+    entropy, u_per, real = entropy.cpu(), u_per.cpu(), real.cpu()
+    traces, start = {}, 0
+    for completion in batch.completions:
+        here = slice(start, start + len(completion.token_ids))
+        if real[start]:
+            traces[id(completion)] = Trace(entropy[here], u_per[here] if here.stop <= len(u_per) else None)
+        start = here.stop
+    return traces
 
 
 def _trained(batch: Batch) -> Tensor:
