@@ -201,6 +201,7 @@ def launch(ranks, *command):
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     done = subprocess.run([*launcher, *map(str, command)], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr  # at the end of a rank, after its work
     return done.stdout
 
 

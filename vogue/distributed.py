@@ -1,8 +1,8 @@
 """The ranks of a run: start, and the few sums and maxima that the trainer takes over them."""
 
-import atexit
 import os
 import socket
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -32,9 +32,15 @@ def start() -> tuple[int, int, torch.device]:
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
     if is_first and not on_gpu:
         # Else gloo's threads may let go of a tensor when the interpreter is already gone, which aborts the process.
-        atexit.register(dist.destroy_process_group)
+        # Finalizers run at exit, the last made first: after vLLM's, which ends groups of its own.
+        weakref.finalize(dist, _end)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def _end() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def total(values: dict[str, float], device: torch.device) -> dict[str, float]:
