@@ -5,9 +5,13 @@ the checkpoint's files and reads a weight when it is first used; partitioning us
 its share of each. `deepspeed.initialize` would move the whole model to every GPU first.
 """
 
+from functools import wraps
+
 import deepspeed
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from omegaconf import OmegaConf
+from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from vogue.config import Config
@@ -41,6 +45,23 @@ def load_model(config: Config, device: torch.device) -> PreTrainedModel:
     settings = deepspeed_settings(config)
     if settings["zero_optimization"]["stage"] == 3:
         deepspeed.zero.Init(module=loaded, config_dict_or_path=settings)
+        _linear_with_gradient_only()
         for buffer in loaded.buffers():
             buffer.data = buffer.data.to(device)
     return loaded
+
+
+def _linear_with_gradient_only() -> None:
+    """Keep DeepSpeed's `linear`, which it gives the whole process, to where there is a gradient.
+
+    It holds no gathered weight until the backward pass, at some host time a call. A forward without gradient, or the
+    rollout engine's, would pay that for nothing.
+    """
+    partitioned, plain = nn.functional.linear, torch._C._nn.linear
+
+    @wraps(plain)
+    def linear(input, weight, bias=None):
+        return (partitioned if torch.is_grad_enabled() else plain)(input, weight, bias)
+
+    if partitioned is zero3_linear_wrap:
+        nn.functional.linear = linear

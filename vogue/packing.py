@@ -9,6 +9,7 @@ positions that predict a completion's token reach the output head; they are list
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -164,44 +165,47 @@ def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
     input_ids = torch.full((len(rows), length), pad_id)
     token_types = torch.zeros_like(input_ids)
     segments = torch.full_like(input_ids, PAD)
-    flat: dict[str, list[Tensor]] = {name: [] for name in _FLAT}
+    sizes, starts, prompt_ends, advantages, weights = [], [], [], [], []  # of each completion
+    targets, logprobs = [], []  # of each token
     for b, row in enumerate(rows):
-        start = len(row.prompt.token_ids)
-        input_ids[b, :start] = row.prompt.token_ids
-        token_types[b, :start] = row.prompt.token_types
-        segments[b, :start] = 0
-        foreign = row.foreign or (False,) * len(row.completions)
-        completions = zip(row.completions, row.advantages, foreign, strict=True)
-        for segment, (completion, advantage, is_foreign) in enumerate(completions, 1):
-            tokens = torch.tensor(completion.token_ids)
+        prompt = len(row.prompt.token_ids)
+        input_ids[b, :prompt], token_types[b, :prompt] = row.prompt.token_ids, row.prompt.token_types
+        ids, segment_ids = [], [0] * prompt
+        for i, (completion, advantage) in enumerate(zip(row.completions, row.advantages, strict=True)):
+            size = len(completion.token_ids)
+            sizes.append(size)
+            starts.append(b * length + prompt + len(ids))
+            prompt_ends.append(b * length + prompt - 1)
+            advantages.append(advantage)
+            weights.append(row.weight if token_mean else row.weight / size)
+            targets += completion.token_ids
+            logprobs += [math.nan] * size if row.foreign and row.foreign[i] else completion.logprobs
             read = _read(completion)
-            end = start + len(read)
-            input_ids[b, start:end] = torch.tensor(read)
-            segments[b, start:end] = segment
-            # The first token is predicted where the prompt ends, each further one by the token before it.
-            at = torch.arange(start - 1, start - 1 + len(tokens))
-            at[0] = len(row.prompt.token_ids) - 1
-            weight = row.weight if token_mean else row.weight / len(tokens)
-            flat["positions"].append(b * length + at)
-            flat["targets"].append(tokens)
-            flat["advantages"].append(torch.full((len(tokens),), advantage))
-            rollout_logprob = torch.tensor(completion.logprobs)
-            flat["rollout_logprob"].append(rollout_logprob.fill_(torch.nan) if is_foreign else rollout_logprob)
-            flat["weights"].append(torch.full((len(tokens),), weight))
-            flat["noisy"].append(torch.full((len(tokens),), row.noisy))
-            start = end
+            ids += read
+            segment_ids += [i + 1] * len(read)
+        input_ids[b, prompt : len(segment_ids)] = torch.tensor(ids)
+        segments[b, : len(segment_ids)] = torch.tensor(segment_ids)
+    size = torch.tensor(sizes)
+
+    def per_token(values: list) -> Tensor:
+        return torch.tensor(values).repeat_interleave(size)
+
+    # The first token is predicted where the prompt ends, each further one by the token before it.
+    number = torch.arange(len(targets)) - (size.cumsum(0) - size).repeat_interleave(size)
     return Batch(
         input_ids=input_ids,
         token_types=token_types,
         segments=segments,
         view=_stack([row.view for row in rows]),
         completions=tuple(completion for row in rows for completion in row.completions),
+        positions=torch.where(number == 0, per_token(prompt_ends), per_token(starts) + number - 1),
+        targets=torch.tensor(targets),
+        advantages=per_token(advantages),
+        rollout_logprob=torch.tensor(logprobs),
+        weights=per_token(weights),
+        noisy=per_token([row.noisy for row in rows for _ in row.completions]),
         other=collate(compared, pad_id, token_mean) if compared else None,
-        **{name: torch.cat(parts) for name, parts in flat.items()},
     )
-
-
-_FLAT = ("positions", "targets", "advantages", "rollout_logprob", "weights", "noisy")
 
 
 def _read(completion: Completion) -> tuple[int, ...]:
