@@ -155,16 +155,16 @@ def test_the_limit_works_outside_the_main_thread():
 def test_a_closed_verifier_has_no_process_and_starts_again():
     fresh = Verifier()
     assert fresh.equal("x+1", "1+x")
-    worker = fresh._worker
+    process = fresh._worker._process
     fresh.close()
     fresh.close()
-    assert worker.poll() is not None
+    assert process.poll() is not None
     assert fresh.equal("x+1", "1+x")
     fresh.close()
 
 
 def test_a_worker_that_cannot_start_is_an_error_and_not_a_score(monkeypatch):
-    monkeypatch.setattr("vogue.rewards.equality.sys.executable", "/bin/false")
+    monkeypatch.setattr("vogue.rewards.worker.sys.executable", "/bin/false")
     with pytest.raises(RuntimeError, match="math-verify worker does not start"):
         Verifier().equal("x+1", "1+x")
 

@@ -1,0 +1,56 @@
+"""A process of its own for work that may have to be ended in the middle of C code."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+
+class Worker:
+    """Runs a script of this folder, which answers each line of JSON on its standard input with another on its output.
+
+    Not multiprocessing: spawning imports the trainer's main module again, forking copies its threads and GPU. The
+    process leads a session: Ctrl-C is for the trainer to handle, and what the process starts can be ended with it.
+    """
+
+    def __init__(self, script: str, *arguments: str):
+        self._process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name(script), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def ask(self, question):
+        """The answer, None if the process ended instead."""
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        return self.read()
+
+    def read(self):
+        """The next line that it prints, None if it ended instead."""
+        line = self._process.stdout.readline()
+        return json.loads(line) if line.endswith("\n") else None
+
+    def kill(self) -> None:
+        """End the process and all that it started, from any thread."""
+        with contextlib.suppress(ProcessLookupError):  # they have ended
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def stop(self, patience: float = 0.0) -> int:
+        """End and clean up; the exit code, the process' own one where it ends within `patience` seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience)
+        self.kill()
+        code = self._process.wait()
+        with contextlib.suppress(BrokenPipeError):  # of a question it died on
+            self._process.stdin.close()
+        self._process.stdout.close()
+        return code
