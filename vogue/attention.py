@@ -121,7 +121,7 @@ def shared_prefix_attention(
     shared_prefix: Layout,
     **_,
 ) -> tuple[Tensor, None]:
-    """(B, H, L, D) queries and (B, H / groups, L, D) keys and values to (B, L, H, D); 0 at padding.
+    """(B, H, L, D) queries and (B, H / groups, L, D) keys and values to (B, L, H, D); of no use at padding.
 
     Raises ValueError for dropout.
     """

@@ -31,7 +31,7 @@ from vogue.rollout import Completion, Engine, Request, create_engine
 from vogue.seeds import Purpose, seed_for
 
 RESAMPLES = 2000
-CHUNK = 64  # problems generated at a time, so that the progress bar moves
+CHUNK = 64  # problems generated at a time, so that the progress bar moves and their images fit into memory
 
 
 @dataclass(frozen=True)

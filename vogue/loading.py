@@ -9,7 +9,7 @@ from functools import wraps
 
 import deepspeed
 import torch
-from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3, zero3_linear_wrap
 from omegaconf import OmegaConf
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
@@ -55,13 +55,13 @@ def _linear_with_gradient_only() -> None:
     """Keep DeepSpeed's `linear`, which it gives the whole process, to where there is a gradient.
 
     It holds no gathered weight until the backward pass, at some host time a call. A forward without gradient, or the
-    rollout engine's, would pay that for nothing.
+    rollout engine's, would pay that for nothing; its arithmetic stays the same, to the last bit.
     """
-    partitioned, plain = nn.functional.linear, torch._C._nn.linear
 
-    @wraps(plain)
+    @wraps(torch._C._nn.linear)
     def linear(input, weight, bias=None):
-        return (partitioned if torch.is_grad_enabled() else plain)(input, weight, bias)
+        function = zero3_linear_wrap if torch.is_grad_enabled() else LinearFunctionForZeroStage3.forward
+        return function(input, weight, bias)
 
-    if partitioned is zero3_linear_wrap:
+    if nn.functional.linear is zero3_linear_wrap:
         nn.functional.linear = linear

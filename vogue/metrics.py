@@ -33,8 +33,8 @@ class Sums:
 
     Those of rewards, answers and lengths are of all that was generated. Those of tokens (entropy, u_per, clipping,
     mismatch, ratio_error) are of the tokens that send a gradient, A != 0, and so of every step alike, u_per of the
-    noisy ones among them; `measured/...`, on the steps that `trainer.measure_every` names, of all tokens of the step's
-    groups. `trained_share`: share of those tokens that went through a forward.
+    noisy ones among them; `measured/...`, on the steps that `trainer.measure_every` names, of all tokens that the
+    step keeps. `trained_share`: share of those tokens that went through a forward.
     """
 
     NAMES = (

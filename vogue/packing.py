@@ -123,8 +123,8 @@ def pack(rows: Iterable[Row], budget: int) -> list[list[Row]]:
 def spread(micro_batches: list[list[Row]], count: int, filler: Row) -> list[list[Row]]:
     """Exactly `count` micro-batches: every rank must run as many forwards as the others (ZeRO-3's collectives).
 
-    The largest are cut in two, both with compared rows where there were any; where no more can be cut, idle ones of
-    `filler` are added.
+    The largest are cut in two, both with compared rows where there were any (so not one with a single such row); where
+    none can be cut, idle ones of `filler` are added.
     """
     spread_out = list(micro_batches)
     while len(spread_out) < count and any(map(_can_be_cut, spread_out)):
@@ -155,12 +155,13 @@ def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
 
 
 def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
-    """Pad `rows`, compared ones first, into a batch.
+    """Pad `rows` into a batch; compared ones must come first.
 
     A token's weight is 1 (token-mean), or 1 / its completion's length (sequence-mean), times its row's; the trainer
     divides by their sum over the whole update, so that splitting it into micro-batches changes nothing.
     """
     compared = [replace(row, view=row.other, other=None) for row in rows if row.compared]
+    assert all(row.compared for row in rows[: len(compared)]), "a row that is compared follows one that isn't"
     length = max(row.tokens for row in rows)
     input_ids = torch.full((len(rows), length), pad_id)
     token_types = torch.zeros_like(input_ids)
@@ -192,7 +193,7 @@ def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
 
     # The first token is predicted where the prompt ends, each further one by the token before it.
     number = torch.arange(len(targets)) - (size.cumsum(0) - size).repeat_interleave(size)
-    return Batch(
+    batch = Batch(
         input_ids=input_ids,
         token_types=token_types,
         segments=segments,
@@ -204,8 +205,11 @@ def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
         rollout_logprob=torch.tensor(logprobs),
         weights=per_token(weights),
         noisy=per_token([row.noisy for row in rows for _ in row.completions]),
-        other=collate(compared, pad_id, token_mean) if compared else None,
+        other=None,
     )
+    if 0 < len(compared) < len(rows):
+        return replace(batch, other=collate(compared, pad_id, token_mean))
+    return replace(batch, other=replace(batch, view=_stack([row.view for row in compared]))) if compared else batch
 
 
 def _read(completion: Completion) -> tuple[int, ...]:

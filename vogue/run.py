@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vogue import distributed, logs
+from vogue import logs
 from vogue.config import Config, ConfigError
 from vogue.data import Sample, load_samples
 from vogue.data.prompts import system_prompt
@@ -35,9 +35,8 @@ def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> 
     preprocessor = Preprocessor(load_processor(config.model.path), system_prompt(config), config.data.max_prompt_tokens)
     preprocessor.check(held_out)  # the trainer checks the others
     check_function(config.reward)
-    rank, _, _ = distributed.start()
     trainer = Trainer(config, samples, preprocessor, resume)
-    if rank > 0:
+    if trainer.rank > 0:
         for _ in _events(trainer, held_out, profile):
             pass
         return 0

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from vogue import branch, checkpoint, distributed
 from vogue.config import Config, ConfigError
 from vogue.data import DataError, Sample
-from vogue.evaluate import Judged, judge
+from vogue.evaluate import CHUNK, Judged, judge
 from vogue.groups import (
     Group,
     Item,
@@ -226,7 +226,7 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------- training
 
     def measures(self, step: int) -> bool:
-        """Whether all of the step's groups are computed on both branches, rather than what the loss needs."""
+        """Whether all that the step keeps is computed on both branches, rather than what the loss needs."""
         every = self.config.trainer.measure_every
         return every > 0 and step % every == 0
 
@@ -284,18 +284,19 @@ class Trainer:
         A completion with A = 0 sends no gradient, and only a noisy one's bonus needs the other branch: what isn't
         needed is left out, unless the step `measures`.
         """
-        measures, noisy = self.measures(self.step), group.noisy
+        measures, item = self.measures(self.step), group.item
+        noisy = group.noisy and bool(item.raw.images)  # without images the branches are one
         foreign = group.foreign or (False,) * len(group.completions)
         needed = [kept and (measures or a != 0) for kept, a in zip(group.kept, group.advantages, strict=True)]
         chosen = list(compress(zip(group.completions, group.advantages, foreign, strict=True), needed))
-        view, other = (group.item.noisy, group.item.raw) if noisy else (group.item.raw, group.item.noisy)
+        view, other = (item.noisy, item.raw) if noisy else (item.raw, item.noisy)
         if not measures and not (noisy and self.guidance.alpha_per > 0):
             other = None
         rows = []
         for part in [chosen] if self.shared_prefix else [[one] for one in chosen]:
             if part:
                 completions, advantages, foreign = zip(*part, strict=True)
-                rows.append(Row(group.item.prompt, view, other, completions, advantages, 1.0, foreign, noisy))
+                rows.append(Row(item.prompt, view, other, completions, advantages, 1.0, foreign, noisy))
         return rows
 
     def read(self, stats: TokenStats) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -343,8 +344,12 @@ class Trainer:
     def evaluate(self, samples: list[Sample], n: int) -> list[Judged]:
         """Judge `samples` with the rollout engine's weights, shared over the ranks; every rank gets all results."""
         size = -(-len(samples) // self.ranks)
-        first = self.rank * size
-        mine = judge(self.rollout, self.preprocessor, self.config, samples[first : first + size], n, first)
+        numbers = range(len(samples))[self.rank * size : (self.rank + 1) * size]
+        mine: list[Judged] = []
+        for start in range(0, len(numbers), CHUNK):
+            chunk = numbers[start : start + CHUNK]
+            part = [samples[i] for i in chunk]
+            mine += judge(self.rollout, self.preprocessor, self.config, part, n, chunk[0])
         return [judged for part in distributed.gather(mine) for judged in part]
 
     def save(self) -> None:

@@ -97,9 +97,11 @@ class RewardFunction:
         expired = threading.Event()
         timer = threading.Timer(self.seconds, lambda: (expired.set(), self._worker.kill()))
         timer.start()
-        reply = self._worker.ask([list(completions), rows])
-        timer.cancel()
-        timer.join()
+        try:
+            reply = self._worker.ask([list(completions), rows])
+        finally:  # after Ctrl-C, too: the process would wait for the timer
+            timer.cancel()
+            timer.join()
         if reply is not None and not expired.is_set():
             return reply
         if expired.is_set():

@@ -17,7 +17,8 @@ from pathlib import Path
 
 def work(path: str, name: str) -> None:
     """Import the function, say whether that worked, and answer questions from stdin until it closes."""
-    replies = os.fdopen(os.dup(1), "w")
+    questions, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the function starts may read, and gets no question
     os.dup2(2, 1)  # whatever is printed is not a reply
     sys.path[0] = str(Path(path).parent)
     try:
@@ -29,7 +30,7 @@ def work(path: str, name: str) -> None:
         print(json.dumps({"failed": _told(error, path)}), file=replies, flush=True)
         return
     print(json.dumps({}), file=replies, flush=True)
-    for line in sys.stdin:
+    for line in questions:
         print(json.dumps(_answer(function, path, *json.loads(line))), file=replies, flush=True)
 
 
@@ -41,9 +42,16 @@ def _answer(function: Callable, path: str, completions: list[str], samples: list
     if len(rewards) != len(completions):
         return {"failed": f"returned {len(rewards)} rewards for {len(completions)} completions"}
     for at, reward in enumerate(rewards):
-        if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
+        if not isinstance(reward, numbers.Real) or not _is_finite(reward):
             return {"failed": f"returned {reward!r}, not a finite number,", "at": at}
     return {"rewards": [float(reward) for reward in rewards]}
+
+
+def _is_finite(reward: numbers.Real) -> bool:
+    try:
+        return math.isfinite(reward)
+    except OverflowError:  # of an integer that no float holds
+        return False
 
 
 def _told(error: Exception, path: str) -> str:

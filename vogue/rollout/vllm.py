@@ -61,6 +61,8 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
             generation_config="vllm",  # not the checkpoint's own top-k and top-p
             limit_mm_per_prompt={"video": 0},
+            # As vLLM does it by itself, every rank would take the first GPU.
+            distributed_executor_backend="external_launcher" if "LOCAL_RANK" in os.environ else None,
             mm_device_do_normalize=False,  # pixels come normalised, not as bytes
             seed=config.seed,
             disable_log_stats=True,
@@ -116,7 +118,9 @@ class VllmEngine:
         features = MultiModalKwargsItems.from_hf_inputs(
             {"pixel_values": view.pixel_values, self._sizes: view.sizes}, fields
         )
-        digests = [hashlib.blake2b(str(image.size).encode() + image.tobytes()).hexdigest() for image in view.images]
+        several = len(view.images) > 1  # LLaVA-OneVision cuts the same image into tiles where it is the only one
+        heads = [f"{image.size} {several}".encode() for image in view.images]
+        digests = [hashlib.blake2b(h + x.tobytes()).hexdigest() for h, x in zip(heads, view.images, strict=True)]
         spans = [PlaceholderRange(*span) for span in prompt.image_spans]
         return mm_input(token_ids, features, {"image": digests}, {"image": spans})
 
