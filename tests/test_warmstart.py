@@ -31,6 +31,7 @@ BRIEF = {
     "seed": 0,
 }
 BRIEF_ON_DATA = {name: value for name, value in BRIEF.items() if name not in ("misread", "faintest")}
+BRIEF_ON_DATA |= {"answer_weight": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,26 @@ def test_a_model_of_any_data_learns_to_answer_from_the_images_and_from_the_print
         asked = [demonstrate(preprocessor, with_view(sample, view)) for sample in colours]
         right, swapped = right_and_swapped(base, asked, preprocessor.tokenizer)
         assert right < 0.1 < 0.25 < swapped, view
+
+
+def test_an_answers_tokens_count_as_often_as_they_are_to(colours, processor, new_model):
+    model, tokenizer = new_model().eval(), processor.tokenizer
+    preprocessor = Preprocessor(processor, "", 512)
+    demonstrations = [demonstrate(preprocessor, replace(sample, state="ab" * 9)) for sample in colours]
+    with torch.no_grad():
+        plain, tripled = (float(demonstration_loss(model, tokenizer, demonstrations, weight)) for weight in (1.0, 3.0))
+        losses, sizes = [], []  # by hand: what the answer alone adds to the sum
+        for one in demonstrations:
+            answer = one.text.split("</think>")[1]
+            count, behind = len(tokenizer(one.text)["input_ids"]) + 1, len(tokenizer(answer)["input_ids"]) + 1
+            whole = float(demonstration_loss(model, tokenizer, [one]))
+            heavy = float(demonstration_loss(model, tokenizer, [one], 1e9))  # the mean over the answer
+            losses.append((whole * count, heavy * behind))
+            sizes.append((count, behind))
+    (total, of_answers), (tokens, answers) = (tuple(map(sum, zip(*pairs))) for pairs in (losses, sizes))
+    assert plain == pytest.approx(total / tokens, rel=1e-4)
+    assert tripled == pytest.approx((total + 2 * of_answers) / (tokens + 2 * answers), rel=1e-4)
+    assert abs(tripled - plain) > 1e-3
 
 
 def test_equal_seeds_make_equal_models_of_any_data(warmstart_on_samples, puzzles):

@@ -35,6 +35,9 @@ WARMSTART_DIGITS = {
     "misread": (0.5, "digits alone: share of demonstrations that misread one, in the last quarter"),
     "faintest": (1.0, "digits alone: least contrast of one, as in `vogue data digits`"),
 }
+WARMSTART_DATA = {
+    "answer_weight": (1.0, "with --data alone: what a token of the answer counts, in tokens of the thought before it"),
+}
 PUZZLES = {
     "count": (3000, "training samples of each kind"),
     "test": (300, "test samples of each kind, of states that are in no training split"),
@@ -212,16 +215,22 @@ def warmstart(arguments: argparse.Namespace) -> int:
 
     console = Console()
     settings = {name: getattr(arguments, name) for name in WARMSTART}
-    own = {name: getattr(arguments, name) for name in WARMSTART_DIGITS}
+    of_digits = {name: getattr(arguments, name) for name in WARMSTART_DIGITS}
+    of_data = {name: getattr(arguments, name) for name in WARMSTART_DATA}
     if arguments.data is None:
-        module.warmstart(arguments.out, **settings, **own, console=console)
+        _refuse(of_data, WARMSTART_DATA, "of other data's demonstrations: it goes with --data")
+        module.warmstart(arguments.out, **settings, **of_digits, console=console)
     else:
-        for name, value in own.items():
-            if value != WARMSTART_DIGITS[name][0]:
-                raise ConfigError(f"--{name} {value} is of the digits' demonstrations: it goes without --data")
-        module.warmstart_on(arguments.data, arguments.out, **settings, console=console)
+        _refuse(of_digits, WARMSTART_DIGITS, "of the digits' demonstrations: it goes without --data")
+        module.warmstart_on(arguments.data, arguments.out, **settings, **of_data, console=console)
     console.print(f"model: {arguments.out}")
     return 0
+
+
+def _refuse(given: dict[str, float], defaults: dict[str, tuple], why: str) -> None:
+    for name, value in given.items():
+        if value != defaults[name][0]:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is {why}")
 
 
 def digits(arguments: argparse.Namespace) -> int:
@@ -382,7 +391,7 @@ def _add_warmstart(commands) -> None:
     )
     command.add_argument("out", type=Path, help="folder of the model")
     command.add_argument("--data", metavar="FILE", help="samples with a `state`, as data.train (default: the digits)")
-    for name, (default, help) in (WARMSTART | WARMSTART_DIGITS).items():
+    for name, (default, help) in (WARMSTART | WARMSTART_DIGITS | WARMSTART_DATA).items():
         flag = "--" + name.replace("_", "-")
         command.add_argument(flag, type=type(default), default=default, help=f"{help} (default {default})")
 

@@ -40,6 +40,7 @@ MISREAD_FROM = 0.75  # of the batches: before that, demonstrations are right
 PIXEL_MEAN, PIXEL_STD = 0.8, 0.3  # of dark ink on white
 VOCAB_SIZE = 1024  # of a data set's tokenizer, 256 of them bytes
 MAX_PROMPT_TOKENS = 2048  # as data.max_prompt_tokens by default
+THOUGHT_END = "</think>"
 CHAT = "system\nuser\nassistant\n"  # what the chat template adds, for the tokenizer
 
 
@@ -105,6 +106,7 @@ def warmstart_on(
     batch_size: int,
     lr: float,
     printed: float,
+    answer_weight: float,
     seed: int,
     console: Console | None = None,
 ) -> None:
@@ -112,7 +114,8 @@ def warmstart_on(
 
     The model answers `<think>{state}</think>\n\boxed{answer}`: for `vision_batches` to images alone, which is quick for
     want of a question, then, for `batches`, to the prompts that `vogue train` gives by default, a share of them
-    `printed`, with the state as text in the images' place. Each stage has AdamW's `lr`, as in `warmstart`.
+    `printed`, with the state as text in the images' place. A token after the thought counts `answer_weight` times one
+    of it: an answer is a few tokens behind many of the state. Each stage has AdamW's `lr`, as in `warmstart`.
 
     Raises `ConfigError` if `folder` exists, and `DataError` for a sample without a state or an image, and as
     `Preprocessor.check` does.
@@ -134,14 +137,16 @@ def warmstart_on(
     step = _training(list(model.parameters()), lr, vision_batches)
     for _ in _progress("images alone", vision_batches, console):
         chosen = rng.integers(len(samples), size=batch_size)
-        step(demonstration_loss(model, processor.tokenizer, [demonstrate(alone, unasked[i]) for i in chosen]))
+        demonstrations = [demonstrate(alone, unasked[i]) for i in chosen]
+        step(demonstration_loss(model, processor.tokenizer, demonstrations, answer_weight))
 
     step = _training(list(model.parameters()), lr, batches)
     for _ in _progress("warm start", batches, console):
         chosen = rng.integers(len(samples), size=batch_size)
         views = ["text" if text else "image" for text in rng.random(batch_size) < printed]
         shown = [with_view(samples[i], view) for i, view in zip(chosen, views, strict=True)]
-        step(demonstration_loss(model, processor.tokenizer, [demonstrate(preprocessor, sample) for sample in shown]))
+        demonstrations = [demonstrate(preprocessor, sample) for sample in shown]
+        step(demonstration_loss(model, processor.tokenizer, demonstrations, answer_weight))
 
     _save(model, processor, folder)
 
@@ -149,20 +154,27 @@ def warmstart_on(
 def demonstrate(preprocessor: Preprocessor, sample: Sample) -> Demonstration:
     """The sample's question, images, and its state and answer in the reward's format."""
     view = preprocessor.view(sample.load_images())
-    text = f"<think>{sample.state}</think>\n\\boxed{{{sample.answer}}}"
+    text = f"<think>{sample.state}{THOUGHT_END}\n\\boxed{{{sample.answer}}}"
     return Demonstration(preprocessor.prompt(sample, view), view, text)
 
 
 def demonstration_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, demonstrations: Sequence[Demonstration]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    demonstrations: Sequence[Demonstration],
+    answer_weight: float = 1.0,
 ) -> Tensor:
-    """Mean negative log-likelihood (nats a token) of the demonstrations' texts, each with its end."""
+    """Mean negative log-likelihood (nats a token) of the demonstrations' texts, each with its end.
+
+    Weighted, where `answer_weight` isn't 1: tokens that begin behind the thought count so many times as others.
+    """
     prompts = [one.prompt.token_ids for one in demonstrations]
-    answers = [torch.tensor([*tokenizer(one.text)["input_ids"], tokenizer.eos_token_id]) for one in demonstrations]
-    rows = [torch.cat(parts) for parts in zip(prompts, answers, strict=True)]
+    encoded = [tokenizer(one.text, return_offsets_mapping=True) for one in demonstrations]
+    texts = [torch.tensor([*one["input_ids"], tokenizer.eos_token_id]) for one in encoded]
+    rows = [torch.cat(parts) for parts in zip(prompts, texts, strict=True)]
     input_ids = _pad(rows, tokenizer.pad_token_id)
     unlabelled = [torch.full_like(prompt, -100) for prompt in prompts]
-    labels = _pad([torch.cat(parts) for parts in zip(unlabelled, answers, strict=True)], -100)[:, 1:]
+    labels = _pad([torch.cat(parts) for parts in zip(unlabelled, texts, strict=True)], -100)[:, 1:]
     hidden = model.model(
         input_ids=input_ids,
         attention_mask=_pad([torch.ones_like(row) for row in rows], 0),
@@ -170,7 +182,19 @@ def demonstration_loss(
         **_images([one.view for one in demonstrations]),
     ).last_hidden_state[:, :-1]
     kept = labels != -100
-    return -linear_logprob(hidden[kept], model.lm_head.weight, labels[kept]).logprob.mean()
+    logprob = linear_logprob(hidden[kept], model.lm_head.weight, labels[kept]).logprob
+    if answer_weight == 1:
+        return -logprob.mean()
+    ends = [one.text.index(THOUGHT_END) + len(THOUGHT_END) for one in demonstrations]
+    in_answer = torch.tensor(
+        [
+            is_behind
+            for one, end in zip(encoded, ends, strict=True)
+            for is_behind in (*(start >= end for start, _ in one["offset_mapping"]), True)
+        ]
+    )
+    weight = torch.where(in_answer, answer_weight, 1.0)
+    return -(weight * logprob).sum() / weight.sum()
 
 
 class Examples:
