@@ -52,6 +52,20 @@ def test_a_partitioned_model_has_the_weights_and_buffers_of_a_whole_one(kind, dt
     assert not model.training
 
 
+def test_a_layer_rounds_alike_with_and_without_gradient(new_model, tmp_path):
+    distributed.start()
+    new_model().save_pretrained(tmp_path)
+    load_model(settings(tmp_path), CPU)
+    generator = torch.Generator().manual_seed(0)
+    # bfloat16 and three dimensions: here a fused bias is rounded once, an added one twice.
+    inputs, weight, bias = (
+        (3 * torch.randn(*shape, generator=generator)).bfloat16() for shape in [(2, 50, 64), (32, 64), (32,)]
+    )
+    with_gradient = torch.nn.functional.linear(inputs, weight.requires_grad_(), bias)
+    with torch.no_grad():
+        assert torch.equal(torch.nn.functional.linear(inputs, weight, bias), with_gradient)
+
+
 def test_a_tied_head_is_the_embedding_and_an_untied_one_is_not(new_model, tmp_path):
     distributed.start()
     tied = new_model()

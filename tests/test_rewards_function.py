@@ -1,6 +1,7 @@
 """A reward of the user's own: a real file in a real process, and what its user is told when it fails."""
 
 import subprocess
+import threading
 import time
 
 import pytest
@@ -89,7 +90,10 @@ def test_a_failure_of_the_batch_alone_is_told_as_such(function):
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [("float('nan')", "nan"), ("float('-inf')", "-inf"), ("None", "None"), ("'0.5'", "'0.5'"), ("[1.0]", "[1.0]")],
+    [
+        *[("float('nan')", "nan"), ("float('-inf')", "-inf"), ("None", "None"), ("'0.5'", "'0.5'"), ("[1.0]", "[1.0]")],
+        ("10**400", str(10**400)),
+    ],
 )
 def test_what_is_not_a_finite_number_is_no_reward(function, value, shown):
     own = function(f"return [{value} if text == 'good' else 1 for text in completions]")
@@ -127,6 +131,23 @@ def test_a_function_that_is_slow_on_all_of_them_is_not_blamed_on_one(function):
 def test_a_function_that_ends_its_process_is_told_with_the_exit_code(function):
     own = function("import os\nif 'good' in completions:\n    os._exit(3)\nreturn [1.0] * len(completions)")
     assert told(own) == "ended its process (exit code 3) on completion 2 of 3, answer '4':\ngood"
+
+
+def test_what_a_function_starts_reads_none_of_its_questions(function):
+    own = function("import subprocess\nsubprocess.run(['cat'])\nreturn [1.0] * len(completions)", seconds=20)
+    assert own(TEXTS, SAMPLES) == own(TEXTS, SAMPLES) == [1.0] * 3
+
+
+def test_an_interrupted_call_leaves_no_timer_to_wait_for(function, monkeypatch):
+    own = function("return [1.0] * len(completions)", seconds=600)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(own._worker, "ask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        own(TEXTS, SAMPLES)
+    assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
 
 
 def test_what_a_function_started_ends_with_it(function, tmp_path):
