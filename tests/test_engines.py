@@ -278,6 +278,16 @@ def test_two_ranks_go_on_from_a_checkpoint_as_if_they_had_not_stopped(train, on_
     assert all((straight[name] - again[name]).abs().max() < 1e-6 for name in straight)
 
 
+def test_one_rank_trains_unpartitioned_as_it_does_partitioned_and_goes_on_from_a_checkpoint(train):
+    alone = "trainer.deepspeed.zero_optimization.stage=1"  # as by default
+    train(1, "alone", alone, "trainer.steps=1")
+    found = metrics(train(1, "alone", alone, "trainer.steps=3", resume=True))
+    expected = metrics(train(1, "partitioned", "trainer.steps=3"))
+    assert len(found) == len(expected) == 3
+    for a, b in zip(expected, found, strict=True):
+        assert {name: b[name] for name in CURVES} == pytest.approx({name: a[name] for name in CURVES}, rel=1e-4)
+
+
 DAPO = ("method=dapo", "branch.probability=0", "rollout.rounds=3", "rollout.n=4", "trainer.updates=2")
 
 

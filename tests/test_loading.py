@@ -2,6 +2,7 @@
 
 import json
 
+import deepspeed
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,14 +13,15 @@ from transformers import AutoModelForImageTextToText
 from vogue import distributed
 from vogue.checkpoint import gathered_weights
 from vogue.config import load_config
-from vogue.loading import load_model
+from vogue.loading import deepspeed_settings, load_model
 from vogue.policy import FAMILIES
 
 CPU = torch.device("cpu")
 
 
 def settings(folder, *overrides):
-    return load_config(None, [f"model.path={folder}", "model.dtype=float32", *overrides])
+    stage = "trainer.deepspeed.zero_optimization.stage=3"  # which a single rank has to ask for
+    return load_config(None, [f"model.path={folder}", "model.dtype=float32", stage, *overrides])
 
 
 def is_partitioned(model):
@@ -55,15 +57,18 @@ def test_a_partitioned_model_has_the_weights_and_buffers_of_a_whole_one(kind, dt
 def test_a_layer_rounds_alike_with_and_without_gradient(new_model, tmp_path):
     distributed.start()
     new_model().save_pretrained(tmp_path)
-    load_model(settings(tmp_path), CPU)
-    generator = torch.Generator().manual_seed(0)
-    # bfloat16 and three dimensions: here a fused bias is rounded once, an added one twice.
-    inputs, weight, bias = (
-        (3 * torch.randn(*shape, generator=generator)).bfloat16() for shape in [(2, 50, 64), (32, 64), (32,)]
-    )
-    with_gradient = torch.nn.functional.linear(inputs, weight.requires_grad_(), bias)
-    with torch.no_grad():
-        assert torch.equal(torch.nn.functional.linear(inputs, weight, bias), with_gradient)
+    model = load_model(settings(tmp_path, "model.dtype=bfloat16"), CPU)
+    layer = model.model.language_model.layers[0].self_attn.q_proj
+    # Three dimensions: here a fused bias is rounded once, an added one twice.
+    inputs = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with deepspeed.zero.GatheredParameters(list(layer.parameters()), modifier_rank=0):
+        layer.bias.data.normal_(0, 3)
+        with_gradient = layer(inputs)
+        with torch.no_grad():
+            assert torch.equal(layer(inputs), with_gradient)
+        whole = torch.nn.Linear(64, layer.out_features, dtype=torch.bfloat16)
+        whole.load_state_dict(layer.state_dict())
+        assert not torch.equal(whole(inputs), with_gradient)
 
 
 def test_a_tied_head_is_the_embedding_and_an_untied_one_is_not(new_model, tmp_path):
@@ -77,6 +82,17 @@ def test_a_tied_head_is_the_embedding_and_an_untied_one_is_not(new_model, tmp_pa
         model = load_model(settings(tmp_path / name), CPU)
         assert (model.lm_head.weight is model.get_input_embeddings().weight) == expected
     assert torch.equal(dict(gathered_weights(model))["lm_head.weight"], untied.lm_head.weight)
+
+
+def test_a_single_rank_partitions_nothing_unless_it_asks_for_it(new_model, tmp_path):
+    distributed.start()
+    new_model().save_pretrained(tmp_path)
+    plain = load_config(None, [f"model.path={tmp_path}", "model.dtype=float32"])
+    assert not is_partitioned(load_model(plain, CPU))
+    assert deepspeed_settings(plain)["zero_optimization"] == {"stage": 1}
+    offload = "trainer.deepspeed.zero_optimization.offload_param.device=cpu"
+    asking = load_config(None, [f"model.path={tmp_path}", offload])
+    assert deepspeed_settings(asking)["zero_optimization"]["stage"] == 3
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -120,7 +136,7 @@ from transformers import AutoModelForImageTextToText
 from vogue import distributed
 from vogue.checkpoint import gathered_weights
 from vogue.config import load_config
-from vogue.loading import load_model
+from vogue.loading import deepspeed_settings, load_model
 
 # argv: the model's folder
 (folder,) = [text for text in sys.argv[1:] if not text.startswith("--")]

@@ -237,7 +237,7 @@ class TrainerConfig(Section):
     )
     log_completions: int = Field(8, ge=0, description="completions a step in completions.jsonl")
     wandb: str | None = Field(None, description="Weights & Biases project, if it is to be used")
-    deepspeed: dict[str, Any] = Field({}, description="merged into vogue's DeepSpeed configuration (ZeRO-3)")
+    deepspeed: dict[str, Any] = Field({}, description="merged into vogue's settings (ZeRO-3; ZeRO-1 of one rank)")
 
 
 class Config(Section):

@@ -9,7 +9,9 @@ from functools import wraps
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3, zero3_linear_wrap
+from deepspeed.runtime.zero.utils import is_zero_param
 from omegaconf import OmegaConf
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
@@ -18,16 +20,22 @@ from vogue.config import Config
 
 
 def deepspeed_settings(config: Config) -> dict:
-    """What `deepspeed.initialize` takes: vogue's own settings with `trainer.deepspeed` merged into them."""
+    """What `deepspeed.initialize` takes: vogue's own settings with `trainer.deepspeed` merged into them.
+
+    ZeRO's stage is 3, and 1 for a single rank that asks for nothing else: there is nothing to partition then, and stage
+    3's hooks take a quarter of a small model's step.
+    """
+    chosen = config.trainer.deepspeed
+    partitions = dist.get_world_size() > 1 or "zero_optimization" in chosen
     own = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optimizer.max_grad_norm,
-        "zero_optimization": {"stage": 3},
+        "zero_optimization": {"stage": 3 if partitions else 1},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
     }
-    return OmegaConf.to_container(OmegaConf.merge(own, config.trainer.deepspeed))
+    return OmegaConf.to_container(OmegaConf.merge(own, chosen))
 
 
 def load_model(config: Config, device: torch.device) -> PreTrainedModel:
@@ -45,21 +53,25 @@ def load_model(config: Config, device: torch.device) -> PreTrainedModel:
     settings = deepspeed_settings(config)
     if settings["zero_optimization"]["stage"] == 3:
         deepspeed.zero.Init(module=loaded, config_dict_or_path=settings)
-        _linear_with_gradient_only()
+        _linear_of_partitioned_weights()
         for buffer in loaded.buffers():
             buffer.data = buffer.data.to(device)
     return loaded
 
 
-def _linear_with_gradient_only() -> None:
-    """Keep DeepSpeed's `linear`, which it gives the whole process, to where there is a gradient.
+def _linear_of_partitioned_weights() -> None:
+    """Keep DeepSpeed's `linear`, which it gives the whole process, to partitioned weights.
 
-    It holds no gathered weight until the backward pass, at some host time a call. A forward without gradient, or the
-    rollout engine's, would pay that for nothing; its arithmetic stays the same, to the last bit.
+    It holds no gathered weight until the backward pass, at some host time a call and without fusing the bias: the
+    rollout engine would pay that for nothing. A forward without gradient takes its arithmetic alone, so that both
+    branches round alike.
     """
+    plain = torch._C._nn.linear
 
-    @wraps(torch._C._nn.linear)
+    @wraps(plain)
     def linear(input, weight, bias=None):
+        if not is_zero_param(weight):
+            return plain(input, weight, bias)
         function = zero3_linear_wrap if torch.is_grad_enabled() else LinearFunctionForZeroStage3.forward
         return function(input, weight, bias)
 
