@@ -680,6 +680,13 @@ def test_a_step_trains_on_what_was_loaded_ahead_and_that_is_what_it_would_load_i
     assert trainer._ahead is None
 
 
+def test_loading_ahead_takes_one_thread_and_leaves_the_others_to_training(new_trainer):
+    trainer, threads = new_trainer(), torch.get_num_threads()
+    trainer.run_step()
+    assert trainer._background.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == threads
+
+
 def test_an_image_that_goes_missing_stops_the_step_that_needs_it_with_its_samples_name(new_trainer):
     trainer = new_trainer()
     order = sample_order(len(trainer.samples), 4, 4, 0)  # of step 1

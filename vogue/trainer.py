@@ -24,6 +24,7 @@ from itertools import compress
 
 import deepspeed
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from vogue import branch, checkpoint, distributed
@@ -84,7 +85,7 @@ class Trainer:
         self.rollout = create_engine(config, self.processor, self.policy.model)
         self.guidance = GuidanceConfig(**config.guidance.model_dump())
         self.step = 0
-        self._background = ThreadPoolExecutor(max_workers=1)
+        self._background = ThreadPoolExecutor(max_workers=1, initializer=_one_openmp_thread)
         self._ahead: tuple[int, Future[list[Item]]] | None = None
         if found:
             folder, self.step = found
@@ -386,6 +387,15 @@ def measure(batch: Batch, stats: TokenStats, sums: Sums, all_groups: bool) -> di
             traces[id(completion)] = Trace(entropy[here], u_per[here] if here.stop <= len(u_per) else None)
         start = here.stop
     return traces
+
+
+def _one_openmp_thread() -> None:
+    """Of the calling thread: a second pool of OpenMP's makes both sleep at every end of a parallel loop.
+
+    With as many threads as cores in one pool alone, they wait actively; a rollout then takes half the time.
+    """
+    torch.get_num_threads()  # torch sets the number when a thread first asks for it
+    threadpool_limits(1, "openmp")
 
 
 def _trained(batch: Batch) -> Tensor:
