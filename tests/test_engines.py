@@ -319,6 +319,7 @@ from transformers import AutoModelForImageTextToText
 from vogue.checkpoint import gathered_weights
 from vogue.config import load_config
 from vogue.data import load_samples
+from vogue.distributed import leave
 from vogue.inputs import Preprocessor, load_processor
 from vogue.trainer import Trainer
 
@@ -340,6 +341,7 @@ for name, tensor in gathered_weights(trainer.policy.model, int(budget)):
 assert set(names) == expected.keys() and len(names) == len(expected)
 assert all(p.numel() == 0 for p in parameters), "something stays gathered"
 print("whole" if trainer.rank == 0 else "")
+leave(0)
 """
 
 
@@ -373,6 +375,7 @@ from dataclasses import replace
 from deepspeed.utils import safe_get_full_grad
 from vogue.config import load_config
 from vogue.data import load_samples
+from vogue.distributed import leave
 from vogue.inputs import Preprocessor, load_processor
 from vogue.metrics import Clock, Sums
 from vogue.trainer import Trainer
@@ -401,6 +404,8 @@ found = {"tied": gradients(tied)[0]}
 found["untied"], rank = gradients(untied)
 if rank == 0:
     torch.save(found, target)
+if torch.distributed.get_world_size() > 1:
+    leave(0)
 """
 
 

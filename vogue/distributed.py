@@ -1,9 +1,12 @@
 """The ranks of a run: start, and the few sums and maxima that the trainer takes over them."""
 
+import atexit
 import ctypes
 import os
 import socket
+import sys
 import weakref
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -56,6 +59,17 @@ def _keep_freed_memory() -> None:
 def _end() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End a launched rank with this exit code: all that is registered for the exit runs, the interpreter's end doesn't.
+
+    While an engine lives, its process groups do, and threads of gloo may still want the interpreter when it is gone.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def total(values: dict[str, float], device: torch.device) -> dict[str, float]:

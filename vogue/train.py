@@ -5,4 +5,8 @@ import sys
 from vogue.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    code = main(["train", *sys.argv[1:]])
+
+    from vogue.distributed import leave  # imports torch, which a wrong setting needn't wait for
+
+    leave(code)
