@@ -48,7 +48,7 @@ def start() -> tuple[int, int, torch.device]:
 def _keep_freed_memory() -> None:
     """Let glibc, where that is the C library, keep what is freed: every step needs as much memory as the one before.
 
-    It would give activations back to the system and fault all their pages in again, for some 7% of the training part (`bench/README.md`).
+    It would give activations back to the system and fault all their pages in again: 7% of a small model's update.
     """
     allocator = ctypes.CDLL(None)
     if hasattr(allocator, "mallopt"):
