@@ -153,8 +153,7 @@ def weight_sync(task: Task, repeats: int, folder: Path, quick: bool) -> dict:
 def rows_of(quick: bool) -> dict[str, Callable[[int, Path], dict]]:
     size = {"prompts": 2, "n": 2} if quick else {}
     digits, heavy = replace(DIGITS, **size), replace(PROMPT_HEAVY, **size)
-    # As many prompts as fill a micro-batch of vogue's: TRL took over seven minutes for a step of 32.
-    large = replace(heavy, name="prompt-heavy, V = 151,936", vocab=151_936, prompts=size.get("prompts", 12))
+    large = replace(heavy, name="prompt-heavy, V = 151,936", vocab=151_936)
     return {
         "train-digits": lambda repeats, folder: training_part(digits, repeats, folder),
         "train-prompt-heavy": lambda repeats, folder: training_part(heavy, repeats, folder),
