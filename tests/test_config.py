@@ -43,6 +43,7 @@ def load(*overrides, path=None):
         ("seed=-1", "seed=-1: input should be greater than or equal to 0"),
         ("trainer.updates=5", "trainer.updates=5 does not divide rollout.prompts=32"),
         ("trainer.eval_every=10", "trainer.eval_every is set, but data.test is not"),
+        ("trainer.eval_temperature=0", "trainer.eval_samples=4 completions would be alike with"),
     ],
 )
 def test_a_wrong_setting_is_told_by_key_and_value_in_one_line(override, told):

@@ -148,6 +148,17 @@ def test_equal_seeds_give_equal_completions_whatever_else_is_generated(trainer, 
     assert [c.token_ids for c in generate(engine, [other])[0]] != [c.token_ids for c in together[1]]
 
 
+def test_at_temperature_zero_the_likeliest_tokens_are_taken_with_their_plain_logprobs(trainer, engine):
+    requests = requests_of(trainer, 3)
+    greedy = [completion for (completion,) in engine.generate(requests, 1, 12, 0.0)]
+    cold = [completion for (completion,) in engine.generate(requests, 1, 12, 1e-4)]
+    assert [c.token_ids for c in greedy] == [c.token_ids for c in cold]
+    for completion, group in zip(greedy, engine.generate(requests, 64, 12, 1.0), strict=True):
+        first = {c.token_ids[0]: c.logprobs[0] for c in group}
+        assert completion.logprobs[0] == pytest.approx(first[completion.token_ids[0]], abs=1e-4)
+        assert completion.logprobs[0] == pytest.approx(max(first.values()), abs=1e-4)
+
+
 def test_a_completion_holds_its_end_token_its_text_and_a_logprob_a_token(trainer, engine, preprocessor):
     end = trainer.processor.tokenizer.eos_token_id
     views = [preprocessor.view(sample.load_images()) for sample in trainer.samples[:4]]

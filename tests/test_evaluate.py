@@ -115,10 +115,10 @@ def test_an_estimate_reads_as_percent_with_its_interval():
 
 
 def test_judging_depends_on_the_number_of_a_problem_and_not_on_its_company(config, processor, preprocessor, samples):
-    settings = config()
+    settings = config("trainer.eval_samples=2")
     engine = HfEngine(settings, processor)
-    together = judge(engine, preprocessor, settings, samples[:3], n=2)
-    alone = judge(engine, preprocessor, settings, samples[2:3], n=2, first=2)
+    together = judge(engine, preprocessor, settings, samples[:3])
+    alone = judge(engine, preprocessor, settings, samples[2:3], first=2)
     for ours, theirs in zip(alone[0].completions, together[2].completions):
         assert (ours.token_ids, ours.finished) == (theirs.token_ids, theirs.finished)
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)  # of another batch: float32 rounding
@@ -128,10 +128,23 @@ def test_judging_depends_on_the_number_of_a_problem_and_not_on_its_company(confi
         assert list(item.scores) == score_batch(texts, [item.sample] * 2)
 
 
+def test_an_evaluation_has_a_temperature_of_its_own(config, processor, preprocessor, samples):
+    def answers(*overrides, seed=0):
+        chosen = config(f"seed={seed}", "trainer.eval_samples=1", "rollout.temperature=5", *overrides)
+        return [item.completions[0].token_ids for item in judge(engine, preprocessor, chosen, samples)]
+
+    engine = HfEngine(config(), processor)
+    assert answers() != answers(seed=1)
+    greedy = answers("trainer.eval_temperature=0")
+    assert answers("trainer.eval_temperature=0", seed=1) == greedy
+    assert answers("trainer.eval_temperature=1e-4", seed=2) == greedy  # the limit of ever colder samples
+
+
 @pytest.mark.parametrize("sigma", [0.0, 0.8])
 def test_the_noisy_view_is_of_the_perturbed_images(config, digits_folder, sigma):
-    settings = config(f"data.test={digits_folder / 'test.parquet'}", "data.test_limit=4", f"perturb.sigma={sigma}")
-    found = evaluate_model(settings, 2, ("image", "noisy"), Console(quiet=True))
+    chosen = ("data.test_limit=4", "trainer.eval_samples=2", f"perturb.sigma={sigma}")
+    settings = config(f"data.test={digits_folder / 'test.parquet'}", *chosen)
+    found = evaluate_model(settings, ("image", "noisy"), Console(quiet=True))
     clean, noisy = ([c.logprobs for item in found[view] for c in item.completions] for view in ("image", "noisy"))
     assert (clean == noisy) == (sigma == 0)
     assert [item.sample for item in found["noisy"]] == [item.sample for item in found["image"]]

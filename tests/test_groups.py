@@ -35,6 +35,17 @@ def test_a_long_completion_earns_less_and_that_is_told_and_reaches_the_advantage
     assert judged(plain, plain.scores, config("rollout.n=3")).scores == plain.scores
 
 
+def test_a_completion_that_was_cut_off_is_dropped_from_the_loss_and_not_from_the_baseline(config):
+    some = group(0, 1.0, 0.0, 0.0)
+    some = replace(some, completions=tuple(replace(c, finished=i != 1) for i, c in enumerate(some.completions)))
+    some = replace(some, kept=(False, True, True))
+    found = judged(some, some.scores, config("loss.drop_unfinished=true", "rollout.n=3"))
+    assert found.kept == (False, False, True)
+    kept = judged(some, some.scores, config("rollout.n=3"))
+    assert kept.kept == some.kept
+    assert found.advantages == kept.advantages
+
+
 def test_passk_goes_by_right_and_wrong_whatever_the_rewards_are(config):
     settings = config("method=passk", "advantage.k=2", "rollout.n=4")
     some = group(0, 1.0, 0.0, 0.0, 0.0, rewards=(0.9, 0.5, 0.1, 0.0))

@@ -614,6 +614,17 @@ def test_a_step_without_any_gradient_is_still_an_update(new_trainer):
     assert sums.sums["loss"] == 0 < sums.counts["loss"]
 
 
+def test_a_step_that_drops_every_completion_is_still_an_update(new_trainer):
+    none_ends = ("rollout.max_tokens=2", "loss.drop_unfinished=true")
+    trainer = new_trainer(*TWO_BY_TWO, *none_ends, "optimizer.weight_decay=0.1")
+    before = torch.cat([p.detach().flatten() for p in trainer.policy.parameters()])
+    metrics, _ = trainer.run_step()
+    after = torch.cat([p.detach().flatten() for p in trainer.policy.parameters()])
+    torch.testing.assert_close(after, before * (1 - 1e-3 * 0.1), rtol=1e-6, atol=1e-9)
+    assert metrics["finished"] == metrics["throughput/train"] == 0
+    assert "loss" not in metrics  # a mean over nothing
+
+
 def test_a_measuring_step_changes_nothing_that_is_drawn_generated_or_perturbed(new_trainer):
     never, always = (new_trainer("branch.probability=0.5", every) for every in (NEVER, ALWAYS))
     for a, b in zip(never.items(0), always.items(0), strict=True):

@@ -45,11 +45,13 @@ PUZZLES = {
     "seed": (0, "of everything random"),
 }
 EVAL_HELP = """\
+completions have up to rollout.max_tokens tokens, behind the system prompt of reward.design, and are sampled at
+rollout.temperature unless trainer.eval_temperature says otherwise: trainer.eval_temperature=0 --samples 1 is greedy.
+
 benchmarks: data.test is a folder or file in the benchmark's own schema and layout, or hub:owner/name@split (with a
-subset, hub:owner/name/subset@split); unset, the benchmark's place on the hub. Completions are sampled at
-rollout.temperature with up to rollout.max_tokens tokens, behind the system prompt of reward.design; some benchmarks'
-images need more than the default data.max_prompt_tokens. Whose prompts and scoring they are, and what is ours, stands
-at the top of vogue/benchmarks/NAME.py.
+subset, hub:owner/name/subset@split); unset, the benchmark's place on the hub. Some benchmarks' images need more than
+the default data.max_prompt_tokens. Whose prompts and scoring they are, and what is ours, stands at the top of
+vogue/benchmarks/NAME.py.
 
 a data set of your own, by category, the image printed as text beside it:
   vogue eval run.yaml model.path=MODEL data.test=test.parquet --view image,text
@@ -132,8 +134,12 @@ def train(arguments: argparse.Namespace) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     _quiet()
-    config = load_config(*_file_and_overrides(arguments.settings))
-    pass_at = _pass_at(arguments)
+    path, overrides = _file_and_overrides(arguments.settings)
+    if arguments.samples:
+        overrides.append(f"trainer.eval_samples={arguments.samples}")
+    config = load_config(path, overrides)
+    n = config.trainer.eval_samples
+    pass_at = _pass_at(arguments.pass_at, n)
     if arguments.out and not arguments.out.parent.is_dir():
         raise ConfigError(f"--out {arguments.out}: there is no folder {arguments.out.parent}")
     if arguments.benchmark:
@@ -145,10 +151,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from vogue.evaluate import by_category, evaluate_model, summary, write_judged
 
     console = Console()
-    judged = evaluate_model(config, arguments.samples, arguments.views, console)
+    judged = evaluate_model(config, arguments.views, console)
     groups = {view: by_category(items) for view, items in judged.items()}
     first, last = arguments.views[0], arguments.views[-1]
-    title = f"{config.model.path}: {arguments.samples} completions a problem"
+    title = f"{config.model.path}: {_completions(n)} a problem"
     table = Table("category", "view", "problems", *(f"pass@{k}" for k in pass_at), title=title)
     for category in groups[first]:
         for view in arguments.views:
@@ -178,18 +184,19 @@ def _evaluate_benchmark(config: Config, arguments: argparse.Namespace, pass_at: 
     extractor = Extractor(arguments.extractor, arguments.extractor_model) if arguments.extractor else None
     if extractor:
         extractor.check()
-    answered = answer_benchmark(config, benchmark, problems, arguments.samples, console)
+    answered = answer_benchmark(config, benchmark, problems, console)
     if arguments.out:  # before the endpoint is asked, which may fail
         write_answered(answered, arguments.out)
     if extractor:
         answered = ask_extractor(benchmark, answered, extractor, arguments.extract_all, console)
-    title = f"{config.model.path}, {arguments.benchmark}: {arguments.samples} completions a problem"
+    n = config.trainer.eval_samples
+    title = f"{config.model.path}, {arguments.benchmark}: {_completions(n)} a problem"
     table = Table("", "of", *(f"pass@{k}" for k in pass_at), title=title)
     for name, count, estimates in benchmark_table(benchmark, answered, pass_at):
         table.add_row(name, str(count), *map(str, estimates))
     console.print(table)
     unread = sum(answer.parsed is None for item in answered for answer in item.answers)
-    console.print(f"completions in which no answer was found: {unread} of {len(answered) * arguments.samples}")
+    console.print(f"completions in which no answer was found: {unread} of {len(answered) * n}")
     if arguments.out:
         write_answered(answered, arguments.out)
         console.print(f"completions, answers and scores: {arguments.out}")
@@ -335,7 +342,9 @@ def _add_eval(commands) -> None:
         EVAL_HELP,
     )
     _add_config(command)
-    command.add_argument("--samples", type=_count, default=4, metavar="N", help="completions a problem (default 4)")
+    command.add_argument(
+        "--samples", type=_count, metavar="N", help="completions a problem (default: trainer.eval_samples)"
+    )
     command.add_argument(
         "--pass-at",
         type=_counts,
@@ -461,14 +470,18 @@ def _counts(text: str) -> tuple[int, ...]:
     return tuple(map(_count, text.split(",")))
 
 
-def _pass_at(arguments: argparse.Namespace) -> tuple[int, ...]:
-    """The k of the table's columns; raises ConfigError for one that there aren't samples for."""
+def _pass_at(asked: tuple[int, ...] | None, n: int) -> tuple[int, ...]:
+    """The k of the table's columns; raises ConfigError for one that n completions are too few for."""
     from vogue.evaluate import powers_of_two
 
-    asked = arguments.pass_at or powers_of_two(arguments.samples)
-    if max(asked) > arguments.samples:
-        raise ConfigError(f"--pass-at {max(asked)} needs --samples {max(asked)} or more, but it is {arguments.samples}")
+    asked = asked or powers_of_two(n)
+    if max(asked) > n:
+        raise ConfigError(f"--pass-at {max(asked)} needs --samples {max(asked)} or more, but it is {n}")
     return tuple(sorted({1, *asked}))
+
+
+def _completions(n: int) -> str:
+    return "1 completion" if n == 1 else f"{n} completions"
 
 
 def _whole_number(text: str) -> int:

@@ -207,6 +207,9 @@ class LossConfig(Section):
     clip_low: Share = Field(0.2, description="the ratio is clipped below at 1 - clip_low")
     clip_high: NonNegative = Field(0.2, description="and above at 1 + clip_high (the paper states neither)")
     aggregation: Literal["token-mean", "sequence-mean"] = Field("token-mean", description="how token losses add up")
+    drop_unfinished: bool = Field(
+        False, description="no loss on completions that rollout.max_tokens cut off (DAPO's overlong filtering)"
+    )
     importance_cap: Positive | None = Field(
         None, description="multiply each token by min(cap, trainer's / engine's probability); unset: don't"
     )
@@ -231,7 +234,10 @@ class TrainerConfig(Section):
     eval_every: int = Field(
         0, ge=0, description="steps between evaluations on data.test, and before and after; 0: none"
     )
-    eval_samples: Count = Field(4, description="completions a problem in these evaluations")
+    eval_samples: Count = Field(4, description="completions a problem in these evaluations and in `vogue eval`")
+    eval_temperature: NonNegative | None = Field(
+        None, description="of sampling there; 0: the likeliest token each time; unset: rollout.temperature"
+    )
     measure_every: int = Field(
         10, ge=0, description="steps between those that compute both branches of every group, to log; 0: none does"
     )
@@ -271,6 +277,11 @@ class Config(Section):
         if self.uncertainty.estimator == "sampled" and self.uncertainty.divergence != "symmetric":
             raise ValueError(
                 f"uncertainty.divergence={self.uncertainty.divergence} could be negative with estimator=sampled"
+            )
+        if self.trainer.eval_temperature == 0 and self.trainer.eval_samples > 1:
+            raise ValueError(
+                f"trainer.eval_samples={self.trainer.eval_samples} completions would be alike with "
+                "trainer.eval_temperature=0, which takes the likeliest token each time: set it to 1"
             )
         if self.trainer.eval_every and not self.data.test:
             raise ValueError("trainer.eval_every is set, but data.test is not")

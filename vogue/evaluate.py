@@ -78,22 +78,23 @@ def estimate(values: Sequence[float], weights: Sequence[float] | None = None) ->
 
 
 def generate(
-    engine: Engine, preprocessor: Preprocessor, config: Config, samples: Sequence[Sample], n: int, first: int = 0
+    engine: Engine, preprocessor: Preprocessor, config: Config, samples: Sequence[Sample], first: int = 0
 ) -> list[list[Completion]]:
-    """`n` completions for each sample's raw image; `first` numbers the first sample, and so its random draws."""
-    requests = []
+    """`trainer.eval_samples` completions for each sample's raw image; `first` numbers the first one, and its draws."""
+    settings, requests = config.trainer, []
     for number, sample in enumerate(samples, first):
         view = preprocessor.view(sample.load_images())
         seed = seed_for(config.seed, Purpose.EVALUATION, number)
         requests.append(Request(preprocessor.prompt(sample, view), view, seed))
-    return engine.generate(requests, n, config.rollout.max_tokens, config.rollout.temperature)
+    temperature = config.rollout.temperature if settings.eval_temperature is None else settings.eval_temperature
+    return engine.generate(requests, settings.eval_samples, config.rollout.max_tokens, temperature)
 
 
 def judge(
-    engine: Engine, preprocessor: Preprocessor, config: Config, samples: list[Sample], n: int, first: int = 0
+    engine: Engine, preprocessor: Preprocessor, config: Config, samples: list[Sample], first: int = 0
 ) -> list[Judged]:
-    """Generate `n` completions for each sample's raw image and score them; `first` numbers the first sample."""
-    groups = generate(engine, preprocessor, config, samples, n, first)
+    """The completions of `generate` and their scores."""
+    groups = generate(engine, preprocessor, config, samples, first)
     places = [(number,) for number in range(first, first + len(samples))]
     scores = score_groups(engine, preprocessor, config, samples, groups, places)
     return [Judged(sample, tuple(group), s) for sample, group, s in zip(samples, groups, scores, strict=True)]
@@ -138,8 +139,8 @@ def by_category(judged: list[Judged]) -> dict[str, list[Judged]]:
     return (groups if len(groups) > 1 else {}) | {"all": judged}
 
 
-def evaluate_model(config: Config, n: int, views: Sequence[str], console: Console) -> dict[str, list[Judged]]:
-    """Judge `model.path` on `data.test` in each view with `n` completions a problem, in this process alone.
+def evaluate_model(config: Config, views: Sequence[str], console: Console) -> dict[str, list[Judged]]:
+    """Judge `model.path` on `data.test` in each view, in this process alone.
 
     Views are those of `with_view`; of "noisy" the images are perturbed by the settings of `perturb`.
     """
@@ -153,7 +154,7 @@ def evaluate_model(config: Config, n: int, views: Sequence[str], console: Consol
             seen = chunk
             if view == "noisy":  # made chunk by chunk, so that not all of them are in memory
                 seen = [_perturbed(sample, config, number) for number, sample in enumerate(chunk, start)]
-            found = judge(engine, preprocessor, config, seen, n, start)
+            found = judge(engine, preprocessor, config, seen, start)
             judged[view] += [replace(item, sample=sample) for item, sample in zip(found, chunk, strict=True)]
     return judged
 
@@ -167,14 +168,14 @@ def _perturbed(sample: Sample, config: Config, number: int) -> Sample:
 
 
 def answer_benchmark(
-    config: Config, benchmark: Benchmark, problems: Sequence[Problem], n: int, console: Console
+    config: Config, benchmark: Benchmark, problems: Sequence[Problem], console: Console
 ) -> list[Answered]:
-    """What `model.path` answers to a benchmark's problems, `n` times each, read by rules; in this process alone."""
+    """What `model.path` answers to a benchmark's problems, read by rules; in this process alone."""
     samples = [problem.sample for problem in problems]
     engine, preprocessor = _start(config, samples)
     groups = []
     for start, chunk in _chunks(samples, "evaluate", console):
-        groups += generate(engine, preprocessor, config, chunk, n, start)
+        groups += generate(engine, preprocessor, config, chunk, start)
     return [read(benchmark, problem, group) for problem, group in zip(problems, groups, strict=True)]
 
 

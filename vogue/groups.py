@@ -78,7 +78,10 @@ def sample_order(size: int, start: int, count: int, seed: int) -> list[int]:
 
 
 def judged(group: Group, scores: Iterable[Score], config: Config) -> Group:
-    """The group with its scores, shaped for length where `reward.overlong_buffer` asks for it, and its advantages."""
+    """The group with its scores, shaped for length where `reward.overlong_buffer` asks for it, and its advantages.
+
+    With `loss.drop_unfinished` it keeps no completion that was cut off; these count in its baseline all the same.
+    """
     buffer = round(config.reward.overlong_buffer * config.rollout.max_tokens)
     if buffer:
         lengths = (len(completion.token_ids) for completion in group.completions)
@@ -92,7 +95,10 @@ def judged(group: Group, scores: Iterable[Score], config: Config) -> Group:
         advantages = passk_advantages(torch.tensor([[score.accuracy == 1 for score in scores]]), config.advantage.k)
     else:
         advantages = group_advantages(torch.tensor([[score.reward for score in scores]]))
-    return replace(group, scores=scores, advantages=tuple(advantages[0].tolist()))
+    kept = group.kept
+    if config.loss.drop_unfinished:
+        kept = tuple(keep and completion.finished for keep, completion in zip(kept, group.completions, strict=True))
+    return replace(group, scores=scores, advantages=tuple(advantages[0].tolist()), kept=kept)
 
 
 def overlong_punishment(length: int, longest: int, buffer: int) -> float:

@@ -75,14 +75,14 @@ def _events(trainer: Trainer, held_out: list[Sample], profile: frozenset[int]) -
     """The run: steps, evaluations before, between and after them, and checkpoints."""
     settings = trainer.config.trainer
     if held_out and trainer.step == 0:
-        yield Evaluation(0, record(trainer.evaluate(held_out, settings.eval_samples)))
+        yield Evaluation(0, record(trainer.evaluate(held_out)))
     while trainer.step < settings.steps:
         with _traced(trainer, trainer.step in profile):
             metrics, groups = trainer.run_step()
         yield Step(trainer.step - 1, metrics, groups)
         last = trainer.step == settings.steps
         if held_out and (last or trainer.step % settings.eval_every == 0):
-            yield Evaluation(trainer.step, record(trainer.evaluate(held_out, settings.eval_samples)))
+            yield Evaluation(trainer.step, record(trainer.evaluate(held_out)))
         if last or (settings.save_every and trainer.step % settings.save_every == 0):
             trainer.save()
 

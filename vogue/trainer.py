@@ -246,7 +246,7 @@ class Trainer:
         for number, (part, batches) in enumerate(zip(parts, packed, strict=True)):
             kept = kept_lengths(part)
             mine = float(sum(kept) if self.config.loss.aggregation == "token-mean" else len(kept))
-            weight = distributed.total({"w": mine}, self.device)["w"]
+            weight = distributed.total({"w": mine}, self.device)["w"] or 1.0  # where no rank keeps anything, nor loses
             for i, batch in enumerate(batches):
                 self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
                 with clock("forward"):
@@ -342,7 +342,7 @@ class Trainer:
         if self.rollout.version != self.step:
             raise RuntimeError(f"the rollout engine has weights of step {self.rollout.version}, not of {self.step}")
 
-    def evaluate(self, samples: list[Sample], n: int) -> list[Judged]:
+    def evaluate(self, samples: list[Sample]) -> list[Judged]:
         """Judge `samples` with the rollout engine's weights, shared over the ranks; every rank gets all results."""
         size = -(-len(samples) // self.ranks)
         numbers = range(len(samples))[self.rank * size : (self.rank + 1) * size]
@@ -350,7 +350,7 @@ class Trainer:
         for start in range(0, len(numbers), CHUNK):
             chunk = numbers[start : start + CHUNK]
             part = [samples[i] for i in chunk]
-            mine += judge(self.rollout, self.preprocessor, self.config, part, n, chunk[0])
+            mine += judge(self.rollout, self.preprocessor, self.config, part, chunk[0])
         return [judged for part in distributed.gather(mine) for judged in part]
 
     def save(self) -> None:

@@ -19,13 +19,8 @@ from .operator import IGNORE, linear_branch_stats, linear_logprob
 
 AGGREGATIONS = ("token-mean", "sequence-mean")
 
-# The result of linear_branch_stats(behaviour, other) to read. A noisy token's behaviour branch is the noisy one, so the
-# operator's "raw" is q here and its "noisy" is p.
-DIVERGENCES = {
-    "symmetric": "symmetric_kl",
-    "forward": "kl_noisy_raw",  # KL(p‖q), raw ‖ noisy
-    "reverse": "kl_raw_noisy",  # KL(q‖p), noisy ‖ raw
-}
+# Results of linear_branch_stats(other, behaviour), read of noisy tokens, whose other branch is the raw one.
+DIVERGENCES = {"symmetric": "symmetric_kl", "forward": "kl_raw_noisy", "reverse": "kl_noisy_raw"}
 
 
 @dataclass(frozen=True)
@@ -203,10 +198,10 @@ class VogueLoss(nn.Module):
         if hidden_other is None:
             raise ValueError("noisy tokens need hidden_other, the hidden states of the raw branch")
         stats = linear_branch_stats(
-            hidden, hidden_other.detach(), weight, targets, bias, self.temperature, self.backend
+            hidden_other.detach(), hidden, weight, targets, bias, self.temperature, self.backend
         )
         perception = getattr(stats, DIVERGENCES[self.divergence])
-        return stats.logprob_raw, stats.entropy_raw.detach(), perception.detach()
+        return stats.logprob_noisy, stats.entropy_noisy.detach(), perception.detach()
 
     def _weights(self, kept, sequence_ids):
         if self.aggregation == "token-mean":

@@ -42,9 +42,12 @@ class Completion:
 class Engine(Protocol):
     version: int  # the optimizer update whose weights it has
 
-    def generate(
-        self, requests: list[Request], n: int, max_tokens: int, temperature: float
-    ) -> list[list[Completion]]: ...
+    def generate(self, requests: list[Request], n: int, max_tokens: int, temperature: float) -> list[list[Completion]]:
+        """`n` completions for each request; at temperature 0, which takes n = 1, of the likeliest tokens.
+
+        Log-probabilities are then those of temperature 1.
+        """
+        ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...
 

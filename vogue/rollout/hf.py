@@ -43,9 +43,8 @@ class HfEngine:
         steps = self._logits(requests, n)
         logits = next(steps)
         for at in range(max_tokens):
-            logp = ((logits.float() + self._bias) / temperature).log_softmax(-1)
-            share = logp.exp().cumsum(-1, dtype=torch.float64)
-            drawn = torch.searchsorted(share, uniform[:, at : at + 1] * share[:, -1:]).clamp(max=logp.shape[1] - 1)
+            logp = ((logits.float() + self._bias) / (temperature or 1.0)).log_softmax(-1)
+            drawn = _draw(logp, uniform[:, at : at + 1]) if temperature else logp.argmax(-1, keepdim=True)
             tokens.append(drawn)
             logprobs.append(logp.gather(1, drawn))
             finished |= drawn[:, 0] == self.tokenizer.eos_token_id
@@ -118,6 +117,12 @@ class HfEngine:
         for name, tensor in weights:
             parameters[name].copy_(tensor)
         self.version = version
+
+
+def _draw(logp: Tensor, uniform: Tensor) -> Tensor:
+    """(S, 1) tokens from the distributions `logp` (S, V) by numbers in [0, 1), (S, 1) float64."""
+    share = logp.exp().cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(share, uniform * share[:, -1:]).clamp(max=logp.shape[1] - 1)
 
 
 def _uniform(seed: int, n: int, max_tokens: int) -> Tensor:
