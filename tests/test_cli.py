@@ -7,7 +7,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from vogue.cli import _fields, main
+from vogue.arguments import fields
+from vogue.cli import main
 from vogue.config import Config
 
 
@@ -120,7 +121,7 @@ def test_help_lists_every_setting_with_its_default_and_meaning(capsys):
         main(["train", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for key, field in _fields(Config, ""):
+    for key, field in fields(Config, ""):
         default = "required" if field.is_required() else field.default
         assert f"  {key} [{default}]\n      {field.description}" in text
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vogue.cli import _fields
+from vogue.arguments import fields
 from vogue.config import METHODS, STARTS, Config, ConfigError, load_config, save_config
 
 NEEDED = ["model.path=some/model", "data.train=train.parquet"]
@@ -128,7 +128,7 @@ def test_a_method_fixes_what_makes_it_what_it_is():
     grpo = load("method=grpo", "branch.probability=0")
     assert (grpo.branch.probability, grpo.guidance.alpha_out, grpo.guidance.alpha_per) == (0, 0, 0)
     for preset in (*METHODS.values(), *STARTS.values()):
-        assert preset.keys() <= {key for key, _ in _fields(Config, "")}
+        assert preset.keys() <= {key for key, _ in fields(Config, "")}
 
 
 def test_overrides_win_over_the_file_and_leave_the_rest_of_it(tmp_path):
@@ -168,4 +168,4 @@ def test_a_configuration_cannot_be_changed_in_passing():
 
 
 def test_every_setting_says_what_it_is():
-    assert [key for key, field in _fields(Config, "") if not field.description] == []
+    assert [key for key, field in fields(Config, "") if not field.description] == []

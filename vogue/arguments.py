@@ -1,0 +1,294 @@
+"""What may be said to the command `vogue`: its commands, their options and their help."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from vogue.config import Config
+
+WARMSTART = {
+    "vision_batches": (60, "batches that teach it to see"),
+    "batches": (320, "supervised batches of the whole model"),
+    "batch_size": (32, "demonstrations a batch"),
+    "lr": (3e-3, "learning rate of AdamW"),
+    "printed": (0.0, "share of demonstrations with the state as text and no image"),
+    "seed": (0, "of everything random"),
+}
+WARMSTART_DIGITS = {
+    "misread": (0.5, "digits alone: share of demonstrations that misread one, in the last quarter"),
+    "faintest": (1.0, "digits alone: least contrast of one, as in `vogue data digits`"),
+}
+WARMSTART_DATA = {
+    "answer_weight": (1.0, "with --data alone: what a token of the answer counts, in tokens of the thought before it"),
+}
+PUZZLES = {
+    "count": (3000, "training samples of each kind"),
+    "test": (300, "test samples of each kind, of states that are in no training split"),
+    "size": (224, "width and height of an image, in pixels"),
+    "seed": (0, "of everything random"),
+}
+EVAL_HELP = """\
+completions have up to rollout.max_tokens tokens, behind the system prompt of reward.design, and are sampled at
+rollout.temperature unless trainer.eval_temperature says otherwise: trainer.eval_temperature=0 --samples 1 is greedy.
+
+benchmarks: data.test is a folder or file in the benchmark's own schema and layout, or hub:owner/name@split (with a
+subset, hub:owner/name/subset@split); unset, the benchmark's place on the hub. Some benchmarks' images need more than
+the default data.max_prompt_tokens. Whose prompts and scoring they are, and what is ours, stands at the top of
+vogue/benchmarks/NAME.py.
+
+a data set of your own, by category, the image printed as text beside it:
+  vogue eval run.yaml model.path=MODEL data.test=test.parquet --view image,text
+ChartQA from the hub, pass@1 to pass@16 from 16 completions a question:
+  vogue eval run.yaml model.path=MODEL data.test=null --benchmark chartqa --samples 16 --pass-at 1,2,4,8,16
+MathVista from a folder with testmini.json and images/, every answer extracted by a language model, all of it written
+down to check (the endpoint's key, if it wants one, is the environment variable OPENAI_API_KEY):
+  vogue eval run.yaml model.path=MODEL data.test=MathVista/data --benchmark mathvista --out mathvista.jsonl \\
+      --extractor http://localhost:8000/v1 --extractor-model Qwen/Qwen2.5-72B-Instruct --extract-all"""
+WARMSTART_HELP = """\
+Without --data the task is the digits': --vision-batches of a classifier of digits, then --batches of demonstrations,
+behind the system prompt of examples/digits. With it, each sample's `state` says all that its images show, as text:
+the model learns to think that and then answer, in --vision-batches of images alone, which are quick for want of a
+question, then in --batches of whole samples, behind the default system prompt.
+
+  vogue data puzzles --kind checker_move --size 112 --out data
+  vogue warmstart base --data data/train.parquet --vision-batches 800 --lr 2e-3 --printed 0.2"""
+REPORT_HELP = """\
+learning curves, pass@k before and after, exploration, guidance, times, and every logged completion with its images and
+its tokens coloured by u_per or entropy. Runs that differ in their seed alone are one method: their mean with a band.
+
+  vogue report runs/demo/vogue
+  vogue report runs/sweeps/digits/*/seed_? --out runs/sweeps/digits/report.html"""
+PUZZLES_HELP = """\
+kinds: clock, maze, move_box, n_queens, water_jugs, tower_of_hanoi, number_slide, checker_move, board_tiling
+
+Besides the columns of EasyR1's schema, `category` is the kind and `state` prints what the image shows.
+
+the training sets of arXiv 2601.00215, Clock-3k and Diverse-8k:
+  vogue data puzzles --kind clock --count 3000 --out data/clock-3k
+  vogue data puzzles --kind clock,maze,move_box,n_queens --count 2000 --out data/diverse-8k"""
+
+SWEEP_HELP = """\
+FILE says what is run; `settings` is a file that `vogue train` takes, and its model.path the start of every run:
+
+  settings: examples/digits/vogue.yaml
+  output_dir: runs/sweeps/digits
+  seeds: [0, 1, 2, 3, 4]
+  jobs: 2                               # runs at a time (default 1); they share the cores
+  overrides: [trainer.steps=100]        # of every run (optional)
+  variants:                             # the others are compared with the first one
+    grpo: [method=grpo]
+    vogue: []
+    vogue_no_u_per: [guidance.alpha_per=0]
+  launcher: [deepspeed, --num_gpus, "8", --module, vogue.train]     # default: this Python, one rank
+
+key=value settings after FILE are for every run too. Each run has the folder OUTPUT_DIR/VARIANT/seed_N, and what it
+printed in seed_N.log beside it; OUTPUT_DIR/table.md and table.json are the table. The same command goes on with a sweep
+that stopped. Exit code 1: a run failed."""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Settings may stand on both sides of an option; argparse ends a list of them at the first one."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if any(text.startswith("-") for text in rest) or (rest and not hasattr(arguments, "settings")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.settings += rest
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vogue",
+        description="Reinforcement learning of vision-language models from verifiable rewards, exploring where the "
+        "image is ambiguous (VOGUE, arXiv 2510.01444).",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    _add_train(commands)
+    _add_sweep(commands)
+    _add_eval(commands)
+    _add_report(commands)
+    _add_warmstart(commands)
+    _add_data(commands)
+    _add(commands, "doctor", "what was found here, what can run, and why the rest can't")
+    return parser
+
+
+def _add_train(commands) -> None:
+    command = _add(commands, "train", "train a model", epilog=_settings_help())
+    _add_config(command)
+    command.add_argument("--resume", action="store_true", help="go on from the last checkpoint of trainer.output_dir")
+    command.add_argument(
+        "--profile",
+        type=_steps,
+        default=frozenset(),
+        metavar="STEPS",
+        help="write a torch profiler trace of these steps, counted from 0, into trainer.output_dir/profile: 3,5",
+    )
+    command.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+
+
+def _add_sweep(commands) -> None:
+    command = _add(commands, "sweep", "train variants × seeds from one start, resumable, and compare them", SWEEP_HELP)
+    _add_config(command)
+    command.add_argument("--jobs", type=_count, metavar="N", help="runs at a time, in place of FILE's")
+    command.add_argument("--table", action="store_true", help="run nothing, show the table of the runs that are done")
+
+
+def _add_eval(commands) -> None:
+    from vogue.benchmarks import BENCHMARKS
+
+    command = _add(
+        commands,
+        "eval",
+        "pass@k of model.path on data.test or a published benchmark, with 95%% intervals",
+        EVAL_HELP,
+    )
+    _add_config(command)
+    command.add_argument(
+        "--samples", type=_count, metavar="N", help="completions a problem (default: trainer.eval_samples)"
+    )
+    command.add_argument(
+        "--pass-at",
+        type=_counts,
+        metavar="K,…",
+        help="pass@1 and pass@k for these k up to N, from the same completions (default 1, 2, 4 … up to N)",
+    )
+    command.add_argument(
+        "--benchmark",
+        choices=BENCHMARKS,
+        metavar="NAME",
+        help=f"score as this benchmark does, with its own table: {', '.join(BENCHMARKS)}",
+    )
+    command.add_argument(
+        "--extractor",
+        metavar="URL",
+        help="OpenAI-compatible endpoint, http://HOST:PORT/v1, whose language model is asked for the answer of a "
+        "completion in which rules find none",
+    )
+    command.add_argument("--extractor-model", metavar="NAME", help="the model to ask there")
+    command.add_argument(
+        "--extract-all", action="store_true", help="ask it about every completion, not only where rules find no answer"
+    )
+    command.add_argument(
+        "--view",
+        dest="views",
+        type=_names,
+        default=("image",),
+        metavar="VIEW,…",
+        help="image, text (the sample's printed state in the image's place), both: is a model's weakness seeing or "
+        "thinking? And noisy (the image perturbed by the settings of `perturb`): does it need a clean one? (default "
+        "image)",
+    )
+    command.add_argument("--out", type=Path, metavar="FILE", help="write every completion with its score, JSONL")
+
+
+def _add_report(commands) -> None:
+    command = _add(commands, "report", "one HTML page on runs, which needs no network, and PNGs beside it", REPORT_HELP)
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, its trainer.output_dir")
+    command.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page (default for one run: RUN/report.html; several need it said)"
+    )
+
+
+def _add_warmstart(commands) -> None:
+    command = _add(
+        commands,
+        "warmstart",
+        "make a small Qwen2.5-VL from nothing, for the digits or data with a printed state",
+        WARMSTART_HELP,
+    )
+    command.add_argument("out", type=Path, help="folder of the model")
+    command.add_argument("--data", metavar="FILE", help="samples with a `state`, as data.train (default: the digits)")
+    for name, (default, help) in (WARMSTART | WARMSTART_DIGITS | WARMSTART_DATA).items():
+        flag = "--" + name.replace("_", "-")
+        command.add_argument(flag, type=type(default), default=default, help=f"{help} (default {default})")
+
+
+def _add_data(commands) -> None:
+    command = commands.add_parser("data", help="write a data set in the EasyR1 schema (problem, answer, images)")
+    kinds = command.add_subparsers(dest="kind", required=True, metavar="KIND")
+    command = _add(kinds, "digits", "two handwritten digits and a question: train, validation, test .parquet")
+    command.add_argument("out", type=Path, help="folder to write to")
+    for name, count in {"train": 8000, "validation": 500, "test": 1000}.items():
+        command.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"samples (default {count})")
+    command.add_argument(
+        "--faintest",
+        type=float,
+        default=1.0,
+        metavar="C",
+        help="ink of each digit has a contrast between C and 1, so that noise hides some of them (default 1)",
+    )
+    command.add_argument("--seed", type=int, default=0, help="default 0")
+
+    command = _add(kinds, "puzzles", "puzzles with a known state: train.parquet, test.parquet", PUZZLES_HELP)
+    command.add_argument("--kind", dest="kinds", type=_names, metavar="KIND,…", help="default: all of the kinds below")
+    for name, (default, help) in PUZZLES.items():
+        command.add_argument(
+            f"--{name}", type=_whole_number, default=default, metavar="N", help=f"{help} (default {default})"
+        )
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
+
+
+def _steps(text: str) -> frozenset[int]:
+    steps = text.split(",")
+    if not all(step.isdecimal() for step in steps):
+        raise argparse.ArgumentTypeError(f"{text} is not a list of steps such as 3,5")
+    return frozenset(map(int, steps))
+
+
+def _add(commands, name: str, help: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=help,
+        description=help.replace("%%", "%"),
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "settings", nargs="*", metavar="FILE.yaml | key=value", help="settings: a file first, then overrides"
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """The parts of a list with commas, each once."""
+    return tuple(dict.fromkeys(text.split(",")))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, but is {text!r}")
+    return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(map(_count, text.split(",")))
+
+
+def _whole_number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, but is {text!r}")
+    return int(text)
+
+
+def _settings_help() -> str:
+    lines = ["settings (key=value, default in brackets):"]
+    for key, field in fields(Config, ""):
+        default = "required" if field.default is PydanticUndefined else field.default
+        lines.append(f"  {key} [{default}]\n      {field.description}")
+    return "\n".join(lines)
+
+
+def fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, object]]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
