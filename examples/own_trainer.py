@@ -1,0 +1,129 @@
+r"""VOGUE in a training loop of your own: transformers' model and `generate`, `vogue_kernels`, and nothing of `vogue`.
+
+    python examples/own_trainer.py runs/demo/base runs/demo/data/train.parquet \
+        --system 'Think in <think></think>, then answer in \boxed{}.'
+
+(`make demo` makes that model and data.) This is all that VOGUE needs of a trainer: completions of the raw or the noisy
+image, the hidden states that predict their tokens, on both images for noisy ones, and their advantages. It is meant to
+be read: an image and its prompt are computed anew for each completion, and one group after the other.
+"""
+
+import argparse
+import io
+import random
+import re
+
+import pyarrow.parquet as parquet
+import torch
+from PIL import Image
+from torchvision.transforms import v2 as transforms
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
+
+from vogue_kernels import VogueLoss
+
+IGNORE = -100
+perturb = transforms.Compose(
+    [
+        transforms.PILToTensor(),
+        transforms.ToDtype(torch.float32, scale=True),
+        transforms.GaussianNoise(sigma=0.4),
+        transforms.ToPILImage(),
+    ]
+)
+
+
+def as_inputs(processor, row: dict, images: list[Image.Image], system: str) -> BatchFeature:
+    """One prompt of P tokens with its images' features; a row has EasyR1's columns."""
+    content = []
+    for i, text in enumerate(row["problem"].split("<image>")):
+        content += [{"type": "image", "image": images[i - 1]}] if i else []
+        content += [{"type": "text", "text": text}] if text else []
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return processor(text=[text], images=images, return_tensors="pt")
+
+
+@torch.no_grad()
+def sample(model, tokenizer, inputs: BatchFeature, n: int, max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Completions (n, T) at temperature 1, padded, and the same with IGNORE after the end token."""
+    everything = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    out = model.generate(**inputs, **everything, num_return_sequences=n, max_new_tokens=max_tokens)
+    tokens = out[:, inputs["input_ids"].shape[1] :]
+    end = (tokens == tokenizer.eos_token_id).long()
+    return tokens, tokens.masked_fill(end.cumsum(1) > end, IGNORE)
+
+
+def hidden_states(model, inputs: BatchFeature, tokens: torch.Tensor) -> torch.Tensor:
+    """(n * T, D): where each token of the completions is predicted. No logits: the loss reads the head's weight."""
+    n, prompt = len(tokens), inputs["input_ids"].shape[1]
+    repeated = {name: values.repeat(n, *[1] * (values.dim() - 1)) for name, values in inputs.items()}
+    repeated["input_ids"] = torch.cat([repeated["input_ids"], tokens], dim=1)
+    for name, value in {"attention_mask": 1, "mm_token_type_ids": 0}.items():
+        if name in repeated:
+            repeated[name] = torch.cat([repeated[name], torch.full_like(tokens, value)], dim=1)
+    hidden = model.model(**repeated, use_cache=False).last_hidden_state
+    return hidden[:, prompt - 1 : -1].flatten(0, 1)
+
+
+def reward(text: str, answer: str) -> float:
+    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    return float(bool(boxed) and boxed[-1].strip() == answer)
+
+
+def main(argv: list[str] | None = None) -> list[float]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="Hugging Face folder or name of a vision-language model")
+    parser.add_argument("data", help="parquet with the columns problem, answer and images")
+    parser.add_argument("--system", default="", help="system prompt")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--prompts", type=int, default=8, help="a step (default 8)")
+    parser.add_argument("--n", type=int, default=8, help="completions a prompt (default 8)")
+    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    arguments = parser.parse_args(argv)
+
+    torch.manual_seed(0)
+    dice = random.Random(0)
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr)
+    rows = parquet.read_table(arguments.data).to_pylist()
+    loss_function = VogueLoss()
+    accuracies = []
+    for step in range(arguments.steps):
+        accuracy, u_per = 0.0, []
+        for row in dice.sample(rows, arguments.prompts):
+            images = [Image.open(io.BytesIO(image["bytes"])).convert("RGB") for image in row["images"]]
+            noisy = dice.random() < 1 - step / arguments.steps  # early mostly noisy, late mostly raw
+            raw = as_inputs(processor, row, images, arguments.system)
+            seen = as_inputs(processor, row, list(map(perturb, images)), arguments.system) if noisy else raw
+
+            tokens, targets = sample(model, processor.tokenizer, seen, arguments.n, arguments.max_tokens)
+            texts = processor.batch_decode(tokens, skip_special_tokens=True)
+            rewards = torch.tensor([reward(text, row["answer"]) for text in texts])
+            advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+
+            with torch.no_grad():
+                other = hidden_states(model, raw, tokens) if noisy else None
+            loss, metrics = loss_function(
+                hidden_states(model, seen, tokens),
+                model.lm_head.weight,
+                targets.flatten(),
+                advantages.repeat_interleave(tokens.shape[1]),
+                hidden_other=other,
+                noisy=noisy,
+            )
+            (loss / arguments.prompts).backward()
+            accuracy += rewards.mean().item() / arguments.prompts
+            u_per += [metrics["u_per"].item()] if noisy else []
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        accuracies.append(accuracy)
+        ambiguity = f"{sum(u_per) / len(u_per):.4f} nats in {len(u_per)} noisy groups" if u_per else "no noisy group"
+        print(f"step {step + 1}: accuracy {accuracy:.2f}, u_per {ambiguity}", flush=True)
+    return accuracies
+
+
+if __name__ == "__main__":
+    main()
