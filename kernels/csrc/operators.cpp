@@ -37,7 +37,7 @@ constexpr double kLowest = -1e30;            // below every logit, and far from 
 const Processor& processor() {
 #if defined(__x86_64__)
   static const std::string capability = at::get_cpu_capability();  // obeys ATEN_CPU_CAPABILITY
-  if (capability == "AVX512") return avx512;
+  if (capability == "AVX512") return __builtin_cpu_supports("avx512bf16") ? avx512_bf16 : avx512;
   if (capability == "AVX2") return avx2;
 #endif
   return portable;
@@ -46,24 +46,33 @@ const Processor& processor() {
 void multiply_brgemm(
     int64_t depth, int64_t columns, const void* a, const void* b, float* c, int64_t stride, bool add) {
   at::native::cpublas::brgemm(
-      processor().bf16.panel, columns, depth, depth, columns, stride, add, static_cast<const at::BFloat16*>(a),
+      processor().amx.panel, columns, depth, depth, columns, stride, add, static_cast<const at::BFloat16*>(a),
       static_cast<const at::BFloat16*>(b), c, /*is_vnni=*/true);
 }
 
 void release_brgemm() { at::native::cpublas::brgemm_release(); }
 
-bool has_bf16_products() { return at::native::cpublas::could_pack(at::kBFloat16); }
+bool has_amx() { return at::native::cpublas::could_pack(at::kBFloat16); }
 
-// VOGUE_CPU_PRODUCTS (bf16 or f32) says otherwise, for tests and comparisons.
-bool uses_bf16(at::ScalarType dtype) {
-  static const char* said = std::getenv("VOGUE_CPU_PRODUCTS");
-  return dtype == at::kBFloat16 && (said ? std::string(said) == "bf16" : has_bf16_products());
+// How matrices of bfloat16 are multiplied: by AMX, by the processor's other products of bf16, or raised to float32.
+// VOGUE_CPU_PRODUCTS (amx, bf16 or f32) says otherwise, for tests and comparisons.
+const std::string& products_of_bf16() {
+  static const std::string products = [] {
+    const char* said = std::getenv("VOGUE_CPU_PRODUCTS");
+    const std::string chosen = said ? said : has_amx() ? "amx" : processor().multiplies_bf16 ? "bf16" : "f32";
+    TORCH_CHECK(
+        chosen == "amx" || chosen == "bf16" || chosen == "f32", "VOGUE_CPU_PRODUCTS=", chosen,
+        " is none of amx, bf16, f32");
+    return chosen;
+  }();
+  return products;
 }
 
 Products products_for(at::ScalarType dtype) {
-  if (!uses_bf16(dtype)) return processor().f32;
-  Products products = processor().bf16;
-  if (has_bf16_products()) {
+  if (dtype != at::kBFloat16 || products_of_bf16() == "f32") return processor().f32;
+  if (products_of_bf16() == "bf16") return processor().bf16;
+  Products products = processor().amx;
+  if (has_amx()) {
     products.multiply = multiply_brgemm;
     products.release = release_brgemm;
   }
@@ -71,7 +80,9 @@ Products products_for(at::ScalarType dtype) {
 }
 
 std::string description() {
-  return std::string(processor().name) + (uses_bf16(at::kBFloat16) ? ", products of bfloat16" : "");
+  const std::string& products = products_of_bf16();
+  return std::string(processor().name) +
+         (products == "f32" ? "" : products == "amx" ? ", products of bfloat16 by AMX" : ", products of bfloat16");
 }
 
 // ------------------------------------------------------------------------------------------------------ operands

@@ -1,6 +1,10 @@
-// Packed float32 products and the arithmetic on rows of logits, for the instruction set that the compiler is told to
-// use; PROCESSOR is the name of the result (see processor.h).
+// Packed products and the arithmetic on rows of logits, for the instruction set that the compiler is told to use;
+// PROCESSOR is the name of the result (see processor.h).
 #include "processor.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16  // floats in a vector
@@ -17,10 +21,15 @@ namespace vogue {
 namespace {
 
 constexpr int64_t kPanel = PANEL, kGroup = 2 * LANES;
+#if defined(__AVX512BF16__)
+constexpr bool kMultipliesBF16 = true;
+#else
+constexpr bool kMultipliesBF16 = false;
+#endif
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4)));
 
-// ------------------------------------------------------------------------------------------------------- packing
+// -------------------------------------------------------------------------------------------------- types and views
 
 struct F32 {
   float value;
@@ -34,25 +43,6 @@ struct F16 {
   _Float16 value;
   operator float() const { return value; }
 };
-
-// out[k * width + i] = element k of line i; zeros outside.
-template <class T>
-void pack(const T* data, int64_t lines, int64_t length, int64_t line_stride, int64_t stride, int64_t width,
-          int64_t depth, float* out) {
-  const int64_t inside = depth < length ? depth : length;
-  if (line_stride == 1) {
-    for (int64_t k = 0; k < inside; ++k)
-      for (int64_t i = 0; i < lines; ++i) out[k * width + i] = data[k * stride + i];
-  } else {
-    constexpr int64_t kBlock = 16;  // elements of a line that are read together: a cache line or so
-    for (int64_t start = 0; start < inside; start += kBlock)
-      for (int64_t i = 0; i < lines; ++i)
-        for (int64_t k = start; k < start + kBlock && k < inside; ++k)
-          out[k * width + i] = data[i * line_stride + k * stride];
-  }
-  for (int64_t k = 0; k < depth; ++k)
-    for (int64_t i = k < inside ? lines : 0; i < width; ++i) out[k * width + i] = 0;
-}
 
 // Lines first ... first + lines of a matrix, as far as there are so many: its rows, or its columns.
 struct Lines {
@@ -74,68 +64,162 @@ void with_type(const View& view, Function function) {
   if (view.dtype == Dtype::f16) function(static_cast<const F16*>(view.data));
 }
 
-void pack_lines(const View& view, int64_t first, int64_t lines, bool rows, int64_t width, int64_t depth, float* out) {
-  const Lines from(view, first, lines, rows);
-  with_type(view, [&](auto* data) {
-    pack(data + from.offset, from.count, from.length, from.line_stride, from.stride, width, depth, out);
-  });
+// ------------------------------------------------------------------------------------------------------------- words
+
+// What a product takes of each operand at a time: a float, or two bf16 with the first one in the low half.
+typedef uint32_t Pair;
+template <class Word>
+constexpr int64_t kElements = sizeof(Word) / sizeof(uint16_t);
+template <>
+constexpr int64_t kElements<float> = 1;
+
+Pair round_to_bf16(float value) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
+  return value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
-void pack_panel(const View& a, int64_t first, int64_t depth, void* out) {
-  pack_lines(a, first, kPanel, true, kPanel, depth, static_cast<float*>(out));
+template <class T>
+void set(float& word, T first, T) {
+  word = first;
+}
+template <class T>
+void set(Pair& word, T first, T second) {
+  word = round_to_bf16(first) | round_to_bf16(second) << 16;
+}
+void set(Pair& word, BF16 first, BF16 second) { word = first.bits | Pair(second.bits) << 16; }
+
+// Whether a word is in memory what it is in a line of T.
+template <class Word, class T>
+constexpr bool kSame = false;
+template <>
+constexpr bool kSame<float, F32> = true;
+template <>
+constexpr bool kSame<Pair, BF16> = true;
+
+// ------------------------------------------------------------------------------------------------------- transposing
+
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint32_t UnalignedBits __attribute__((vector_size(4 * LANES), aligned(4)));
+
+// In the square of words, swaps the two off-diagonal blocks of step × step in each diagonal block of twice their size.
+template <uint32_t step>
+void swap_blocks(Bits* rows) {
+  Bits upper, lower;
+  for (uint32_t j = 0; j < LANES; ++j) {
+    upper[j] = j & step ? LANES + j - step : j;
+    lower[j] = j & step ? LANES + j : j + step;
+  }
+#pragma GCC unroll 16
+  for (uint32_t i = 0; i < LANES; ++i)
+    if (!(i & step)) {
+      const Bits a = rows[i], b = rows[i + step];
+      rows[i] = __builtin_shuffle(a, b, upper);
+      rows[i + step] = __builtin_shuffle(a, b, lower);
+    }
 }
 
-void pack_tile(const View& b, int64_t first, int64_t columns, int64_t depth, void* out) {
-  for (int64_t done = 0; done < columns; done += kGroup) {
-    const int64_t lines = columns - done < kGroup ? columns - done : kGroup;
-    pack_lines(b, first + done, lines, false, kGroup, depth, static_cast<float*>(out) + done * depth);
+template <uint32_t step>
+void transpose_square(Bits* rows) {
+  if constexpr (step < LANES) {
+    swap_blocks<step>(rows);
+    transpose_square<2 * step>(rows);
   }
 }
 
-uint16_t round_to_bf16(float value) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
-  if (value != value) return 0x7fc0;
-  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+// out[k * width + i] = word k of line i, of whole vectors of lines and words. Returns how many words of each line.
+int64_t transpose(const void* data, int64_t lines, int64_t words, int64_t line_bytes, int64_t width, void* out) {
+  const char* lines_of = static_cast<const char*>(data);
+  const int64_t whole = lines % LANES ? 0 : words / LANES * LANES;
+  for (int64_t k = 0; k < whole; k += LANES)
+    for (int64_t i = 0; i < lines; i += LANES) {
+      Bits rows[LANES];
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < LANES; ++j)
+        rows[j] = *reinterpret_cast<const UnalignedBits*>(lines_of + (i + j) * line_bytes + 4 * k);
+      transpose_square<1>(rows);
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < LANES; ++j)
+        *reinterpret_cast<UnalignedBits*>(static_cast<uint32_t*>(out) + (k + j) * width + i) = rows[j];
+    }
+  return whole;
 }
 
-// Element k of line i goes to out[i * line_step + k / 2 * pair_step + k % 2]; zeros outside.
-template <class T>
-void pack_bf16(const T* data, int64_t lines, int64_t length, int64_t line_stride, int64_t stride, int64_t width,
-               int64_t depth, int64_t line_step, int64_t pair_step, uint16_t* out) {
-  constexpr int64_t kBlock = 32;
-  for (int64_t start = 0; start < depth; start += kBlock)
-    for (int64_t i = 0; i < width; ++i)
-      for (int64_t k = start; k < start + kBlock && k < depth; ++k)
-        out[i * line_step + k / 2 * pair_step + k % 2] =
-            i < lines && k < length ? round_to_bf16(data[i * line_stride + k * stride]) : 0;
+// ------------------------------------------------------------------------------------------------------------ packing
+
+// out[k * width + i] = word k of line i; zeros outside.
+template <class Word, class T>
+void pack(const T* data, const Lines& from, int64_t width, int64_t depth, Word* out) {
+  constexpr int64_t kWord = kElements<Word>, kBlock = 16;  // words of a line that are read together
+  const int64_t inside = depth < from.length ? depth : from.length, whole = inside / kWord;
+  data += from.offset;
+  auto put = [&](int64_t i, int64_t k) {
+    const T* element = data + i * from.line_stride + kWord * k * from.stride;
+    set(out[k * width + i], element[0], element[kWord == 2 ? from.stride : 0]);
+  };
+  int64_t start = 0;
+  if (kSame<Word, T> && from.stride == 1)
+    start = transpose(data, from.count, whole, from.line_stride * sizeof(T), width, out);
+  if (from.line_stride == 1) {
+    for (int64_t k = start; k < whole; ++k)
+      for (int64_t i = 0; i < from.count; ++i) {
+        const T* element = data + kWord * k * from.stride + i;
+        set(out[k * width + i], element[0], element[kWord == 2 ? from.stride : 0]);
+      }
+  } else {
+    for (; start < whole; start += kBlock)
+      for (int64_t i = 0; i < from.count; ++i)
+        for (int64_t k = start; k < start + kBlock && k < whole; ++k) put(i, k);
+  }
+  for (int64_t i = 0; whole * kWord < inside && i < from.count; ++i)  // an odd element at the end
+    set(out[whole * width + i], data[i * from.line_stride + whole * kWord * from.stride], T{});
+  const int64_t there = (inside + kWord - 1) / kWord;
+  for (int64_t k = 0; k < depth / kWord; ++k)
+    for (int64_t i = k < there ? from.count : 0; i < width; ++i) out[k * width + i] = 0;
 }
 
-// --------------------------------------------------------------------------------------- packing, products in bf16
-
-constexpr int64_t kPanelBF16 = 32, kGroupBF16 = 16, kDepthBF16 = 32;  // what suits AMX
-
-void pack_lines_bf16(const View& view, int64_t first, int64_t lines, bool rows, int64_t width, int64_t depth,
-                     int64_t line_step, int64_t pair_step, void* out) {
+template <class Word>
+void pack_lines(const View& view, int64_t first, int64_t lines, bool rows, int64_t width, int64_t depth, void* out) {
   const Lines from(view, first, lines, rows);
-  with_type(view, [&](auto* data) {
-    pack_bf16(data + from.offset, from.count, from.length, from.line_stride, from.stride, width, depth, line_step,
-              pair_step, static_cast<uint16_t*>(out));
+  with_type(view, [&](auto* data) { pack(data, from, width, depth, static_cast<Word*>(out)); });
+}
+
+template <class Word>
+void pack_panel(const View& a, int64_t first, int64_t depth, void* out) {
+  pack_lines<Word>(a, first, kPanel, true, kPanel, depth, out);
+}
+
+template <class Word>
+void pack_tile(const View& b, int64_t first, int64_t columns, int64_t depth, void* out) {
+  for (int64_t done = 0; done < columns; done += kGroup) {
+    const int64_t lines = columns - done < kGroup ? columns - done : kGroup;
+    Word* group = static_cast<Word*>(out) + done * depth / kElements<Word>;
+    pack_lines<Word>(b, first + done, lines, false, kGroup, depth, group);
+  }
+}
+
+// -------------------------------------------------------------------------------------- what torch's brgemm is given
+
+constexpr int64_t kPanelAMX = 32, kGroupAMX = 16, kDepthAMX = 32;  // what suits AMX
+
+void pack_panel_amx(const View& a, int64_t first, int64_t depth, void* out) {
+  const Lines from(a, first, kPanelAMX, true);
+  with_type(a, [&](auto* data) {
+    for (int64_t i = 0; i < kPanelAMX; ++i)
+      for (int64_t k = 0; k < depth; ++k)
+        static_cast<uint16_t*>(out)[i * depth + k] =
+            i < from.count && k < from.length
+                ? round_to_bf16(data[from.offset + i * from.line_stride + k * from.stride]) : 0;
   });
 }
 
-void pack_panel_bf16(const View& a, int64_t first, int64_t depth, void* out) {
-  pack_lines_bf16(a, first, kPanelBF16, true, kPanelBF16, depth, depth, 2, out);
+void pack_tile_amx(const View& b, int64_t first, int64_t columns, int64_t depth, void* out) {
+  pack_lines<Pair>(b, first, columns, false, (columns + kGroupAMX - 1) / kGroupAMX * kGroupAMX, depth, out);
 }
 
-void pack_tile_bf16(const View& b, int64_t first, int64_t columns, int64_t depth, void* out) {
-  const int64_t width = (columns + kGroupBF16 - 1) / kGroupBF16 * kGroupBF16;
-  pack_lines_bf16(b, first, columns, false, width, depth, 2, 2 * width, out);
-}
-
-// For a processor without products of bf16, and so for tests of all that surrounds those.
-void multiply_bf16(int64_t depth, int64_t columns, const void* a, const void* b, float* c, int64_t stride, bool add) {
+// What brgemm does, for a processor without AMX, and so for tests of all that surrounds it.
+void multiply_as_amx(int64_t depth, int64_t columns, const void* a, const void* b, float* c, int64_t stride, bool add) {
   const BF16 *rows = static_cast<const BF16*>(a), *pairs = static_cast<const BF16*>(b);
-  for (int64_t i = 0; i < kPanelBF16; ++i)
+  for (int64_t i = 0; i < kPanelAMX; ++i)
     for (int64_t j = 0; j < columns; ++j) {
       float sum = 0;
       for (int64_t k = 0; k < depth; ++k) sum += rows[i * depth + k] * pairs[(k / 2 * columns + j) * 2 + k % 2];
@@ -143,18 +227,31 @@ void multiply_bf16(int64_t depth, int64_t columns, const void* a, const void* b,
     }
 }
 
-// ---------------------------------------------------------------------------------------------- products in float32
+// --------------------------------------------------------------------------------------------------------- products
 
-// One panel by one group of columns: all sums stay in registers.
-void multiply_group(int64_t depth, const float* a, const float* b, float* c, int64_t stride, bool add) {
+Vector add_product(Vector sum, float a, Vector b) { return sum + a * b; }
+
+Vector add_product(Vector sum, Pair a, Bits b) {
+#if defined(__AVX512BF16__)
+  return Vector(_mm512_dpbf16_ps(__m512(sum), __m512bh(_mm512_set1_epi32(a)), __m512bh(b)));
+#else
+  const float low = __builtin_bit_cast(float, a << 16), high = __builtin_bit_cast(float, a & 0xffff0000u);
+  return sum + low * Vector(b << 16) + high * Vector(b & 0xffff0000u);
+#endif
+}
+
+// One panel by one group of columns: all sums stay in registers. A word is a float or a pair of bf16.
+template <class Word>
+void multiply_group(int64_t words, const Word* a, const Word* b, float* c, int64_t stride, bool add) {
+  typedef Word Words __attribute__((vector_size(4 * LANES)));
   for (int i = 0; i < kPanel; ++i) __builtin_prefetch(c + i * stride, 1);
   Vector sums[kPanel][2] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    const Vector b0 = *reinterpret_cast<const Vector*>(b), b1 = *reinterpret_cast<const Vector*>(b + LANES);
+  for (int64_t k = 0; k < words; ++k) {
+    const Words b0 = *reinterpret_cast<const Words*>(b), b1 = *reinterpret_cast<const Words*>(b + LANES);
 #pragma GCC unroll 12
     for (int i = 0; i < kPanel; ++i) {
-      sums[i][0] += a[i] * b0;
-      sums[i][1] += a[i] * b1;
+      sums[i][0] = add_product(sums[i][0], a[i], b0);
+      sums[i][1] = add_product(sums[i][1], a[i], b1);
     }
     a += kPanel;
     b += kGroup;
@@ -167,12 +264,14 @@ void multiply_group(int64_t depth, const float* a, const float* b, float* c, int
     }
 }
 
+template <class Word>
 void multiply(int64_t depth, int64_t columns, const void* a, const void* b, float* c, int64_t stride, bool add) {
-  constexpr int64_t kLongest = 512;  // float32 sums of more terms would lose digits
+  constexpr int64_t kLongest = 512 / kElements<Word>;  // float32 sums of more terms would lose digits
+  const int64_t words = depth / kElements<Word>;
   for (int64_t j = 0; j < columns; j += kGroup)
-    for (int64_t k = 0; k < depth; k += kLongest)
-      multiply_group(depth - k < kLongest ? depth - k : kLongest, static_cast<const float*>(a) + k * kPanel,
-                     static_cast<const float*>(b) + j * depth + k * kGroup, c + j, stride, add || k > 0);
+    for (int64_t k = 0; k < words; k += kLongest)
+      multiply_group(words - k < kLongest ? words - k : kLongest, static_cast<const Word*>(a) + k * kPanel,
+                     static_cast<const Word*>(b) + j * words + k * kGroup, c + j, stride, add || k > 0);
 }
 
 void release() {}
@@ -335,8 +434,10 @@ void gradients(
 #define NAME(x) TEXT(x)
 extern const Processor PROCESSOR = {
     NAME(PROCESSOR),
-    {kPanel, kGroup, 1, sizeof(float), pack_panel, pack_tile, multiply, release},
-    {kPanelBF16, kGroupBF16, kDepthBF16, sizeof(uint16_t), pack_panel_bf16, pack_tile_bf16, multiply_bf16, release},
+    {kPanel, kGroup, 1, sizeof(float), pack_panel<float>, pack_tile<float>, multiply<float>, release},
+    {kPanel, kGroup, 2, sizeof(uint16_t), pack_panel<Pair>, pack_tile<Pair>, multiply<Pair>, release},
+    {kPanelAMX, kGroupAMX, kDepthAMX, sizeof(uint16_t), pack_panel_amx, pack_tile_amx, multiply_as_amx, release},
+    kMultipliesBF16,
     statistics,
     gradients,
 };

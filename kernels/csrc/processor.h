@@ -54,7 +54,9 @@ struct Numbers {
 
 struct Processor {
   const char* name;
-  Products f32, bf16;
+  Products f32, bf16;    // of operands in float32, and in pairs of bf16
+  Products amx;          // of bf16 as torch's brgemm wants them, which is to take the place of `multiply`
+  bool multiplies_bf16;  // it has instructions for products of bf16; else `bf16` is for tests
   // Add the bias (null: none) to a tile of logits in place, and take the tile into the running sums. b: null for one.
   void (*statistics)(
       int64_t rows, int64_t columns, int64_t stride, const float* bias, float scale, const Running& a, const Running* b);
@@ -64,6 +66,6 @@ struct Processor {
       Numbers* b);
 };
 
-extern const Processor portable, avx2, avx512;
+extern const Processor portable, avx2, avx512, avx512_bf16;
 
 }  // namespace vogue

@@ -26,9 +26,14 @@ def threads():
 @needs_library
 @pytest.mark.parametrize(
     "setting, expected",
-    [("ATEN_CPU_CAPABILITY=default", "portable"), ("VOGUE_CPU_PRODUCTS=bf16", "products of bfloat16")],
+    [
+        ("ATEN_CPU_CAPABILITY=default", "portable"),
+        ("VOGUE_CPU_PRODUCTS=f32", "\n"),
+        ("VOGUE_CPU_PRODUCTS=bf16", ", products of bfloat16\n"),
+        ("VOGUE_CPU_PRODUCTS=amx", ", products of bfloat16 by AMX\n"),
+    ],
 )
-def test_every_kernel_test_passes_without_vector_instructions_and_with_bfloat16_products(setting, expected):
+def test_every_kernel_test_passes_without_vector_instructions_and_by_each_product_of_bfloat16(setting, expected):
     name, value = setting.split("=")
     environment = {**os.environ, name: value, "PYTHONPATH": os.pathsep.join(sys.path)}
     said = "from vogue_kernels import cpu, available_backends as a; a(); print(cpu.description())"
