@@ -73,6 +73,7 @@ CASES = [
     Case("normal", 2, 16, 152064, "f32"),
     Case("normal", 1100, 24, 515, "f32", 0.7, True),
     Case("normal", 37, 72, 1500, "bf16", 1.3, True),
+    Case("normal", 70, 37, 1003, "bf16"),  # pairs of elements, and one without a partner
     *(Case(rows, 33, 72, 2051, "f32") for rows in ("flat", "peaked", "onehot", "negative", "rising", "huge")),
     *(Case(rows, 33, 72, 2051, "bf16") for rows in ("flat", "peaked", "onehot", "negative", "rising", "huge")),
 ]
@@ -119,7 +120,7 @@ def test_branch_stats_and_gradients_are_as_exact_as_plain_pytorch(case, backend)
     assert_branch_stats_as_exact_as_plain(case, backend)
 
 
-@pytest.mark.parametrize("case", CASES[:10], ids=str)
+@pytest.mark.parametrize("case", CASES[:11], ids=str)
 def test_logprob_and_gradients_are_as_exact_as_plain_pytorch(case, backend):
     raw, _, weight, targets, bias = case.inputs()
     args = ([raw], weight, targets, bias, case.temperature)
