@@ -34,6 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     except RewardError as error:  # of one rank, maybe not the first
         print(f"vogue {arguments.command}: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except FloatingPointError as error:  # the training diverged, of all ranks alike
+        if os.environ.get("RANK", "0") == "0":
+            print(f"vogue {arguments.command}: {error}", file=sys.stderr)
+        return 1
     except (ConfigError, DataError, ExtractorError, ImportError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"vogue {arguments.command}: {error}", file=sys.stderr)

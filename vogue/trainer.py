@@ -21,6 +21,7 @@ import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import compress
+from math import isfinite
 
 import deepspeed
 import torch
@@ -234,7 +235,8 @@ class Trainer:
     def update(self, groups: list[Group], sums: Sums, clock: Clock) -> dict[int, Trace]:
         """`trainer.updates` optimizer updates, each on its share of the step's prompts.
 
-        Returns the traces of the completions that went through a forward, by their id().
+        Returns the traces of the completions that went through a forward, by their id(). Raises FloatingPointError
+        where a gradient isn't finite.
         """
         traces: dict[int, Trace] = {}
         parts = split(groups, self.config.trainer.updates)
@@ -258,10 +260,16 @@ class Trainer:
                     self.engine.backward(loss * (self.ranks / weight))
             with clock("update"):
                 self.engine.step()
+            norm = float(self.engine.get_global_grad_norm() or 0.0)
+            if not isfinite(norm):  # on all ranks alike
+                raise FloatingPointError(
+                    f"step {self.step}: the norm of the gradient is {norm}, and the weights are lost. --resume goes on "
+                    "from the last checkpoint; a smaller optimizer.lr or model.dtype=float32 may help"
+                )
             # What went through no forward has a loss of 0.
             sums.add_sum("loss", 0.0, mine - sum(float(batch.weights.sum()) for batch in batches))
             sums.add_sum("trained_share", 0.0, sum(kept))
-            sums.add("grad_norm", float(self.engine.get_global_grad_norm() or 0.0))
+            sums.add("grad_norm", norm)
         return traces
 
     def batches(self, groups: list[Group]) -> list[Batch]:
