@@ -17,11 +17,12 @@ import pyarrow.parquet as parquet
 import torch
 from PIL import Image
 from torchvision.transforms import v2 as transforms
-from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, GenerationConfig
 
 from vogue_kernels import VogueLoss
 
-IGNORE = -100
+IGNORE = -100  # a token that isn't trained on
+BAN = -1e4  # added to the logit of a token that can't be sampled
 perturb = transforms.Compose(
     [
         transforms.PILToTensor(),
@@ -43,13 +44,23 @@ def as_inputs(processor, row: dict, images: list[Image.Image], system: str) -> B
     return processor(text=[text], images=images, return_tensors="pt")
 
 
+def load(path: str):
+    """Processor, model, and the tokens that stand for images: sampled, they would ask for one that isn't there."""
+    processor = AutoProcessor.from_pretrained(path)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    # The checkpoint's own may shape what is sampled from: by top-k, say, or a penalty on repetitions.
+    end, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(do_sample=True, top_k=0, eos_token_id=end, pad_token_id=pad)
+    media = [getattr(processor, name, None) for name in ("image_token_id", "video_token_id")]
+    return processor, model, [token for token in media if token is not None]
+
+
 @torch.no_grad()
-def sample(model, tokenizer, inputs: BatchFeature, n: int, max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(model, inputs: BatchFeature, media: list[int], n: int, max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Completions (n, T) at temperature 1, padded, and the same with IGNORE after the end token."""
-    everything = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    out = model.generate(**inputs, **everything, num_return_sequences=n, max_new_tokens=max_tokens)
+    out = model.generate(**inputs, suppress_tokens=media, num_return_sequences=n, max_new_tokens=max_tokens)
     tokens = out[:, inputs["input_ids"].shape[1] :]
-    end = (tokens == tokenizer.eos_token_id).long()
+    end = (tokens == model.generation_config.eos_token_id).long()
     return tokens, tokens.masked_fill(end.cumsum(1) > end, IGNORE)
 
 
@@ -84,8 +95,9 @@ def main(argv: list[str] | None = None) -> list[float]:
 
     torch.manual_seed(0)
     dice = random.Random(0)
-    processor = AutoProcessor.from_pretrained(arguments.model)
-    model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.float32)
+    processor, model, media = load(arguments.model)
+    bias = torch.zeros(model.lm_head.out_features)
+    bias[media] = BAN  # the distribution that is trained is the one that is sampled from
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr)
     rows = parquet.read_table(arguments.data).to_pylist()
     loss_function = VogueLoss()
@@ -98,7 +110,7 @@ def main(argv: list[str] | None = None) -> list[float]:
             raw = as_inputs(processor, row, images, arguments.system)
             seen = as_inputs(processor, row, list(map(perturb, images)), arguments.system) if noisy else raw
 
-            tokens, targets = sample(model, processor.tokenizer, seen, arguments.n, arguments.max_tokens)
+            tokens, targets = sample(model, seen, media, arguments.n, arguments.max_tokens)
             texts = processor.batch_decode(tokens, skip_special_tokens=True)
             rewards = torch.tensor([reward(text, row["answer"]) for text in texts])
             advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
@@ -112,6 +124,7 @@ def main(argv: list[str] | None = None) -> list[float]:
                 advantages.repeat_interleave(tokens.shape[1]),
                 hidden_other=other,
                 noisy=noisy,
+                bias=bias,
             )
             (loss / arguments.prompts).backward()
             accuracy += rewards.mean().item() / arguments.prompts

@@ -223,16 +223,15 @@ def test_a_run_leaves_what_it_promises_and_goes_on_as_if_it_had_not_stopped(sett
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 
 
-def test_a_training_that_diverges_ends_there_and_keeps_what_it_had(settings, capsys, tmp_path):
+def test_a_training_whose_gradients_are_no_longer_finite_ends(settings, capsys, tmp_path):
     (tmp_path / "alternating.py").write_text(
         "def score(texts, samples):\n    return [i % 2 for i in range(len(texts))]\n"
     )
-    chosen = ["trainer.save_every=1", "optimizer.lr=1e30", f"reward.function={tmp_path}/alternating.py:score"]
+    chosen = ["optimizer.lr=1e30", f"reward.function={tmp_path}/alternating.py:score"]
     assert main(["train", *settings, *chosen]) == 1
     message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vogue ")]
     assert len(message) == 1
-    assert re.match(
-        r"vogue train: step 1: the norm of the gradient is (nan|inf), and the weights are lost\.", message[0]
-    )
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_000001"]
+    assert message[0].startswith("vogue train: step 3: the gradient wasn't finite in 3 updates in a row, none of which")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped_updates"] for row in rows] == [0, 1, 1]
+    assert ["grad_norm" in row for row in rows] == [True, False, False]

@@ -10,7 +10,6 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText
 
 from vogue_kernels import linear_logprob
 
@@ -18,23 +17,24 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "own_trainer.py"
 WITHOUT_VOGUE = "import runpy, sys; sys.modules['vogue'] = None; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
-def test_the_hidden_states_of_the_example_are_those_that_its_completions_were_sampled_from(
-    model_folder, digits_folder, processor
-):
+def test_the_hidden_states_of_the_example_are_those_that_its_completions_were_sampled_from(model_folder, digits_folder):
     functions = runpy.run_path(str(SCRIPT))
-    model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32)
+    processor, model, media = functions["load"](model_folder)
     (row,) = parquet.read_table(digits_folder / "test.parquet").slice(0, 1).to_pylist()
     inputs = functions["as_inputs"](processor, row, [Image.new("RGB", (56, 28), "gray")], "Think.")
     torch.manual_seed(0)
     out = model.generate(
         **inputs,
-        **{"do_sample": True, "top_k": 0, "max_new_tokens": 8, "num_return_sequences": 3},
-        **{"return_dict_in_generate": True, "output_logits": True},
+        **{"suppress_tokens": media, "max_new_tokens": 8, "num_return_sequences": 3},
+        **{"return_dict_in_generate": True, "output_scores": True},
     )
     tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
-    expected = torch.stack(out.logits, dim=1).log_softmax(-1).gather(2, tokens[..., None])[..., 0]
+    expected = torch.stack(out.scores, dim=1).log_softmax(-1).gather(2, tokens[..., None])[..., 0]
     hidden = functions["hidden_states"](model, inputs, tokens)
-    found = linear_logprob(hidden, model.lm_head.weight, tokens.flatten()).logprob.view_as(tokens)
+    bias = torch.zeros(model.lm_head.out_features)
+    bias[media] = functions["BAN"]
+    found = linear_logprob(hidden, model.lm_head.weight, tokens.flatten(), bias).logprob.view_as(tokens)
+    assert len(media) == 2
     before_the_end = (tokens == processor.tokenizer.eos_token_id).cumsum(1).roll(1, 1) == 0
     before_the_end[:, 0] = True
     assert before_the_end.sum() > 12

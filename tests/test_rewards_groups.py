@@ -30,7 +30,7 @@ def engine(config, processor):
 def test_the_policy_is_asked_again_with_its_description_in_the_images_place(
     engine, config, processor, preprocessor, samples
 ):
-    (answer,) = blind_answers(engine, preprocessor, config(*DESIGN), [DESCRIBED], samples[:1], [1])
+    (answer,) = blind_answers(engine, preprocessor, config(*DESIGN), [DESCRIBED], samples[:1], [1], 1.0)
     (request,) = engine.asked
     text = processor.tokenizer.decode(request.prompt.token_ids)
     question = samples[0].problem.replace("<image>", "")
@@ -45,7 +45,7 @@ def test_the_policy_is_asked_again_with_its_description_in_the_images_place(
 def test_an_answer_depends_on_its_seed_and_not_on_its_company(engine, config, preprocessor, samples):
     def answers(seeds):
         return blind_answers(
-            engine, preprocessor, config(*DESIGN), [DESCRIBED] * len(seeds), samples[: len(seeds)], seeds
+            engine, preprocessor, config(*DESIGN), [DESCRIBED] * len(seeds), samples[: len(seeds)], seeds, 1.0
         )
 
     assert answers([1, 2, 3])[:1] == answers([1])
@@ -60,11 +60,11 @@ def test_without_a_description_that_can_be_read_nothing_is_asked(engine, config,
         "<description>See <|image_pad|>.</description>",
     ]
     asked = [*unreadable, DESCRIBED]
-    answers = blind_answers(engine, preprocessor, config(*DESIGN), asked, samples[:1] * 5, range(5))
+    answers = blind_answers(engine, preprocessor, config(*DESIGN), asked, samples[:1] * 5, range(5), 1.0)
     assert answers[:4] == [None] * 4
     assert answers[4] is not None
     assert len(engine.asked) == 1
-    assert blind_answers(engine, preprocessor, config(*DESIGN), asked[:1], samples[:1], [0]) == [None]
+    assert blind_answers(engine, preprocessor, config(*DESIGN), asked[:1], samples[:1], [0], 1.0) == [None]
 
 
 def group(*texts):
@@ -91,18 +91,18 @@ def test_a_right_answer_from_the_description_adds_its_weight(config, processor, 
     ]
     assert first != second
     engine = Reader(settings, processor)
-    found = score_groups(engine, preprocessor, settings, samples[:2], groups, [(0, 1), (0, 2)])
+    found = score_groups(engine, preprocessor, settings, samples[:2], groups, [(0, 1), (0, 2)], 1.0)
     assert [[score.reward for score in scores] for scores in found] == [
         pytest.approx([1.5, 0.6, 1.0, 0.1, 0.0]),
         pytest.approx([1.0, 1.5]),
     ]
     assert [score.components["blind"] for score in found[0]] == [1, 1, 0, 0, 0]
-    assert score_groups(engine, preprocessor, settings, samples[1:2], groups[1:], [(0, 2)]) == found[1:]
+    assert score_groups(engine, preprocessor, settings, samples[1:2], groups[1:], [(0, 2)], 1.0) == found[1:]
 
 
 def test_a_design_that_doesnt_weigh_it_asks_nothing(engine, config, preprocessor, samples):
     for overrides in ((), ("reward.design=mixture",), ("reward.design=vision_sr1", "reward.blind=0")):
-        score_groups(engine, preprocessor, config(DESIGN[1], *overrides), samples[:1], [group(DESCRIBED)], [(0,)])
+        score_groups(engine, preprocessor, config(DESIGN[1], *overrides), samples[:1], [group(DESCRIBED)], [(0,)], 1.0)
     assert not hasattr(engine, "asked")
 
 

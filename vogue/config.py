@@ -262,6 +262,16 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig = TrainerConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_eval_temperature(cls, values: Any) -> Any:
+        rollout, trainer = (values.get(name, {}) for name in ("rollout", "trainer"))
+        if isinstance(rollout, dict) and isinstance(trainer, dict) and trainer.get("eval_temperature") is None:
+            temperature = rollout.get("temperature", RolloutConfig.model_fields["temperature"].default)
+            if isinstance(temperature, (int, float)):  # anything else is told as what it is
+                return values | {"trainer": trainer | {"eval_temperature": temperature}}
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         if self.rollout.prompts % self.trainer.updates:

@@ -86,8 +86,7 @@ def generate(
         view = preprocessor.view(sample.load_images())
         seed = seed_for(config.seed, Purpose.EVALUATION, number)
         requests.append(Request(preprocessor.prompt(sample, view), view, seed))
-    temperature = config.rollout.temperature if settings.eval_temperature is None else settings.eval_temperature
-    return engine.generate(requests, settings.eval_samples, config.rollout.max_tokens, temperature)
+    return engine.generate(requests, settings.eval_samples, config.rollout.max_tokens, settings.eval_temperature)
 
 
 def judge(
@@ -96,7 +95,8 @@ def judge(
     """The completions of `generate` and their scores."""
     groups = generate(engine, preprocessor, config, samples, first)
     places = [(number,) for number in range(first, first + len(samples))]
-    scores = score_groups(engine, preprocessor, config, samples, groups, places)
+    temperature = config.trainer.eval_temperature
+    scores = score_groups(engine, preprocessor, config, samples, groups, places, temperature)
     return [Judged(sample, tuple(group), s) for sample, group, s in zip(samples, groups, scores, strict=True)]
 
 

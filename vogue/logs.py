@@ -26,8 +26,7 @@ HARMLESS = ("trainer.save_every", "trainer.keep", "trainer.log_completions", "tr
 # Settings that a resumed run may change: those, and what is asked for, like more steps.
 RESUMABLE = (
     *HARMLESS,
-    *("trainer.steps", "trainer.eval_every", "trainer.eval_samples", "trainer.eval_temperature"),
-    *("data.test", "data.test_limit"),
+    *("trainer.steps", "trainer.eval_every", "trainer.eval_samples", "data.test", "data.test_limit"),
 )
 
 

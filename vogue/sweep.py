@@ -34,7 +34,11 @@ from vogue.config import Config, ConfigError, Count, Section, check, load_config
 
 OWN = ("seed", "trainer.output_dir")  # settings that the sweep gives each run
 SHARED = (  # else nothing could be paired
-    *("model.path", "data.test", "data.test_limit", "trainer.eval_samples", "trainer.eval_temperature"),
+    "model.path",
+    "data.test",
+    "data.test_limit",
+    "trainer.eval_samples",
+    "trainer.eval_temperature",
 )
 GRACE = 10  # seconds that a process has to end by itself
 TAIL_LINES = 15  # of a failed run's log

@@ -58,6 +58,7 @@ from vogue.seeds import Purpose, seed_for
 from vogue.uncertainty import output_uncertainty, perception_uncertainty
 from vogue_kernels import GuidanceConfig, clipped_surrogate, shaped_advantage
 
+MOST_SKIPPED = 3  # updates in a row whose gradient isn't finite
 NOISY_COST = 4 / 3  # of training on a noisy group, in that of a raw one: it adds a forward without gradient
 
 
@@ -86,6 +87,7 @@ class Trainer:
         self.rollout = create_engine(config, self.processor, self.policy.model)
         self.guidance = GuidanceConfig(**config.guidance.model_dump())
         self.step = 0
+        self._skipped = 0  # updates in a row
         self._background = ThreadPoolExecutor(max_workers=1, initializer=_one_openmp_thread)
         self._ahead: tuple[int, Future[list[Item]]] | None = None
         if found:
@@ -222,7 +224,8 @@ class Trainer:
         samples = [group.item.prompt.sample for group in groups]
         completions = [group.completions for group in groups]
         places = [(self.step, group.item.number, group.noisy) for group in groups]
-        scores = score_groups(self.rollout, self.preprocessor, self.config, samples, completions, places)
+        temperature = self.config.rollout.temperature
+        scores = score_groups(self.rollout, self.preprocessor, self.config, samples, completions, places, temperature)
         return [judged(group, found, self.config) for group, found in zip(groups, scores, strict=True)]
 
     # ----------------------------------------------------------------------------------------------- training
@@ -235,8 +238,7 @@ class Trainer:
     def update(self, groups: list[Group], sums: Sums, clock: Clock) -> dict[int, Trace]:
         """`trainer.updates` optimizer updates, each on its share of the step's prompts.
 
-        Returns the traces of the completions that went through a forward, by their id(). Raises FloatingPointError
-        where a gradient isn't finite.
+        Returns the traces of the completions that went through a forward, by their id().
         """
         traces: dict[int, Trace] = {}
         parts = split(groups, self.config.trainer.updates)
@@ -260,17 +262,26 @@ class Trainer:
                     self.engine.backward(loss * (self.ranks / weight))
             with clock("update"):
                 self.engine.step()
-            norm = float(self.engine.get_global_grad_norm() or 0.0)
-            if not isfinite(norm):  # on all ranks alike
-                raise FloatingPointError(
-                    f"step {self.step}: the norm of the gradient is {norm}, and the weights are lost. --resume goes on "
-                    "from the last checkpoint; a smaller optimizer.lr or model.dtype=float32 may help"
-                )
             # What went through no forward has a loss of 0.
             sums.add_sum("loss", 0.0, mine - sum(float(batch.weights.sum()) for batch in batches))
             sums.add_sum("trained_share", 0.0, sum(kept))
-            sums.add("grad_norm", norm)
+            self.check_gradient(float(self.engine.get_global_grad_norm() or 0.0), sums)
         return traces
+
+    def check_gradient(self, norm: float, sums: Sums) -> None:
+        """Add the update's `norm` to `sums`; raises FloatingPointError after too many in a row that aren't finite.
+
+        DeepSpeed doesn't apply such an update, which one odd batch may cause. Norms are of all ranks.
+        """
+        self._skipped = 0 if isfinite(norm) else self._skipped + 1
+        sums.add("skipped_updates", self._skipped > 0)
+        if not self._skipped:
+            sums.add("grad_norm", norm)
+        if self._skipped == MOST_SKIPPED:
+            raise FloatingPointError(
+                f"step {self.step}: the gradient wasn't finite in {MOST_SKIPPED} updates in a row, none of which was "
+                "applied. Start again from model.path=an earlier checkpoint's hf folder, with a smaller optimizer.lr"
+            )
 
     def batches(self, groups: list[Group]) -> list[Batch]:
         """Micro-batches, those with compared rows first, as many on every rank and in the same order."""

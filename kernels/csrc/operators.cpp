@@ -56,21 +56,18 @@ bool has_amx() { return at::native::cpublas::could_pack(at::kBFloat16); }
 
 // How matrices of bfloat16 are multiplied: by AMX, by the processor's other products of bf16, or raised to float32.
 // VOGUE_CPU_PRODUCTS (amx, bf16 or f32) says otherwise, for tests and comparisons.
-const std::string& products_of_bf16() {
-  static const std::string products = [] {
-    const char* said = std::getenv("VOGUE_CPU_PRODUCTS");
-    const std::string chosen = said ? said : has_amx() ? "amx" : processor().multiplies_bf16 ? "bf16" : "f32";
-    TORCH_CHECK(
-        chosen == "amx" || chosen == "bf16" || chosen == "f32", "VOGUE_CPU_PRODUCTS=", chosen,
-        " is none of amx, bf16, f32");
-    return chosen;
-  }();
-  return products;
+std::string products_of_bf16() {
+  static const char* said = std::getenv("VOGUE_CPU_PRODUCTS");
+  const std::string chosen = said ? said : has_amx() ? "amx" : processor().multiplies_bf16 ? "bf16" : "f32";
+  TORCH_CHECK(
+      chosen == "amx" || chosen == "bf16" || chosen == "f32", "VOGUE_CPU_PRODUCTS=", chosen, " is none of amx, bf16, f32");
+  return chosen;
 }
 
 Products products_for(at::ScalarType dtype) {
-  if (dtype != at::kBFloat16 || products_of_bf16() == "f32") return processor().f32;
-  if (products_of_bf16() == "bf16") return processor().bf16;
+  const std::string chosen = dtype == at::kBFloat16 ? products_of_bf16() : "f32";
+  if (chosen == "f32") return processor().f32;
+  if (chosen == "bf16") return processor().bf16;
   Products products = processor().amx;
   if (has_amx()) {
     products.multiply = multiply_brgemm;
@@ -80,9 +77,9 @@ Products products_for(at::ScalarType dtype) {
 }
 
 std::string description() {
-  const std::string& products = products_of_bf16();
-  return std::string(processor().name) +
-         (products == "f32" ? "" : products == "amx" ? ", products of bfloat16 by AMX" : ", products of bfloat16");
+  const std::string chosen = products_of_bf16();
+  return std::string(processor().name) + (chosen == "f32" ? "" : ", products of bfloat16") +
+         (chosen != "amx" ? "" : has_amx() ? " by AMX" : " as by AMX");
 }
 
 // ------------------------------------------------------------------------------------------------------ operands

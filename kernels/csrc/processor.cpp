@@ -27,7 +27,7 @@ constexpr bool kMultipliesBF16 = true;
 constexpr bool kMultipliesBF16 = false;
 #endif
 typedef float Vector __attribute__((vector_size(4 * LANES)));
-typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 // -------------------------------------------------------------------------------------------------- types and views
 
@@ -99,7 +99,19 @@ constexpr bool kSame<Pair, BF16> = true;
 // ------------------------------------------------------------------------------------------------------- transposing
 
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
-typedef uint32_t UnalignedBits __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t UnalignedBits __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+
+// Elements `from` of a and b, one after the other.
+inline Bits shuffle(Bits a, Bits b, Bits from) {
+#if defined(__clang__)
+  Bits out;
+#pragma clang loop unroll(full)
+  for (int j = 0; j < LANES; ++j) out[j] = from[j] < LANES ? a[from[j]] : b[from[j] - LANES];
+  return out;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
 
 // In the square of words, swaps the two off-diagonal blocks of step × step in each diagonal block of twice their size.
 template <uint32_t step>
@@ -113,8 +125,8 @@ void swap_blocks(Bits* rows) {
   for (uint32_t i = 0; i < LANES; ++i)
     if (!(i & step)) {
       const Bits a = rows[i], b = rows[i + step];
-      rows[i] = __builtin_shuffle(a, b, upper);
-      rows[i + step] = __builtin_shuffle(a, b, lower);
+      rows[i] = shuffle(a, b, upper);
+      rows[i + step] = shuffle(a, b, lower);
     }
 }
 
@@ -243,7 +255,7 @@ Vector add_product(Vector sum, Pair a, Bits b) {
 // One panel by one group of columns: all sums stay in registers. A word is a float or a pair of bf16.
 template <class Word>
 void multiply_group(int64_t words, const Word* a, const Word* b, float* c, int64_t stride, bool add) {
-  typedef Word Words __attribute__((vector_size(4 * LANES)));
+  typedef Word Words __attribute__((vector_size(4 * LANES), may_alias));
   for (int i = 0; i < kPanel; ++i) __builtin_prefetch(c + i * stride, 1);
   Vector sums[kPanel][2] = {};
   for (int64_t k = 0; k < words; ++k) {

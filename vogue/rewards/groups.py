@@ -23,10 +23,12 @@ def score_groups(
     samples: Sequence[Sample],
     groups: Sequence[Sequence[Completion]],
     places: Sequence[tuple[int, ...]],
+    temperature: float,
 ) -> list[tuple[Score, ...]]:
     """The scores of each sample's group of completions by `config.reward`.
 
-    places  where each group stands in the run, such as (step, prompt): seeds the sampling of second answers
+    places       where each group stands in the run, such as (step, prompt): seeds the sampling of second answers
+    temperature  of that sampling
 
     Raises RewardError where `reward.function` fails.
     """
@@ -39,7 +41,7 @@ def score_groups(
             for place, group in zip(places, groups, strict=True)
             for number in range(len(group))
         ]
-        blind = blind_answers(engine, preprocessor, config, completions, repeated, seeds)
+        blind = blind_answers(engine, preprocessor, config, completions, repeated, seeds, temperature)
     scores = iter(score_batch(completions, repeated, config.reward, blind))
     return [tuple(islice(scores, len(group))) for group in groups]
 
@@ -51,11 +53,12 @@ def blind_answers(
     completions: Sequence[str],
     samples: Sequence[Sample],
     seeds: Sequence[int],
+    temperature: float,
 ) -> list[str | None]:
     """What the policy answers to each sample from the completion's <description>, printed in the image's place.
 
     None without a description, and for one that doesn't fit into `data.max_prompt_tokens`. Ours: one answer each,
-    sampled as the rollout is, to the prompt of design `verifiable`, whatever `data.system_prompt` says.
+    sampled as the completions are, to the prompt of design `verifiable`, whatever `data.system_prompt` says.
     """
     blindfolded = Preprocessor(preprocessor.processor, SYSTEM_PROMPT, config.data.max_prompt_tokens)
     requests, nothing = {}, blindfolded.view(())
@@ -68,7 +71,6 @@ def blind_answers(
             except DataError:  # the sample is known to be good: its description is too long, or spells special tokens
                 continue
             requests[number] = Request(prompt, nothing, seed)
-    rollout = config.rollout
-    outputs = engine.generate([*requests.values()], 1, rollout.max_tokens, rollout.temperature) if requests else []
+    outputs = engine.generate([*requests.values()], 1, config.rollout.max_tokens, temperature) if requests else []
     answers = {number: output[0].text for number, output in zip(requests, outputs, strict=True)}
     return [answers.get(number) for number in range(len(completions))]

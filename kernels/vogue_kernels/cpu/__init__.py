@@ -1,9 +1,9 @@
 """The C++ backend: one compiled library, `_C.so` (kernels/csrc), for float32, bfloat16 and float16 on CPUs.
 
 It chooses its instructions when it runs: AVX-512, AVX2 or none in particular (torch's own choice, which
-ATEN_CPU_CAPABILITY overrides), and for bfloat16 the products of AMX, where torch has them, or of AVX-512 BF16, where the
-processor has them; else bfloat16 is raised to float32, exactly. VOGUE_CPU_PRODUCTS=amx, bf16 or f32 overrides that, for
-tests and comparisons.
+ATEN_CPU_CAPABILITY overrides), and for bfloat16 the products of AMX, where torch has them, or of AVX-512 BF16, where
+the processor has them; else bfloat16 is raised to float32, exactly. VOGUE_CPU_PRODUCTS=amx, bf16 or f32 overrides that,
+for tests and comparisons.
 """
 
 from functools import cache
