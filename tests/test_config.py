@@ -53,6 +53,12 @@ def test_a_wrong_setting_is_told_by_key_and_value_in_one_line(override, told):
     assert "\n" not in str(error.value)
 
 
+def test_evaluations_sample_as_the_rollout_does_unless_told_otherwise():
+    assert load().trainer.eval_temperature == 1.0
+    assert load("rollout.temperature=0.7").trainer.eval_temperature == 0.7
+    assert load("rollout.temperature=0.7", "trainer.eval_temperature=0.2").trainer.eval_temperature == 0.2
+
+
 def test_every_wrong_setting_has_its_own_line():
     with pytest.raises(ConfigError) as error:
         load("rollout.n=1", "seed=-1", "nonsense=1")
