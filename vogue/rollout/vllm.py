@@ -7,6 +7,7 @@ so that no image is preprocessed twice and the two can't disagree about one.
 import contextlib
 import hashlib
 import itertools
+import logging
 import os
 from collections.abc import Iterable, Iterator
 
@@ -23,6 +24,7 @@ from vogue.rollout import BAN, Completion, Request, media_token_ids
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+logging.getLogger("vllm").addHandler(logging.NullHandler())  # it warns before it has read that level
 
 try:
     import vllm
