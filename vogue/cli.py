@@ -16,6 +16,7 @@ try:
 
     from vogue.arguments import WARMSTART, WARMSTART_DATA, WARMSTART_DIGITS, parse
     from vogue.config import Config, ConfigError, load_config
+    from vogue.stopping import STOPPED
 except ImportError as missing:  # only `vogue_kernels` was installed
     sys.exit(f"vogue: {missing.name} isn't installed: pip install 'vogue[cpu]' or 'vogue[gpu]' for training")
 
@@ -34,6 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     except RewardError as error:  # of one rank, maybe not the first
         print(f"vogue {arguments.command}: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nvogue {arguments.command}: interrupted", file=sys.stderr)
+        return STOPPED
     except FloatingPointError as error:  # the training diverged, of all ranks alike
         if os.environ.get("RANK", "0") == "0":
             print(f"vogue {arguments.command}: {error}", file=sys.stderr)

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vogue import logs
+from vogue import distributed, logs
 from vogue.config import Config, ConfigError
 from vogue.data import Sample, load_samples
 from vogue.data.prompts import system_prompt
@@ -22,13 +22,15 @@ from vogue.inputs import Preprocessor, load_processor
 from vogue.records import records
 from vogue.report import plot_curves
 from vogue.rewards import check_function
+from vogue.stopping import STOPPED, Stop
 from vogue.trainer import Trainer
 
 
 def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> int:
-    """Train; returns the exit code. Every rank calls it, rank 0 shows and writes.
+    """Train; returns the exit code, `stopping.STOPPED` where SIGINT or SIGTERM stopped it after a step.
 
-    `profile`: steps whose torch profiler trace, of each rank, goes into the run's folder.
+    Every rank calls it, rank 0 shows and writes. `profile`: steps whose torch profiler trace, of each rank, goes into
+    the run's folder.
     """
     logs.check_folder(config, resume)
     samples, held_out = _samples(config)
@@ -36,22 +38,32 @@ def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> 
     preprocessor.check(held_out)  # the trainer checks the others
     check_function(config.reward)
     trainer = Trainer(config, samples, preprocessor, resume)
-    if trainer.rank > 0:
-        for _ in _events(trainer, held_out, profile):
-            pass
-        return 0
+    with Stop() as stop:
+        events = _events(trainer, held_out, profile, stop)
+        if trainer.rank > 0:
+            for _ in events:
+                pass
+        else:
+            _log(events, trainer)
+    return 0 if trainer.step >= config.trainer.steps else STOPPED
+
+
+def _log(events: Iterator["Step | Evaluation"], trainer: Trainer) -> None:
+    """Write down and show what happens, and say at the end where everything is."""
+    config, tokenizer, console = trainer.config, trainer.processor.tokenizer, Console()
     logs.prepare(config, trainer.step)
-    console = Console()
     with logs.RunLog(config, trainer.step, console) as log:
-        for event in _events(trainer, held_out, profile):
+        for event in events:
             if isinstance(event, Step):
-                count, tokenizer = config.trainer.log_completions, preprocessor.tokenizer
-                rows = records(event.step, event.groups, count, tokenizer, config.trainer.output_dir)
+                count, folder = config.trainer.log_completions, config.trainer.output_dir
+                rows = records(event.step, event.groups, count, tokenizer, folder)
                 log.step(event.step, event.metrics, rows)
             else:
                 log.evaluation(event.step, event.record)
-    _show(config, console)
-    return 0
+    if trainer.step < config.trainer.steps:
+        console.print(f"stopped after {trainer.step} of {config.trainer.steps} steps; --resume goes on from there")
+    else:
+        _show(config, console)
 
 
 @dataclass(frozen=True)
@@ -71,12 +83,18 @@ class Evaluation:
     record: dict
 
 
-def _events(trainer: Trainer, held_out: list[Sample], profile: frozenset[int]) -> Iterator[Step | Evaluation]:
-    """The run: steps, evaluations before, between and after them, and checkpoints."""
-    settings = trainer.config.trainer
+def _events(
+    trainer: Trainer, held_out: list[Sample], profile: frozenset[int], stop: Stop
+) -> Iterator[Step | Evaluation]:
+    """The run: steps, evaluations before, between and after them, and checkpoints, one more where it stops."""
+    settings, saved = trainer.config.trainer, trainer.step
     if held_out and trainer.step == 0:
         yield Evaluation(0, record(trainer.evaluate(held_out)))
     while trainer.step < settings.steps:
+        if distributed.largest([int(stop.asked)], trainer.device)[0]:
+            if trainer.step > saved:
+                trainer.save()
+            return
         with _traced(trainer, trainer.step in profile):
             metrics, groups = trainer.run_step()
         yield Step(trainer.step - 1, metrics, groups)
@@ -85,6 +103,7 @@ def _events(trainer: Trainer, held_out: list[Sample], profile: frozenset[int]) -
             yield Evaluation(trainer.step, record(trainer.evaluate(held_out)))
         if last or (settings.save_every and trainer.step % settings.save_every == 0):
             trainer.save()
+            saved = trainer.step
 
 
 @contextmanager

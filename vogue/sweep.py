@@ -31,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vogue import compare, doctor, logs
 from vogue.checkpoint import complete
 from vogue.config import Config, ConfigError, Count, Section, check, load_config, read_settings
+from vogue.stopping import STOPPED
 
 OWN = ("seed", "trainer.output_dir")  # settings that the sweep gives each run
 SHARED = (  # else nothing could be paired
@@ -151,7 +152,7 @@ def run(sweep: Sweep, overrides: list[str], command: str, console: Console) -> i
         except KeyboardInterrupt:
             done = sum(one.done for one in runs)
             console.print(f"stopped: {done} of {len(runs)} runs are done; the same command goes on")
-            return 128 + signal.SIGINT
+            return STOPPED
     if any(one.done for one in runs):
         compared = _compared(runs)
         compare.show(compared, len(sweep.seeds), console)
