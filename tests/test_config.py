@@ -57,6 +57,10 @@ def test_evaluations_sample_as_the_rollout_does_unless_told_otherwise():
     assert load().trainer.eval_temperature == 1.0
     assert load("rollout.temperature=0.7").trainer.eval_temperature == 0.7
     assert load("rollout.temperature=0.7", "trainer.eval_temperature=0.2").trainer.eval_temperature == 0.2
+    assert load("rollout.temperature='0.7'").trainer.eval_temperature == 0.7
+    with pytest.raises(ConfigError) as error:
+        load("rollout.temperature=-1")
+    assert str(error.value) == "rollout.temperature=-1: input should be greater than 0"
 
 
 def test_every_wrong_setting_has_its_own_line():

@@ -1,5 +1,6 @@
 """A reward of the user's own: a real file in a real process, and what its user is told when it fails."""
 
+import signal
 import subprocess
 import threading
 import time
@@ -136,6 +137,20 @@ def test_a_function_that_ends_its_process_is_told_with_the_exit_code(function):
 def test_what_a_function_starts_reads_none_of_its_questions(function):
     own = function("import subprocess\nsubprocess.run(['cat'])\nreturn [1.0] * len(completions)", seconds=20)
     assert own(TEXTS, SAMPLES) == own(TEXTS, SAMPLES) == [1.0] * 3
+
+
+def test_a_function_may_terminate_what_it_starts(function):
+    own = function(
+        "os.kill(os.getpid(), signal.SIGTERM)  # as a launcher does\n"
+        "started = subprocess.Popen(['sleep', '1000'])\n"
+        "forked = multiprocessing.get_context('fork').Process(target=time.sleep, args=(1000,))\n"
+        "forked.start()\n"
+        "time.sleep(0.5)\n"
+        "started.terminate(), forked.terminate(), forked.join()\n"
+        "return [started.wait(), forked.exitcode, 0]",
+        before="import multiprocessing, os, signal, subprocess, time",
+    )
+    assert own(TEXTS, SAMPLES) == [-signal.SIGTERM, -signal.SIGTERM, 0]
 
 
 def test_an_interrupted_call_leaves_no_timer_to_wait_for(function, monkeypatch):

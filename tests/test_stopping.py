@@ -8,23 +8,61 @@ import time
 from contextlib import suppress
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_engines import free_port, metrics
 
 from vogue.cli import main
 from vogue.stopping import Stop
 
+# The schedule depends on the number of steps, which differs here.
+CHOSEN = ("trainer.save_every=0", "branch.probability=0.5")
 
-def test_the_first_signal_is_a_wish_and_a_second_interrupt_is_not():
+
+@pytest.fixture
+def heeded():
+    """Signals that have an effect, also where the suite runs in the background of a shell, which ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_the_first_signal_is_a_wish_and_a_second_interrupt_is_not(heeded, first):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    for first in (signal.SIGINT, signal.SIGTERM):
-        with Stop() as stop:
-            assert not stop.asked
-            os.kill(os.getpid(), first)
-            assert stop.asked
-            os.kill(os.getpid(), signal.SIGTERM)  # a launcher's, after a Ctrl-C that reached its ranks too
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
+    with Stop() as stop:
+        assert not stop.asked
+        os.kill(os.getpid(), first)
+        assert stop.asked
+        other = signal.SIGINT if first == signal.SIGTERM else signal.SIGTERM  # a launcher's, on top of a terminal's
+        os.kill(os.getpid(), other)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored(heeded):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert not stop.asked
+
+
+def test_a_stop_before_the_first_step_leaves_nothing_in_the_way(settings, monkeypatch, capsys):
+    class Asked(Stop):
+        def __enter__(self):
+            self.asked = True
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    chosen = [*settings, "trainer.steps=1", "trainer.eval_every=1", "data.test_limit=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr("vogue.run.Stop", Asked)
+        assert main(["train", *chosen]) == 130
+    assert "stopped before the first step; the same command starts anew" in capsys.readouterr().out
+    assert main(["train", *chosen]) == 0
 
 
 @pytest.mark.slow
@@ -36,8 +74,9 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_from_there(settings, tmp_
     command = command if ranks == 2 else [sys.executable, "-m", "vogue", "train"]
     ours = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     process = subprocess.Popen(
-        [*command, *settings, "trainer.steps=100000", "trainer.save_every=0"],
+        [*command, *settings, *CHOSEN, "trainer.steps=100000"],
         env={name: value for name, value in os.environ.items() if name not in ours},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True},
     )
     try:
@@ -56,5 +95,11 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_from_there(settings, tmp_
     if ranks == 1:  # the launcher has ways of its own
         assert "Traceback" not in err
         assert process.returncode == 130
-        assert main(["train", *settings, f"trainer.steps={done + 1}", "trainer.save_every=0", "--resume"]) == 0
+        steps = f"trainer.steps={done + 1}"
+        assert main(["train", *settings, *CHOSEN, steps, "--resume"]) == 0
         assert [row["step"] for row in metrics(folder)] == list(range(done + 1))
+        assert main(["train", *settings, *CHOSEN, steps, f"trainer.output_dir={tmp_path}/straight"]) == 0
+        paths = tmp_path.glob(f"*/checkpoints/step_{done + 1:06d}/hf/*.safetensors")
+        weights = [load_file(path) for path in paths]
+        assert len(weights) == 2
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])

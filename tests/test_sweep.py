@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from vogue.cli import main
 from vogue.config import Config
-from vogue.sweep import Sweep, load_sweep, plan
+from vogue.sweep import GRACE, Sweep, load_sweep, plan
 
 ROOT = Path(__file__).parents[1]
 STAND_IN = """
@@ -43,6 +43,10 @@ if how == "hang":
     (here / "pids.json.new").write_text(json.dumps([os.getpid(), child.pid]))
     os.rename(here / "pids.json.new", here / "pids.json")
     child.wait()
+if how == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (here / "pids.json").write_text(json.dumps([os.getpid()]))
+    time.sleep(1000)
 if how == "meet":  # ends well only where two of these run at once
     (here / f"met-{folder.name}").touch()
     deadline = time.monotonic() + 60
@@ -286,6 +290,25 @@ def alive(pid):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_a_second_interrupt_waits_for_no_run_and_leaves_none(sweep_file, how, capsys, tmp_path):
+    how(vogue__seed_0="stubborn")
+    pids = tmp_path / "pids.json"
+
+    def interrupt():
+        while not (pids.exists() and pids.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    start = time.monotonic()
+    assert main(["sweep", sweep_file()]) == 130
+    assert time.monotonic() - start < GRACE
+    assert "stopping: runs may end their step within" in capsys.readouterr().out
+    assert not any(map(alive, json.loads(pids.read_text())))
 
 
 def test_a_sweep_that_is_terminated_ends_all_that_it_started(sweep_file, how, capsys, tmp_path):

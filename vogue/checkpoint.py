@@ -64,7 +64,8 @@ def save(engine, model, processor, root: Path, step: int, keep: int) -> Path:
     final = root / f"step_{step:06d}"
     partial = root / f".{final.name}.partial"
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for unfinished in root.glob(".step_*.partial"):
+            shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
     dist.barrier()
     save_hf(model, processor, partial / "hf")

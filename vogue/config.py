@@ -262,15 +262,12 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig = TrainerConfig()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_eval_temperature(cls, values: Any) -> Any:
-        rollout, trainer = (values.get(name, {}) for name in ("rollout", "trainer"))
-        if isinstance(rollout, dict) and isinstance(trainer, dict) and trainer.get("eval_temperature") is None:
-            temperature = rollout.get("temperature", RolloutConfig.model_fields["temperature"].default)
-            if isinstance(temperature, (int, float)):  # anything else is told as what it is
-                return values | {"trainer": trainer | {"eval_temperature": temperature}}
-        return values
+    @model_validator(mode="after")
+    def _fill_eval_temperature(self) -> "Config":
+        if self.trainer.eval_temperature is None:
+            filled = self.trainer.model_copy(update={"eval_temperature": self.rollout.temperature})
+            object.__setattr__(self, "trainer", filled)  # frozen from here on
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":

@@ -60,7 +60,9 @@ def _log(events: Iterator["Step | Evaluation"], trainer: Trainer) -> None:
                 log.step(event.step, event.metrics, rows)
             else:
                 log.evaluation(event.step, event.record)
-    if trainer.step < config.trainer.steps:
+    if trainer.step == 0:
+        console.print("stopped before the first step; the same command starts anew")
+    elif trainer.step < config.trainer.steps:
         console.print(f"stopped after {trainer.step} of {config.trainer.steps} steps; --resume goes on from there")
     else:
         _show(config, console)

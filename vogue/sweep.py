@@ -41,7 +41,7 @@ SHARED = (  # else nothing could be paired
     "trainer.eval_samples",
     "trainer.eval_temperature",
 )
-GRACE = 10  # seconds that a process has to end by itself
+GRACE = 30  # seconds that processes have to end by themselves: a run ends its step and saves
 TAIL_LINES = 15  # of a failed run's log
 
 Name = Annotated[str, Field(pattern=r"^[\w=+-][\w.=+-]*$")]
@@ -207,6 +207,9 @@ def _work(waiting: list[Run], sweep: Sweep, lock: IO, console: Console) -> list[
                         failed.append((one, process.returncode))
                         progress.console.print(f"{one.name} failed", style="red")
                     progress.advance(task)
+        except KeyboardInterrupt:
+            progress.console.print(f"stopping: runs may end their step within {GRACE} s; Ctrl-C again stops at once")
+            raise
         finally:
             _end([process for _, process in running])
     return failed
@@ -231,14 +234,18 @@ def _start(one: Run, launcher: tuple[str, ...], lock: IO, environment: dict[str,
 
 
 def _end(processes: list[subprocess.Popen]) -> None:
-    """End the processes' groups: politely first, then all that is left of them."""
-    for process in processes:
-        _signal(process, signal.SIGTERM)
-    for process in processes:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
-        _signal(process, signal.SIGKILL)
-        process.wait()
+    """End the processes' groups: politely first, then, also after a further interrupt, all that is left of them."""
+    try:
+        for process in processes:
+            _signal(process, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+    finally:
+        for process in processes:
+            _signal(process, signal.SIGKILL)
+            process.wait()
 
 
 def _signal(process: subprocess.Popen, number: signal.Signals) -> None:

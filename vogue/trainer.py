@@ -87,7 +87,7 @@ class Trainer:
         self.rollout = create_engine(config, self.processor, self.policy.model)
         self.guidance = GuidanceConfig(**config.guidance.model_dump())
         self.step = 0
-        self._skipped = 0  # updates in a row
+        self._skipped = 0  # updates in a row, of this process
         self._background = ThreadPoolExecutor(max_workers=1, initializer=_one_openmp_thread)
         self._ahead: tuple[int, Future[list[Item]]] | None = None
         if found:

@@ -9,14 +9,14 @@ import resource
 import signal
 import sys
 
-from math_verify import parse, verify
-
 MEMORY_BYTES = 4 << 30  # of address space: 10^(10^10) alone would take 4 GB
 
 
 def work(cpu_seconds: float) -> None:
     """Answer questions from stdin until it closes; a question that takes too long ends the process."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, for the trainer, which ends this process itself
+    from math_verify import parse, verify
+
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     replies, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is not a reply
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))

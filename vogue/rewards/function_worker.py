@@ -18,7 +18,9 @@ from pathlib import Path
 
 def work(path: str, name: str) -> None:
     """Import the function, say whether that worked, and answer questions from stdin until it closes."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, for the trainer, which ends this process itself
+    # A launcher's SIGTERM is for the trainer, which ends this process itself; what it starts takes it as ever.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     questions, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the function starts may read, and gets no question
     os.dup2(2, 1)  # whatever is printed is not a reply
