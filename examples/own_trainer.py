@@ -81,7 +81,7 @@ def reward(text: str, answer: str) -> float:
     return float(bool(boxed) and boxed[-1].strip() == answer)
 
 
-def main(argv: list[str] | None = None) -> list[float]:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="Hugging Face folder or name of a vision-language model")
     parser.add_argument("data", help="parquet with the columns problem, answer and images")
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--n", type=int, default=8, help="completions a prompt (default 8)")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-4)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
 
     torch.manual_seed(0)
     dice = random.Random(0)
@@ -101,7 +101,6 @@ def main(argv: list[str] | None = None) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr)
     rows = parquet.read_table(arguments.data).to_pylist()
     loss_function = VogueLoss()
-    accuracies = []
     for step in range(arguments.steps):
         accuracy, u_per = 0.0, []
         for row in dice.sample(rows, arguments.prompts):
@@ -132,10 +131,8 @@ def main(argv: list[str] | None = None) -> list[float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        accuracies.append(accuracy)
         ambiguity = f"{sum(u_per) / len(u_per):.4f} nats in {len(u_per)} noisy groups" if u_per else "no noisy group"
         print(f"step {step + 1}: accuracy {accuracy:.2f}, u_per {ambiguity}", flush=True)
-    return accuracies
 
 
 if __name__ == "__main__":

@@ -205,12 +205,20 @@ def test_nothing_is_generated_for_no_prompts(trainer, engine):
 # -------------------------------------------------------------------------------------------------- several ranks
 
 
+def launcher(ranks):
+    return [str(Path(sys.executable).with_name("deepspeed")), f"--num_gpus={ranks}", f"--master_port={free_port()}"]
+
+
+def environment():
+    """This process' without what makes it the only rank of a run."""
+    ours = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
 def launch(ranks, *command):
     """Run a module or script on this many ranks; returns its output."""
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), f"--num_gpus={ranks}", f"--master_port={free_port()}"]
-    ours = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
-    done = subprocess.run([*launcher, *map(str, command)], env=environment, capture_output=True, text=True, timeout=900)
+    command = [*launcher(ranks), *map(str, command)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr  # at the end of a rank, after its work
     return done.stdout
@@ -371,13 +379,14 @@ distributed.start()
 for _ in range(20):
     dist.all_gather_into_tensor(torch.empty(2000), torch.ones(1000))
     dist.all_reduce(torch.ones(3))
+print("rank done")
 """
 
 
 def test_ranks_end_without_an_abort_right_after_a_collective(tmp_path):
     script = tmp_path / "collectives.py"
     script.write_text(COLLECTIVES)
-    launch(2, script)
+    assert launch(2, script).count("rank done") == 2  # and `launch` asserts the exit code of both
 
 
 GRADIENTS = """

@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_engines import free_port, metrics
+from test_engines import environment, launcher, metrics
 
 from vogue.cli import main
 from vogue.stopping import Stop
@@ -69,13 +69,11 @@ def test_a_stop_before_the_first_step_leaves_nothing_in_the_way(settings, monkey
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_from_there(settings, tmp_path, ranks):
     folder = tmp_path / "run"
-    launcher = [os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--num_gpus=2"]
-    command = [*launcher, f"--master_port={free_port()}", "--module", "vogue.train"]
-    command = command if ranks == 2 else [sys.executable, "-m", "vogue", "train"]
-    ours = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    alone = [sys.executable, "-m", "vogue", "train"]
+    command = alone if ranks == 1 else [*launcher(ranks), "--module", "vogue.train"]
     process = subprocess.Popen(
         [*command, *settings, *CHOSEN, "trainer.steps=100000"],
-        env={name: value for name, value in os.environ.items() if name not in ours},
+        env=environment(),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True},
     )

@@ -20,7 +20,7 @@ try:
 except ImportError as missing:  # only `vogue_kernels` was installed
     sys.exit(f"vogue: {missing.name} isn't installed: pip install 'vogue[cpu]' or 'vogue[gpu]' for training")
 
-USAGE_ERROR = 2
+DIVERGED, USAGE_ERROR = 1, 2
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,18 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     except RewardError as error:  # of one rank, maybe not the first
         print(f"vogue {arguments.command}: {error}", file=sys.stderr)
         return USAGE_ERROR
-    except KeyboardInterrupt:
+    except (ConfigError, DataError, ExtractorError, ImportError, FloatingPointError, KeyboardInterrupt) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"\nvogue {arguments.command}: interrupted", file=sys.stderr)
-        return STOPPED
-    except FloatingPointError as error:  # the training diverged, of all ranks alike
-        if os.environ.get("RANK", "0") == "0":
-            print(f"vogue {arguments.command}: {error}", file=sys.stderr)
-        return 1
-    except (ConfigError, DataError, ExtractorError, ImportError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"vogue {arguments.command}: {error}", file=sys.stderr)
-        return USAGE_ERROR
+            print(f"vogue {arguments.command}: {str(error) or 'interrupted'}", file=sys.stderr)
+        return {FloatingPointError: DIVERGED, KeyboardInterrupt: STOPPED}.get(type(error), USAGE_ERROR)
 
 
 # ------------------------------------------------------------------------------------------------------- commands

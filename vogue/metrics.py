@@ -40,18 +40,9 @@ class Sums:
     NAMES = (
         *("reward", "accuracy", "format", "finished", "tokens", "noisy_share", "solved_share", "mixed_share"),
         *("distinct_answers", "pass_at_n", "entropy", "clip_fraction", "out_capped", "mismatch/logprob"),
-        *(
-            "mismatch/kl",
-            "u_per",
-            "per_capped",
-            "ratio_error",
-            "loss",
-            "grad_norm",
-            "skipped_updates",
-            "verifier_failures",
-        ),
+        *("mismatch/kl", "u_per", "per_capped", "ratio_error", "loss", "grad_norm", "skipped_updates"),
         *(f"reward/{name}" for name in (*COMPONENTS, "overlong")),
-        *("rounds", "filled_share", "trained_share", "measured/entropy", "measured/u_per"),
+        *("verifier_failures", "rounds", "filled_share", "trained_share", "measured/entropy", "measured/u_per"),
     )
 
     def __init__(self):

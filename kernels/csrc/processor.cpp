@@ -164,8 +164,8 @@ void pack(const T* data, const Lines& from, int64_t width, int64_t depth, Word* 
   constexpr int64_t kWord = kElements<Word>, kBlock = 16;  // words of a line that are read together
   const int64_t inside = depth < from.length ? depth : from.length, whole = inside / kWord;
   data += from.offset;
-  auto put = [&](int64_t i, int64_t k) {
-    const T* element = data + i * from.line_stride + kWord * k * from.stride;
+  auto put = [&](int64_t i, int64_t k, int64_t line_stride) {
+    const T* element = data + i * line_stride + kWord * k * from.stride;
     set(out[k * width + i], element[0], element[kWord == 2 ? from.stride : 0]);
   };
   int64_t start = 0;
@@ -173,14 +173,11 @@ void pack(const T* data, const Lines& from, int64_t width, int64_t depth, Word* 
     start = transpose(data, from.count, whole, from.line_stride * sizeof(T), width, out);
   if (from.line_stride == 1) {
     for (int64_t k = start; k < whole; ++k)
-      for (int64_t i = 0; i < from.count; ++i) {
-        const T* element = data + kWord * k * from.stride + i;
-        set(out[k * width + i], element[0], element[kWord == 2 ? from.stride : 0]);
-      }
+      for (int64_t i = 0; i < from.count; ++i) put(i, k, 1);
   } else {
     for (; start < whole; start += kBlock)
       for (int64_t i = 0; i < from.count; ++i)
-        for (int64_t k = start; k < start + kBlock && k < whole; ++k) put(i, k);
+        for (int64_t k = start; k < start + kBlock && k < whole; ++k) put(i, k, from.line_stride);
   }
   for (int64_t i = 0; whole * kWord < inside && i < from.count; ++i)  // an odd element at the end
     set(out[whole * width + i], data[i * from.line_stride + whole * kWord * from.stride], T{});
