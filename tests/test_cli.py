@@ -168,6 +168,11 @@ def test_more_digits_than_there_are_and_nothing_is_written(fails, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
+def test_an_evaluation_takes_a_runs_file_that_evaluates_as_it_trains(fails, settings):
+    message = fails("eval", *settings, "trainer.eval_every=2", "data.test=null")
+    assert message == "vogue eval: data.test is not set: the samples to evaluate on"
+
+
 def test_an_option_that_does_not_exist(settings, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["train", *settings, "--frobnicate"])

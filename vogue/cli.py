@@ -55,6 +55,7 @@ def train(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     _quiet()
     path, overrides = _file_and_overrides(arguments.settings)
+    overrides.append("trainer.eval_every=0")  # a run's file may set it, and data.test=null may be asked for
     if arguments.samples:
         overrides.append(f"trainer.eval_samples={arguments.samples}")
     config = load_config(path, overrides)

@@ -142,6 +142,20 @@ def test_the_hub_is_asked_for_the_named_split_and_images_stay_encoded(monkeypatc
 
 
 @pytest.mark.parametrize(
+    "error", [ConnectionError("no network"), FileNotFoundError("gone"), ValueError("no such split")]
+)
+def test_what_the_hub_cannot_give_is_told_with_its_name(monkeypatch, error):
+    import datasets
+
+    def load_dataset(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=f"^hub:owner/geometry@test: {error}$"):
+        load_samples("hub:owner/geometry@test")
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"answer": ""}, r"row 1: 'answer' must be text and not empty, but is ''"),

@@ -195,7 +195,10 @@ def _read_hub(spec: str, required: Sequence[str], wanted: Sequence[str] | None) 
 
     name, _, split = spec.removeprefix("hub:").partition("@")
     parts = name.split("/")  # owner, name, and maybe a subset
-    rows = load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train")
+    try:
+        rows = load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train")
+    except (OSError, ValueError) as error:  # no network, no such data set, subset or split
+        raise DataError(f"{spec}: {error}") from error
     require_columns(rows.column_names, required, spec)
     columns = [column for column in wanted or rows.column_names if column in rows.column_names]
     # The Arrow format hands out images as they are stored, encoded.
