@@ -106,7 +106,8 @@ def given_groups(trainer, task: Task) -> list:
         tokens = completions_of(task, item.number)
         made = tuple(Completion(tuple(ids), (-5.0,) * len(ids), "", False) for ids in tokens)
         advantages = tuple((-1.0) ** i for i in range(task.n))
-        groups.append(Group(item, item.draws[0], made, (), advantages, (True,) * task.n))
+        noisy = item.draws[0]
+        groups.append(Group(item, noisy, made, (True,) * task.n, (noisy,) * task.n, advantages=advantages))
     return groups
 
 

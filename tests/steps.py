@@ -15,7 +15,7 @@ def with_settings(trainer, config):
     """`trainer` under other settings, with the same weights; it must not be stepped."""
     other = copy.copy(trainer)
     other.config = config
-    other.guidance = GuidanceConfig(**config.guidance.model_dump())
+    other.guidance = GuidanceConfig(**config.guidance.model_dump(exclude={"sign_transition"}))
     return other
 
 
@@ -36,7 +36,8 @@ def drawn(groups, draws):
 def loss_gradient(trainer, groups, normalise=True):
     """The gradient of an update's loss, flat, and the policy left as it was."""
     batches = trainer.batches(groups)
-    loss = sum(trainer.loss(batch, *trainer.read(trainer.policy(batch)), Sums(), first=True) for batch in batches)
+    found = [trainer.signals(batch, trainer.policy(batch)) for batch in batches]
+    loss = sum(trainer.loss(batch, signals, Sums(), first=True) for batch, signals in zip(batches, found, strict=True))
     if normalise:
         loss = loss / sum(batch.weights.sum() for batch in batches)
     parameters = list(trainer.policy.parameters())

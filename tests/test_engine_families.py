@@ -88,7 +88,7 @@ def disagreement(trainer):
     items = [trainer.item(sample, 0, i, (False,) * 3) for i, sample in enumerate(trainer.samples)]
     groups = [replace(group, advantages=(1.0,) * 3) for group in trainer.generate(items)]
     with torch.no_grad():
-        pairs = [(trainer.read(trainer.policy(b))[0], b.rollout_logprob) for b in trainer.batches(groups)]
+        pairs = [(trainer.policy(b).logprob, b.rollout_logprob) for b in trainer.batches(groups)]
     assert torch.cat([ours for ours, _ in pairs]).std() > 0.1
     return max((ours - theirs).abs().max().item() for ours, theirs in pairs)
 

@@ -79,7 +79,7 @@ def disagreement(trainer):
     differences = []
     with torch.no_grad():
         for batch in trainer.batches(groups):
-            logprob, _, _ = trainer.read(trainer.policy(batch))
+            logprob = trainer.policy(batch).logprob
             differences.append((logprob - batch.rollout_logprob).abs().max().item())
     return max(differences)
 

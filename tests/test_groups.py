@@ -14,7 +14,7 @@ def group(number, *accuracies, rewards=None, lengths=None, part=0):
     scores = tuple(Score(r, a, 1.0, None) for r, a in zip(rewards or accuracies, accuracies))
     completions = tuple(Completion((0,) * n, (0.0,) * n, "", True) for n in lengths or (1,) * count)
     item = Item(number, None, None, None, (False,) * count, part)
-    return Group(item, False, completions, scores, (), (True,) * count)
+    return Group(item, False, completions, (True,) * count, (False,) * count, scores)
 
 
 def test_the_soft_punishment_by_hand():

@@ -12,6 +12,7 @@ from vogue.groups import Group, sample_order
 from vogue.metrics import Clock, Sums
 from vogue.rollout import Completion
 from vogue.trainer import measure
+from vogue.uncertainty import Signals
 
 # -------------------------------------------------------------------------------------------- branch granularity
 
@@ -50,7 +51,7 @@ def test_advantages_come_from_all_completions_of_the_branch_whatever_is_trained_
     item = trainer.item(trainer.samples[0], 0, 0, (True, False, False))
     texts = [rf"<think></think>\boxed{{{item.prompt.sample.answer}}}", r"<think></think>\boxed{no}", "no"]
     completions = tuple(Completion((1,), (0.0,), text, True) for text in texts)
-    (judged,) = trainer.judge([Group(item, True, completions, (), (), item.draws)])
+    (judged,) = trainer.judge([Group(item, True, completions, kept=item.draws, paid=(True,) * 3)])
     assert [score.reward for score in judged.scores] == pytest.approx([1.0, 0.1, 0.0])
     # mean 11/30, sample standard deviation sqrt((361 + 64 + 121) / 900 / 2) = 0.550757
     assert judged.advantages == pytest.approx([1.149932, -0.484182, -0.665750], abs=1e-5)
@@ -85,10 +86,10 @@ def test_grpo_is_vogue_without_branch_and_guidance(config, new_trainer):
     assert all(item.noisy is None for item in items)
     groups = [replace(group, advantages=(2.0, -1.0)) for group in trainer.generate(items)]
     (batch,) = trainer.batches(groups)
-    logprob, entropy, divergence = trainer.read(trainer.policy(batch))
-    assert divergence is None
-    assert entropy.min() > 0.01
-    loss = trainer.loss(batch, logprob, entropy, None, Sums(), first=True)
+    signals = trainer.signals(batch, trainer.policy(batch))
+    assert signals.u_per is None
+    assert signals.u_out.min() > 0.01
+    loss = trainer.loss(batch, signals, Sums(), first=True)
     # Ratio 1 and no bonus: minus the advantages of all tokens.
     lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
     assert loss.item() == pytest.approx(-2 * (lengths[0] + lengths[2]) + lengths[1] + lengths[3])
@@ -112,7 +113,7 @@ def test_every_guidance_setting_reaches_the_loss(
     count = len(batch.targets)
     entropy, divergence = torch.linspace(0.1, 3, count), torch.linspace(2, 0.05, count)
     trainer = with_settings(trainer, config(*TWO_BY_TWO, override))
-    loss = trainer.loss(batch, torch.full((count,), -1.0), entropy, divergence, Sums(), first=True)
+    loss = trainer.loss(batch, Signals(torch.full((count,), -1.0), entropy, divergence), Sums(), first=True)
     expected = 0.0
     for advantage, h, u in zip(batch.advantages.tolist(), entropy.tolist(), divergence.tolist()):
         g_out = min(abs(advantage) / beta_out, alpha_out * h)
@@ -123,15 +124,16 @@ def test_every_guidance_setting_reaches_the_loss(
 
 def test_the_divergence_setting_chooses_which_one_is_read_and_nothing_else(new_trainer, config):
     trainer = new_trainer(*TWO_BY_TWO, "perturb.sigma=0.8")
-    stats = trainer.policy(noisy_batch(trainer))
+    batch = noisy_batch(trainer)
+    stats = trainer.policy(batch)
     read = {
-        name: with_settings(trainer, config(f"uncertainty.divergence={name}")).read(stats)
+        name: with_settings(trainer, config(f"uncertainty.divergence={name}")).signals(batch, stats)
         for name in ("symmetric", "forward", "reverse")
     }
     assert all(logprob is stats.logprob for logprob, _, _ in read.values())
     assert all(torch.equal(entropy, stats.entropy) for _, entropy, _ in read.values())
-    assert torch.equal(read["forward"][2], stats.branches.kl_raw_noisy)  # KL(p || q), p the raw branch
-    assert torch.equal(read["reverse"][2], stats.branches.kl_noisy_raw)
+    assert torch.equal(read["forward"][2], stats.other.kl_other_own)  # KL(p || q), p the raw branch
+    assert torch.equal(read["reverse"][2], stats.other.kl_own_other)
     torch.testing.assert_close(read["symmetric"][2], (read["forward"][2] + read["reverse"][2]) / 2)
     assert (read["forward"][2] - read["reverse"][2]).abs().max() > 1e-6
     assert not any(t.requires_grad for _, entropy, divergence in read.values() for t in (entropy, divergence))
@@ -144,17 +146,16 @@ def test_the_estimator_reaches_guidance_and_leaves_the_logged_uncertainties_exac
     losses, logged = {}, {}
     for name in ("exact", "k3", "sampled"):
         chosen, sums = with_settings(trainer, config(*TWO_BY_TWO, f"uncertainty.estimator={name}")), Sums()
-        logprob, u_out, u_per = chosen.read(stats)
         measure(batch, stats, sums, all_groups=False)
-        losses[name] = chosen.loss(batch, logprob, u_out, u_per, sums, first=True).item()
+        losses[name] = chosen.loss(batch, chosen.signals(batch, stats), sums, first=True).item()
         logged[name] = (sums.sums["entropy"], sums.sums["u_per"])
-    q, p = stats.logprob.detach(), stats.branches.logprob_raw.detach()
+    q, p = stats.logprob.detach(), stats.other.logprob
     caps = batch.advantages.abs() / 2
     bonus = torch.minimum(caps, 0.4 * -q) + torch.minimum(caps, ((p - q).exp() - 1) * (p - q) / 2)
     assert losses["k3"] == pytest.approx(-float((batch.advantages + bonus).sum()), rel=1e-5)
     assert len(set(losses.values())) == 3
     assert set(logged.values()) == {
-        (float(stats.entropy.detach().double().sum()), float(stats.branches.symmetric_kl.detach().double().sum()))
+        (float(stats.entropy.detach().double().sum()), float(stats.other.symmetric_kl.double().sum()))
     }
 
 
@@ -197,7 +198,7 @@ def test_clean_and_noisy_completions_are_one_group_trained_on_the_clean_image(ne
     (batch,) = trainer.batches(groups)
     assert torch.equal(batch.view.pixel_values, torch.cat([group.item.raw.pixel_values for group in groups]))
     stats = trainer.policy(batch)
-    assert stats.branches is None
+    assert stats.other is None
 
     # The engine's log-probabilities are those of the view that it saw: they say which one it was.
     lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
@@ -211,7 +212,7 @@ def test_clean_and_noisy_completions_are_one_group_trained_on_the_clean_image(ne
     # The mismatch of trainer and engine is measured where both saw the same image, and nothing else knows of the rest.
     assert torch.equal(batch.rollout_logprob.isnan(), source)
     sums = Sums()
-    loss = trainer.loss(batch, *trainer.read(stats), sums, first=True)
+    loss = trainer.loss(batch, trainer.signals(batch, stats), sums, first=True)
     assert loss.item() == pytest.approx(-float(batch.advantages.sum()), rel=1e-5)
     assert sums.counts["mismatch/logprob"] == int((~source).sum())
     assert sums.sums["mismatch/logprob"] / sums.counts["mismatch/logprob"] < 1e-5
@@ -222,7 +223,9 @@ def test_clean_and_noisy_completions_share_a_mean_and_a_deviation(new_trainer):
     item = trainer.items(0)[0]
     texts = [rf"<think></think>\boxed{{{item.prompt.sample.answer}}}"] + ["no"] * 4
     completions = tuple(Completion((1,), (0.0,), text, True) for text in texts)
-    (found,) = trainer.judge([Group(item, False, completions, (), (), (True,) * 5, (False,) * 3 + (True,) * 2)])
+    (found,) = trainer.judge(
+        [Group(item, False, completions, (True,) * 5, (False,) * 5, foreign=(False,) * 3 + (True,) * 2)]
+    )
     # rewards 1, 0, 0, 0, 0: mean 1/5, sample deviation sqrt(1/5) = 0.447214
     assert found.advantages == pytest.approx([1.788854] + [-0.447214] * 4, abs=1e-5)
 

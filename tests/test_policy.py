@@ -12,7 +12,7 @@ from vogue.packing import Row, collate
 from vogue.perturb import perturb
 from vogue.policy import Policy
 from vogue.rollout import BAN, Completion, media_token_ids
-from vogue_kernels import BranchStats
+from vogue.uncertainty import OtherBranch
 
 TEMPERATURE = 0.7
 PAD_ID = 0
@@ -113,7 +113,7 @@ def test_sharing_a_prompt_changes_no_logprob_entropy_or_gradient(names, tied, ki
     rows = [row(preprocessor, kinds[name], (3, 5, 1), seed=i) for i, name in enumerate(names)]
     batch = in_double(collate(rows, PAD_ID, token_mean=True))
     stats = policy(batch)
-    assert stats.branches is None
+    assert stats.other is None
 
     logps = torch.cat([alone(plain, r.prompt, r.view, c.token_ids, banned) for r in rows for c in r.completions])
     logprob = logps.gather(1, batch.targets[:, None])[:, 0]
@@ -149,7 +149,7 @@ def test_noisy_rows_compare_both_branches_and_learn_through_the_noisy_one_alone(
     rows = [row(preprocessor, kinds[name], (2, 4), sigma=0.8, seed=i) for i, name in enumerate(names)]
     rows += [row(preprocessor, kinds["another image"], (3, 2), seed=3)] * with_others
     batch = in_double(collate(rows, PAD_ID, token_mean=True))
-    stats, branches = policy(batch), policy(batch).branches
+    stats, other = policy(batch), policy(batch).other
 
     completions = [(r, c.token_ids) for r in rows for c in r.completions]
     q = torch.cat([alone(plain, r.prompt, r.view, tokens, banned) for r, tokens in completions])
@@ -162,32 +162,23 @@ def test_noisy_rows_compare_both_branches_and_learn_through_the_noisy_one_alone(
     m, noisy = len(p), q[: len(p)]
     assert (m < len(q)) == with_others
     forward, reverse = (p.exp() * (p - noisy)).sum(1), (noisy.exp() * (noisy - p)).sum(1)
-    expected = BranchStats(
-        logprob_raw=p.gather(1, targets[:m])[:, 0],
-        logprob_noisy=logprob[:m],
-        entropy_raw=-(p.exp() * p).sum(1),
-        entropy_noisy=entropy[:m],
-        kl_raw_noisy=forward,
-        kl_noisy_raw=reverse,
+    expected = OtherBranch(
+        logprob=p.gather(1, targets[:m])[:, 0],
+        entropy=-(p.exp() * p).sum(1),
+        kl_own_other=reverse,
+        kl_other_own=forward,
         symmetric_kl=(forward + reverse) / 2,
     )
     for name, value in expected._asdict().items():
-        assert getattr(branches, name).sub(value).abs().max() < 1e-9, name
-    assert branches.symmetric_kl[: 2 * 6].min() > 1e-4  # the branches do differ where there is an image
-    assert branches.symmetric_kl[2 * 6 :].max() < 1e-12  # and are one where there is none
+        assert getattr(other, name).sub(value).abs().max() < 1e-9, name
+        assert not getattr(other, name).requires_grad
+    assert other.symmetric_kl[: 2 * 6].min() > 1e-4  # the branches do differ where there is an image
+    assert other.symmetric_kl[2 * 6 :].max() < 1e-12  # and are one where there is none
 
     weights = torch.linspace(-1, 2, len(targets), dtype=torch.float64)
     (weights * stats.logprob).sum().backward()
     (weights * logprob).sum().backward()
     assert_equal_gradients(policy, plain)
-
-
-def test_the_raw_branch_of_noisy_rows_keeps_no_graph(kinds, preprocessor, new_model):
-    policy = Policy(new_model(), 1.0)
-    stats = policy(collate([row(preprocessor, kinds["one image"], (2,), sigma=0.8)], PAD_ID, token_mean=True))
-    stats.branches.entropy_raw.sum().backward()
-    reached = {name for name, gradient in gradients(policy.model).items() if gradient is not None and gradient.any()}
-    assert reached == {"model.language_model.embed_tokens.weight"}  # the tied head itself, no layer below it
 
 
 def test_media_tokens_have_no_probability_even_where_the_head_favours_them(processor, new_model):

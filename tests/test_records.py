@@ -36,7 +36,7 @@ def group(tokenizer, raw, noisy=None, texts=("4<|im_end|>", "né"), number=12):
     )
     scores = tuple(Score(0.1 + i, float(i == 0), 1.0, None, {"think": 0.5}) for i in range(len(texts)))
     advantages = tuple(float(1 - 2 * i) for i in range(len(texts)))
-    return Group(item, False, tuple(completions), scores, advantages, (True,) * len(texts))
+    return Group(item, False, tuple(completions), (True,) * len(texts), (False,) * len(texts), scores, advantages)
 
 
 def traced(group, with_u_per):

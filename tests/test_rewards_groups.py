@@ -111,7 +111,7 @@ def test_a_step_measures_the_components_of_its_design(new_trainer):
     metrics, groups = trainer.run_step()
     assert metrics["reward/blind"] == 0.0  # the model describes nothing
     assert {name for name in metrics if name.startswith("reward/")} == {"reward/blind"}
-    judged = trainer.judge([Group(groups[0].item, False, group(DESCRIBED, "no"), (), (), (True, True))])
+    judged = trainer.judge([Group(groups[0].item, False, group(DESCRIBED, "no"), (True, True), (False, False))])
     assert judged[0].scores[0].format == 1.0
     assert judged[0].advantages[0] == pytest.approx(0.7071, abs=1e-4)  # more than the other, whatever it answers
 

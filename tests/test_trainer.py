@@ -9,6 +9,7 @@ from steps import TWO_BY_TWO, both_groups, drawn, loss_gradient, noisy_batch, we
 from vogue.groups import Group, split
 from vogue.metrics import Clock, Sums
 from vogue.rollout import Completion
+from vogue.uncertainty import Signals
 
 # ----------------------------------------------------------------------------------------------- loss and updates
 
@@ -19,9 +20,9 @@ def test_clipping_compares_with_the_old_log_probabilities(new_trainer, config):
     count = len(batch.targets)
     ratio = torch.tensor([0.5, 0.9, 1.0, 1.2, 1.5]).repeat(count)[:count]
     old = torch.linspace(-3, -1, count)
-    batch = replace(batch, old=(old, torch.zeros(count), None))
+    batch = replace(batch, old=Signals(old, torch.zeros(count), None))
     sums = Sums()
-    loss = trainer.loss(batch, old + ratio.log(), torch.ones(count), None, sums, first=True)
+    loss = trainer.loss(batch, Signals(old + ratio.log(), torch.ones(count), None), sums, first=True)
     expected, clipped = 0.0, 0
     for r, advantage in zip(ratio.tolist(), batch.advantages.tolist()):
         taken = min(r * advantage, min(max(r, 0.8), 1.3) * advantage)
@@ -37,8 +38,8 @@ def test_old_statistics_and_not_new_ones_shape_the_advantage(new_trainer):
     trainer = new_trainer(*TWO_BY_TWO)
     batch = noisy_batch(trainer)
     zeros, ones = torch.zeros(len(batch.targets)), torch.ones(len(batch.targets))
-    batch = replace(batch, old=(zeros, zeros, zeros))  # no uncertainty when it was drawn
-    loss = trainer.loss(batch, zeros, ones, ones, Sums(), first=True)
+    batch = replace(batch, old=Signals(zeros, zeros, zeros))  # no uncertainty when it was drawn
+    loss = trainer.loss(batch, Signals(zeros, ones, ones), Sums(), first=True)
     assert loss.item() == pytest.approx(-float(batch.advantages.sum()), rel=1e-5)
 
 
@@ -46,14 +47,14 @@ def test_a_token_mean_and_a_sequence_mean_by_hand(new_trainer):
     trainer = new_trainer("method=grpo", *TWO_BY_TWO)
     item = trainer.item(trainer.samples[0], 0, 0, (False, False))
     long, short = Completion((60, 61, 62, 63), (0.0,) * 4, "", True), Completion((64,), (0.0,), "", True)
-    group = Group(item, False, (long, short), (), (1.0, -2.0), (True, True))
+    group = Group(item, False, (long, short), (True, True), (False, False), advantages=(1.0, -2.0))
     found = {}
     for how in ("token-mean", "sequence-mean"):
         config = trainer.config.model_copy(update={"loss": trainer.config.loss.model_copy(update={"aggregation": how})})
         chosen = with_settings(trainer, config)
         (batch,) = chosen.batches([group])
         sums = Sums()
-        chosen.loss(batch, torch.zeros(5), torch.zeros(5), None, sums, first=True)
+        chosen.loss(batch, Signals(torch.zeros(5), torch.zeros(5), None), sums, first=True)
         found[how] = sums.sums["loss"] / sums.counts["loss"]
     assert found["token-mean"] == pytest.approx(-(4 * 1.0 - 2.0) / 5)
     assert found["sequence-mean"] == pytest.approx(-(1.0 - 2.0) / 2)
@@ -66,7 +67,7 @@ def test_the_importance_cap_multiplies_by_the_truncated_ratio_to_the_engine(new_
     weights = torch.tensor([0.5, 1.0, 3.0]).repeat(count)[:count]
     logprob = torch.full((count,), -2.0)
     batch = replace(batch, rollout_logprob=logprob - weights.log())
-    loss = trainer.loss(batch, logprob, torch.zeros(count), None, Sums(), first=True)
+    loss = trainer.loss(batch, Signals(logprob, torch.zeros(count), None), Sums(), first=True)
     assert loss.item() == pytest.approx(-float((weights.clamp(max=2) * batch.advantages).sum()), rel=1e-5)
 
 
@@ -141,11 +142,11 @@ def test_several_updates_a_step_start_at_a_ratio_of_one_and_clip_against_the_wei
     groups = groups_of_step(twice)
     first, second = split(groups, 2)
     with torch.no_grad():
-        old = [once.read(once.policy(batch)) for batch in once.batches(second)]
+        old = [once.signals(batch, once.policy(batch)) for batch in once.batches(second)]
     _, sums_once = weights_after(once, first)  # what the first of two updates must do
     sums_second = Sums()
     for batch, statistics in zip(once.batches(second), old, strict=True):
-        once.loss(replace(batch, old=statistics), *once.read(once.policy(batch)), sums_second, first=False)
+        once.loss(replace(batch, old=statistics), once.signals(batch, once.policy(batch)), sums_second, first=False)
     _, sums = weights_after(twice, groups)
     assert sums.counts["ratio_error"] == sums_once.counts["loss"]
     assert sums.sums["ratio_error"] / sums.counts["ratio_error"] < 1e-6
@@ -189,11 +190,11 @@ def test_raw_rows_need_one_forward_and_noisy_rows_two(new_trainer, budget):
     assert set().union(*compared) == noisy
     assert compared == sorted(compared, key=bool, reverse=True)  # noisy ones first, on every rank
     for batch, found in zip(batches, compared, strict=True):
-        branches = trainer.policy(batch).branches
-        assert (branches is None) == (not found)
+        other = trainer.policy(batch).other
+        assert (other is None) == (not found)
         if found:
             first = sum(len(c.token_ids) for c in batch.completions if id(c) in found)
-            assert len(branches.logprob_raw) == first
+            assert len(other.logprob) == first
             assert batch.noisy.tolist() == [True] * first + [False] * (len(batch.targets) - first)
 
 
@@ -256,8 +257,9 @@ def test_the_other_branch_is_computed_only_where_its_divergence_is_rewarded(new_
     assert [row.compared for group in groups for row in without.rows(group)] == [False, False]
     batches = without.batches([groups[1]])
     assert torch.equal(batches[0].view.pixel_values, groups[1].item.noisy.pixel_values)
-    assert without.policy(batches[0]).branches is None
-    assert without.loss(batches[0], *without.read(without.policy(batches[0])), Sums(), first=True).isfinite()
+    assert without.policy(batches[0]).other is None
+    signals = without.signals(batches[0], without.policy(batches[0]))
+    assert without.loss(batches[0], signals, Sums(), first=True).isfinite()
 
 
 def test_a_step_without_any_gradient_is_still_an_update(new_trainer):
@@ -317,7 +319,7 @@ def test_each_completion_gets_the_values_of_its_own_tokens(new_trainer, override
             alone = replace(group, kept=tuple(j == i for j in range(2)))
             (batch,) = trainer.batches([alone])
             stats = trainer.policy(batch)
-            expected[id(completion)] = (stats.entropy.detach(), stats.branches.symmetric_kl.detach())
+            expected[id(completion)] = (stats.entropy.detach(), stats.other.symmetric_kl)
     kept = {id(c) for group in groups for c, keep in zip(group.completions, group.kept) if keep}
     traces = trainer.update(groups, Sums(), Clock())
     assert traces.keys() == kept

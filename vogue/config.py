@@ -28,14 +28,26 @@ METHODS: dict[str, dict[str, Any]] = {
     "noisy_rollout": {name: value for name, value in GRPO.items() if name != "rollout.noisy_share"},
     "entropy": {name: value for name, value in GRPO.items() if name != "guidance.alpha_out"},
     "passk": GRPO | {"advantage.kind": "passk"},
+    "dupl": {
+        "branch.rollout": "raw",
+        "branch.granularity": "step",
+        "rollout.noisy_share": 0.0,
+        "uncertainty.estimator": "sampled",
+        "uncertainty.entropy": "drawn",
+        "guidance.order": "sequential",
+        "loss.clip_dual": 3.0,
+        "loss.aggregation": "token-mean",
+    },
 }
 
 # Where a method starts from other defaults; these may be set to something else. DAPO's buffer is the paper's 4,096 of
 # 20,480 tokens; its limit of rounds is ours (the paper has none). NoisyRollout's half is the paper's 6 + 6 completions,
-# and its strength has halved at step 40 of the 60 that the paper trains on Geometry3K.
+# and its strength has halved at step 40 of the 60 that the paper trains on Geometry3K. DUPL, the name of VOGUE's
+# official code, adds little noise to much else, and leaves its clipping to EasyR1's defaults.
 STARTS: dict[str, dict[str, Any]] = {
     "dapo": {"rollout.rounds": 4, "reward.overlong_buffer": 0.2},
     "noisy_rollout": {"rollout.noisy_share": 0.5, "perturb.anneal_at": 2 / 3},
+    "dupl": {"perturb.preset": "paper", "perturb.sigma": 0.2, "loss.clip_high": 0.3},
 }
 
 # What each reward design adds up, and with which weights. VOGUE's; the six of arXiv 2601.00215, whose weights are known
@@ -96,6 +108,11 @@ class PerturbConfig(Section):
 
 
 class BranchConfig(Section):
+    rollout: Literal["drawn", "raw"] = Field(
+        "drawn",
+        description="what completions are generated from and trained on: the image that was drawn (Algorithm 1), or "
+        "the raw one, where a draw only decides whether u_per is paid (the authors' code)",
+    )
     granularity: Literal["prompt", "response", "step"] = Field(
         "prompt", description="what one draw decides; `response` is the paper's Algorithm 1"
     )
@@ -107,9 +124,22 @@ class GuidanceConfig(Section):
     beta_out: Positive = Field(2.0, description="cap of g_out: |A| / beta_out")
     alpha_per: NonNegative = Field(1.0, description="weight of the divergence of the branches; 0 switches u_per off")
     beta_per: Positive = Field(2.0, description="cap of g_per: |A| / beta_per")
+    order: Literal["parallel", "sequential"] = Field(
+        "parallel", description="cap g_out by |A| / beta_out as well, or by |A + g_per| / beta_out (the authors' code)"
+    )
+    sign_transition: tuple[Share, Share] | None = Field(
+        None,
+        description="shares of trainer.steps between which the sign of g_per goes from 1 (rewards tokens that "
+        "the perturbation changes) to -1 (those that it leaves alone); unset: 1 throughout",
+    )
 
 
 class UncertaintyConfig(Section):
+    entropy: Literal["trained", "drawn"] = Field(
+        "trained",
+        description="u_out is that of the branch that is trained, or of the one that was drawn; they differ with "
+        "branch.rollout=raw alone",
+    )
     estimator: Literal["exact", "k3", "sampled"] = Field(
         "exact",
         description="u_out and u_per from the whole vocabulary, from the sampled token without bias, or as VOGUE's "
@@ -210,6 +240,9 @@ class LossConfig(Section):
     drop_unfinished: bool = Field(
         False, description="no loss on completions that rollout.max_tokens cut off (DAPO's overlong filtering)"
     )
+    clip_dual: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = Field(
+        None, description="the loss of a negative advantage A is at most -clip_dual A (dual-clip PPO); unset: no bound"
+    )
     importance_cap: Positive | None = Field(
         None, description="multiply each token by min(cap, trainer's / engine's probability); unset: don't"
     )
@@ -285,6 +318,14 @@ class Config(Section):
             raise ValueError(
                 f"uncertainty.divergence={self.uncertainty.divergence} could be negative with estimator=sampled"
             )
+        if self.uncertainty.entropy == "drawn" and self.uncertainty.estimator == "k3" and self.branch.rollout == "raw":
+            raise ValueError(
+                "uncertainty.entropy=drawn with estimator=k3 and branch.rollout=raw: tokens of the raw branch say "
+                "nothing without bias of the noisy one's entropy"
+            )
+        transition = self.guidance.sign_transition
+        if transition and transition[0] > transition[1]:
+            raise ValueError(f"guidance.sign_transition={list(transition)} ends before it begins")
         if self.trainer.eval_temperature == 0 and self.trainer.eval_samples > 1:
             raise ValueError(
                 f"trainer.eval_samples={self.trainer.eval_samples} completions would be alike with "

@@ -19,7 +19,7 @@ from vogue.seeds import Purpose, rng_for
 
 @dataclass(frozen=True)
 class Item:
-    """Prompt `number` of a step: `raw` and `noisy` views, and which of its G completions train on the noisy branch.
+    """Prompt `number` of a step: `raw` and `noisy` views, and the draw of each of its G completions, noisy or not.
 
     `part`: which of the step's optimizer updates trains on it.
     """
@@ -47,16 +47,18 @@ class Trace:
 class Group:
     """G completions of one item, scored, and trained on one branch; `kept` are those that are trained on.
 
-    `foreign`: which of them were generated from the other branch's view (NoisyRollout's), none where it's empty.
-    `traces`, after training: of each completion, None for those that needed no forward.
+    `paid`: those whose u_per is paid. `foreign`: those that were generated from the other branch's view
+    (NoisyRollout's), none where it's empty. `traces`, after training: of each completion, None for those that needed no
+    forward.
     """
 
     item: Item
     noisy: bool
     completions: tuple[Completion, ...]
-    scores: tuple[Score, ...]
-    advantages: tuple[float, ...]
     kept: tuple[bool, ...]
+    paid: tuple[bool, ...]
+    scores: tuple[Score, ...] = ()
+    advantages: tuple[float, ...] = ()
     foreign: tuple[bool, ...] = ()
     traces: tuple[Trace | None, ...] = ()
 
@@ -151,7 +153,8 @@ def tally(groups: Iterable[Group], sums: Sums) -> None:
         sums.add("mixed_share", 0 < right < len(scores))
         sums.add("distinct_answers", len({score.parsed for score in scores}))
         sums.add("pass_at_n", pass_at_k(len(scores), right, len(scores)))
-        for score, completion, kept, noisy in zip(scores, group.completions, group.kept, group.sources, strict=True):
+        completions = zip(scores, group.completions, group.kept, group.sources, group.paid, strict=True)
+        for score, completion, kept, noisy, paid in completions:
             sums.add("reward", score.reward)
             sums.add("accuracy", score.accuracy)
             sums.add("format", score.format)
@@ -161,3 +164,4 @@ def tally(groups: Iterable[Group], sums: Sums) -> None:
             sums.add("tokens", len(completion.token_ids))
             if kept:
                 sums.add("noisy_share", noisy)
+                sums.add("paid_share", paid)

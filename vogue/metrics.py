@@ -32,13 +32,14 @@ class Sums:
     """Sums and counts of a step's metrics on this rank; `means` divides them over all ranks.
 
     Those of rewards, answers and lengths are of all that was generated. Those of tokens (entropy, u_per, clipping,
-    mismatch, ratio_error) are of the tokens that send a gradient, A != 0, and so of every step alike, u_per of the
-    noisy ones among them; `measured/...`, on the steps that `trainer.measure_every` names, of all tokens that the
-    step keeps. `trained_share`: share of those tokens that went through a forward.
+    mismatch, ratio_error) are of the tokens that send a gradient, A != 0, and so of every step alike, u_per of those
+    among them that it is paid to; `measured/...`, on the steps that `trainer.measure_every` names, of all tokens that
+    the step keeps. `trained_share`: share of those tokens that went through a forward.
     """
 
     NAMES = (
-        *("reward", "accuracy", "format", "finished", "tokens", "noisy_share", "solved_share", "mixed_share"),
+        *("reward", "accuracy", "format", "finished", "tokens", "noisy_share", "paid_share"),
+        *("solved_share", "mixed_share"),
         *("distinct_answers", "pass_at_n", "entropy", "clip_fraction", "out_capped", "mismatch/logprob"),
         *("mismatch/kl", "u_per", "per_capped", "ratio_error", "loss", "grad_norm", "skipped_updates"),
         *(f"reward/{name}" for name in (*COMPONENTS, "overlong")),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vogue.inputs import Prompt, View, cat_images
 from vogue.rollout import Completion
+from vogue.uncertainty import Signals
 
 PAD = -1  # segment of padding
 
@@ -29,7 +30,7 @@ class Row:
     `advantages[i]` is the base advantage of `completions[i]`. `view` is their branch, the noisy one where `noisy`,
     `other` the other one, where the two are compared (`None` where no second forward is needed).
     `weight` is 0 for a row that only keeps ranks in step. `foreign[i]`: completion i was generated from another view
-    than `view`, none was where it is empty.
+    than `view`, none was where it is empty. `paid`: their loss reads u_per.
     """
 
     prompt: Prompt
@@ -40,6 +41,7 @@ class Row:
     weight: float = 1.0
     foreign: tuple[bool, ...] = ()
     noisy: bool = False
+    paid: bool = False
 
     @property
     def tokens(self) -> int:
@@ -72,10 +74,10 @@ class Batch:
 
     `input_ids`, `token_types`, `segments`: (B, L) int64. `positions` (N,): where in the B·L hidden states token n
     is predicted. `targets` (N,) int64; `advantages`, `rollout_logprob`, `weights` (N,) float32: base advantage, the
-    engine's log-probability (NaN where the engine saw another view), and the token's weight in the loss. `noisy` (N,)
-    bool: tokens of the noisy branch. `completions`: in the tokens' order. `view` is None where there is no image.
-    `other`: the compared rows, which are the first ones, on their other branch; None where there are none. `old` holds
-    what a pass before several updates found (log-probability, u_out, u_per).
+    engine's log-probability (NaN where the engine saw another view), and the token's weight in the loss. `noisy` and
+    `paid` (N,) bool: tokens of the noisy branch, and those whose u_per is paid. `completions`: in the tokens' order.
+    `view` is None where there is no image. `other`: the compared rows, which are the first ones, on their other branch;
+    None where there are none. `old` holds what a pass before several updates found.
     """
 
     input_ids: Tensor
@@ -89,8 +91,9 @@ class Batch:
     rollout_logprob: Tensor
     weights: Tensor
     noisy: Tensor
+    paid: Tensor
     other: "Batch | None"
-    old: tuple[Tensor, Tensor, Tensor | None] | None = None
+    old: Signals | None = None
 
     def to(self, device: torch.device) -> "Batch":
         kinds = Tensor | Images | Batch
@@ -205,6 +208,7 @@ def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
         rollout_logprob=torch.tensor(logprobs),
         weights=per_token(weights),
         noisy=per_token([row.noisy for row in rows for _ in row.completions]),
+        paid=per_token([row.paid for row in rows for _ in row.completions]),
         other=None,
     )
     if 0 < len(compared) < len(rows):

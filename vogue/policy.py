@@ -12,7 +12,6 @@ prompt's, so each completion sees exactly what it would see alone. The vision to
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,8 @@ from transformers import PreTrainedModel
 from vogue.attention import FLEX, IMPLEMENTATIONS, PARTS, attention_inputs
 from vogue.packing import PAD, Batch, Images
 from vogue.rollout import BAN
-from vogue_kernels import BranchStats, LogprobStats, linear_branch_stats, linear_logprob
+from vogue.uncertainty import OtherBranch, TokenStats
+from vogue_kernels import LogprobStats, linear_branch_stats, linear_logprob
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,6 @@ FAMILIES = {
 }
 
 
-class TokenStats(NamedTuple):
-    """Log-probability, with gradient, and entropy of N tokens on the branch they are trained on, (N,), in nats.
-
-    `branches`: of the first M tokens, which are compared. That branch is "noisy" in there, with gradient, whichever it
-    is; "raw" is the other one. None where M is 0.
-    """
-
-    logprob: Tensor
-    entropy: Tensor
-    branches: BranchStats | None
-
-
 class PolicyHead(nn.Module):
     """Output projection and per-token statistics in one: hidden states (N, D) to results (N,), float32, in nats.
 
@@ -78,12 +66,14 @@ class PolicyHead(nn.Module):
         if other is None:
             return TokenStats(*self._alone(hidden, targets), None)
         m = len(other)
-        branches = linear_branch_stats(other, hidden[:m], self.weight, targets[:m], self.bias, self.temperature)
-        logprob, entropy = branches.logprob_noisy, branches.entropy_noisy
+        # The operator doesn't mind which branch is which; its gradient reaches its second one, which is trained.
+        both = linear_branch_stats(other, hidden[:m], self.weight, targets[:m], self.bias, self.temperature)
+        logprob, entropy = both.logprob_noisy, both.entropy_noisy
         if m < len(hidden):
             alone = self._alone(hidden[m:], targets[m:])
             logprob, entropy = torch.cat([logprob, alone.logprob]), torch.cat([entropy, alone.entropy])
-        return TokenStats(logprob, entropy, branches)
+        compared = (both.logprob_raw, both.entropy_raw, both.kl_noisy_raw, both.kl_raw_noisy, both.symmetric_kl)
+        return TokenStats(logprob, entropy, OtherBranch(*(value.detach() for value in compared)))
 
     def _alone(self, hidden: Tensor, targets: Tensor) -> LogprobStats:
         return linear_logprob(hidden, self.weight, targets, self.bias, self.temperature)

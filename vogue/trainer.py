@@ -9,7 +9,10 @@ One step:
     A^ = A + min(|A|/beta_o, alpha_o u_out) + z min(|A|/beta_p, alpha_p u_per)
     ascend min(r A^, clip(r, 1 - low, 1 + high) A^)            r = pi / pi_old
 
-Rows of the raw branch need one forward; rows of the noisy branch a second one, without gradient, on the raw image.
+With `branch.rollout=raw` all completions are generated from x and trained on it, as in the authors' code: z only
+decides whether u_per is paid.
+
+A completion needs one forward, and where z = 1 a second one, without gradient, on the image that it isn't trained on.
 Completions with A = 0 need none. Every `trainer.measure_every` steps all of it is computed, to be logged.
 
 The other methods are settings of this loop (`vogue.config.METHODS`). Two need more: DAPO's dynamic sampling repeats the
@@ -20,13 +23,12 @@ on the raw one, where old log-probabilities are computed too.
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import compress
 from math import isfinite
 
 import deepspeed
 import torch
 from threadpoolctl import threadpool_limits
-from torch import Tensor, nn
+from torch import Tensor
 
 from vogue import branch, checkpoint, distributed
 from vogue.config import Config, ConfigError
@@ -50,12 +52,12 @@ from vogue.loading import deepspeed_settings, load_model
 from vogue.metrics import Clock, Sums, peak_memory
 from vogue.packing import Batch, Row, collate, deal, pack, spread
 from vogue.perturb import annealed, perturb
-from vogue.policy import Policy, TokenStats
+from vogue.policy import Policy
 from vogue.rewards import verifier
 from vogue.rewards.groups import score_groups
 from vogue.rollout import Completion, Request, create_engine, media_token_ids
 from vogue.seeds import Purpose, seed_for
-from vogue.uncertainty import output_uncertainty, perception_uncertainty
+from vogue.uncertainty import Signals, TokenStats, read_signals
 from vogue_kernels import GuidanceConfig, clipped_surrogate, shaped_advantage
 
 MOST_SKIPPED = 3  # updates in a row whose gradient isn't finite
@@ -85,7 +87,7 @@ class Trainer:
             warnings.warn(f"every completion is a row of its own: {self.policy.why_separate}", stacklevel=2)
         self.engine = _deepspeed_engine(self.policy, config)
         self.rollout = create_engine(config, self.processor, self.policy.model)
-        self.guidance = GuidanceConfig(**config.guidance.model_dump())
+        self.guidance = GuidanceConfig(**config.guidance.model_dump(exclude={"sign_transition"}))
         self.step = 0
         self._skipped = 0  # updates in a row, of this process
         self._background = ThreadPoolExecutor(max_workers=1, initializer=_one_openmp_thread)
@@ -196,7 +198,8 @@ class Trainer:
     def generate(self, items: list[Item]) -> list[Group]:
         """Groups of every branch that a draw asks for, unscored. Both, where draws are per response and differ.
 
-        With `rollout.noisy_share`, one group of completions of both views, trained on the raw branch.
+        With `branch.rollout=raw` the raw group alone, whose draws decide where u_per is paid. With
+        `rollout.noisy_share`, one group of completions of both views, trained on the raw branch.
         """
         n, noisy_n = self.config.rollout.n, self.config.rollout.noisy
         if noisy_n:
@@ -204,10 +207,19 @@ class Trainer:
             noisy = self.complete([(item, True) for item in items], noisy_n)
             foreign = (False,) * (n - noisy_n) + (True,) * noisy_n
             joined = zip(items, clean, noisy, strict=True)
-            return [Group(item, False, (*a, *b), (), (), (True,) * n, foreign) for item, a, b in joined]
+            return [
+                Group(item, False, (*a, *b), kept=(True,) * n, paid=(False,) * n, foreign=foreign)
+                for item, a, b in joined
+            ]
+        if self.config.branch.rollout == "raw":
+            found = self.complete([(item, False) for item in items], n)
+            return [
+                Group(item, False, tuple(completions), kept=(True,) * n, paid=item.draws)
+                for item, completions in zip(items, found, strict=True)
+            ]
         wanted = [(item, noisy) for item in items for noisy in (False, True) if noisy in item.draws]
         return [
-            Group(item, noisy, tuple(completions), (), (), tuple(draw == noisy for draw in item.draws))
+            Group(item, noisy, tuple(completions), kept=tuple(z == noisy for z in item.draws), paid=(noisy,) * n)
             for (item, noisy), completions in zip(wanted, self.complete(wanted, n), strict=True)
         ]
 
@@ -246,7 +258,7 @@ class Trainer:
             packed = [self.batches(part) for part in parts]
         if len(parts) > 1:
             with clock("old"), torch.no_grad():
-                packed = [[replace(batch, old=self.read(self.engine(batch))) for batch in part] for part in packed]
+                packed = [[self.with_old(batch) for batch in part] for part in packed]
         for number, (part, batches) in enumerate(zip(parts, packed, strict=True)):
             kept = kept_lengths(part)
             mine = float(sum(kept) if self.config.loss.aggregation == "token-mean" else len(kept))
@@ -256,7 +268,7 @@ class Trainer:
                 with clock("forward"):
                     stats = self.engine(batch)
                     traces |= measure(batch, stats, sums, self.measures(self.step))
-                    loss = self.loss(batch, *self.read(stats), sums, first=number == 0)
+                    loss = self.loss(batch, self.signals(batch, stats), sums, first=number == 0)
                 with clock("backward"):
                     # DeepSpeed averages gradients over the ranks; this loss is one summand of the global mean.
                     self.engine.backward(loss * (self.ranks / weight))
@@ -301,55 +313,62 @@ class Trainer:
     def rows(self, group: Group) -> list[Row]:
         """A group as one row, or as a row a completion where the model can't share the prompt.
 
-        A completion with A = 0 sends no gradient, and only a noisy one's bonus needs the other branch: what isn't
-        needed is left out, unless the step `measures`.
+        A completion with A = 0 sends no gradient, and only a paid one's loss reads the other branch: what isn't needed
+        is left out, unless the step `measures`. Completions that are paid and those that aren't, which a draw a
+        response leaves in one raw group, are two rows, so that the second forward is of the paid ones alone.
         """
         measures, item = self.measures(self.step), group.item
-        noisy = group.noisy and bool(item.raw.images)  # without images the branches are one
+        seen = bool(item.raw.images)  # without images the branches are one
         foreign = group.foreign or (False,) * len(group.completions)
         needed = [kept and (measures or a != 0) for kept, a in zip(group.kept, group.advantages, strict=True)]
-        chosen = list(compress(zip(group.completions, group.advantages, foreign, strict=True), needed))
-        view, other = (item.noisy, item.raw) if noisy else (item.raw, item.noisy)
-        if not measures and not (noisy and self.guidance.alpha_per > 0):
-            other = None
+        everything = list(zip(group.completions, group.advantages, foreign, group.paid, strict=True))
+        view, other = (item.noisy, item.raw) if group.noisy and seen else (item.raw, item.noisy)
         rows = []
-        for part in [chosen] if self.shared_prefix else [[one] for one in chosen]:
-            if part:
-                completions, advantages, foreign = zip(*part, strict=True)
-                rows.append(Row(item.prompt, view, other, completions, advantages, 1.0, foreign, noisy))
+        for paid in (False, True):
+            chosen = [one for one, need in zip(everything, needed, strict=True) if need and one[-1] == paid]
+            read = other if measures or (paid and seen and self.reads_other) else None
+            for part in [chosen] if self.shared_prefix else [[one] for one in chosen]:
+                if part:
+                    completions, advantages, foreign, _ = zip(*part, strict=True)
+                    marks = {"foreign": foreign, "noisy": group.noisy and seen, "paid": paid and seen}
+                    rows.append(Row(item.prompt, view, read, completions, advantages, **marks))
         return rows
 
-    def read(self, stats: TokenStats) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probability, with its gradient, u_out and u_per (0 of tokens that aren't compared), each (N,)."""
-        settings, u_per = self.config.uncertainty, None
-        u_out = output_uncertainty(stats.entropy, stats.logprob, settings.estimator)
-        if stats.branches is not None:
-            u_per = perception_uncertainty(stats.branches, settings.estimator, settings.divergence)
-            u_per = nn.functional.pad(u_per, (0, len(u_out) - len(u_per)))
-        return stats.logprob, u_out, u_per
+    @property
+    def reads_other(self) -> bool:
+        """Whether the loss of a completion whose draw was noisy reads the branch that it isn't trained on."""
+        config = self.config
+        of_drawn = config.branch.rollout == "raw" and config.uncertainty.entropy == "drawn"
+        return config.guidance.alpha_per > 0 or (of_drawn and config.guidance.alpha_out > 0)
 
-    def loss(
-        self, batch: Batch, logprob: Tensor, u_out: Tensor, u_per: Tensor | None, sums: Sums, first: bool
-    ) -> Tensor:
+    def signals(self, batch: Batch, stats: TokenStats) -> Signals:
+        """What the loss reads of the batch's tokens."""
+        return read_signals(stats, batch.noisy, batch.paid, **self.config.uncertainty.model_dump())
+
+    def with_old(self, batch: Batch) -> Batch:
+        """The batch with its signals before the first update."""
+        return replace(batch, old=self.signals(batch, self.engine(batch)))
+
+    def loss(self, batch: Batch, signals: Signals, sums: Sums, first: bool) -> Tensor:
         """Weighted sum of the tokens' losses; adds the batch's metrics to `sums`."""
-        settings = self.config.loss
-        old_logprob, old_u_out, old_u_per = batch.old or (logprob.detach(), u_out, u_per)
-        shaped = shaped_advantage(batch.advantages, old_u_out, old_u_per, batch.noisy, self.guidance)
-        token_loss, clipped = clipped_surrogate(
-            logprob, old_logprob, shaped.advantage, settings.clip_low, settings.clip_high
-        )
+        settings, logprob = self.config.loss, signals.logprob
+        old = batch.old or signals._replace(logprob=logprob.detach())
+        sign = branch.bonus_sign(self.step, self.config.trainer.steps, self.config.guidance.sign_transition)
+        shaped = shaped_advantage(batch.advantages, old.u_out, old.u_per, batch.paid, self.guidance, sign)
+        clips = settings.clip_low, settings.clip_high, settings.clip_dual
+        token_loss, clipped = clipped_surrogate(logprob, old.logprob, shaped.advantage, *clips)
         comparable = ~batch.rollout_logprob.isnan()
-        mismatch = torch.where(comparable, old_logprob - batch.rollout_logprob, 0.0)
+        mismatch = torch.where(comparable, old.logprob - batch.rollout_logprob, 0.0)
         if settings.importance_cap is not None:
             token_loss = token_loss * mismatch.exp().clamp(max=settings.importance_cap)
         trained = _trained(batch)
-        ratio_error = {"ratio_error": (logprob.detach() - old_logprob).expm1().abs()} if first else {}
+        ratio_error = {"ratio_error": (logprob.detach() - old.logprob).expm1().abs()} if first else {}
         sums.add_tokens(trained, {"clip_fraction": clipped, "out_capped": shaped.out_capped} | ratio_error)
         sums.add_tokens(
             trained & comparable, {"mismatch/logprob": mismatch.abs(), "mismatch/kl": mismatch.expm1() - mismatch}
         )
-        if u_per is not None:
-            sums.add_tokens(trained & batch.noisy, {"per_capped": shaped.per_capped})
+        if signals.u_per is not None:
+            sums.add_tokens(trained & batch.paid, {"per_capped": shaped.per_capped})
         sums.add_sum("loss", float((batch.weights * token_loss.detach()).sum()), float(batch.weights.sum()))
         return (batch.weights * token_loss).sum()
 
@@ -390,10 +409,10 @@ def measure(batch: Batch, stats: TokenStats, sums: Sums, all_groups: bool) -> di
     """
     real, trained = batch.weights > 0, _trained(batch)
     entropy = stats.entropy.detach()
-    u_per = entropy[:0] if stats.branches is None else stats.branches.symmetric_kl.detach()
+    u_per = entropy[:0] if stats.other is None else stats.other.symmetric_kl
     compared = slice(len(u_per))
     sums.add_tokens(trained, {"entropy": entropy})
-    sums.add_tokens((trained & batch.noisy)[compared], {"u_per": u_per})
+    sums.add_tokens((trained & batch.paid)[compared], {"u_per": u_per})
     if all_groups:
         sums.add_tokens(real, {"measured/entropy": entropy})
         sums.add_tokens(real[compared], {"measured/u_per": u_per})

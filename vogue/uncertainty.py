@@ -1,20 +1,71 @@
-r"""What guidance takes for a token's uncertainties: `uncertainty.estimator` and `uncertainty.divergence`.
+r"""What the loss reads of a token: its log-probability and both uncertainties, as `uncertainty` in the settings says.
 
-v is the sampled token, q the branch that it was sampled from, p the raw one, r = p(v) / q(v).
+v is the sampled token, s the branch that it was sampled from and is trained on, o the other one, r = o(v) / s(v).
 
-             u_out               KL(q‖p) reverse   KL(p‖q) forward   u_per symmetric
-    exact    H(q)                sums over the whole vocabulary
-    k3       −log q(v)           r − 1 − log r     r log r − r + 1   ½ (r − 1) log r
-    sampled  −q(v) log q(v)                                          ½ (p(v) − q(v)) (log p(v) − log q(v))
+             u_out               KL(s‖o)       KL(o‖s)           symmetric
+    exact    H(s)                sums over the whole vocabulary
+    k3       −log s(v)           r − 1 − log r  r log r − r + 1   ½ (r − 1) log r
+    sampled  −s(v) log s(v)                                       ½ (o(v) − s(v)) (log o(v) − log s(v))
 
-Under v ~ q the means of k3 are the exact values, and its divergences are never negative (k3 is the name of the reverse
+With p the raw and q the noisy branch, "forward" is KL(p‖q) and "reverse" KL(q‖p): which of the two columns that is
+depends on the branch that s is.
+
+Under v ~ s the means of k3 are the exact values, and its divergences are never negative (k3 is the name of the first
 one in J. Schulman, "Approximating KL divergence", 2020). `sampled` is what VOGUE's official code computes: one term of
 each sum, which is no estimate of it; its entropy is at most 1/e.
 """
 
-from torch import Tensor
+from typing import NamedTuple
 
-from vogue_kernels import BranchStats
+import torch
+from torch import Tensor, nn
+
+
+class OtherBranch(NamedTuple):
+    """The first M of N tokens on the branch that they are not trained on; no result has a gradient."""
+
+    logprob: Tensor  # (M,) nats
+    entropy: Tensor  # (M,) nats
+    kl_own_other: Tensor  # (M,) nats, KL(s‖o)
+    kl_other_own: Tensor  # (M,) nats, KL(o‖s)
+    symmetric_kl: Tensor  # (M,) nats, half the sum of both
+
+
+class TokenStats(NamedTuple):
+    """N tokens on the branch that they are trained on, and the first M of them on the other one."""
+
+    logprob: Tensor  # (N,) nats, with gradient
+    entropy: Tensor  # (N,) nats
+    other: OtherBranch | None  # None where M is 0
+
+
+class Signals(NamedTuple):
+    """What the loss reads of N tokens."""
+
+    logprob: Tensor  # (N,) nats, with gradient
+    u_out: Tensor  # (N,) nats
+    u_per: Tensor | None  # (N,) nats, 0 where the branches aren't compared; None where none are
+
+
+def read_signals(
+    stats: TokenStats, noisy: Tensor, paid: Tensor, estimator: str, divergence: str, entropy: str
+) -> Signals:
+    """The signals of N tokens.
+
+    noisy (N,) bool: tokens that are trained on the noisy branch. paid (N,) bool: tokens whose u_per is paid, which are
+    those that the draw gave to the noisy branch. entropy: u_out is that of the branch that is "trained", or of the one
+    that was "drawn".
+    """
+    u_out, other = output_uncertainty(stats.entropy, stats.logprob, estimator), stats.other
+    if other is None:
+        return Signals(stats.logprob, u_out, None)
+    m = len(other.logprob)
+    u_per = perception_uncertainty(stats.logprob[:m], other, noisy[:m], estimator, divergence)
+    if entropy == "drawn":
+        elsewhere = (paid & ~noisy)[:m]
+        of_drawn = torch.where(elsewhere, output_uncertainty(other.entropy, other.logprob, estimator), u_out[:m])
+        u_out = torch.cat([of_drawn, u_out[m:]])
+    return Signals(stats.logprob, u_out, nn.functional.pad(u_per, (0, len(u_out) - m)))
 
 
 def output_uncertainty(entropy: Tensor, logprob: Tensor, estimator: str) -> Tensor:
@@ -23,22 +74,26 @@ def output_uncertainty(entropy: Tensor, logprob: Tensor, estimator: str) -> Tens
     return {"exact": entropy.detach(), "k3": -logprob, "sampled": -logprob.exp() * logprob}[estimator]
 
 
-def perception_uncertainty(stats: BranchStats, estimator: str, divergence: str) -> Tensor:
-    """u_per (N,) in nats of tokens sampled from the noisy branch; "sampled" is symmetric whatever `divergence` says."""
-    p, q = stats.logprob_raw.detach(), stats.logprob_noisy.detach()
+def perception_uncertainty(
+    logprob: Tensor, other: OtherBranch, noisy: Tensor, estimator: str, divergence: str
+) -> Tensor:
+    """u_per (M,) in nats of tokens with `logprob` (M,), sampled from the noisy branch where `noisy` (M,) bool.
+
+    "sampled" is symmetric whatever `divergence` says.
+    """
+    own, log_ratio = logprob.detach(), other.logprob - logprob.detach()
     if estimator == "sampled":
-        return (p.exp() - q.exp()) * (p - q) / 2
-    log_ratio = p - q
+        return (other.logprob.exp() - own.exp()) * log_ratio / 2
     ratio = log_ratio.exp()
-    return {
-        "exact": {
-            "symmetric": stats.symmetric_kl.detach(),
-            "forward": stats.kl_raw_noisy.detach(),
-            "reverse": stats.kl_noisy_raw.detach(),
-        },
-        "k3": {
-            "symmetric": (ratio - 1) * log_ratio / 2,
-            "forward": ratio * log_ratio - log_ratio.expm1(),
-            "reverse": log_ratio.expm1() - log_ratio,
-        },
-    }[estimator][divergence]
+    symmetric, own_other, other_own = {
+        "exact": (other.symmetric_kl, other.kl_own_other, other.kl_other_own),
+        "k3": (
+            (ratio - 1) * log_ratio / 2,
+            log_ratio.expm1() - log_ratio,
+            ratio * log_ratio - log_ratio.expm1(),
+        ),
+    }[estimator]
+    if divergence == "symmetric":
+        return symmetric
+    # KL(p‖q) is from the other branch to one's own where one's own is the noisy q.
+    return torch.where(noisy == (divergence == "forward"), other_own, own_other)

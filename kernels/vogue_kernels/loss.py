@@ -1,9 +1,13 @@
 """VOGUE's loss (arXiv 2510.01444): guidance signals, shaped advantage, clipped surrogate, aggregation.
 
     g_out = min(|A| / β_out, α_out u_out)        u_out = H(π)                          every token
-    g_per = min(|A| / β_per, α_per u_per)        u_per = ½ (KL(p‖q) + KL(q‖p))         tokens of the noisy branch
-    Â     = A + g_out + [noisy] g_per            uncertainties are stop-gradient
+    g_per = min(|A| / β_per, α_per u_per)        u_per = ½ (KL(p‖q) + KL(q‖p))         tokens that the draw z pays it to
+    Â     = A + g_out + z g_per                  uncertainties are stop-gradient
     loss  = Σ_t w_t · −min(r_t Â_t, clip(r_t, 1 − ε_low, 1 + ε_high) Â_t)              r = π / π_old
+
+p = π(·|x) looks at the image, q = π(·|x') at its perturbed copy. There are two readings of z = 1. In the paper's
+Algorithm 1 ("drawn") such a completion is generated from x' and trained on it. In the authors' code ("raw") every
+completion is generated from x and trained on it, and x' serves to measure u_per alone.
 
 Tensors are per token, of any one shape, float32. A bonus is never negative, and 0 where A is; with both β = 2 a
 negative advantage rises to 0 at most and a positive one at most doubles.
@@ -18,21 +22,34 @@ from torch import Tensor, nn
 from .operator import IGNORE, linear_branch_stats, linear_logprob
 
 AGGREGATIONS = ("token-mean", "sequence-mean")
+ROLLOUTS = ("drawn", "raw")
+ENTROPIES = ("trained", "drawn")
+ORDERS = ("parallel", "sequential")
 
-# Results of linear_branch_stats(other, behaviour), read of noisy tokens, whose other branch is the raw one.
+# What `linear_branch_stats` calls them.
 DIVERGENCES = {"symmetric": "symmetric_kl", "forward": "kl_raw_noisy", "reverse": "kl_noisy_raw"}
+
+
+def _one_of(name: str, value: str, known) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
 class GuidanceConfig:
-    """Scale α (advantage per nat) and cap divisor β of both guidance signals; α = 0 switches a signal off."""
+    """Scale α (advantage per nat) and cap divisor β of both guidance signals; α = 0 switches a signal off.
+
+    order: "parallel" caps both by |A| (the paper's), "sequential" caps g_out by |A + g_per| (the authors' code's).
+    """
 
     alpha_out: float = 0.4
     beta_out: float = 2.0
     alpha_per: float = 1.0
     beta_per: float = 2.0
+    order: str = "parallel"
 
     def __post_init__(self):
+        _one_of("order", self.order, ORDERS)
         for name in ("alpha_out", "alpha_per"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -43,8 +60,8 @@ class GuidanceConfig:
 
 class ShapedAdvantage(NamedTuple):
     advantage: Tensor  # Â
-    out_capped: Tensor  # bool: the cap |A| / β_out binds
-    per_capped: Tensor  # bool: the cap |A| / β_per binds; False off the noisy branch
+    out_capped: Tensor  # bool: the cap of g_out binds
+    per_capped: Tensor  # bool: the cap of g_per binds; False where it isn't paid
 
 
 def guidance(advantage: Tensor, uncertainty: Tensor, alpha: float, beta: float) -> Tensor:
@@ -53,38 +70,58 @@ def guidance(advantage: Tensor, uncertainty: Tensor, alpha: float, beta: float) 
 
 
 def shaped_advantage(
-    advantage: Tensor, entropy: Tensor, perception: Tensor | None, noisy: Tensor, config: GuidanceConfig
+    advantage: Tensor,
+    entropy: Tensor,
+    perception: Tensor | None,
+    paid: Tensor,
+    config: GuidanceConfig,
+    sign: float = 1.0,
 ) -> ShapedAdvantage:
-    """Â = A + g_out + [noisy] g_per.
+    """Â = A + g_out + z · sign · g_per.
 
-    advantage, noisy (bool): anything that broadcasts to entropy's shape. entropy, perception: u_out and u_per in nats;
-    perception may be None where no token is noisy or alpha_per is 0. Raises ValueError if it's None but needed.
+    advantage, paid (z, bool): anything that broadcasts to entropy's shape. entropy, perception: u_out and u_per in
+    nats; perception may be None where g_per is paid nowhere or alpha_per is 0. sign: from 1, which rewards tokens that
+    the perturbation changes, to -1, which rewards those that it leaves alone. Raises ValueError where perception is
+    None but needed.
     """
     advantage = advantage.expand_as(entropy)
-    out = guidance(advantage, entropy, config.alpha_out, config.beta_out)
-    out_capped = config.alpha_out * entropy.detach() > advantage.abs() / config.beta_out
-    if perception is None:
-        if config.alpha_per > 0 and noisy.any():
-            raise ValueError("noisy tokens need their perception uncertainty; pass it, or set alpha_per to 0")
-        return ShapedAdvantage(advantage + out, out_capped, torch.zeros_like(out_capped))
-    per = torch.where(noisy, guidance(advantage, perception, config.alpha_per, config.beta_per), 0.0)
-    per_capped = noisy & (config.alpha_per * perception.detach() > advantage.abs() / config.beta_per)
+    if perception is not None:
+        per = torch.where(paid, sign * guidance(advantage, perception, config.alpha_per, config.beta_per), 0.0)
+        per_capped = paid & (config.alpha_per * perception.detach() > advantage.abs() / config.beta_per)
+    elif config.alpha_per > 0 and paid.any():
+        raise ValueError("tokens that g_per is paid to need their perception uncertainty; pass it, or set alpha_per=0")
+    else:
+        per, per_capped = torch.zeros_like(advantage), torch.zeros_like(advantage, dtype=torch.bool)
+    capping = advantage + per if config.order == "sequential" else advantage
+    out = guidance(capping, entropy, config.alpha_out, config.beta_out)
+    out_capped = config.alpha_out * entropy.detach() > capping.abs() / config.beta_out
     return ShapedAdvantage(advantage + out + per, out_capped, per_capped)
 
 
 def clipped_surrogate(
-    logprob: Tensor, old_logprob: Tensor | None, advantage: Tensor, clip_low: float, clip_high: float
+    logprob: Tensor,
+    old_logprob: Tensor | None,
+    advantage: Tensor,
+    clip_low: float,
+    clip_high: float,
+    clip_dual: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(−min(r A, clip(r, 1 − clip_low, 1 + clip_high) A), whether the clipped term is the one taken), per token.
+    """(−min(r A, clip(r, 1 − clip_low, 1 + clip_high) A), whether a clipped term is the one taken), per token.
 
     r = exp(logprob − old_logprob); old_logprob None means the policy that generated is the one trained: r is exactly 1
-    and its gradient that of the log-probability.
+    and its gradient that of the log-probability. clip_dual c > 1 bounds the loss of A < 0 by −c A (dual-clip PPO,
+    arXiv 1912.09729), so that a token that became much likelier is not pushed back without limit.
     """
     old_logprob = logprob.detach() if old_logprob is None else old_logprob
     ratio = (logprob - old_logprob).exp()
     surrogate = ratio * advantage
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
-    return -torch.minimum(surrogate, clipped), clipped.detach() < surrogate.detach()
+    objective, taken = torch.minimum(surrogate, clipped), clipped.detach() < surrogate.detach()
+    if clip_dual is not None:
+        floor = clip_dual * advantage
+        bounded = (advantage < 0) & (objective.detach() < floor)
+        objective, taken = torch.where(bounded, floor, objective), taken | bounded
+    return -objective, taken
 
 
 def token_weights(lengths: Tensor, how: str) -> Tensor:
@@ -110,9 +147,11 @@ class VogueLoss(nn.Module):
     """VOGUE's loss from hidden states and the output head's weight, for any trainer.
 
     guidance: GuidanceConfig. clip_low, clip_high: ε on both sides of the ratio 1 (the paper gives none; these are
-    PPO's). temperature: the one the completions were sampled at. aggregation: as in `token_weights`.
-    divergence: "symmetric" (the paper's), "forward" KL(raw‖noisy) or "reverse" KL(noisy‖raw).
-    backend: as in `linear_branch_stats`. Raises ValueError for an unknown aggregation or divergence.
+    PPO's). clip_dual: as in `clipped_surrogate`. temperature: the one the completions were sampled at.
+    aggregation: as in `token_weights`. divergence: "symmetric" (the paper's), "forward" KL(raw‖noisy) or "reverse"
+    KL(noisy‖raw). rollout: the branch that tokens with z = 1 were generated from and are trained on, "drawn" (noisy,
+    Algorithm 1's) or "raw" (the authors' code's). entropy: u_out of the branch that is "trained", or "drawn", that of
+    the noisy one where z = 1. backend: as in `linear_branch_stats`. Raises ValueError for an unknown name.
     """
 
     def __init__(
@@ -124,17 +163,24 @@ class VogueLoss(nn.Module):
         aggregation: str = "token-mean",
         divergence: str = "symmetric",
         backend: str = "auto",
+        *,
+        rollout: str = "drawn",
+        entropy: str = "trained",
+        clip_dual: float | None = None,
     ):
         super().__init__()
-        if aggregation not in AGGREGATIONS:
-            raise ValueError(f"unknown aggregation {aggregation!r}: choose one of {', '.join(AGGREGATIONS)}")
-        if divergence not in DIVERGENCES:
-            raise ValueError(f"unknown divergence {divergence!r}: choose one of {', '.join(DIVERGENCES)}")
+        _one_of("aggregation", aggregation, AGGREGATIONS)
+        _one_of("divergence", divergence, DIVERGENCES)
+        _one_of("rollout", rollout, ROLLOUTS)
+        _one_of("entropy", entropy, ENTROPIES)
+        if clip_dual is not None and not clip_dual > 1:
+            raise ValueError(f"clip_dual must be above 1, got {clip_dual}")
         self.guidance = guidance
-        self.clip_low, self.clip_high = clip_low, clip_high
+        self.clip_low, self.clip_high, self.clip_dual = clip_low, clip_high, clip_dual
         self.temperature = temperature
         self.aggregation = aggregation
         self.divergence = divergence
+        self.rollout, self.entropy = rollout, entropy
         self.backend = backend
 
     def forward(
@@ -155,12 +201,12 @@ class VogueLoss(nn.Module):
 
         hidden: (N, D), the branch that generated, which gets the gradient. weight: (V, D). targets: (N,) int64, -100 to
         skip. advantages: (N,) or broadcastable. old_logprob: (N,), None for a ratio of 1. mask: (N,) bool, False to
-        skip. hidden_other: (N, D), the other branch, which gets none; needed where a token is noisy. noisy: which
-        tokens were generated from the noisy image, for all or for each. bias: (V,). sequence_ids: (N,) int64 in [0, S),
-        needed for "sequence-mean".
+        skip. hidden_other: (N, D), the other branch, which gets none; needed where z is 1. noisy: the draw z of all
+        tokens or of each; `rollout` says what it decides. bias: (V,). sequence_ids: (N,) int64 in [0, S), needed for
+        "sequence-mean".
 
-        Metrics, over the tokens not skipped: entropy (nats), clip_fraction, out_capped, ratio_mean, ratio_max; over the
-        noisy ones of them: u_per (nats), per_capped. Without such a token they are 0.
+        Metrics, over the tokens not skipped: entropy (nats, u_out), clip_fraction, out_capped, ratio_mean, ratio_max;
+        over those of them with z = 1: u_per (nats), per_capped. Without such a token they are 0.
 
         Raises ValueError for a missing hidden_other or sequence_ids, and what the operators raise.
         """
@@ -174,7 +220,8 @@ class VogueLoss(nn.Module):
         shaped = shaped_advantage(advantages.detach(), entropy, perception, noisy, self.guidance)
         if old_logprob is not None:  # a skipped position may hold anything, NaN too
             old_logprob = torch.where(kept, old_logprob, logprob).detach()
-        per_token, clipped = clipped_surrogate(logprob, old_logprob, shaped.advantage, self.clip_low, self.clip_high)
+        clips = self.clip_low, self.clip_high, self.clip_dual
+        per_token, clipped = clipped_surrogate(logprob, old_logprob, shaped.advantage, *clips)
         weights = self._weights(kept, sequence_ids)
         loss = (weights * torch.where(kept, per_token, 0.0)).sum()
 
@@ -191,17 +238,23 @@ class VogueLoss(nn.Module):
         return loss, metrics
 
     def _statistics(self, hidden, hidden_other, weight, targets, bias, noisy):
-        """(logprob, entropy, u_per or None) of the behaviour branch; the other branch is read only if it's needed."""
-        if self.guidance.alpha_per == 0 or not noisy.any():
-            stats = linear_logprob(hidden, weight, targets, bias, self.temperature, self.backend)
+        """(logprob, u_out, u_per or None) of the trained branch; the other one is read only where it's needed."""
+        rest = weight, targets, bias, self.temperature, self.backend
+        entropy_drawn = self.entropy == "drawn" and self.rollout == "raw" and self.guidance.alpha_out > 0
+        if not noisy.any() or not (self.guidance.alpha_per > 0 or entropy_drawn):
+            stats = linear_logprob(hidden, *rest)
             return stats.logprob, stats.entropy.detach(), None
         if hidden_other is None:
-            raise ValueError("noisy tokens need hidden_other, the hidden states of the raw branch")
-        stats = linear_branch_stats(
-            hidden_other.detach(), hidden, weight, targets, bias, self.temperature, self.backend
-        )
-        perception = getattr(stats, DIVERGENCES[self.divergence])
-        return stats.logprob_noisy, stats.entropy_noisy.detach(), perception.detach()
+            raise ValueError("tokens with z = 1 need hidden_other, the hidden states of the other branch")
+        other = hidden_other.detach()
+        if self.rollout == "raw":
+            stats = linear_branch_stats(hidden, other, *rest)
+            entropy = torch.where(noisy, stats.entropy_noisy, stats.entropy_raw) if entropy_drawn else stats.entropy_raw
+            logprob = stats.logprob_raw
+        else:
+            stats = linear_branch_stats(other, hidden, *rest)
+            logprob, entropy = stats.logprob_noisy, stats.entropy_noisy
+        return logprob, entropy.detach(), getattr(stats, DIVERGENCES[self.divergence]).detach()
 
     def _weights(self, kept, sequence_ids):
         if self.aggregation == "token-mean":
