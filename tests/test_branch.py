@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vogue.branch import draw, noisy_probability
+from vogue.branch import bonus_sign, draw, noisy_probability
 
 granularities = st.sampled_from(["prompt", "response", "step"])
 
@@ -62,3 +62,10 @@ def test_neighbouring_seeds_and_steps_are_not_correlated():
     for draws in (by_step, by_seed, (by_step == by_seed).float()):
         assert draws.mean() == pytest.approx(0.5, abs=0.045)  # 4 standard deviations
         assert torch.corrcoef(torch.stack([draws[:-1], draws[1:]]))[0, 1].abs() < 0.09
+
+
+def test_the_bonus_turns_around_between_two_shares_of_the_run():
+    assert [bonus_sign(step, 100, None) for step in (0, 50, 100)] == [1, 1, 1]
+    signs = [bonus_sign(step, 100, (0.2, 0.6)) for step in (0, 20, 30, 40, 50, 60, 99)]
+    assert signs == pytest.approx([1, 1, 0.5, 0, -0.5, -1, -1])
+    assert [bonus_sign(step, 10, (0.5, 0.5)) for step in (4, 5, 6)] == [1, 1, -1]

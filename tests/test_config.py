@@ -35,7 +35,10 @@ def load(*overrides, path=None):
         ("optimizer.betas=[0.9,2]", "optimizer.betas.1=2: input should be less than or equal to 1"),
         ("model=7b", "model='7b': input should be a valid dictionary"),
         ("model.path=", "model.path=None: input should be a valid string"),
-        ("method=ppo", "method='ppo': input should be 'vogue', 'grpo', 'dapo', 'noisy_rollout', 'entropy' or 'passk'"),
+        (
+            "method=ppo",
+            "method='ppo': input should be 'vogue', 'grpo', 'dapo', 'noisy_rollout', 'entropy', 'passk' or 'dupl'",
+        ),
         ("guidance.divergence=forward", "unknown setting guidance.divergence"),
         ("uncertainty.estimator=k2", "uncertainty.estimator='k2': input should be 'exact', 'k3' or 'sampled'"),
         ("rollout.rounds=0", "rollout.rounds=0: input should be greater than or equal to 1"),
@@ -44,6 +47,9 @@ def load(*overrides, path=None):
         ("trainer.updates=5", "trainer.updates=5 does not divide rollout.prompts=32"),
         ("trainer.eval_every=10", "trainer.eval_every is set, but data.test is not"),
         ("trainer.eval_temperature=0", "trainer.eval_samples=4 completions would be alike with"),
+        ("loss.clip_dual=1", "loss.clip_dual=1: input should be greater than 1"),
+        ("guidance.sign_transition=[0.6,0.2]", "guidance.sign_transition=[0.6, 0.2] ends before it begins"),
+        ("branch.rollout=noisy", "branch.rollout='noisy': input should be 'drawn' or 'raw'"),
     ],
 )
 def test_a_wrong_setting_is_told_by_key_and_value_in_one_line(override, told):
@@ -97,6 +103,11 @@ def test_a_setting_cannot_contradict_the_method(override):
             ["uncertainty.estimator=sampled", "uncertainty.divergence=reverse"],
             "uncertainty.divergence=reverse could be negative with estimator=sampled",
         ),
+        (
+            ["uncertainty.estimator=k3", "uncertainty.entropy=drawn", "branch.rollout=raw"],
+            "uncertainty.entropy=drawn with estimator=k3 and branch.rollout=raw: tokens of the raw branch say nothing "
+            "without bias of the noisy one's entropy",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_told(overrides, told):
@@ -113,6 +124,17 @@ def test_each_method_is_its_papers():
     assert (dapo.rollout.rounds, dapo.reward.overlong_buffer) == (4, 0.2)
     assert (noisy.rollout.noisy, noisy.rollout.n, noisy.perturb.anneal_at) == (4, 8, pytest.approx(40 / 60))
     assert {config.branch.probability for config in (entropy, passk, dapo, noisy)} == {0}
+
+
+def test_the_authors_code_is_a_method_whose_noise_and_upper_clip_may_be_changed():
+    dupl = load("method=dupl", "perturb.sigma=0.4")
+    assert (dupl.branch.rollout, dupl.branch.granularity, dupl.branch.probability) == ("raw", "step", None)
+    assert (dupl.uncertainty.estimator, dupl.uncertainty.entropy) == ("sampled", "drawn")
+    assert (dupl.guidance.order, dupl.guidance.alpha_per, dupl.guidance.alpha_out) == ("sequential", 1, 0.4)
+    assert (dupl.loss.clip_low, dupl.loss.clip_high, dupl.loss.clip_dual) == (0.2, 0.3, 3)
+    assert (dupl.perturb.preset, dupl.perturb.sigma) == ("paper", 0.4)
+    with pytest.raises(ConfigError, match=r"method=dupl fixes branch\.rollout=raw"):
+        load("method=dupl", "branch.rollout=drawn")
 
 
 def test_vogue_takes_dapos_parts_and_a_start_may_be_changed():

@@ -307,10 +307,23 @@ def test_one_rank_trains_unpartitioned_as_it_does_partitioned_and_goes_on_from_a
         assert {name: b[name] for name in CURVES} == pytest.approx({name: a[name] for name in CURVES}, rel=1e-4)
 
 
+RAW = ("branch.rollout=raw", "branch.probability=0.5", "trainer.updates=2")
+
+
+def test_two_ranks_train_on_raw_rollouts_as_one_does_and_go_on_from_a_checkpoint(train):
+    one = metrics(train(1, "raw", *RAW, "trainer.steps=2"))
+    train(2, "raw-two", *RAW, "trainer.steps=1")
+    two = metrics(train(2, "raw-two", *RAW, "trainer.steps=2", resume=True))
+    assert len(one) == len(two) == 2
+    assert 0 < one[0]["paid_share"] < 1
+    for a, b in zip(one, two, strict=True):
+        names = (*CURVES, "paid_share")
+        assert {name: b[name] for name in names} == pytest.approx({name: a[name] for name in names}, rel=1e-4)
+
+
 DAPO = ("method=dapo", "branch.probability=0", "rollout.rounds=3", "rollout.n=4", "trainer.updates=2")
 
 
-@pytest.mark.slow
 def test_two_ranks_sample_dynamically_as_one_does_and_go_on_from_a_checkpoint(train):
     one = metrics(train(1, "dapo", *DAPO, "trainer.steps=2"))
     train(2, "dapo-two", *DAPO, "trainer.steps=1")

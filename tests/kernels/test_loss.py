@@ -52,6 +52,32 @@ def test_shaped_advantage_adds_the_perception_bonus_to_noisy_tokens_only():
     assert shaped.per_capped.tolist() == [False, False, True]
 
 
+@pytest.mark.parametrize(
+    "order, sign, expected, out_capped",
+    [
+        # A = 1,  H = 2, u = 0.3: g_per = 0.3, g_out = min(0.5, 0.8), or min(1.3 / 2, 0.8), or min(0.7 / 2, 0.8)
+        # A = −2, H = 3, u = 4:   g_per = 1,   g_out = min(1, 1.2), or min(1 / 2, 1.2), or min(3 / 2, 1.2)
+        ("parallel", 1.0, [1.8, 0.0], [True, True]),
+        ("sequential", 1.0, [1.95, -0.5], [True, True]),
+        ("parallel", -1.0, [1.2, -2.0], [True, True]),
+        ("sequential", -1.0, [1.05, -1.8], [True, False]),
+        ("parallel", 0.0, [1.5, -1.0], [True, True]),
+    ],
+)
+def test_the_bonuses_order_and_the_sign_of_the_perceptions(order, sign, expected, out_capped):
+    shaped = shaped_advantage(
+        torch.tensor([1.0, -2.0]),
+        torch.tensor([2.0, 3.0]),
+        torch.tensor([0.3, 4.0]),
+        torch.tensor(True),
+        GuidanceConfig(order=order),
+        sign,
+    )
+    close(shaped.advantage, expected)
+    assert shaped.out_capped.tolist() == out_capped
+    assert shaped.per_capped.tolist() == [False, True]
+
+
 def test_alpha_zero_switches_a_signal_off():
     off = GuidanceConfig(alpha_out=0, alpha_per=0)
     shaped = shaped_advantage(torch.tensor([1.5]), torch.tensor([2.0]), None, torch.tensor([True]), off)
@@ -63,7 +89,9 @@ def test_noisy_tokens_without_their_uncertainty_are_refused():
         shaped_advantage(torch.ones(1), torch.ones(1), None, torch.tensor([True]), GuidanceConfig())
 
 
-@pytest.mark.parametrize("setting", [dict(alpha_out=-0.1), dict(beta_per=0.0), dict(beta_out=float("nan"))])
+@pytest.mark.parametrize(
+    "setting", [dict(alpha_out=-0.1), dict(beta_per=0.0), dict(beta_out=float("nan")), dict(order="reverse")]
+)
 def test_a_guidance_setting_out_of_range_is_refused(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         GuidanceConfig(**setting)
@@ -121,6 +149,23 @@ def test_clip_higher_moves_the_upper_bound_alone():
     loss, clipped = clipped_surrogate(logprob, torch.zeros(2), torch.tensor([1.0, -1.0]), 0.2, 0.28)
     close(loss, [-1.25, 0.8])
     assert clipped.tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, clipped",
+    [
+        (5.0, -2.0, 6.0, True),  # min(5 · 2, 3 · 2)
+        (2.0, -2.0, 4.0, False),
+        (0.5, -2.0, 1.6, True),  # the other clip: (1 − 0.2) · 2
+        (5.0, 2.0, -2.4, True),  # a positive advantage has no third bound
+    ],
+)
+def test_dual_clipping_bounds_the_loss_of_a_negative_advantage(ratio, advantage, loss, clipped):
+    logprob = torch.tensor([math.log(ratio)], requires_grad=True)
+    actual, was_clipped = clipped_surrogate(logprob, torch.zeros(1), torch.tensor([advantage]), 0.2, 0.2, 3.0)
+    close(actual.detach(), [loss])
+    assert was_clipped.tolist() == [clipped]
+    assert (torch.autograd.grad(actual.sum(), logprob)[0] == 0).item() == clipped
 
 
 def test_without_an_old_logprob_the_ratio_is_one_and_the_gradient_the_policy_gradient():
@@ -200,6 +245,34 @@ def test_vogue_loss_equals_the_equations_on_full_logits(divergence, backend):
     assert not any(value.requires_grad for value in metrics.values())
 
 
+@pytest.mark.parametrize("entropy", ["trained", "drawn"])
+@pytest.mark.parametrize("divergence", ["symmetric", "forward", "reverse"])
+def test_with_raw_rollouts_the_draw_decides_where_the_divergence_of_raw_tokens_is_paid(divergence, entropy, backend):
+    raw, other, weight, targets, advantage = batch()
+    drawn = torch.arange(10) % 3 == 0
+    criterion = VogueLoss(divergence=divergence, rollout="raw", entropy=entropy, clip_dual=3.0, backend=backend)
+    old = oracle.linear_logprob(raw, weight, targets).logprob.detach() + torch.randn(10)
+    loss, metrics = criterion(raw, weight, targets, advantage, old_logprob=old, hidden_other=other, noisy=drawn)
+
+    stats = oracle.linear_branch_stats(raw, other, weight, targets)
+    perception = {
+        "forward": stats.kl_raw_noisy,
+        "reverse": stats.kl_noisy_raw,
+        "symmetric": (stats.kl_raw_noisy + stats.kl_noisy_raw) / 2,
+    }[divergence].detach()
+    u_out = stats.entropy_raw if entropy == "trained" else torch.where(drawn, stats.entropy_noisy, stats.entropy_raw)
+    g_out = torch.minimum(advantage.abs() / 2, 0.4 * u_out.detach())
+    shaped = advantage + g_out + torch.minimum(advantage.abs() / 2, perception) * drawn
+    ratio = (stats.logprob_raw - old).exp()
+    objective = torch.minimum(ratio * shaped, ratio.clamp(0.8, 1.2) * shaped)
+    expected = -torch.where(shaped < 0, objective.maximum(3 * shaped), objective).mean()
+    torch.testing.assert_close(loss, expected)
+    leaves = (raw, weight)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
+    torch.testing.assert_close(metrics["entropy"], u_out.mean().detach())
+    torch.testing.assert_close(metrics["u_per"], perception[drawn].mean())
+
+
 def test_vogue_loss_averages_over_sequences_when_told_to(backend):
     hidden, _, weight, targets, advantage = batch(5)
     ids = torch.tensor([0, 0, 0, 1, 1])
@@ -223,6 +296,10 @@ def test_the_other_branch_is_needed_only_where_a_token_is_noisy_and_perception_c
     hidden, _, weight, targets, advantage = batch()
     VogueLoss()(hidden, weight, targets, advantage, noisy=False)
     VogueLoss(GuidanceConfig(alpha_per=0))(hidden, weight, targets, advantage, noisy=True)
+    VogueLoss(GuidanceConfig(alpha_per=0), rollout="raw")(hidden, weight, targets, advantage, noisy=True)
+    with pytest.raises(ValueError, match="hidden_other"):  # whose entropy is paid
+        loss = VogueLoss(GuidanceConfig(alpha_per=0), rollout="raw", entropy="drawn")
+        loss(hidden, weight, targets, advantage, noisy=True)
     with pytest.raises(ValueError, match="hidden_other"):
         VogueLoss()(hidden, weight, targets, advantage, noisy=True)
 
@@ -234,10 +311,17 @@ def test_a_batch_with_every_token_masked_has_a_loss_and_gradient_of_zero():
     assert loss.item() == 0 and not hidden.grad.any() and not weight.grad.any()
 
 
-@pytest.mark.parametrize("setting", [dict(aggregation="mean"), dict(divergence="js")])
+@pytest.mark.parametrize(
+    "setting", [dict(aggregation="mean"), dict(divergence="js"), dict(rollout="noisy"), dict(entropy="raw")]
+)
 def test_vogue_loss_refuses_a_name_it_does_not_know(setting):
     with pytest.raises(ValueError, match="choose one of"):
         VogueLoss(**setting)
+
+
+def test_a_dual_clip_that_would_clip_the_first_ratio_is_refused():
+    with pytest.raises(ValueError, match="clip_dual must be above 1"):
+        VogueLoss(clip_dual=1.0)
 
 
 def one_loss_of_liger(hidden, weight, targets, advantages, old_logprob, mask):
