@@ -11,8 +11,8 @@ from hypothesis import settings
 from vogue.config import load_config
 from vogue.data.digits import QUESTIONS, digits_samples, write_digits
 from vogue.inputs import Preprocessor, load_processor
-from vogue.packing import Row, collate
-from vogue.policy import Policy
+from vogue.model.packing import Row, collate
+from vogue.model.policy import Policy
 from vogue.rollout import Completion
 from vogue.tiny import build_model, build_processor
 

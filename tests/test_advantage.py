@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vogue.advantage import group_advantages, mixed, passk_advantages
+from vogue.method.advantage import group_advantages, mixed, passk_advantages
 
 groups = st.lists(st.floats(0, 1, width=32), min_size=2, max_size=8).map(lambda r: torch.tensor([r]))
 

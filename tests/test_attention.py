@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from vogue.attention import FLEX, PARTS, attention_inputs, boolean_mask, shared_prefix_attention
-from vogue.packing import PAD
+from vogue.model.attention import FLEX, PARTS, attention_inputs, boolean_mask, shared_prefix_attention
+from vogue.model.packing import PAD
 
 ROWS = {
     "prompts-of-two-lengths": [(5, [2, 4]), (3, [3, 1, 1])],

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vogue.branch import bonus_sign, draw, noisy_probability
+from vogue.method.branch import bonus_sign, draw, noisy_probability
 
 granularities = st.sampled_from(["prompt", "response", "step"])
 

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from vogue.compare import Outcome, compare, interval, markdown, read_outcome, sign_flip
+from vogue.compare import Outcome, compare, markdown, read_outcome
+from vogue.estimates import interval, sign_flip
 
 
 def outcome(after, before=(0, 0, 0, 0), n=4, **training):

@@ -348,7 +348,7 @@ WEIGHTS = """
 import sys, torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from transformers import AutoModelForImageTextToText
-from vogue.checkpoint import gathered_weights
+from vogue.model.checkpoint import gathered_weights
 from vogue.config import load_config
 from vogue.data import load_samples
 from vogue.distributed import leave

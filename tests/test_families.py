@@ -19,9 +19,10 @@ from transformers import (
 )
 
 from vogue.data import Sample
+from vogue.families import FAMILIES
 from vogue.inputs import Preprocessor, Prompt, View
-from vogue.packing import Row, collate
-from vogue.policy import FAMILIES, Policy
+from vogue.model.packing import Row, collate
+from vogue.model.policy import Policy
 from vogue.rollout import Completion
 
 IMAGE, VIDEO, START, END = 1, 2, 3, 4  # token ids
@@ -111,7 +112,7 @@ def view_of(kind, size):
 def inputs_of(model, view):
     """What the model's own forward takes of a view."""
     family = FAMILIES[model.config.model_type]
-    counts = {} if family.rotary else {"batch_num_images": torch.tensor([len(view.sizes)])}
+    counts = {} if family.patches else {"batch_num_images": torch.tensor([len(view.sizes)])}
     return {"pixel_values": view.pixel_values.to(model.dtype), family.sizes: view.sizes, **counts}
 
 
@@ -132,7 +133,7 @@ def alone(model, row, completion):
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if row.view.sizes is not None:
         inputs |= inputs_of(model, row.view)
-        if FAMILIES[model.config.model_type].rotary:
+        if FAMILIES[model.config.model_type].grid_positions:
             inputs["mm_token_type_ids"] = (ids == IMAGE).long()
     logps = model(**inputs).logits[0, len(row.prompt.token_ids) - 1 : -1].log_softmax(-1)
     return logps.gather(1, tokens[:, None])[:, 0]

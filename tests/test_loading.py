@@ -11,10 +11,11 @@ from test_families import random_model
 from transformers import AutoModelForImageTextToText
 
 from vogue import distributed
-from vogue.checkpoint import gathered_weights
 from vogue.config import load_config
-from vogue.loading import deepspeed_settings, load_model
-from vogue.policy import FAMILIES
+from vogue.families import FAMILIES
+from vogue.model.checkpoint import gathered_weights
+from vogue.model.loading import load_model
+from vogue.model.optimizer import deepspeed_settings
 
 CPU = torch.device("cpu")
 
@@ -134,9 +135,9 @@ import sys, torch
 import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
 from transformers import AutoModelForImageTextToText
 from vogue import distributed
-from vogue.checkpoint import gathered_weights
+from vogue.model.checkpoint import gathered_weights
 from vogue.config import load_config
-from vogue.loading import load_model
+from vogue.model.loading import load_model
 
 # argv: the model's folder
 (folder,) = [text for text in sys.argv[1:] if not text.startswith("--")]

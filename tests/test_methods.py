@@ -7,12 +7,12 @@ import pytest
 import torch
 from steps import TWO_BY_TWO, both_groups, drawn, loss_gradient, noisy_batch, weights_after, with_settings
 
-from vogue import branch
 from vogue.groups import Group, sample_order
+from vogue.method import branch
+from vogue.method.uncertainty import Signals
 from vogue.metrics import Clock, Sums
 from vogue.rollout import Completion
 from vogue.trainer import measure
-from vogue.uncertainty import Signals
 
 # -------------------------------------------------------------------------------------------- branch granularity
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from vogue.data import Sample
 from vogue.inputs import Prompt, View
-from vogue.packing import PAD, Row, collate, deal, pack, spread
+from vogue.model.packing import PAD, Row, collate, deal, pack, spread
 from vogue.rollout import Completion
 
 NOTHING = View((), None, None)

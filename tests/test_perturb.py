@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vogue.perturb import annealed, perturb
+from vogue.method.perturb import annealed, perturb
 
 RNG = np.random.default_rng(0)
 PHOTO = Image.fromarray(RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8))

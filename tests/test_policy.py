@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from vogue.data import Sample
-from vogue.packing import Row, collate
-from vogue.perturb import perturb
-from vogue.policy import Policy
+from vogue.method.perturb import perturb
+from vogue.method.uncertainty import OtherBranch
+from vogue.model.packing import Row, collate
+from vogue.model.policy import Policy
 from vogue.rollout import BAN, Completion, media_token_ids
-from vogue.uncertainty import OtherBranch
 
 TEMPERATURE = 0.7
 PAD_ID = 0

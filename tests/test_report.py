@@ -13,7 +13,7 @@ from PIL import Image
 from vogue.cli import main
 from vogue.config import load_config, save_config
 from vogue.data.digits import demonstration, digit_pairs
-from vogue.perturb import perturb
+from vogue.method.perturb import perturb
 from vogue.report import write_report
 from vogue.report.figures import sections
 from vogue.report.page import unsure_tokens

@@ -7,9 +7,9 @@ import torch
 from steps import TWO_BY_TWO, both_groups, drawn, loss_gradient, noisy_batch, weights_after, with_settings
 
 from vogue.groups import Group, split
+from vogue.method.uncertainty import Signals
 from vogue.metrics import Clock, Sums
 from vogue.rollout import Completion
-from vogue.uncertainty import Signals
 
 # ----------------------------------------------------------------------------------------------- loss and updates
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vogue.uncertainty import OtherBranch, TokenStats, output_uncertainty, perception_uncertainty, read_signals
+from vogue.method.uncertainty import OtherBranch, TokenStats, output_uncertainty, perception_uncertainty, read_signals
 from vogue_kernels import linear_branch_stats
 
 V = 7

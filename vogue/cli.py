@@ -217,7 +217,7 @@ COMMANDS = {
 
 def _pass_at(asked: tuple[int, ...] | None, n: int) -> tuple[int, ...]:
     """The k of the table's columns; raises ConfigError for one that n completions are too few for."""
-    from vogue.evaluate import powers_of_two
+    from vogue.estimates import powers_of_two
 
     asked = asked or powers_of_two(n)
     if max(asked) > n:

@@ -1,17 +1,7 @@
 """What the runs of a sweep say: held-out pass@k of each variant, its difference from the first one, and their training.
 
-Seeds and problems are both a draw from many, and every run answers the same problems: Y[s, i] is pass@k of the run of
-seed s on problem i, S seeds and P problems.
-
-    mean        m(Y) = 1/(S P) Σ_s Σ_i Y[s, i]
-    interval    S seeds s' and P problems i' drawn with replacement, each by itself: the 2.5% and 97.5% quantiles of
-                1/(S P) Σ_s' Σ_i' Y[s', i']             (the pigeonhole bootstrap: Owen, Ann. Appl. Stat. 1(2), 2007)
-    difference  mean and interval of D = Y - Y_first, seed by seed and problem by problem
-    p           d_s = mean of D[s, :]; the share of the 2^S sign vectors ε with |Σ_s ε_s d_s| >= |Σ_s d_s|
-
-The test is exact where a seed's difference is as likely to be -d as d if the variants are alike; p is two-sided and at
-least 2 / 2^S. A bootstrap of S seeds has the variance of their mean times (S - 1) / S: with few seeds its intervals are
-too narrow, and with one they speak of the problems alone.
+Seeds and problems are both a draw from many, and every run answers the same problems; `vogue.estimates` says how
+intervals and p are computed. Differences are paired seed by seed and problem by problem.
 """
 
 import json
@@ -24,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vogue.evaluate import RESAMPLES, Estimate, pass_at_k
+from vogue.estimates import Estimate, interval, pass_at_k, sign_flip
 
 PASS_AT = (1, 4)
 PHASES = ("data", "rollout", "reward", "train", "sync")  # of a step, one after the other
@@ -61,26 +51,6 @@ def read_outcome(folder: Path) -> Outcome:
     training = {name: mean(values) for name, values in found.items() if values}
     training["seconds"] = median(sum(row[f"time/{phase}"] for phase in PHASES) for row in rows)
     return Outcome(last["n"], first["right"], last["right"], training)
-
-
-# ----------------------------------------------------------------------------------------------------- statistics
-
-
-def interval(values: np.ndarray) -> Estimate:
-    """Mean of (S, P) values, of S seeds on P problems, and its 95% interval."""
-    rng = np.random.default_rng(0)
-    seeds, problems = (rng.multinomial(size, np.full(size, 1 / size), RESAMPLES) for size in values.shape)
-    means = (seeds @ values * problems).sum(axis=1) / values.size
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(values.mean()), float(low), float(high))
-
-
-def sign_flip(differences: np.ndarray) -> float:
-    """Two-sided p of the exact test that flips the signs of (S,) differences in all 2^S ways."""
-    sums = np.zeros(1)
-    for difference in differences:
-        sums = np.concatenate([sums + difference, sums - difference])
-    return float(np.mean(np.abs(sums) >= abs(differences.sum()) - 1e-12))  # sums[0] itself, however it rounds
 
 
 def compare(outcomes: dict[str, dict[int, Outcome]]) -> dict:

@@ -1,20 +1,13 @@
 """pass@k on held-out problems, with confidence intervals.
 
-    pass@k = mean over problems of 1 - C(n - c, k) / C(n, k)      n samples, c of them right (arXiv 2107.03374)
-
-The estimator is unbiased for every k <= n. The interval resamples *problems*, since samples of one problem are not
-independent.
-
 A benchmark (`vogue.benchmarks`) has its own data, scoring and table; its completions come from the same engine.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import comb, isnan
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.progress import track
 
@@ -23,27 +16,15 @@ from vogue.benchmarks.answers import Answered, read
 from vogue.config import Config
 from vogue.data import Sample, load_samples
 from vogue.data.prompts import system_prompt, with_view
+from vogue.estimates import Estimate, estimate, pass_at_k, powers_of_two
 from vogue.inputs import Preprocessor, load_processor
-from vogue.perturb import perturb
+from vogue.method.perturb import perturb
 from vogue.rewards import Score, check_function
 from vogue.rewards.groups import score_groups
 from vogue.rollout import Completion, Engine, Request, create_engine
 from vogue.seeds import Purpose, seed_for
 
-RESAMPLES = 2000
 CHUNK = 64  # problems generated at a time, so that the progress bar moves and their images fit into memory
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over problems and its 95% interval; NaN where there is nothing to take it of."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return "–" if isnan(self.value) else f"{100 * self.value:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
 @dataclass(frozen=True)
@@ -57,24 +38,6 @@ class Judged:
     @property
     def right(self) -> int:
         return sum(score.accuracy == 1 for score in self.scores)
-
-
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that k of n samples, drawn without putting back, hold one of the `right` ones."""
-    if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} needs at least {k} samples a problem, there are {n}")
-    return 1 - comb(n - right, k) / comb(n, k)
-
-
-def estimate(values: Sequence[float], weights: Sequence[float] | None = None) -> Estimate:
-    """Sum of values / sum of weights, 1 each by default, with a 95% percentile-bootstrap interval over problems."""
-    above, below = np.asarray(values), np.ones(len(values)) if weights is None else np.asarray(weights)
-    if not below.any():
-        return Estimate(np.nan, np.nan, np.nan)
-    drawn = np.random.default_rng(0).integers(len(above), size=(RESAMPLES, len(above)))
-    with np.errstate(invalid="ignore"):  # 0 / 0 where only problems without weight were drawn
-        low, high = np.nanquantile(above[drawn].sum(axis=1) / below[drawn].sum(axis=1), [0.025, 0.975])
-    return Estimate(float(above.sum() / below.sum()), float(low), float(high))
 
 
 def generate(
@@ -98,11 +61,6 @@ def judge(
     temperature = config.trainer.eval_temperature
     scores = score_groups(engine, preprocessor, config, samples, groups, places, temperature)
     return [Judged(sample, tuple(group), s) for sample, group, s in zip(samples, groups, scores, strict=True)]
-
-
-def powers_of_two(n: int) -> tuple[int, ...]:
-    """1, 2, 4 … up to n."""
-    return tuple(2**power for power in range(n.bit_length()))
 
 
 def summary(judged: Sequence[Judged], pass_at: Sequence[int]) -> dict[str, Estimate]:

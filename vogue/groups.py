@@ -7,10 +7,10 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from vogue.advantage import group_advantages, mixed, passk_advantages
 from vogue.config import Config
-from vogue.evaluate import pass_at_k
+from vogue.estimates import pass_at_k
 from vogue.inputs import Prompt, View
+from vogue.method.advantage import group_advantages, mixed, passk_advantages
 from vogue.metrics import Sums
 from vogue.rewards import Score
 from vogue.rollout import Completion

@@ -16,6 +16,7 @@ from transformers import AutoProcessor, ProcessorMixin
 from vogue.config import ConfigError
 from vogue.data import DataError, Sample
 from vogue.data.prompts import chat_messages
+from vogue.families import family_of_processor
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Preprocessor:
         self.system_prompt = system_prompt
         self.max_prompt_tokens = max_prompt_tokens
         self.image_token_id = processor.image_token_id
+        self.family = family_of_processor(processor)
 
     def check(self, samples: Iterable[Sample]) -> list[int]:
         """The prompts' lengths in tokens; images are decoded, but not turned into features.
@@ -68,7 +70,7 @@ class Preprocessor:
             return list(pool.map(self._length, samples))
 
     def _length(self, sample: Sample) -> int:
-        return len(self._token_ids(sample, self._image_tokens(sample.load_images()))[0])
+        return len(self._token_ids(sample, self.family.image_tokens(self.processor, sample.load_images()))[0])
 
     def view(self, images: Sequence[Image.Image]) -> View:
         """Turn PIL images into the vision tower's input."""
@@ -76,19 +78,12 @@ class Preprocessor:
             return View((), None, None)
         # A list of lists: of several images of one prompt LLaVA-OneVision cuts none into tiles.
         features = self.processor.image_processor(images=[list(images)], return_tensors="pt")
-        return View(tuple(images), features["pixel_values"], features[sizes_name(self.processor)])
+        return View(tuple(images), features["pixel_values"], features[self.family.sizes])
 
     def prompt(self, sample: Sample, view: View) -> Prompt:
         """Tokenize `sample` for images of `view`'s size."""
-        token_ids, spans = self._token_ids(sample, self._image_tokens(view.images))
+        token_ids, spans = self._token_ids(sample, self.family.image_tokens(self.processor, view.images))
         return Prompt(sample, spans, token_ids, (token_ids == self.image_token_id).long())
-
-    def _image_tokens(self, images: Sequence[Image.Image]) -> list[int]:
-        """Tokens that each of a prompt's images takes."""
-        if len(images) > 1 and sizes_name(self.processor) == "image_sizes":  # LLaVA-OneVision: whole, and a line end
-            return [self.processor.num_image_tokens + 1] * len(images)
-        sizes = [(image.height, image.width) for image in images]
-        return self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
 
     def _token_ids(self, sample: Sample, counts: list[int]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
         """Token ids of `sample`, whose images take `counts` tokens, and where they lie."""
@@ -108,11 +103,6 @@ class Preprocessor:
                 f"than data.max_prompt_tokens={self.max_prompt_tokens}"
             )
         return torch.tensor(token_ids), spans
-
-
-def sizes_name(processor: ProcessorMixin) -> str:
-    """What the model calls a `View`'s sizes: image_grid_thw, or image_sizes."""
-    return processor.image_processor.model_input_names[1]
 
 
 def cat_images(pixel_values: Sequence[Tensor]) -> Tensor:

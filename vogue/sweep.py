@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vogue import compare, doctor, logs
-from vogue.checkpoint import complete
 from vogue.config import Config, ConfigError, Count, Section, check, load_config, read_settings
+from vogue.model.checkpoint import complete
 from vogue.stopping import STOPPED
 
 OWN = ("seed", "trainer.output_dir")  # settings that the sweep gives each run

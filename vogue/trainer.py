@@ -25,12 +25,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from math import isfinite
 
-import deepspeed
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from vogue import branch, checkpoint, distributed
+from vogue import distributed
 from vogue.config import Config, ConfigError
 from vogue.data import DataError, Sample
 from vogue.evaluate import CHUNK, Judged, judge
@@ -48,16 +47,19 @@ from vogue.groups import (
     tally,
 )
 from vogue.inputs import Preprocessor
-from vogue.loading import deepspeed_settings, load_model
+from vogue.method import branch
+from vogue.method.perturb import annealed, perturb
+from vogue.method.uncertainty import Signals, TokenStats, read_signals
 from vogue.metrics import Clock, Sums, peak_memory
-from vogue.packing import Batch, Row, collate, deal, pack, spread
-from vogue.perturb import annealed, perturb
-from vogue.policy import Policy
+from vogue.model import checkpoint
+from vogue.model.loading import load_model
+from vogue.model.optimizer import start_deepspeed
+from vogue.model.packing import Batch, Row, collate, deal, pack, spread
+from vogue.model.policy import Policy
 from vogue.rewards import verifier
 from vogue.rewards.groups import score_groups
 from vogue.rollout import Completion, Request, create_engine, media_token_ids
 from vogue.seeds import Purpose, seed_for
-from vogue.uncertainty import Signals, TokenStats, read_signals
 from vogue_kernels import GuidanceConfig, clipped_surrogate, shaped_advantage
 
 MOST_SKIPPED = 3  # updates in a row whose gradient isn't finite
@@ -85,7 +87,7 @@ class Trainer:
         self.shared_prefix = config.trainer.shared_prefix and not self.policy.why_separate
         if config.trainer.shared_prefix and self.policy.why_separate and self.rank == 0:
             warnings.warn(f"every completion is a row of its own: {self.policy.why_separate}", stacklevel=2)
-        self.engine = _deepspeed_engine(self.policy, config)
+        self.engine = start_deepspeed(self.policy, config)
         self.rollout = create_engine(config, self.processor, self.policy.model)
         self.guidance = GuidanceConfig(**config.guidance.model_dump(exclude={"sign_transition"}))
         self.step = 0
@@ -447,21 +449,3 @@ def _check_split(config: Config, ranks: int) -> None:
         raise ConfigError(
             f"rollout.prompts / trainer.updates = {per_update} prompts an update can't be shared by {ranks} ranks"
         )
-
-
-def _deepspeed_engine(policy: Policy, config: Config):
-    settings, model = config.optimizer, config.model
-    if model.gradient_checkpointing:
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-        policy.train()  # transformers ignores it in a model that isn't training
-    if model.freeze_vision:
-        getattr(policy.model.model, policy.family.tower).requires_grad_(False)
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, settings.lr, settings.betas, weight_decay=settings.weight_decay)
-    warmup = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda update: min(1.0, (update + 1) / (settings.warmup_steps + 1))
-    )
-    engine, *_ = deepspeed.initialize(
-        model=policy, optimizer=optimizer, lr_scheduler=warmup, config=deepspeed_settings(config)
-    )
-    return engine

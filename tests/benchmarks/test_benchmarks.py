@@ -15,7 +15,8 @@ from vogue.benchmarks import BENCHMARKS
 from vogue.benchmarks.answers import read, write_answered
 from vogue.benchmarks.mathvista import edit_distance
 from vogue.data import DataError
-from vogue.evaluate import Estimate, benchmark_table
+from vogue.estimates import Estimate
+from vogue.evaluate import benchmark_table
 from vogue.rollout import Completion
 
 

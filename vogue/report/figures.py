@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from vogue.evaluate import Estimate, estimate, pass_at_k
+from vogue.estimates import Estimate, estimate, pass_at_k, powers_of_two
 from vogue.report.runs import Method, Run, group_methods, read_runs
 
 # Of the methods, in light and dark mode: Okabe and Ito's palette, which colour-blind readers can tell apart, with an
@@ -168,7 +168,7 @@ def pass_at(evaluation: dict) -> dict[int, Estimate]:
     if "right" not in evaluation:
         return {int(name[5:]): Estimate(*evaluation[name]) for name in evaluation if name.startswith("pass@")}
     n = evaluation["n"]
-    ks = sorted({2**i for i in range(n.bit_length())} | {n})
+    ks = sorted({*powers_of_two(n), n})
     return {k: estimate([pass_at_k(n, right, k) for right in evaluation["right"]]) for k in ks}
 
 

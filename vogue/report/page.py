@@ -19,7 +19,7 @@ from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
 from vogue.config import ConfigError
-from vogue.evaluate import Estimate
+from vogue.estimates import Estimate
 from vogue.report import figures
 from vogue.report.runs import Method, Run, differing, group_methods, read_runs
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, DynamicCache, ProcessorMixin
 
 from vogue.config import Config
-from vogue.inputs import cat_images, sizes_name
+from vogue.families import family_of
+from vogue.inputs import cat_images
 from vogue.rollout import BAN, Completion, Request, media_token_ids
 
 SEQUENCES = 512  # generated at a time
@@ -25,7 +26,7 @@ class HfEngine:
         self.model = AutoModelForImageTextToText.from_pretrained(config.model.path, dtype=config.model.dtype)
         self.model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = processor.tokenizer
-        self._sizes = sizes_name(processor)
+        self.family = family_of(self.model)
         self._bias = torch.zeros(self.model.config.text_config.vocab_size, device=self.device)
         self._bias[media_token_ids(processor)] = BAN
         self.version = 0
@@ -59,11 +60,11 @@ class HfEngine:
         """A generator: yields logits (requests x n, V) of the next token, and is sent the tokens that were drawn."""
         ids, types, real = self._prompts(requests)
         images = self._images(requests)
-        positions = self._positions(ids, types, real, images.get("image_grid_thw"))
+        positions = self.family.positions(self.model, ids, types, real, images.get(self.family.sizes))
         after = positions[..., -1] + 1  # the last token is text, and at the highest position so far
         cache = DynamicCache(config=self.model.config)
         common = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-        if self._sizes == "image_grid_thw":
+        if self.family.grid_positions:
             images["mm_token_type_ids"] = types
         output = self.model(input_ids=ids, attention_mask=real, position_ids=positions, **images, **common)
         cache.batch_repeat_interleave(n)
@@ -90,18 +91,10 @@ class HfEngine:
         views = [request.view for request in requests if request.view.images]
         if not views:
             return {}
-        inputs = {"pixel_values": cat_images([view.pixel_values for view in views])}
-        inputs[self._sizes] = torch.cat([view.sizes for view in views])
-        if self._sizes == "image_sizes":
-            inputs["batch_num_images"] = torch.tensor([len(view.sizes) for view in views])
+        sizes = torch.cat([view.sizes for view in views])
+        inputs = self.family.tower_inputs(sizes, [len(view.sizes) for view in views])
+        inputs["pixel_values"] = cat_images([view.pixel_values for view in views])
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
-
-    def _positions(self, ids: Tensor, types: Tensor, real: Tensor, grid: Tensor | None) -> Tensor:
-        """(3, requests, P), or (requests, P) where positions count tokens."""
-        if self._sizes == "image_sizes":
-            return (real.cumsum(dim=1) - 1).clamp(min=0)
-        positions, _ = self.model.model.get_rope_index(ids, types, image_grid_thw=grid, attention_mask=real)
-        return positions
 
     def _completion(self, token_ids: list[int], logprobs: list[float]) -> Completion:
         end = self.tokenizer.eos_token_id

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.core_model_loading import revert_weight_conversion
 
 from vogue.config import Config
-from vogue.inputs import sizes_name
+from vogue.families import family_of_processor
 from vogue.rollout import BAN, Completion, Request, media_token_ids
 
 # Read by vLLM when it is imported: run in this process, and leave OpenMP's threads to the trainer, which shares them.
@@ -77,7 +77,7 @@ class VllmEngine:
         self._stance = contextlib.nullcontext if on_gpu else lambda: torch.compiler.set_stance("force_eager")
         self._banned = {token: BAN for token in media_token_ids(processor)}
         self._tokenizer = processor.tokenizer
-        self._sizes = sizes_name(processor)
+        self._family = family_of_processor(processor)
         self._request_ids = map(str, itertools.count())  # vLLM hands results out in their order
         self._model = model
         self.version = 0
@@ -112,14 +112,10 @@ class VllmEngine:
         token_ids = prompt.token_ids.tolist()
         if not view.images:
             return tokens_input(token_ids)
-        if view.pixel_values.dim() == 2:  # patches of all images, one after the other
-            pixels = MultiModalFieldConfig.flat_from_sizes("image", view.sizes.prod(-1))
-        else:
-            pixels = MultiModalFieldConfig.batched("image")
-        fields = {"pixel_values": pixels, self._sizes: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
-        features = MultiModalKwargsItems.from_hf_inputs(
-            {"pixel_values": view.pixel_values, self._sizes: view.sizes}, fields
-        )
+        sizes, one_by_one = self._family.sizes, MultiModalFieldConfig.batched
+        patches = MultiModalFieldConfig.flat_from_sizes("image", view.sizes.prod(-1)) if self._family.patches else None
+        fields = {"pixel_values": patches or one_by_one("image"), sizes: one_by_one("image", keep_on_cpu=True)}
+        features = MultiModalKwargsItems.from_hf_inputs({"pixel_values": view.pixel_values, sizes: view.sizes}, fields)
         several = len(view.images) > 1  # LLaVA-OneVision cuts the same image into tiles where it is the only one
         heads = [f"{image.size} {several}".encode() for image in view.images]
         digests = [hashlib.blake2b(h + x.tobytes()).hexdigest() for h, x in zip(heads, view.images, strict=True)]

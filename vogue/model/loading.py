@@ -1,4 +1,4 @@
-"""The policy's model from its checkpoint, and what DeepSpeed is told of how to hold it.
+"""The policy's model from its checkpoint.
 
 Where ZeRO-3 trains, no rank ever holds the whole model, neither in its host's memory nor on its GPU. transformers maps
 the checkpoint's files and reads a weight when it is first used; partitioning uses them one at a time, and a rank keeps
@@ -9,33 +9,13 @@ from functools import wraps
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3, zero3_linear_wrap
 from deepspeed.runtime.zero.utils import is_zero_param
-from omegaconf import OmegaConf
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from vogue.config import Config
-
-
-def deepspeed_settings(config: Config) -> dict:
-    """What `deepspeed.initialize` takes: vogue's own settings with `trainer.deepspeed` merged into them.
-
-    ZeRO's stage is 3, and 1 for a single rank that asks for nothing else: there is nothing to partition then, and stage
-    3's hooks take a quarter of a small model's step.
-    """
-    chosen = config.trainer.deepspeed
-    partitions = dist.get_world_size() > 1 or "zero_optimization" in chosen
-    own = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optimizer.max_grad_norm,
-        "zero_optimization": {"stage": 3 if partitions else 1},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": config.model.dtype == "bfloat16"},
-    }
-    return OmegaConf.to_container(OmegaConf.merge(own, chosen))
+from vogue.model.optimizer import deepspeed_settings
 
 
 def load_model(config: Config, device: torch.device) -> PreTrainedModel:

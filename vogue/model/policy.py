@@ -5,46 +5,23 @@ hooks gather it for the head's forward and backward as for any layer, tied to th
 the fused operators of `vogue_kernels`: no (tokens x vocabulary) tensor exists. Only the positions that predict a
 completion's token reach it.
 
-A row holds one prompt and the completions that share it (`vogue.packing`). Position i attends to j <= i where j
-belongs to the prompt or to i's own completion (`vogue.attention`), and every completion's positions continue from the
-prompt's, so each completion sees exactly what it would see alone. The vision tower sees each distinct image once.
+A row holds one prompt and the completions that share it (see packing). Position i attends to j <= i where j belongs to
+the prompt or to i's own completion (see attention), and every completion's positions continue from the prompt's, so
+each completion sees exactly what it would see alone. The vision tower sees each distinct image once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vogue.attention import FLEX, IMPLEMENTATIONS, PARTS, attention_inputs
-from vogue.packing import PAD, Batch, Images
+from vogue.families import Family, family_of
+from vogue.method.uncertainty import OtherBranch, TokenStats
+from vogue.model.attention import FLEX, IMPLEMENTATIONS, PARTS, attention_inputs
+from vogue.model.packing import PAD, Batch, Images
 from vogue.rollout import BAN
-from vogue.uncertainty import OtherBranch, TokenStats
 from vogue_kernels import LogprobStats, linear_branch_stats, linear_logprob
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a model type's forward takes besides tokens, and where its vision tower is.
-
-    `sizes`: the name of `View.sizes`. `rotary`: positions are (3, B, L), the model's own `get_rope_index`, and it takes
-    token types; otherwise they count tokens, (B, L), and it takes the number of images of each row.
-    """
-
-    sizes: str
-    tower: str
-    rotary: bool
-
-
-QWEN = Family("image_grid_thw", "visual", rotary=True)
-FAMILIES = {
-    "qwen2_vl": QWEN,
-    "qwen2_5_vl": QWEN,
-    "qwen3_vl": QWEN,
-    "qwen3_5": QWEN,
-    "llava_onevision": Family("image_sizes", "vision_tower", rotary=False),
-}
 
 
 class PolicyHead(nn.Module):
@@ -84,15 +61,12 @@ class Policy(nn.Module):
 
     `attention` is the text model's: one of transformers', or "auto" for the fastest that lets completions share a
     prompt. `why_separate` says why they can't (None where they can); every row must then hold one completion.
-    Raises ValueError for a model type that isn't in `FAMILIES`.
+    Raises ValueError for a model type that isn't in `vogue.families`.
     """
 
     def __init__(self, model: PreTrainedModel, temperature: float, banned: Sequence[int] = (), attention: str = "auto"):
         super().__init__()
-        kind = model.config.model_type
-        if kind not in FAMILIES:
-            raise ValueError(f"model type {kind} is not known here; these are: {', '.join(FAMILIES)}")
-        self.family = FAMILIES[kind]
+        self.family = family_of(model)
         if attention == "auto":
             attention = "flex_attention" if torch.cuda.is_available() else PARTS
         attention = FLEX if attention == "flex_attention" else attention
@@ -117,7 +91,7 @@ class Policy(nn.Module):
         """Hidden states (N, D) at the positions that predict the completions' tokens."""
         images = batch.view
         body = self.model.model
-        features = self._features(images or self._blank())
+        features = self._features(images or _blank(self.family, self.model))
         inputs = {"input_ids": batch.input_ids, "position_ids": self._positions(batch), "use_cache": False}
         if images is not None:
             inputs["mm_encoder_outputs"] = {"image": _in_order(features, images.order)}
@@ -133,37 +107,16 @@ class Policy(nn.Module):
 
     def _features(self, images: Images):
         """What the vision tower makes of the images, as the model's own forward takes it."""
-        given = {} if self.family.rotary else {"batch_num_images": torch.tensor(images.counts)}
-        return self.model.model.get_image_features(
-            images.pixel_values.to(self.model.dtype), **{self.family.sizes: images.sizes}, **given, return_dict=True
-        )
-
-    def _blank(self) -> Images:
-        """The smallest input of the vision tower."""
-        vision, device = self.model.config.vision_config, self.model.device
-        if self.family.rotary:
-            merge = vision.spatial_merge_size
-            patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-            sizes = torch.tensor([[1, merge, merge]], device=device)
-            return Images(torch.zeros(merge * merge, patch_dim, device=device), sizes, (1,), (0,))
-        side = vision.image_size
-        # Two, because a single one would be cut into tiles.
-        sizes = torch.full((2, 2), side, device=device)
-        return Images(torch.zeros(2, 1, vision.num_channels, side, side, device=device), sizes, (2,), (0, 1))
+        given = self.family.tower_inputs(images.sizes, images.counts)
+        return self.model.model.get_image_features(images.pixel_values.to(self.model.dtype), **given, return_dict=True)
 
     def _positions(self, batch: Batch) -> Tensor:
         """Positions of the prompt's tokens, each completion counting on from there."""
         images = batch.view
         prompt = batch.segments == 0
-        if self.family.rotary:
-            grid = None if images is None else images.sizes[list(images.order)]
-            in_prompt, _ = self.model.model.get_rope_index(
-                batch.input_ids, batch.token_types, image_grid_thw=grid, attention_mask=prompt
-            )
-            last = in_prompt.masked_fill(~prompt, -1).amax(dim=(0, 2))  # (B,)
-        else:
-            in_prompt = prompt.cumsum(dim=1) - 1
-            last = in_prompt[:, -1]
+        sizes = None if images is None else images.sizes[list(images.order)]
+        in_prompt = self.family.positions(self.model, batch.input_ids, batch.token_types, prompt, sizes)
+        last = in_prompt.masked_fill(~prompt, -1).view(-1, *prompt.shape).amax(dim=(0, 2))  # (B,)
         index = torch.arange(batch.segments.shape[1], device=batch.segments.device).expand_as(batch.segments)
         begins = torch.ones_like(prompt)
         begins[:, 1:] = batch.segments[:, 1:] != batch.segments[:, :-1]
@@ -179,6 +132,12 @@ def _why_separate(model: PreTrainedModel, attention: str) -> str | None:
     if attention not in IMPLEMENTATIONS:
         return f"{attention} attention takes no mask of that kind"
     return None
+
+
+def _blank(family: Family, model: PreTrainedModel) -> Images:
+    """The smallest input of the vision tower, as of a single prompt."""
+    pixel_values, sizes = family.blank(model)
+    return Images(pixel_values, sizes, (len(sizes),), tuple(range(len(sizes))))
 
 
 def _in_order(features, order: Sequence[int]):

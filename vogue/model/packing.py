@@ -4,7 +4,7 @@ A row of a micro-batch is one prompt followed by the completions that share it:
 
     [ prompt | completion 1 | completion 2 | ... | pad ]      segments 0, 1, 2, ..., -1
 
-Completions attend to the prompt and to themselves (`vogue.policy`), so a group costs one prompt. Only the
+Completions attend to the prompt and to themselves (`vogue.model.policy`), so a group costs one prompt. Only the
 positions that predict a completion's token reach the output head; they are listed flat, as N tokens.
 """
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from vogue.inputs import Prompt, View, cat_images
+from vogue.method.uncertainty import Signals
 from vogue.rollout import Completion
-from vogue.uncertainty import Signals
 
 PAD = -1  # segment of padding
 

@@ -1,4 +1,4 @@
-"""Attention of rows that share a prompt (`vogue.packing`): the prompt is attended to once for all its completions.
+"""Attention of rows that share a prompt (see packing): the prompt is attended to once for all its completions.
 
 A completion's token attends to the prompt, all of it, and to its own completion up to itself. The softmax over both
 is the mixture of the softmax over each, weighed by its share of the normaliser (arXiv 2205.14135): with (o, l) and
@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 
-from vogue.packing import PAD
+from vogue.model.packing import PAD
 
 # Names under which transformers finds them; it offers its own flex_attention to some models only.
 PARTS, FLEX = "shared_prefix", "shared_prefix_flex"

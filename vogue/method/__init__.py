@@ -1,0 +1,7 @@
+"""VOGUE, as its paper has it (arXiv 2510.01444), and its baselines: pure functions that know nothing else of vogue.
+
+perturb       T(x)                        advantage     A, of a group's rewards
+branch        p_noi, z, the bonus's sign  uncertainty   u_out and u_per, exact or estimated
+
+The bonuses and the clipped surrogate are `vogue_kernels.loss`, which other trainers use too.
+"""

@@ -1,0 +1,6 @@
+"""The policy: a model of transformers that DeepSpeed holds, rows that share a prompt, and its statistics per token.
+
+loading       from its checkpoint, partitioned          optimizer    AdamW and DeepSpeed's engine
+packing       rows, micro-batches, batches              attention    of rows that share a prompt
+policy        hidden states to statistics               checkpoint   saved and found again
+"""
