@@ -102,25 +102,27 @@ def given_groups(trainer, task: Task) -> list:
     from vogue.rollout import Completion
 
     groups = []
-    for item in trainer.items(trainer.step):
+    for item in trainer.loader.items(trainer.step):
         tokens = completions_of(task, item.number)
         made = tuple(Completion(tuple(ids), (-5.0,) * len(ids), "", False) for ids in tokens)
         advantages = tuple((-1.0) ** i for i in range(task.n))
         noisy = item.draws[0]
-        groups.append(Group(item, noisy, made, (True,) * task.n, (noisy,) * task.n, advantages=advantages))
+        view, kept, paid = "noisy" if noisy else "raw", (True,) * task.n, (noisy,) * task.n
+        group = Group(item=item, view=view, completions=made, sources=(view,) * task.n, kept=kept, paid=paid)
+        groups.append(replace(group, advantages=advantages))
     return groups
 
 
 def vogue_update(connection, folder: Path, task: Task, *overrides: str) -> None:
     """Repetitions of the training part; a request may name other sizes (prompts, n, completion) than the task's."""
-    from vogue.metrics import Clock, Sums
+    from vogue.metrics import Clock, Means
 
     trainer = vogue_trainer(folder, task, *overrides)
     for request in requests(connection):
         sizes = replace(task, **request)
         groups = given_groups(trainer, sizes)[: sizes.prompts]
         with measured(connection):
-            trainer.update(groups, Sums(), Clock())
+            trainer.update(groups, Means(), Clock())
 
 
 def vogue_step(connection, folder: Path, task: Task, *overrides: str) -> None:

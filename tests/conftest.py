@@ -63,7 +63,8 @@ def model_folder(tmp_path_factory, processor, new_model, samples):
     rows = []
     for sample in samples[:3]:
         view = preprocessor.view(sample.load_images())
-        rows.append(Row(preprocessor.prompt(sample, view), view, None, completions, (0.0,) * 10))
+        advantages = tuple(torch.zeros(len(completion.token_ids)) for completion in completions)
+        rows.append(Row(preprocessor.prompt(sample, view), {"raw": view}, "raw", completions, advantages))
     batch = collate(rows, processor.tokenizer.pad_token_id, token_mean=True)
     projection = model.lm_head
     policy = Policy(model, 1.0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from steps import batches_of, generated
 from test_families import PINPOINTS, TILE, config_of
 from transformers import (
     AutoModelForImageTextToText,
@@ -85,10 +86,10 @@ def save_as_published(kind, model, folder):
 
 def disagreement(trainer):
     """Largest difference (nats) of the log-probabilities of fresh tokens between policy and engine."""
-    items = [trainer.item(sample, 0, i, (False,) * 3) for i, sample in enumerate(trainer.samples)]
-    groups = [replace(group, advantages=(1.0,) * 3) for group in trainer.generate(items)]
+    items = [trainer.loader.item(sample, 0, i, (False,) * 3) for i, sample in enumerate(trainer.loader.samples)]
+    groups = [replace(group, advantages=(1.0,) * 3) for group in generated(trainer, items)]
     with torch.no_grad():
-        pairs = [(trainer.policy(b).logprob, b.rollout_logprob) for b in trainer.batches(groups)]
+        pairs = [(trainer.policy(b).logprob, b.engine_logprob) for b in batches_of(trainer, groups)]
     assert torch.cat([ours for ours, _ in pairs]).std() > 0.1
     return max((ours - theirs).abs().max().item() for ours, theirs in pairs)
 

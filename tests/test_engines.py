@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from steps import batches_of, generated
 from transformers import AutoModelForImageTextToText
 
 from vogue.cli import main
@@ -62,25 +63,25 @@ def trainer(model_folder, digits_folder, tmp_path_factory):
 def engine(request, trainer):
     """Each engine in turn in the trainer's hands; its weights are put back afterwards."""
     before = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
-    vllm = trainer.rollout
+    vllm = trainer.engine
     if request.param == "hf":
-        trainer.rollout = HfEngine(trainer.config, trainer.processor)
-    yield trainer.rollout
+        trainer.engine = HfEngine(trainer.config, trainer.processor)
+    yield trainer.engine
     with torch.no_grad():
         for name, parameter in trainer.policy.named_parameters():
             parameter.copy_(before[name])
     trainer.sync()
-    trainer.rollout = vllm
+    trainer.engine = vllm
 
 
 def disagreement(trainer):
     """Largest difference (nats) between the policy's log-probabilities of fresh tokens and its engine's."""
-    groups = [give_advantages(group) for group in trainer.generate(trainer.items(trainer.step))]
+    groups = [give_advantages(group) for group in generated(trainer)]
     differences = []
     with torch.no_grad():
-        for batch in trainer.batches(groups):
+        for batch in batches_of(trainer, groups):
             logprob = trainer.policy(batch).logprob
-            differences.append((logprob - batch.rollout_logprob).abs().max().item())
+            differences.append((logprob - batch.engine_logprob).abs().max().item())
     return max(differences)
 
 
@@ -110,8 +111,8 @@ def test_the_engine_follows_the_policys_weights(trainer, engine, part):
 
 
 def requests_of(trainer, count):
-    items = [trainer.item(sample, 0, i, (False,)) for i, sample in enumerate(trainer.samples[:count])]
-    return [Request(item.prompt, item.raw, seed=10 + i) for i, item in enumerate(items)]
+    items = [trainer.loader.item(sample, 0, i, (False,)) for i, sample in enumerate(trainer.loader.samples[:count])]
+    return [Request(item.prompt, item.views["raw"], seed=10 + i) for i, item in enumerate(items)]
 
 
 def generate(engine, requests, n=3):
@@ -121,7 +122,7 @@ def generate(engine, requests, n=3):
 def test_media_tokens_are_never_sampled_even_where_the_model_favours_them(trainer, engine):
     media = media_token_ids(trainer.processor)
     head = trainer.policy.model.lm_head
-    batch = trainer.batches([give_advantages(group) for group in trainer.generate(trainer.items(trainer.step))])[0]
+    batch = batches_of(trainer, [give_advantages(group) for group in generated(trainer)])[0]
     with torch.no_grad():
         hidden = trainer.policy._hidden(batch)
         direction = hidden.mean(0) / hidden.mean(0).norm() ** 2
@@ -161,8 +162,8 @@ def test_at_temperature_zero_the_likeliest_tokens_are_taken_with_their_plain_log
 
 def test_a_completion_holds_its_end_token_its_text_and_a_logprob_a_token(trainer, engine, preprocessor):
     end = trainer.processor.tokenizer.eos_token_id
-    views = [preprocessor.view(sample.load_images()) for sample in trainer.samples[:4]]
-    prompts = [preprocessor.prompt(sample, view) for sample, view in zip(trainer.samples, views, strict=False)]
+    views = [preprocessor.view(sample.load_images()) for sample in trainer.loader.samples[:4]]
+    prompts = [preprocessor.prompt(sample, view) for sample, view in zip(trainer.loader.samples, views, strict=False)]
     requests = [Request(prompt, view, seed=7) for prompt, view in zip(prompts, views, strict=True)]
     completions = [c for group in generate(engine, requests, n=8) for c in group]
     assert len(completions) == 32
@@ -177,10 +178,10 @@ def test_a_completion_holds_its_end_token_its_text_and_a_logprob_a_token(trainer
 
 
 def test_prompts_without_and_with_several_images_are_generated_for(trainer, engine):
-    (image,) = trainer.samples[0].load_images()
+    (image,) = trainer.loader.samples[0].load_images()
     samples = [Sample("2 + 2?", "4", ()), Sample("Is <image> in <image>?", "no", (image, image.resize((84, 56))))]
-    items = [trainer.item(sample, 0, i, (False,)) for i, sample in enumerate(samples)]
-    groups = generate(engine, [Request(item.prompt, item.raw, 7) for item in items])
+    items = [trainer.loader.item(sample, 0, i, (False,)) for i, sample in enumerate(samples)]
+    groups = generate(engine, [Request(item.prompt, item.views["raw"], 7) for item in items])
     assert [len(group) for group in groups] == [3, 3]
 
 
@@ -409,8 +410,9 @@ from deepspeed.utils import safe_get_full_grad
 from vogue.config import load_config
 from vogue.data import load_samples
 from vogue.distributed import leave
+from vogue.groups import generate
 from vogue.inputs import Preprocessor, load_processor
-from vogue.metrics import Clock, Sums
+from vogue.metrics import Clock, Means
 from vogue.trainer import Trainer
 
 # argv: where to save, a model with a tied and one with an untied head, settings
@@ -420,8 +422,10 @@ def gradients(path):
     config = load_config(None, [*settings, f"model.path={path}"])
     preprocessor = Preprocessor(load_processor(config.model.path), "Think.", 128)
     trainer = Trainer(config, load_samples(config.data.train), preprocessor, resume=False)
+    items = trainer.loader.items(trainer.step)
+    groups = generate(trainer.engine, config, items, trainer.step)
     advantages = lambda prompt: tuple((-1.0) ** (prompt + i) * (1 + prompt) for i in range(4))
-    groups = [replace(g, advantages=advantages(g.item.number)) for g in trainer.generate(trainer.items(trainer.step))]
+    groups = [replace(g, advantages=advantages(g.item.number)) for g in groups]
     whole = config.trainer.deepspeed["zero_optimization"].get("stage") == 0
     assert whole or all(p.numel() == 0 for p in trainer.policy.parameters()), "nothing is partitioned"
     found = {}
@@ -429,8 +433,8 @@ def gradients(path):
     def record():  # in place of the optimizer's step
         found.update({name: safe_get_full_grad(p).clone() for name, p in trainer.policy.named_parameters()})
 
-    trainer.engine.step = record
-    trainer.update(groups, Sums(), Clock())
+    trainer.deepspeed.step = record
+    trainer.update(groups, Means(), Clock())
     return found, trainer.rank
 
 found = {"tied": gradients(tied)[0]}

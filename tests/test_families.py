@@ -123,7 +123,8 @@ def row_of(model, kind, size, *completions, images=True):
         (features,) = model.model.get_image_features(**inputs_of(model, view), return_dict=True).pooler_output
         ids = torch.tensor([6, START, *[IMAGE] * len(features), END, 7, 8])
     made = tuple(Completion(tuple(tokens), (0.0,) * len(tokens), "", True) for tokens in completions)
-    return Row(Prompt(SAMPLE, (), ids, (ids == IMAGE).long()), view, None, made, (0.0,) * len(made))
+    prompt = Prompt(SAMPLE, (), ids, (ids == IMAGE).long())
+    return Row(prompt, {"raw": view}, "raw", made, tuple(torch.zeros(len(c.token_ids)) for c in made))
 
 
 def alone(model, row, completion):
@@ -131,8 +132,8 @@ def alone(model, row, completion):
     tokens = torch.tensor(completion.token_ids)
     ids = torch.cat([row.prompt.token_ids, tokens])[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if row.view.sizes is not None:
-        inputs |= inputs_of(model, row.view)
+    if row.views["raw"].sizes is not None:
+        inputs |= inputs_of(model, row.views["raw"])
         if FAMILIES[model.config.model_type].grid_positions:
             inputs["mm_token_type_ids"] = (ids == IMAGE).long()
     logps = model(**inputs).logits[0, len(row.prompt.token_ids) - 1 : -1].log_softmax(-1)
@@ -160,7 +161,7 @@ def assert_equal_to_separate_rows(kind, dtype, error, images=True, attention="au
     ]
     batches = [collate(rows, 0, token_mean=True)]
     if policy.why_separate:
-        rows = [replace(row, completions=(c,), advantages=(0.0,)) for row in rows for c in row.completions]
+        rows = [replace(row, completions=(c,), advantages=(torch.zeros(len(c.token_ids)),)) for row in rows for c in row.completions]
         batches = [collate(rows, 0, token_mean=True)]
     (batch,) = batches
     logprob = torch.cat([alone(plain, row, completion) for row in rows for completion in row.completions])
@@ -234,7 +235,7 @@ def test_the_vision_tower_sees_each_image_once_however_many_rows_show_it(kind):
     tower = getattr(model.model, policy.family.tower)
     tower.register_forward_pre_hook(lambda _, arguments, named: seen.append(len(arguments[0])), with_kwargs=True)
     together = collate([small, large], 0, token_mean=True)
-    separate = [replace(row, completions=(c,), advantages=(0.0,)) for row in (small, large) for c in row.completions]
+    separate = [replace(row, completions=(c,), advantages=(torch.zeros(len(c.token_ids)),)) for row in (small, large) for c in row.completions]
     shared, alone = policy(together), policy(collate(separate, 0, token_mean=True))
     patches = {size: len(view_of(kind, size).pixel_values) for size in (1, 2)}
     if kind == "llava_onevision":

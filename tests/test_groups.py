@@ -3,18 +3,20 @@
 from dataclasses import replace
 
 import pytest
+from steps import group_of
 
-from vogue.groups import Group, Item, assigned, choose, found_mixed, judged, overlong_punishment, split
+from vogue.groups import assigned, choose, found_mixed, in_updates, judged, overlong_punishment
+from vogue.loader import Item
 from vogue.rewards import Score
 from vogue.rollout import Completion
 
 
-def group(number, *accuracies, rewards=None, lengths=None, part=0):
+def group(number, *accuracies, rewards=None, lengths=None, update=0):
     count = len(accuracies)
     scores = tuple(Score(r, a, 1.0, None) for r, a in zip(rewards or accuracies, accuracies))
     completions = tuple(Completion((0,) * n, (0.0,) * n, "", True) for n in lengths or (1,) * count)
-    item = Item(number, None, None, None, (False,) * count, part)
-    return Group(item, False, completions, (True,) * count, (False,) * count, scores)
+    item = Item(number, None, {}, (False,) * count, update)
+    return group_of(item, completions, scores=scores)
 
 
 def test_the_soft_punishment_by_hand():
@@ -65,19 +67,12 @@ def test_mixed_prompts_come_first_and_others_fill_up():
 
 def test_chosen_prompts_are_shared_by_the_updates_and_nothing_else_is_kept():
     groups = [group(number, 0, 1) for number in range(6)]
-    found = assigned(groups, [0, 2, 4, 5], parts=2)
+    found = assigned(groups, [0, 2, 4, 5], updates=2)
     assert [any(g.kept) for g in found] == [True, False, True, False, True, True]
-    assert [g.item.part for g in found if any(g.kept)] == [0, 0, 1, 1]
+    assert [g.item.update for g in found if any(g.kept)] == [0, 0, 1, 1]
 
 
-def test_a_rank_without_a_prompt_of_an_update_gets_an_idle_group():
-    first, second = split([group(3, 0, 1, part=1)], 2)
-    assert [(g.item.number, g.kept) for g in first] == [(3, (False, False))]
-    assert [(g.item.number, g.kept) for g in second] == [(3, (True, True))]
-
-
-def test_a_completions_source_is_the_branch_it_is_trained_on_unless_it_is_foreign():
-    raw = group(0, 0, 1)
-    assert raw.sources == (False, False)
-    assert replace(raw, noisy=True).sources == (True, True)
-    assert replace(raw, foreign=(False, True)).sources == (False, True)
+def test_groups_keep_their_number_in_the_updates_that_train_on_them():
+    first, second = in_updates([group(3, 0, 1, update=1), group(4, 0, 1), group(5, 0, 1, update=1)], 2)
+    assert {number: g.item.number for number, g in first.items()} == {1: 4}
+    assert {number: g.item.number for number, g in second.items()} == {0: 3, 2: 5}

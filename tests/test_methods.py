@@ -5,14 +5,27 @@ from itertools import product
 
 import pytest
 import torch
-from steps import TWO_BY_TWO, both_groups, drawn, loss_gradient, noisy_batch, weights_after, with_settings
+from steps import (
+    TWO_BY_TWO,
+    batches_of,
+    both_groups,
+    drawn,
+    generated,
+    group_of,
+    loss_gradient,
+    noisy_batch,
+    objective_of,
+    rows_of,
+    weights_after,
+    with_settings,
+)
 
-from vogue.groups import Group, sample_order
+from vogue.loader import sample_order
 from vogue.method import branch
 from vogue.method.uncertainty import Signals
-from vogue.metrics import Clock, Sums
+from vogue.metrics import Clock, Means
+from vogue.objective import uncertainties
 from vogue.rollout import Completion
-from vogue.trainer import measure
 
 # -------------------------------------------------------------------------------------------- branch granularity
 
@@ -48,29 +61,29 @@ def test_the_three_granularities_have_the_same_expected_gradient(new_trainer, co
 
 def test_advantages_come_from_all_completions_of_the_branch_whatever_is_trained_on(new_trainer):
     trainer = new_trainer(*TWO_BY_TWO)
-    item = trainer.item(trainer.samples[0], 0, 0, (True, False, False))
+    item = trainer.loader.item(trainer.loader.samples[0], 0, 0, (True, False, False))
     texts = [rf"<think></think>\boxed{{{item.prompt.sample.answer}}}", r"<think></think>\boxed{no}", "no"]
     completions = tuple(Completion((1,), (0.0,), text, True) for text in texts)
-    (judged,) = trainer.judge([Group(item, True, completions, kept=item.draws, paid=(True,) * 3)])
+    (judged,) = trainer.judge([group_of(item, completions, view="noisy", kept=item.draws)])
     assert [score.reward for score in judged.scores] == pytest.approx([1.0, 0.1, 0.0])
     # mean 11/30, sample standard deviation sqrt((361 + 64 + 121) / 900 / 2) = 0.550757
     assert judged.advantages == pytest.approx([1.149932, -0.484182, -0.665750], abs=1e-5)
-    (row,) = trainer.rows(judged)
+    (row,) = rows_of(trainer, judged)
     assert row.completions == completions[:1]
-    assert row.view is item.noisy
-    assert row.other is item.raw
+    assert row.trained == "noisy"
+    assert row.others == ("raw",)
 
 
 def test_only_what_a_draw_asks_for_is_generated_and_perturbed(new_trainer):
     trainer = new_trainer("branch.granularity=response", "branch.probability=0.5")
-    items = trainer.items(trainer.step)
-    groups = trainer.generate(items)
+    items = trainer.loader.items(trainer.step)
+    groups = generated(trainer, items)
     assert {any(i.draws) for i in items} | {all(i.draws) for i in items} == {True, False}
     for item in items:
         branches = [group for group in groups if group.item is item]
-        assert [g.noisy for g in branches] == sorted(set(item.draws))
+        assert [g.view == "noisy" for g in branches] == sorted(set(item.draws))
         assert sum(sum(g.kept) for g in branches) == len(item.draws)
-        assert (item.noisy is None) == (not any(item.draws))
+        assert ("noisy" not in item.views) == (not any(item.draws))
 
 
 # ------------------------------------------------------------------------------------------ methods and ablations
@@ -82,14 +95,14 @@ def test_grpo_is_vogue_without_branch_and_guidance(config, new_trainer):
     assert by_name | {"method": "vogue"} == by_hand
 
     trainer = new_trainer("method=grpo", *TWO_BY_TWO)
-    items = trainer.items(trainer.step)
-    assert all(item.noisy is None for item in items)
-    groups = [replace(group, advantages=(2.0, -1.0)) for group in trainer.generate(items)]
-    (batch,) = trainer.batches(groups)
+    items = trainer.loader.items(trainer.step)
+    assert all("noisy" not in item.views for item in items)
+    groups = [replace(group, advantages=(2.0, -1.0)) for group in generated(trainer, items)]
+    (batch,) = batches_of(trainer, groups)
     signals = trainer.signals(batch, trainer.policy(batch))
     assert signals.u_per is None
     assert signals.u_out.min() > 0.01
-    loss = trainer.loss(batch, signals, Sums(), first=True)
+    loss = objective_of(trainer, batch, signals).loss
     # Ratio 1 and no bonus: minus the advantages of all tokens.
     lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
     assert loss.item() == pytest.approx(-2 * (lengths[0] + lengths[2]) + lengths[1] + lengths[3])
@@ -113,7 +126,7 @@ def test_every_guidance_setting_reaches_the_loss(
     count = len(batch.targets)
     entropy, divergence = torch.linspace(0.1, 3, count), torch.linspace(2, 0.05, count)
     trainer = with_settings(trainer, config(*TWO_BY_TWO, override))
-    loss = trainer.loss(batch, Signals(torch.full((count,), -1.0), entropy, divergence), Sums(), first=True)
+    loss = objective_of(trainer, batch, Signals(torch.full((count,), -1.0), entropy, divergence)).loss
     expected = 0.0
     for advantage, h, u in zip(batch.advantages.tolist(), entropy.tolist(), divergence.tolist()):
         g_out = min(abs(advantage) / beta_out, alpha_out * h)
@@ -145,10 +158,10 @@ def test_the_estimator_reaches_guidance_and_leaves_the_logged_uncertainties_exac
     stats = trainer.policy(batch)
     losses, logged = {}, {}
     for name in ("exact", "k3", "sampled"):
-        chosen, sums = with_settings(trainer, config(*TWO_BY_TWO, f"uncertainty.estimator={name}")), Sums()
-        measure(batch, stats, sums, all_groups=False)
-        losses[name] = chosen.loss(batch, chosen.signals(batch, stats), sums, first=True).item()
-        logged[name] = (sums.sums["entropy"], sums.sums["u_per"])
+        chosen, sums = with_settings(trainer, config(*TWO_BY_TWO, f"uncertainty.estimator={name}")), Means()
+        sums.add_all(uncertainties(batch, stats, measuring=False))
+        losses[name] = objective_of(chosen, batch, chosen.signals(batch, stats)).loss.item()
+        logged[name] = (sums["entropy"].total, sums["u_per"].total)
     q, p = stats.logprob.detach(), stats.other.logprob
     caps = batch.advantages.abs() / 2
     bonus = torch.minimum(caps, 0.4 * -q) + torch.minimum(caps, ((p - q).exp() - 1) * (p - q) / 2)
@@ -162,26 +175,28 @@ def test_the_estimator_reaches_guidance_and_leaves_the_logged_uncertainties_exac
 def test_a_fixed_branch_probability_replaces_the_schedule_and_nothing_else(new_trainer, config):
     trainer = new_trainer("rollout.prompts=16")
     fixed = with_settings(trainer, config("rollout.prompts=16", "branch.probability=0.5"))
-    scheduled, half = trainer.items(trainer.step), fixed.items(fixed.step)
+    scheduled, half = trainer.loader.items(trainer.step), fixed.loader.items(fixed.step)
     assert all(item.draws == (True, True) for item in scheduled)  # step 0: p_noi = 1
     share = sum(item.draws[0] for item in half) / 16
     assert 0.2 < share < 0.8
     for a, b in zip(scheduled, half, strict=True):
         assert a.prompt.sample is b.prompt.sample
-        assert b.noisy is None or torch.equal(a.noisy.pixel_values, b.noisy.pixel_values)
+        assert "noisy" not in b.views or torch.equal(a.views["noisy"].pixel_values, b.views["noisy"].pixel_values)
     trainer.step = 4  # of 4: the schedule has ended
-    assert not any(any(item.draws) for item in trainer.items(trainer.step))
+    assert not any(any(item.draws) for item in trainer.loader.items(trainer.step))
 
 
 def test_sigma_changes_the_noisy_view_alone(new_trainer, config):
     trainer = new_trainer()
     strong = with_settings(trainer, config("perturb.sigma=0.8"))
     none = with_settings(trainer, config("perturb.sigma=0"))
-    for a, b, c in zip(trainer.items(trainer.step), strong.items(strong.step), none.items(none.step), strict=True):
-        assert torch.equal(a.raw.pixel_values, b.raw.pixel_values)
+    for a, b, c in zip(
+        trainer.loader.items(trainer.step), strong.loader.items(strong.step), none.loader.items(none.step), strict=True
+    ):
+        assert torch.equal(a.views["raw"].pixel_values, b.views["raw"].pixel_values)
         assert torch.equal(a.prompt.token_ids, b.prompt.token_ids)
-        assert torch.equal(c.raw.pixel_values, c.noisy.pixel_values)
-        weak, large = ((x.noisy.pixel_values - x.raw.pixel_values).norm() for x in (a, b))
+        assert torch.equal(c.views["raw"].pixel_values, c.views["noisy"].pixel_values)
+        weak, large = ((x.views["noisy"].pixel_values - x.views["raw"].pixel_values).norm() for x in (a, b))
         assert 0 < weak < large
 
 
@@ -192,40 +207,39 @@ NOISY_ROLLOUT = ("method=noisy_rollout", "rollout.prompts=2", "rollout.n=5", "ro
 
 def test_clean_and_noisy_completions_are_one_group_trained_on_the_clean_image(new_trainer):
     trainer = new_trainer(*NOISY_ROLLOUT, "perturb.sigma=0.8")
-    groups = trainer.generate(trainer.items(0))
-    assert [group.sources for group in groups] == [(False, False, False, True, True)] * 2
+    groups = generated(trainer, trainer.loader.items(0))
+    assert [group.sources for group in groups] == [("raw", "raw", "raw", "noisy", "noisy")] * 2
     groups = [replace(group, advantages=(1.0, -1.0, 0.5, 2.0, -0.5)) for group in groups]
-    (batch,) = trainer.batches(groups)
-    assert torch.equal(batch.view.pixel_values, torch.cat([group.item.raw.pixel_values for group in groups]))
+    (batch,) = batches_of(trainer, groups)
+    assert torch.equal(batch.images.pixel_values, torch.cat([group.item.views["raw"].pixel_values for group in groups]))
     stats = trainer.policy(batch)
     assert stats.other is None
 
     # The engine's log-probabilities are those of the view that it saw: they say which one it was.
     lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
-    source = torch.tensor([s for group in groups for s in group.sources]).repeat_interleave(torch.tensor(lengths))
-    generated = torch.tensor([x for group in groups for c in group.completions for x in c.logprobs])
-    assert (stats.logprob - generated)[~source].abs().max() < 1e-4
-    assert (stats.logprob - generated)[source].abs().max() > 1e-3
-    noisy_batch = trainer.batches([replace(group, noisy=True, foreign=()) for group in groups])[0]
-    assert (trainer.policy(noisy_batch).logprob - generated)[source].abs().max() < 1e-4
+    source = torch.tensor([s == "noisy" for group in groups for s in group.sources]).repeat_interleave(
+        torch.tensor(lengths)
+    )
+    by_engine = torch.tensor([x for group in groups for c in group.completions for x in c.logprobs])
+    assert (stats.logprob - by_engine)[~source].abs().max() < 1e-4
+    assert (stats.logprob - by_engine)[source].abs().max() > 1e-3
+    noisy_batch = batches_of(trainer, [replace(group, view="noisy", sources=("noisy",) * 5) for group in groups])[0]
+    assert (trainer.policy(noisy_batch).logprob - by_engine)[source].abs().max() < 1e-4
 
     # The mismatch of trainer and engine is measured where both saw the same image, and nothing else knows of the rest.
-    assert torch.equal(batch.rollout_logprob.isnan(), source)
-    sums = Sums()
-    loss = trainer.loss(batch, trainer.signals(batch, stats), sums, first=True)
+    assert torch.equal(batch.engine_logprob.isnan(), source)
+    loss, sums = objective_of(trainer, batch, trainer.signals(batch, stats))
     assert loss.item() == pytest.approx(-float(batch.advantages.sum()), rel=1e-5)
-    assert sums.counts["mismatch/logprob"] == int((~source).sum())
-    assert sums.sums["mismatch/logprob"] / sums.counts["mismatch/logprob"] < 1e-5
+    assert sums["mismatch/logprob"].count == int((~source).sum())
+    assert sums["mismatch/logprob"].total / sums["mismatch/logprob"].count < 1e-5
 
 
 def test_clean_and_noisy_completions_share_a_mean_and_a_deviation(new_trainer):
     trainer = new_trainer(*NOISY_ROLLOUT)
-    item = trainer.items(0)[0]
+    item = trainer.loader.items(0)[0]
     texts = [rf"<think></think>\boxed{{{item.prompt.sample.answer}}}"] + ["no"] * 4
     completions = tuple(Completion((1,), (0.0,), text, True) for text in texts)
-    (found,) = trainer.judge(
-        [Group(item, False, completions, (True,) * 5, (False,) * 5, foreign=(False,) * 3 + (True,) * 2)]
-    )
+    (found,) = trainer.judge([group_of(item, completions, sources=("raw",) * 3 + ("noisy",) * 2)])
     # rewards 1, 0, 0, 0, 0: mean 1/5, sample deviation sqrt(1/5) = 0.447214
     assert found.advantages == pytest.approx([1.788854] + [-0.447214] * 4, abs=1e-5)
 
@@ -241,8 +255,8 @@ def test_the_noise_is_annealed_with_the_step_and_falls_by_half_where_that_is_ask
     trainer = new_trainer(*NOISY_ROLLOUT, "trainer.steps=6", "perturb.sigma=0.1")
     distances = []
     for step in (0, 4, 6):
-        item = trainer.item(trainer.samples[0], step, 0, (False,) * 5)
-        distances.append(float((item.noisy.pixel_values - item.raw.pixel_values).norm()))
+        item = trainer.loader.item(trainer.loader.samples[0], step, 0, (False,) * 5)
+        distances.append(float((item.views["noisy"].pixel_values - item.views["raw"].pixel_values).norm()))
     assert distances[1] / distances[0] == pytest.approx(0.5, abs=0.1)
     assert distances[2] < 0.02 * distances[0]
 
@@ -257,20 +271,20 @@ def test_rounds_go_on_until_enough_groups_are_mixed_and_fill_up_after_the_last(n
     trainer = new_trainer(*DAPO, f"rollout.rounds={rounds}", "trainer.updates=2")
     expected, mixed = [], []
     for number in range(rounds):
-        expected += trainer.judge(trainer.generate(trainer.items(0, number)))
+        expected += trainer.judge(generated(trainer, trainer.loader.items(0, number)))
         mixed = [g.item.number for g in expected if len({score.accuracy for score in g.scores}) == 2]
         if len(mixed) >= 2:
             break
     others = [g.item.number for g in expected if g.item.number not in mixed]
     chosen = sorted((mixed + others)[:2])
 
-    sums = Sums()
-    found = trainer.rounds(sums, Clock())
-    assert sums.sums["rounds"] == number + 1
-    assert sums.sums["filled_share"] == max(0, 2 - len(mixed)) / 2
+    sums = Means()
+    found = trainer.roll_out(sums, Clock())
+    assert sums["rounds"].total == number + 1
+    assert sums["filled_share"].total == max(0, 2 - len(mixed)) / 2
     assert [g.completions for g in found] == [g.completions for g in expected]
     assert [g.item.number for g in found if any(g.kept)] == chosen
-    assert [g.item.part for g in found if any(g.kept)] == [0, 1]
+    assert [g.item.update for g in found if any(g.kept)] == [0, 1]
     if rounds == 12:
         assert number > 0  # otherwise this says nothing: choose another seed
         assert len(mixed) >= 2
@@ -279,16 +293,16 @@ def test_rounds_go_on_until_enough_groups_are_mixed_and_fill_up_after_the_last(n
 def test_every_round_has_prompts_draws_and_completions_of_its_own_and_no_history(new_trainer):
     settings = ("rollout.prompts=4", "rollout.rounds=3", "branch.probability=0.5")
     trainer, again = new_trainer(*settings), new_trainer(*settings)
-    trainer.rounds(Sums(), Clock())
-    seen = [item for number in range(3) for item in trainer.items(1, number)]
+    trainer.roll_out(Means(), Clock())
+    seen = [item for number in range(3) for item in trainer.loader.items(1, number)]
     trainer.step = again.step = 1
     assert [item.number for item in seen] == list(range(12))
-    order = [sample.place for sample in (trainer.samples[i] for i in sample_order(24, 12, 12, 0))]
+    order = [sample.place for sample in (trainer.loader.samples[i] for i in sample_order(24, 12, 12, 0))]
     assert [item.prompt.sample.place for item in seen] == order
-    fresh = again.items(1, 2)
+    fresh = again.loader.items(1, 2)
     assert [item.draws for item in fresh] == [item.draws for item in seen[8:]]
-    completions = [group.completions for group in trainer.generate(seen[8:])]
-    assert [group.completions for group in again.generate(fresh)] == completions
+    completions = [group.completions for group in generated(trainer, seen[8:])]
+    assert [group.completions for group in generated(again, fresh)] == completions
 
 
 def test_what_is_not_trained_on_counts_in_the_metrics_of_the_rollout_and_moves_no_weight(new_trainer):

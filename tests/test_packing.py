@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,23 +7,25 @@ from hypothesis import strategies as st
 
 from vogue.data import Sample
 from vogue.inputs import Prompt, View
-from vogue.model.packing import PAD, Row, collate, deal, pack, spread
+from vogue.loader import deal
+from vogue.model.packing import PAD, Row, collate, pack, spread
 from vogue.rollout import Completion
 
 NOTHING = View((), None, None)
 
 
-def row(prompt_ids, *completions, advantages=None, other=None, weight=1.0):
+def row(prompt_ids, *completions, advantages=None, others=(), weight=1.0):
     """A text-only row; a completion is (token ids, log-probabilities)."""
     ids = torch.tensor(prompt_ids)
     prompt = Prompt(Sample("?", "!", ()), (), ids, torch.zeros_like(ids))
     made = tuple(Completion(tuple(tokens), tuple(logprobs), "", True) for tokens, logprobs in completions)
-    return Row(prompt, NOTHING, other, made, tuple(advantages or [0.0] * len(made)), weight)
+    shaped = [torch.full((len(c.token_ids),), a) for c, a in zip(made, advantages or [0.0] * len(made))]
+    return Row(prompt, {"raw": NOTHING, "noisy": NOTHING}, "raw", made, tuple(shaped), others, weight=weight)
 
 
 def flat(length, compared=False):
     """A row of `length` tokens, one of them a completion's."""
-    return row(range(length - 1), ((7,), (0.0,)), other=NOTHING if compared else None)
+    return row(range(length - 1), ((7,), (0.0,)), others=("noisy",) * compared)
 
 
 lengths = st.lists(st.integers(2, 40), max_size=30)
@@ -47,7 +51,7 @@ def test_at_most_a_tenth_of_a_batch_is_padding_whatever_the_lengths(sizes, budge
 def test_spreading_makes_exactly_the_count_and_idles_only_for_want_of_rows(sizes, missing):
     rows = [flat(size) for size in sizes]
     packed = pack(rows, 50)
-    spread_out = spread(packed, len(packed) + missing, packed[0][0])
+    spread_out = spread(packed, len(packed) + missing, replace(flat(2), weight=0.0))
     assert len(spread_out) == len(packed) + missing
     working = [batch for batch in spread_out if batch[0].weight]
     assert sorted(id(r) for batch in working for r in batch) == sorted(map(id, rows))
@@ -76,7 +80,7 @@ def test_compared_rows_and_others_of_one_length_share_a_batch():
 def test_every_part_of_a_compared_batch_has_compared_rows_first(sizes, missing):
     rows = [flat(*size) for size in sizes]
     packed = [batch for batch in pack(rows, 100) if batch[0].compared]
-    spread_out = spread(packed, len(packed) + missing, flat(2, True))
+    spread_out = spread(packed, len(packed) + missing, replace(flat(2, True), weight=0.0))
     assert len(spread_out) == len(packed) + missing
     assert sum(len(batch) for batch in spread_out if batch[0].weight) == sum(map(len, packed))
     for batch in spread_out:
@@ -116,9 +120,9 @@ def test_collating_by_hand():
     assert batch.positions.tolist() == [2, 3, 2, 4, 5, 7]
     assert batch.targets.tolist() == [20, 21, 30, 31, 32, 50]
     assert batch.advantages.tolist() == [1.5, 1.5, -0.5, -0.5, -0.5, 2.0]
-    assert batch.rollout_logprob.tolist() == [-0.5, -0.25, -1.0, -2.0, -3.0, -4.0]
+    assert batch.engine_logprob.tolist() == [-0.5, -0.25, -1.0, -2.0, -3.0, -4.0]
     assert batch.weights.tolist() == [1.0] * 6
-    assert batch.other is None
+    assert batch.others == ()
 
 
 def test_a_sequence_mean_gives_each_completion_the_same_weight():
@@ -133,7 +137,7 @@ def test_images_of_a_batch_follow_the_order_of_its_rows():
         return View((f"image {value}",), torch.full((patches, 3), float(value)), torch.tensor([grid]))
 
     rows = [
-        Row(row([1], ((2,), (0.0,))).prompt, behaviour, raw, row([1], ((2,), (0.0,))).completions, (0.0,))
+        replace(row([1], ((2,), (0.0,)), others=("raw",)), views={"raw": raw, "noisy": behaviour}, trained="noisy")
         for behaviour, raw in [
             (view(1, (1, 2, 2)), view(5, (1, 2, 2))),
             (NOTHING, NOTHING),
@@ -141,12 +145,12 @@ def test_images_of_a_batch_follow_the_order_of_its_rows():
         ]
     ]
     batch = collate(rows, 0, token_mean=True)
-    assert batch.view.pixel_values[:, 0].tolist() == [1.0] * 4 + [3.0] * 8
-    assert batch.other.view.pixel_values[:, 0].tolist() == [5.0] * 4 + [7.0] * 8
-    assert batch.view.sizes.tolist() == [[1, 2, 2], [1, 2, 4]]
-    assert batch.view.order == (0, 1)
+    assert batch.images.pixel_values[:, 0].tolist() == [1.0] * 4 + [3.0] * 8
+    assert batch.others[0].images.pixel_values[:, 0].tolist() == [5.0] * 4 + [7.0] * 8
+    assert batch.images.sizes.tolist() == [[1, 2, 2], [1, 2, 4]]
+    assert batch.images.order == (0, 1)
 
 
 def test_advantages_and_completions_must_pair():
     with pytest.raises(ValueError, match="zip"):
-        collate([row([1], ((2,), (0.0,)), advantages=(1.0, 2.0))], 0, token_mean=True)
+        collate([replace(row([1], ((2,), (0.0,))), advantages=(torch.ones(1), torch.ones(1)))], 0, token_mean=True)

@@ -31,15 +31,17 @@ def copy_of(model):
 def row(preprocessor, sample, lengths, sigma=None, seed=0):
     """A row with completions of these lengths; on the noisy branch if there is a sigma."""
     raw = preprocessor.view(sample.load_images())
-    noisy = None
+    views, others = {"raw": raw}, ()
     if sigma is not None:
-        noisy = preprocessor.view([perturb(image, "noise", sigma, seed) for image in raw.images])
+        views["noisy"] = preprocessor.view([perturb(image, "noise", sigma, seed) for image in raw.images])
+        others = ("raw",)
     generator = torch.Generator().manual_seed(seed)
     completions = tuple(
         completion(*torch.randint(60, 250, (length,), generator=generator).tolist()) for length in lengths
     )
     prompt = preprocessor.prompt(sample, raw)
-    return Row(prompt, noisy or raw, raw if noisy else None, completions, (0.0,) * len(completions))
+    trained = "noisy" if others else "raw"
+    return Row(prompt, views, trained, completions, tuple(torch.zeros(length) for length in lengths), others)
 
 
 @pytest.fixture
@@ -77,8 +79,8 @@ def alone(model, prompt, view, tokens, banned):
 
 
 def in_double(batch):
-    view = batch.view and replace(batch.view, pixel_values=batch.view.pixel_values.double())
-    return replace(batch, view=view, other=batch.other and in_double(batch.other))
+    images = batch.images and replace(batch.images, pixel_values=batch.images.pixel_values.double())
+    return replace(batch, images=images, others=tuple(map(in_double, batch.others)))
 
 
 def gradients(model):
@@ -115,7 +117,9 @@ def test_sharing_a_prompt_changes_no_logprob_entropy_or_gradient(names, tied, ki
     stats = policy(batch)
     assert stats.other is None
 
-    logps = torch.cat([alone(plain, r.prompt, r.view, c.token_ids, banned) for r in rows for c in r.completions])
+    logps = torch.cat(
+        [alone(plain, r.prompt, r.views[r.trained], c.token_ids, banned) for r in rows for c in r.completions]
+    )
     logprob = logps.gather(1, batch.targets[:, None])[:, 0]
     entropy = -(logps.exp() * logps).sum(1)
     assert stats.logprob.sub(logprob).abs().max() < 1e-9
@@ -152,9 +156,11 @@ def test_noisy_rows_compare_both_branches_and_learn_through_the_noisy_one_alone(
     stats, other = policy(batch), policy(batch).other
 
     completions = [(r, c.token_ids) for r in rows for c in r.completions]
-    q = torch.cat([alone(plain, r.prompt, r.view, tokens, banned) for r, tokens in completions])
+    q = torch.cat([alone(plain, r.prompt, r.views[r.trained], tokens, banned) for r, tokens in completions])
     with torch.no_grad():
-        p = torch.cat([alone(plain, r.prompt, r.other, tokens, banned) for r, tokens in completions if r.compared])
+        p = torch.cat(
+            [alone(plain, r.prompt, r.views["raw"], tokens, banned) for r, tokens in completions if r.compared]
+        )
     targets = batch.targets[:, None]
     logprob, entropy = q.gather(1, targets)[:, 0], -(q.exp() * q).sum(1)
     assert stats.logprob.sub(logprob).abs().max() < 1e-9

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from steps import group_of
 
 from vogue.data import Sample
-from vogue.groups import Group, Item, Trace
+from vogue.groups import Trace
 from vogue.inputs import Prompt, View
+from vogue.loader import Item
 from vogue.records import pieces, records
 from vogue.rewards import Score
 from vogue.rollout import Completion
@@ -31,12 +33,11 @@ def group(tokenizer, raw, noisy=None, texts=("4<|im_end|>", "né"), number=12):
         ids = tuple(tokenizer(text)["input_ids"])
         completions.append(Completion(ids, (0.0,) * len(ids), tokenizer.decode(ids, skip_special_tokens=True), True))
     prompt = Prompt(Sample("2 + 2?", "4", (), category="sums"), (), None, None)
-    item = Item(
-        number, prompt, View(tuple(raw), None, None), noisy and View(tuple(noisy), None, None), (False,) * len(texts)
-    )
+    views = {name: View(tuple(images), None, None) for name, images in {"raw": raw, "noisy": noisy}.items() if images}
+    item = Item(number, prompt, {"raw": View((), None, None)} | views, (False,) * len(texts))
     scores = tuple(Score(0.1 + i, float(i == 0), 1.0, None, {"think": 0.5}) for i in range(len(texts)))
     advantages = tuple(float(1 - 2 * i) for i in range(len(texts)))
-    return Group(item, False, tuple(completions), (True,) * len(texts), (False,) * len(texts), scores, advantages)
+    return group_of(item, tuple(completions), scores=scores, advantages=advantages)
 
 
 def traced(group, with_u_per):
@@ -86,7 +87,7 @@ def test_what_was_not_computed_is_null(processor, tmp_path):
 
 
 def test_the_branch_of_a_completion_is_the_image_it_was_generated_from(processor, tmp_path):
-    made = replace(group(processor.tokenizer, []), foreign=(False, True))
+    made = replace(group(processor.tokenizer, []), sources=("raw", "noisy"))
     rows = records(0, [made], 8, processor.tokenizer, tmp_path)
     assert {row["advantage"]: row["branch"] for row in rows} == {1.0: "raw", -1.0: "noisy"}
 

@@ -3,12 +3,12 @@
 import re
 
 import pytest
+from steps import group_of
 
 from vogue.data.prompts import SYSTEM_PROMPT
 from vogue.rewards.groups import blind_answers, score_groups
 from vogue.rollout import Completion
 from vogue.rollout.hf import HfEngine
-from vogue.trainer import Group
 
 DESIGN = ("reward.design=vision_sr1", "data.max_prompt_tokens=400")
 DESCRIBED = "<description>Digits: 4, 7.</description><think>a</think>\\boxed{11}"
@@ -111,7 +111,7 @@ def test_a_step_measures_the_components_of_its_design(new_trainer):
     metrics, groups = trainer.run_step()
     assert metrics["reward/blind"] == 0.0  # the model describes nothing
     assert {name for name in metrics if name.startswith("reward/")} == {"reward/blind"}
-    judged = trainer.judge([Group(groups[0].item, False, group(DESCRIBED, "no"), (True, True), (False, False))])
+    judged = trainer.judge([group_of(groups[0].item, group(DESCRIBED, "no"))])
     assert judged[0].scores[0].format == 1.0
     assert judged[0].advantages[0] == pytest.approx(0.7071, abs=1e-4)  # more than the other, whatever it answers
 

@@ -369,5 +369,5 @@ def test_every_example_of_a_sweep_can_be_planned(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     sweep = load_sweep(path)
     runs = plan(sweep, [])
-    assert len(runs) == 5 * len(sweep.variants) and runs[0].name == "grpo/seed_0"
+    assert len(runs) == len(sweep.seeds) * len(sweep.variants) and runs[0].name == "grpo/seed_0"
     assert {"grpo", "vogue"} <= {run.config.method for run in runs}

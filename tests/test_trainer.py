@@ -4,11 +4,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from steps import TWO_BY_TWO, both_groups, drawn, loss_gradient, noisy_batch, weights_after, with_settings
+from steps import (
+    TWO_BY_TWO,
+    batches_of,
+    both_groups,
+    drawn,
+    generated,
+    group_of,
+    loss_gradient,
+    noisy_batch,
+    objective_of,
+    rows_of,
+    weights_after,
+    with_settings,
+)
 
-from vogue.groups import Group, split
+from vogue.groups import in_updates
 from vogue.method.uncertainty import Signals
-from vogue.metrics import Clock, Sums
+from vogue.metrics import Clock, Means
+from vogue.model.packing import Place
 from vogue.rollout import Completion
 
 # ----------------------------------------------------------------------------------------------- loss and updates
@@ -16,13 +30,12 @@ from vogue.rollout import Completion
 
 def test_clipping_compares_with_the_old_log_probabilities(new_trainer, config):
     trainer = with_settings(new_trainer(*TWO_BY_TWO), config("method=grpo", "loss.clip_low=0.2", "loss.clip_high=0.3"))
-    (batch,) = trainer.batches(drawn(both_groups(trainer, 1), torch.zeros(1, 2, dtype=torch.bool)))
+    (batch,) = batches_of(trainer, drawn(both_groups(trainer, 1), torch.zeros(1, 2, dtype=torch.bool)))
     count = len(batch.targets)
     ratio = torch.tensor([0.5, 0.9, 1.0, 1.2, 1.5]).repeat(count)[:count]
     old = torch.linspace(-3, -1, count)
     batch = replace(batch, old=Signals(old, torch.zeros(count), None))
-    sums = Sums()
-    loss = trainer.loss(batch, Signals(old + ratio.log(), torch.ones(count), None), sums, first=True)
+    loss, sums = objective_of(trainer, batch, Signals(old + ratio.log(), torch.ones(count), None))
     expected, clipped = 0.0, 0
     for r, advantage in zip(ratio.tolist(), batch.advantages.tolist()):
         taken = min(r * advantage, min(max(r, 0.8), 1.3) * advantage)
@@ -30,8 +43,8 @@ def test_clipping_compares_with_the_old_log_probabilities(new_trainer, config):
         clipped += (advantage > 0 and r > 1.3) or (advantage < 0 and r < 0.8)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert clipped > 0
-    assert sums.sums["clip_fraction"] == clipped
-    assert sums.counts["clip_fraction"] == count
+    assert sums["clip_fraction"].total == clipped
+    assert sums["clip_fraction"].count == count
 
 
 def test_old_statistics_and_not_new_ones_shape_the_advantage(new_trainer):
@@ -39,41 +52,40 @@ def test_old_statistics_and_not_new_ones_shape_the_advantage(new_trainer):
     batch = noisy_batch(trainer)
     zeros, ones = torch.zeros(len(batch.targets)), torch.ones(len(batch.targets))
     batch = replace(batch, old=Signals(zeros, zeros, zeros))  # no uncertainty when it was drawn
-    loss = trainer.loss(batch, Signals(zeros, ones, ones), Sums(), first=True)
+    loss = objective_of(trainer, batch, Signals(zeros, ones, ones)).loss
     assert loss.item() == pytest.approx(-float(batch.advantages.sum()), rel=1e-5)
 
 
 def test_a_token_mean_and_a_sequence_mean_by_hand(new_trainer):
     trainer = new_trainer("method=grpo", *TWO_BY_TWO)
-    item = trainer.item(trainer.samples[0], 0, 0, (False, False))
+    item = trainer.loader.item(trainer.loader.samples[0], 0, 0, (False, False))
     long, short = Completion((60, 61, 62, 63), (0.0,) * 4, "", True), Completion((64,), (0.0,), "", True)
-    group = Group(item, False, (long, short), (True, True), (False, False), advantages=(1.0, -2.0))
+    group = group_of(item, (long, short), advantages=(1.0, -2.0))
     found = {}
     for how in ("token-mean", "sequence-mean"):
         config = trainer.config.model_copy(update={"loss": trainer.config.loss.model_copy(update={"aggregation": how})})
         chosen = with_settings(trainer, config)
-        (batch,) = chosen.batches([group])
-        sums = Sums()
-        chosen.loss(batch, Signals(torch.zeros(5), torch.zeros(5), None), sums, first=True)
-        found[how] = sums.sums["loss"] / sums.counts["loss"]
+        (batch,) = batches_of(chosen, [group])
+        _, sums = objective_of(chosen, batch, Signals(torch.zeros(5), torch.zeros(5), None))
+        found[how] = sums["loss"].total / sums["loss"].count
     assert found["token-mean"] == pytest.approx(-(4 * 1.0 - 2.0) / 5)
     assert found["sequence-mean"] == pytest.approx(-(1.0 - 2.0) / 2)
 
 
 def test_the_importance_cap_multiplies_by_the_truncated_ratio_to_the_engine(new_trainer, config):
     trainer = with_settings(new_trainer(*TWO_BY_TWO), config("method=grpo", "loss.importance_cap=2"))
-    (batch,) = trainer.batches(drawn(both_groups(trainer, 1), torch.zeros(1, 2, dtype=torch.bool)))
+    (batch,) = batches_of(trainer, drawn(both_groups(trainer, 1), torch.zeros(1, 2, dtype=torch.bool)))
     count = len(batch.targets)
     weights = torch.tensor([0.5, 1.0, 3.0]).repeat(count)[:count]
     logprob = torch.full((count,), -2.0)
-    batch = replace(batch, rollout_logprob=logprob - weights.log())
-    loss = trainer.loss(batch, Signals(logprob, torch.zeros(count), None), Sums(), first=True)
+    batch = replace(batch, engine_logprob=logprob - weights.log())
+    loss = objective_of(trainer, batch, Signals(logprob, torch.zeros(count), None)).loss
     assert loss.item() == pytest.approx(-float((weights.clamp(max=2) * batch.advantages).sum()), rel=1e-5)
 
 
 def groups_of_step(trainer):
     """This step's groups, with advantages that differ."""
-    groups = trainer.generate(trainer.items(trainer.step))
+    groups = generated(trainer, trainer.loader.items(trainer.step))
     return [replace(g, advantages=tuple((-1.0) ** (i + j) * (1 + i) for j in range(2))) for i, g in enumerate(groups)]
 
 
@@ -100,8 +112,8 @@ def test_how_an_update_is_computed_does_not_change_it(new_trainer, override):
     # AdamW's first step is lr times the sign of the gradient: rounding turns a few of the smallest gradients around.
     assert ((first - second).abs() > 1e-5).float().mean() < 0.01
     for name in ("loss", "entropy", "u_per"):
-        assert other_sums.sums[name] / other_sums.counts[name] == pytest.approx(
-            sums.sums[name] / sums.counts[name], rel=1e-4
+        assert other_sums[name].total / other_sums[name].count == pytest.approx(
+            sums[name].total / sums[name].count, rel=1e-4
         )
 
 
@@ -125,7 +137,7 @@ def test_rows_that_cannot_share_a_prompt_are_separate_and_that_is_said_once(new_
     trainer.run_step()
     assert len([warning for warning in said if "a row of its own" in str(warning.message)]) == 1
     (group,) = both_groups(trainer, 1)[:1]
-    assert [len(row.completions) for row in trainer.rows(replace(group, kept=(True, True)))] == [1, 1]
+    assert [len(row.completions) for row in rows_of(trainer, replace(group, kept=(True, True)))] == [1, 1]
 
 
 def test_a_frozen_vision_tower_stays_as_it_is(new_trainer):
@@ -140,35 +152,35 @@ def test_several_updates_a_step_start_at_a_ratio_of_one_and_clip_against_the_wei
     settings = (*MIXED, "optimizer.lr=3e-3")
     twice, once = new_trainer(*settings, "trainer.updates=2"), new_trainer(*settings)
     groups = groups_of_step(twice)
-    first, second = split(groups, 2)
+    first, second = (list(part.values()) for part in in_updates(groups, 2))
     with torch.no_grad():
-        old = [once.signals(batch, once.policy(batch)) for batch in once.batches(second)]
+        old = [once.signals(batch, once.policy(batch)) for batch in batches_of(once, second)]
     _, sums_once = weights_after(once, first)  # what the first of two updates must do
-    sums_second = Sums()
-    for batch, statistics in zip(once.batches(second), old, strict=True):
-        once.loss(replace(batch, old=statistics), once.signals(batch, once.policy(batch)), sums_second, first=False)
+    sums_second = Means()
+    for batch, before in zip(batches_of(once, second), old, strict=True):
+        sums_second.add_all(objective_of(once, replace(batch, old=before), first=False).metrics)
     _, sums = weights_after(twice, groups)
-    assert sums.counts["ratio_error"] == sums_once.counts["loss"]
-    assert sums.sums["ratio_error"] / sums.counts["ratio_error"] < 1e-6
-    assert sums_second.sums["clip_fraction"] > 0  # the step was large enough to say anything
-    assert sums.sums["clip_fraction"] == sums_second.sums["clip_fraction"]
-    assert sums.sums["loss"] == pytest.approx(sums_once.sums["loss"] + sums_second.sums["loss"], rel=1e-4)
+    assert sums["ratio_error"].count == sums_once["loss"].count
+    assert sums["ratio_error"].total / sums["ratio_error"].count < 1e-6
+    assert sums_second["clip_fraction"].total > 0  # the step was large enough to say anything
+    assert sums["clip_fraction"].total == sums_second["clip_fraction"].total
+    assert sums["loss"].total == pytest.approx(sums_once["loss"].total + sums_second["loss"].total, rel=1e-4)
 
 
 def test_parts_of_a_step_share_its_prompts_equally_and_keep_a_prompt_together(new_trainer):
     trainer = new_trainer(*MIXED, "trainer.updates=2")
-    groups = trainer.generate(trainer.items(trainer.step))
-    parts = split(groups, 2)
-    assert [sorted({group.item.number for group in part}) for part in parts] == [[0, 1], [2, 3]]
-    assert [group for part in parts for group in part] == groups
+    groups = generated(trainer, trainer.loader.items(trainer.step))
+    parts = in_updates(groups, 2)
+    assert [sorted({group.item.number for group in part.values()}) for part in parts] == [[0, 1], [2, 3]]
+    assert {number: group for part in parts for number, group in part.items()} == dict(enumerate(groups))
 
 
 def test_after_a_step_the_engine_has_the_policys_weights_and_their_version(new_trainer):
     trainer = new_trainer()
-    before = dict(trainer.rollout.model.named_parameters())["model.language_model.embed_tokens.weight"].clone()
+    before = dict(trainer.engine.model.named_parameters())["model.language_model.embed_tokens.weight"].clone()
     metrics, groups = trainer.run_step()
-    assert trainer.step == trainer.rollout.version == 1
-    policy, engine = dict(trainer.policy.model.named_parameters()), dict(trainer.rollout.model.named_parameters())
+    assert trainer.step == trainer.engine.version == 1
+    policy, engine = dict(trainer.policy.model.named_parameters()), dict(trainer.engine.model.named_parameters())
     assert policy.keys() == engine.keys()
     assert all(torch.equal(policy[name], engine[name]) for name in policy)
     assert not torch.equal(engine["model.language_model.embed_tokens.weight"], before)
@@ -183,9 +195,9 @@ def test_after_a_step_the_engine_has_the_policys_weights_and_their_version(new_t
 def test_raw_rows_need_one_forward_and_noisy_rows_two(new_trainer, budget):
     trainer = new_trainer(*MIXED, f"trainer.micro_batch_tokens={budget}")
     groups = groups_of_step(trainer)
-    batches = trainer.batches(groups)
-    noisy = {id(c) for group in groups if group.noisy for c, keep in zip(group.completions, group.kept) if keep}
-    compared = [{id(c) for c in batch.other.completions} if batch.other else set() for batch in batches]
+    batches = batches_of(trainer, groups)
+    noisy = {id(c) for g in groups if g.view == "noisy" for c, keep in zip(g.completions, g.kept) if keep}
+    compared = [{id(c) for other in batch.others for c in other.completions} for batch in batches]
     assert 0 < len(noisy) < sum(sum(group.kept) for group in groups)
     assert set().union(*compared) == noisy
     assert compared == sorted(compared, key=bool, reverse=True)  # noisy ones first, on every rank
@@ -215,7 +227,7 @@ NEVER, ALWAYS = "trainer.measure_every=0", "trainer.measure_every=1"
 def whole_gradient(trainer, groups):
     """The gradient of an update's summed loss, flat, and how many tokens it reads."""
     gradient = loss_gradient(trainer, groups, normalise=False)
-    return gradient, sum(len(batch.targets) for batch in trainer.batches(groups))
+    return gradient, sum(len(batch.targets) for batch in batches_of(trainer, groups))
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean"])
@@ -223,8 +235,8 @@ def test_leaving_out_what_sends_no_gradient_leaves_the_gradient_as_it_is(new_tra
     settings = ("rollout.n=3", "branch.probability=0.5", "perturb.sigma=0.8", f"loss.aggregation={aggregation}")
     everything = new_trainer(*settings, ALWAYS)
     needed = with_settings(everything, config(*settings, NEVER))
-    groups = everything.generate(everything.items(0))
-    assert {group.noisy for group in groups} == {True, False}
+    groups = generated(everything, everything.loader.items(0))
+    assert {group.view for group in groups} == {"raw", "noisy"}
     advantages = [(0.0, 0.0, 0.0), (1.0, -2.0, 0.5), (0.0, 1.0, -1.0), (0.0, 0.0, 0.0)]
     groups = [replace(group, advantages=a) for group, a in zip(groups, advantages, strict=True)]
     (first, read), (second, read_less) = whole_gradient(everything, groups), whole_gradient(needed, groups)
@@ -239,12 +251,12 @@ def test_the_loss_of_a_step_counts_what_was_left_out(new_trainer):
     found = {}
     for every in (NEVER, ALWAYS):
         trainer = new_trainer(*MIXED, every)
-        groups = trainer.generate(trainer.items(0))
+        groups = generated(trainer, trainer.loader.items(0))
         groups = [replace(group, advantages=(1.5 * (i % 2), -0.5 * (i % 2))) for i, group in enumerate(groups)]
         _, sums = weights_after(trainer, groups)
         names = ("loss", "entropy", "u_per", "clip_fraction", "out_capped", "per_capped", "mismatch/logprob")
-        found[every] = {name: sums.sums[name] / sums.counts[name] for name in names}
-        share = sums.sums["trained_share"] / sums.counts["trained_share"]
+        found[every] = {name: sums[name].total / sums[name].count for name in names}
+        share = sums["trained_share"].total / sums["trained_share"].count
         assert (share == 1) == (every == ALWAYS)
     assert found[NEVER] == pytest.approx(found[ALWAYS], rel=1e-4, abs=1e-7)
 
@@ -252,23 +264,23 @@ def test_the_loss_of_a_step_counts_what_was_left_out(new_trainer):
 def test_the_other_branch_is_computed_only_where_its_divergence_is_rewarded(new_trainer, config):
     trainer = new_trainer(*TWO_BY_TWO)
     groups = both_groups(trainer, 1)
-    assert [row.compared for group in groups for row in trainer.rows(group)] == [False, True]
+    assert [row.compared for group in groups for row in rows_of(trainer, group)] == [False, True]
     without = with_settings(trainer, config(*TWO_BY_TWO, "guidance.alpha_per=0"))
-    assert [row.compared for group in groups for row in without.rows(group)] == [False, False]
-    batches = without.batches([groups[1]])
-    assert torch.equal(batches[0].view.pixel_values, groups[1].item.noisy.pixel_values)
+    assert [row.compared for group in groups for row in rows_of(without, group)] == [False, False]
+    batches = batches_of(without, [groups[1]])
+    assert torch.equal(batches[0].images.pixel_values, groups[1].item.views["noisy"].pixel_values)
     assert without.policy(batches[0]).other is None
     signals = without.signals(batches[0], without.policy(batches[0]))
-    assert without.loss(batches[0], signals, Sums(), first=True).isfinite()
+    assert objective_of(without, batches[0], signals).loss.isfinite()
 
 
 def test_a_step_without_any_gradient_is_still_an_update(new_trainer):
     trainer = new_trainer(*TWO_BY_TWO, "optimizer.weight_decay=0.1")
-    groups = [replace(group, advantages=(0.0, 0.0)) for group in trainer.generate(trainer.items(0))]
+    groups = [replace(group, advantages=(0.0, 0.0)) for group in generated(trainer, trainer.loader.items(0))]
     before = torch.cat([p.detach().flatten() for p in trainer.policy.parameters()])
     after, sums = weights_after(trainer, groups)
     torch.testing.assert_close(after, before * (1 - 1e-3 * 0.1), rtol=1e-6, atol=1e-9)  # AdamW's decay alone
-    assert sums.sums["loss"] == 0 < sums.counts["loss"]
+    assert sums["loss"].total == 0 < sums["loss"].count
 
 
 def test_a_step_that_drops_every_completion_is_still_an_update(new_trainer):
@@ -284,11 +296,11 @@ def test_a_step_that_drops_every_completion_is_still_an_update(new_trainer):
 
 def test_a_measuring_step_changes_nothing_that_is_drawn_generated_or_perturbed(new_trainer):
     never, always = (new_trainer("branch.probability=0.5", every) for every in (NEVER, ALWAYS))
-    for a, b in zip(never.items(0), always.items(0), strict=True):
+    for a, b in zip(never.loader.items(0), always.loader.items(0), strict=True):
         assert (a.number, a.draws, a.prompt.sample.place) == (b.number, b.draws, b.prompt.sample.place)
-        assert b.noisy is not None
-        assert a.noisy is None or torch.equal(a.noisy.pixel_values, b.noisy.pixel_values)
-    first, second = (trainer.generate(trainer.items(0)) for trainer in (never, always))
+        assert "noisy" in b.views
+        assert "noisy" not in a.views or torch.equal(a.views["noisy"].pixel_values, b.views["noisy"].pixel_values)
+    first, second = (generated(trainer, trainer.loader.items(0)) for trainer in (never, always))
     assert [group.completions for group in first] == [group.completions for group in second]
 
 
@@ -314,14 +326,14 @@ def test_each_completion_gets_the_values_of_its_own_tokens(new_trainer, override
     trainer = new_trainer(*MIXED, "trainer.micro_batch_tokens=150", override, ALWAYS)
     groups = groups_of_step(trainer)
     expected = {}
-    for group in groups:
-        for i, completion in enumerate(group.completions):
+    for number, group in enumerate(groups):
+        for i in range(len(group.completions)):
             alone = replace(group, kept=tuple(j == i for j in range(2)))
-            (batch,) = trainer.batches([alone])
+            (batch,) = batches_of(trainer, [alone])
             stats = trainer.policy(batch)
-            expected[id(completion)] = (stats.entropy.detach(), stats.other.symmetric_kl)
-    kept = {id(c) for group in groups for c, keep in zip(group.completions, group.kept) if keep}
-    traces = trainer.update(groups, Sums(), Clock())
+            expected[Place(number, i)] = (stats.entropy.detach(), stats.other.symmetric_kl)
+    kept = {Place(n, i) for n, group in enumerate(groups) for i, keep in enumerate(group.kept) if keep}
+    traces = trainer.update(groups, Means(), Clock())
     assert traces.keys() == kept
     for key, trace in traces.items():
         torch.testing.assert_close(trace.entropy, expected[key][0], rtol=1e-3, atol=1e-5)

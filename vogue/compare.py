@@ -4,7 +4,6 @@ Seeds and problems are both a draw from many, and every run answers the same pro
 intervals and p are computed. Differences are paired seed by seed and problem by problem.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -15,9 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from vogue.estimates import Estimate, interval, pass_at_k, sign_flip
+from vogue.run_folder import PHASES, read_rows
 
 PASS_AT = (1, 4)
-PHASES = ("data", "rollout", "reward", "train", "sync")  # of a step, one after the other
 TAIL = 0.2  # share of the steps that training is judged by, the last ones
 TRAINING = {
     "entropy": "entropy (nats a token)",
@@ -35,11 +34,6 @@ class Outcome:
     before: list[int]
     after: list[int]
     training: dict[str, float]
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The objects of a JSONL file; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def read_outcome(folder: Path) -> Outcome:

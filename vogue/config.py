@@ -278,6 +278,10 @@ class TrainerConfig(Section):
     wandb: str | None = Field(None, description="Weights & Biases project, if it is to be used")
     deepspeed: dict[str, Any] = Field({}, description="merged into vogue's settings (ZeRO-3; ZeRO-1 of one rank)")
 
+    def measures(self, step: int) -> bool:
+        """Whether all that the step keeps is computed on both branches, rather than what the loss needs."""
+        return self.measure_every > 0 and step % self.measure_every == 0
+
 
 class Config(Section):
     seed: int = Field(0, ge=0, description="of data order, perturbation, branch draws and sampling")

@@ -1,6 +1,6 @@
-"""A step's prompts and groups of completions: which samples, what each group is worth, and which are trained on."""
+"""Groups of completions: generated for a step's items, judged, chosen, and turned into rows that are trained on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 
@@ -9,74 +9,82 @@ from torch import Tensor
 
 from vogue.config import Config
 from vogue.estimates import pass_at_k
-from vogue.inputs import Prompt, View
+from vogue.inputs import NOISY, RAW
+from vogue.loader import Item
 from vogue.method.advantage import group_advantages, mixed, passk_advantages
-from vogue.metrics import Sums
+from vogue.metrics import Means
+from vogue.model.packing import Place, Row
+from vogue.objective import has_gradient
 from vogue.rewards import Score
-from vogue.rollout import Completion
-from vogue.seeds import Purpose, rng_for
-
-
-@dataclass(frozen=True)
-class Item:
-    """Prompt `number` of a step: `raw` and `noisy` views, and the draw of each of its G completions, noisy or not.
-
-    `part`: which of the step's optimizer updates trains on it.
-    """
-
-    number: int
-    prompt: Prompt
-    raw: View
-    noisy: View | None
-    draws: tuple[bool, ...]
-    part: int = 0
+from vogue.rollout import Completion, Engine, Request
+from vogue.seeds import Purpose, seed_for
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Of a completion's tokens (T,) in nats, as the training forward found them.
+    """What the training forward found of a completion's tokens."""
 
-    The exact entropy, and the symmetric divergence of the branches where both were computed.
-    """
-
-    entropy: Tensor
-    u_per: Tensor | None
+    entropy: Tensor  # (T,) nats, exact
+    u_per: Tensor | None  # (T,) nats, the symmetric divergence; None where one branch alone was computed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Group:
-    """G completions of one item, scored, and trained on one branch; `kept` are those that are trained on.
-
-    `paid`: those whose u_per is paid. `foreign`: those that were generated from the other branch's view
-    (NoisyRollout's), none where it's empty. `traces`, after training: of each completion, None for those that needed no
-    forward.
-    """
+    """G completions of one item, scored against each other, and trained on one view of its images."""
 
     item: Item
-    noisy: bool
+    view: str  # that they are trained on
     completions: tuple[Completion, ...]
-    kept: tuple[bool, ...]
-    paid: tuple[bool, ...]
+    sources: tuple[str, ...]  # the view that each was generated from
+    kept: tuple[bool, ...]  # those that are trained on
+    paid: tuple[bool, ...]  # those whose u_per is paid
     scores: tuple[Score, ...] = ()
     advantages: tuple[float, ...] = ()
-    foreign: tuple[bool, ...] = ()
-    traces: tuple[Trace | None, ...] = ()
-
-    @property
-    def sources(self) -> tuple[bool, ...]:
-        """Which completions were generated from the noisy view."""
-        return tuple(self.noisy != foreign for foreign in self.foreign) or (self.noisy,) * len(self.completions)
+    traces: tuple[Trace | None, ...] = ()  # after training; None of those that needed no forward
 
 
-def sample_order(size: int, start: int, count: int, seed: int) -> list[int]:
-    """Indices of samples number `start` to `start + count` of an endless sequence of shuffled epochs."""
-    order: list[int] = []
-    epoch, offset = divmod(start, size)
-    while len(order) < count:
-        shuffled = rng_for(seed, Purpose.DATA, epoch).permutation(size)
-        order += shuffled[offset : offset + count - len(order)].tolist()
-        epoch, offset = epoch + 1, 0
-    return order
+def generate(engine: Engine, config: Config, items: Sequence[Item], step: int) -> list[Group]:
+    """The groups that the items' draws ask for, unscored.
+
+    With `branch.rollout=drawn` one of every view that is drawn: both, where draws are per response and differ. With
+    `raw` the raw one alone, whose draws decide where u_per is paid. With `rollout.noisy_share` (NoisyRollout) one group
+    of completions of both views, trained on the raw one.
+    """
+    n, noisy_n = config.rollout.n, config.rollout.noisy
+    if noisy_n:
+        clean = _complete(engine, config, step, [(item, RAW) for item in items], n - noisy_n)
+        noisy = _complete(engine, config, step, [(item, NOISY) for item in items], noisy_n)
+        sources = (RAW,) * (n - noisy_n) + (NOISY,) * noisy_n
+        return [
+            Group(item=item, view=RAW, completions=a + b, sources=sources, kept=(True,) * n, paid=(False,) * n)
+            for item, a, b in zip(items, clean, noisy, strict=True)
+        ]
+    if config.branch.rollout == "raw":
+        wanted = [(item, RAW) for item in items]
+    else:
+        wanted = [(item, view) for item in items for view in (RAW, NOISY) if (view == NOISY) in item.draws]
+    groups = []
+    for (item, view), completions in zip(wanted, _complete(engine, config, step, wanted, n), strict=True):
+        drawn = tuple(z == (view == NOISY) for z in item.draws)
+        kept, paid = ((True,) * n, item.draws) if config.branch.rollout == "raw" else (drawn, (view == NOISY,) * n)
+        groups.append(Group(item=item, view=view, completions=completions, sources=(view,) * n, kept=kept, paid=paid))
+    return groups
+
+
+def _complete(
+    engine: Engine, config: Config, step: int, wanted: Sequence[tuple[Item, str]], n: int
+) -> list[tuple[Completion, ...]]:
+    """`n` completions for each item's view of that name."""
+    rollout = config.rollout
+    requests = [
+        Request(
+            item.prompt,
+            item.views[view],
+            seed_for(config.seed, Purpose.ROLLOUT, step, item.number, view == NOISY),
+        )
+        for item, view in wanted
+    ]
+    return list(map(tuple, engine.generate(requests, n, rollout.max_tokens, rollout.temperature)))
 
 
 def judged(group: Group, scores: Iterable[Score], config: Config) -> Group:
@@ -122,21 +130,81 @@ def choose(found: dict[int, bool], count: int) -> list[int]:
     return sorted(sorted(found, key=lambda number: (not found[number], number))[:count])
 
 
-def assigned(groups: Iterable[Group], chosen: list[int], parts: int) -> list[Group]:
-    """Groups of the chosen prompts, dealt to `parts` updates; of the others nothing is kept."""
-    part = {number: place * parts // len(chosen) for place, number in enumerate(chosen)}
+def assigned(groups: Iterable[Group], chosen: list[int], updates: int) -> list[Group]:
+    """Groups of the chosen prompts, dealt to the step's updates; of the others nothing is kept."""
+    update = {number: place * updates // len(chosen) for place, number in enumerate(chosen)}
     return [
-        replace(group, item=replace(group.item, part=part[group.item.number]))
-        if group.item.number in part
+        replace(group, item=replace(group.item, update=update[group.item.number]))
+        if group.item.number in update
         else replace(group, kept=(False,) * len(group.kept))
         for group in groups
     ]
 
 
-def split(groups: list[Group], parts: int) -> list[list[Group]]:
-    """Groups by the update that trains on them; never none, since an idle one keeps this rank in step."""
-    idle = replace(groups[0], kept=(False,) * len(groups[0].kept))
-    return [[group for group in groups if group.item.part == part] or [idle] for part in range(parts)]
+def in_updates(groups: Sequence[Group], updates: int) -> list[dict[int, Group]]:
+    """Groups by their number in the step, for each of its updates."""
+    return [
+        {number: group for number, group in enumerate(groups) if group.item.update == update}
+        for update in range(updates)
+    ]
+
+
+def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: bool) -> list[Row]:
+    """Groups by their number in the step as rows: one a group, or one a completion where a model can't share a prompt.
+
+    What the loss and the log don't read is left out: completions whose loss has no gradient, and the other view of
+    those that aren't paid. A step that measures leaves out nothing that is kept. Completions that are paid and those
+    that aren't, which a draw a response leaves in one raw group, are two rows, so that the second forward is of the
+    paid ones alone.
+    """
+    measures, made = config.trainer.measures(step), []
+    for number, group in groups.items():
+        shown = bool(group.item.views[RAW].images)  # without images the views are one
+        trained = group.view if shown else RAW
+        other = RAW if trained == NOISY else NOISY
+        lengths = [len(completion.token_ids) for completion in group.completions]
+        advantages = [
+            torch.full((length,), a, dtype=torch.float32) for length, a in zip(lengths, group.advantages, strict=True)
+        ]
+        needed = [i for i, kept in enumerate(group.kept) if kept and (measures or has_gradient(advantages[i]))]
+        for paid in (False, True):
+            chosen = [i for i in needed if group.paid[i] == paid]
+            compared = measures or (paid and shown and reads_other(config))
+            for part in [chosen] if shared_prefix else [[i] for i in chosen]:
+                if part:
+                    row = Row(
+                        prompt=group.item.prompt,
+                        views=group.item.views,
+                        trained=trained,
+                        completions=tuple(group.completions[i] for i in part),
+                        advantages=tuple(advantages[i] for i in part),
+                        others=(other,) if compared else (),
+                        sources=tuple(group.sources[i] if shown else RAW for i in part),
+                        paid=paid and shown,
+                        places=tuple(Place(number, i) for i in part),
+                    )
+                    made.append(row)
+    return made
+
+
+def idle_row(group: Group, compared: bool) -> Row:
+    """A row that only keeps a rank in step, of the group's first completion."""
+    completion = group.completions[0]
+    return Row(
+        prompt=group.item.prompt,
+        views=group.item.views,
+        trained=RAW,
+        completions=(completion,),
+        advantages=(torch.zeros(len(completion.token_ids)),),
+        others=(RAW,) if compared else (),
+        weight=0.0,
+    )
+
+
+def reads_other(config: Config) -> bool:
+    """Whether the loss of a completion whose draw was noisy reads the view that it isn't trained on."""
+    of_drawn = config.branch.rollout == "raw" and config.uncertainty.entropy == "drawn"
+    return config.guidance.alpha_per > 0 or (of_drawn and config.guidance.alpha_out > 0)
 
 
 def kept_lengths(groups: Iterable[Group]) -> list[int]:
@@ -144,24 +212,24 @@ def kept_lengths(groups: Iterable[Group]) -> list[int]:
     return [len(completion.token_ids) for group in groups for completion in compress(group.completions, group.kept)]
 
 
-def tally(groups: Iterable[Group], sums: Sums) -> None:
-    """Metrics of all groups and completions that were generated."""
+def tally(groups: Iterable[Group], means: Means) -> None:
+    """Add the metrics of all groups and completions that were generated."""
     for group in groups:
         scores = group.scores
         right = sum(score.accuracy == 1 for score in scores)
-        sums.add("solved_share", right == len(scores))
-        sums.add("mixed_share", 0 < right < len(scores))
-        sums.add("distinct_answers", len({score.parsed for score in scores}))
-        sums.add("pass_at_n", pass_at_k(len(scores), right, len(scores)))
+        means.add("solved_share", right == len(scores))
+        means.add("mixed_share", 0 < right < len(scores))
+        means.add("distinct_answers", len({score.parsed for score in scores}))
+        means.add("pass_at_n", pass_at_k(len(scores), right, len(scores)))
         completions = zip(scores, group.completions, group.kept, group.sources, group.paid, strict=True)
-        for score, completion, kept, noisy, paid in completions:
-            sums.add("reward", score.reward)
-            sums.add("accuracy", score.accuracy)
-            sums.add("format", score.format)
+        for score, completion, kept, source, paid in completions:
+            means.add("reward", score.reward)
+            means.add("accuracy", score.accuracy)
+            means.add("format", score.format)
             for name, value in score.components.items():
-                sums.add(f"reward/{name}", value)
-            sums.add("finished", completion.finished)
-            sums.add("tokens", len(completion.token_ids))
+                means.add(f"reward/{name}", value)
+            means.add("finished", completion.finished)
+            means.add("tokens", len(completion.token_ids))
             if kept:
-                sums.add("noisy_share", noisy)
-                sums.add("paid_share", paid)
+                means.add("noisy_share", source == NOISY)
+                means.add("paid_share", paid)

@@ -1,7 +1,7 @@
 """From a sample to what models take: token ids, and image tensors for each branch.
 
-A `Prompt` holds what both branches share: the text. T(x) keeps an image's size, so the two branches have the
-same token ids and differ in a `View` alone.
+A `Prompt` holds what all views of its images share: the text. T(x) keeps an image's size, so views have the same token
+ids and differ in a `View` alone.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,18 +18,16 @@ from vogue.data import DataError, Sample
 from vogue.data.prompts import chat_messages
 from vogue.families import family_of_processor
 
+RAW, NOISY = "raw", "noisy"  # names of views: x and T(x)
+
 
 @dataclass(frozen=True)
 class View:
-    """The images of one branch as the model's own image processor gives them, None where there are none.
-
-    `pixel_values` float32 and `sizes` int64: Qwen's (patches, patch dim) and (images, 3) patches in time, height and
-    width; LLaVA-OneVision's (images, tiles, 3, height, width) and (images, 2) pixels in height and width.
-    """
+    """The images of a prompt, raw or perturbed, and what the model's own image processor makes of them."""
 
     images: tuple[Image.Image, ...]
-    pixel_values: Tensor | None
-    sizes: Tensor | None
+    pixel_values: Tensor | None  # float32: Qwen's (patches, D), LLaVA-OneVision's (images, tiles, 3, height, width)
+    sizes: Tensor | None  # int64: (images, 3) patches in time, height and width; (images, 2) pixels high and wide
 
 
 @dataclass(frozen=True)

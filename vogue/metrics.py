@@ -1,16 +1,33 @@
-"""What a step measures: seconds of its phases, and means over tokens, completions and ranks."""
+"""What a step measures: seconds of its phases, and means over tokens, completions and ranks.
+
+Means of rewards, answers and lengths are over all that was generated. Those of tokens (entropy, u_per, clipping,
+mismatch, ratio_error) are over the tokens that send a gradient, A != 0, and so of every step alike, u_per over those
+among them that it is paid to; `measured/...`, on the steps that `trainer.measure_every` names, over all tokens that the
+step keeps. `trained_share` is the share of those tokens that went through a forward.
+"""
 
 import resource
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vogue import distributed
-from vogue.config import COMPONENTS
+
+
+class Mean(NamedTuple):
+    """A part of a mean: a sum of values, and their count or the sum of their weights."""
+
+    total: float
+    count: float
+
+
+def mean_over(tokens: Tensor, values: Tensor) -> Mean:
+    """The part of the values (N,) where `tokens` (N,) bool."""
+    return Mean(float(values[tokens].sum(dtype=torch.float64)), int(tokens.sum()))
 
 
 class Clock:
@@ -28,47 +45,29 @@ class Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-class Sums:
-    """Sums and counts of a step's metrics on this rank; `means` divides them over all ranks.
-
-    Those of rewards, answers and lengths are of all that was generated. Those of tokens (entropy, u_per, clipping,
-    mismatch, ratio_error) are of the tokens that send a gradient, A != 0, and so of every step alike, u_per of those
-    among them that it is paid to; `measured/...`, on the steps that `trainer.measure_every` names, of all tokens that
-    the step keeps. `trained_share`: share of those tokens that went through a forward.
-    """
-
-    NAMES = (
-        *("reward", "accuracy", "format", "finished", "tokens", "noisy_share", "paid_share"),
-        *("solved_share", "mixed_share"),
-        *("distinct_answers", "pass_at_n", "entropy", "clip_fraction", "out_capped", "mismatch/logprob"),
-        *("mismatch/kl", "u_per", "per_capped", "ratio_error", "loss", "grad_norm", "skipped_updates"),
-        *(f"reward/{name}" for name in (*COMPONENTS, "overlong")),
-        *("verifier_failures", "rounds", "filled_share", "trained_share", "measured/entropy", "measured/u_per"),
-    )
+class Means:
+    """This rank's parts of a step's means by name; `over_ranks` divides their sums."""
 
     def __init__(self):
-        self.sums: Counter[str] = Counter()
-        self.counts: Counter[str] = Counter()
+        self.parts: dict[str, Mean] = {}
 
-    def add(self, name: str, value: float) -> None:
-        self.add_sum(name, value, 1)
+    def add(self, name: str, total: float, count: float = 1) -> None:
+        before = self.parts.get(name, Mean(0.0, 0.0))
+        self.parts[name] = Mean(before.total + total, before.count + count)
 
-    def add_sum(self, name: str, value: float, count: float) -> None:
-        self.sums[name] += value
-        self.counts[name] += count
+    def add_all(self, metrics: Mapping[str, Mean]) -> None:
+        for name, part in metrics.items():
+            self.add(name, *part)
 
-    def add_tokens(self, real: Tensor, values: dict[str, Tensor]) -> None:
-        """Add per-token values (N,) where `real`."""
-        count = int(real.sum())
-        for name, value in values.items():
-            self.add_sum(name, float(value[real].sum(dtype=torch.float64)), count)
+    def __getitem__(self, name: str) -> Mean:
+        return self.parts.get(name, Mean(0.0, 0.0))
 
-    def means(self, device: torch.device) -> dict[str, float]:
-        """Means over all ranks, without those nothing was added to."""
-        values = {f"sum {name}": float(self.sums[name]) for name in self.NAMES}
-        values |= {f"count {name}": float(self.counts[name]) for name in self.NAMES}
-        summed = distributed.total(values, device)
-        return {name: summed[f"sum {name}"] / summed[f"count {name}"] for name in self.NAMES if summed[f"count {name}"]}
+    def over_ranks(self) -> dict[str, float]:
+        """The means over all ranks, whichever of them added to one; without those that nothing was added to."""
+        summed = Means()
+        for parts in distributed.gather(self.parts):
+            summed.add_all(parts)
+        return {name: part.total / part.count for name, part in summed.parts.items() if part.count}
 
 
 def peak_memory() -> float:

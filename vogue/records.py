@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vogue.groups import Group
+from vogue.inputs import NOISY, RAW
 
 FOLDER = "completions"
 SIDE = 448  # pixels of an image's longer side at most
@@ -33,7 +34,7 @@ def record(step: int, group: Group, i: int, tokenizer: PreTrainedTokenizerBase, 
         "answer": sample.answer,
         "category": sample.category,
         "completion": group.completions[i].text,
-        "branch": "noisy" if group.sources[i] else "raw",
+        "branch": group.sources[i],
         "reward": score.reward,
         "accuracy": score.accuracy,
         "components": score.components,
@@ -41,8 +42,8 @@ def record(step: int, group: Group, i: int, tokenizer: PreTrainedTokenizerBase, 
         "tokens": pieces(group.completions[i].token_ids, tokenizer),
         "entropy": _rounded(trace.entropy) if trace else None,
         "u_per": _rounded(trace.u_per) if trace and trace.u_per is not None else None,
-        "image": _written(item.raw.images, folder, f"{name}_raw"),
-        "perturbed": _written(item.noisy.images, folder, f"{name}_noisy") if item.noisy else None,
+        "image": _written(item.views[RAW].images, folder, f"{name}_raw"),
+        "perturbed": _written(item.views[NOISY].images, folder, f"{name}_noisy") if NOISY in item.views else None,
     }
 
 

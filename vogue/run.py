@@ -3,7 +3,6 @@
 Everything that can be wrong with settings or data is looked for before the first step.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from vogue.inputs import Preprocessor, load_processor
 from vogue.records import records
 from vogue.report import plot_curves
 from vogue.rewards import check_function
+from vogue.run_folder import read_rows
 from vogue.stopping import STOPPED, Stop
 from vogue.trainer import Trainer
 
@@ -135,8 +135,7 @@ def _show(config: Config, console: Console) -> None:
     """Draw the curves, show how held-out pass@k went, and say where everything is."""
     folder = config.trainer.output_dir
     plot_curves([folder], folder / "curves.png")
-    if (folder / "evaluations.jsonl").exists():
-        rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    if rows := read_rows(folder / "evaluations.jsonl"):
         shown = [headline(row) for row in rows]
         names = [*dict.fromkeys(name for estimates in shown for name in estimates)]
         table = Table("steps", *names, title="held-out problems, 95% intervals")

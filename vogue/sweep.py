@@ -31,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vogue import compare, doctor, logs
 from vogue.config import Config, ConfigError, Count, Section, check, load_config, read_settings
 from vogue.model.checkpoint import complete
+from vogue.run_folder import read_rows
 from vogue.stopping import STOPPED
 
 OWN = ("seed", "trainer.output_dir")  # settings that the sweep gives each run
@@ -90,7 +91,7 @@ class Run:
 
     @property
     def done(self) -> bool:
-        evaluations = compare.read_rows(self.folder / "evaluations.jsonl")
+        evaluations = read_rows(self.folder / "evaluations.jsonl")
         return bool(evaluations) and evaluations[-1]["step"] == self.config.trainer.steps
 
     @property

@@ -32,11 +32,16 @@ class OtherBranch(NamedTuple):
 
 
 class TokenStats(NamedTuple):
-    """N tokens on the branch that they are trained on, and the first M of them on the other one."""
+    """N tokens on the branch that they are trained on, and the first M of them on those it is compared with."""
 
     logprob: Tensor  # (N,) nats, with gradient
     entropy: Tensor  # (N,) nats
-    other: OtherBranch | None  # None where M is 0
+    others: tuple[OtherBranch, ...]  # M falls from each to the next; none where nothing is compared
+
+    @property
+    def other(self) -> OtherBranch | None:
+        """The first one: the noisy branch of tokens trained on the raw one, and the raw one of those on the noisy."""
+        return self.others[0] if self.others else None
 
 
 class Signals(NamedTuple):

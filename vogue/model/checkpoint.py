@@ -2,11 +2,12 @@
 
     output_dir/checkpoints/step_000020/hf          config, tokenizer, image processor, model.safetensors
     output_dir/checkpoints/step_000020/deepspeed   optimizer and master weights of every rank
+    output_dir/checkpoints/step_000020/run/0.pt    the run's state of rank 0, of each rank one
     output_dir/checkpoints/step_000020/state.json  step and number of ranks
 
 A checkpoint is written beside its place and renamed when it is whole, so that a stop in the middle leaves the one
 before it. Everything random in a run (order of data, perturbation, branch draws, sampling) is a function of the seed
-and the step, so no generator's state needs saving.
+and the step, so no generator's state needs saving; `vogue.state` holds what isn't.
 """
 
 import json
@@ -20,8 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vogue.config import ConfigError
+from vogue.state import RunState
 
 STATE = "state.json"
+RUN = "run"
 
 
 def gathered_weights(model: torch.nn.Module, byte_budget: int = 256 << 20) -> Iterator[tuple[str, Tensor]]:
@@ -59,15 +62,16 @@ def save_hf(model: torch.nn.Module, processor, folder: Path) -> None:
     dist.barrier()
 
 
-def save(engine, model, processor, root: Path, step: int, keep: int) -> Path:
+def save(engine, model, processor, state: RunState, root: Path, step: int, keep: int) -> Path:
     """Save everything after `step` steps under `root`, and delete all but the newest `keep` checkpoints."""
     final = root / f"step_{step:06d}"
     partial = root / f".{final.name}.partial"
     if dist.get_rank() == 0:
         for unfinished in root.glob(".step_*.partial"):
             shutil.rmtree(unfinished)
-        partial.mkdir(parents=True)
+        (partial / RUN).mkdir(parents=True)
     dist.barrier()
+    state.save(partial / RUN / f"{dist.get_rank()}.pt")
     save_hf(model, processor, partial / "hf")
     engine.save_checkpoint(str(partial / "deepspeed"), tag="state")
     dist.barrier()
@@ -100,8 +104,9 @@ def latest(root: Path, ranks: int) -> tuple[Path, int]:
     return found[-1], state["step"]
 
 
-def load(engine, checkpoint: Path) -> None:
-    """Put weights, optimizer and its schedule back."""
+def load(engine, state: RunState, checkpoint: Path) -> None:
+    """Put weights, optimizer, its schedule and the run's state back."""
+    state.load(checkpoint / RUN / f"{dist.get_rank()}.pt")
     path, _ = engine.load_checkpoint(str(checkpoint / "deepspeed"), tag="state")
     if path is None:
         raise ConfigError(f"--resume: DeepSpeed found nothing to load in {checkpoint}")

@@ -10,38 +10,41 @@ positions that predict a completion's token reach the output head; they are list
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vogue.inputs import Prompt, View, cat_images
+from vogue.inputs import NOISY, Prompt, View, cat_images
 from vogue.method.uncertainty import Signals
 from vogue.rollout import Completion
 
 PAD = -1  # segment of padding
 
 
+class Place(NamedTuple):
+    """Where a completion stands among a step's groups."""
+
+    group: int
+    completion: int
+
+
 @dataclass(frozen=True)
 class Row:
-    """Completions of one prompt that are trained on one branch, and what training needs of them.
-
-    `advantages[i]` is the base advantage of `completions[i]`. `view` is their branch, the noisy one where `noisy`,
-    `other` the other one, where the two are compared (`None` where no second forward is needed).
-    `weight` is 0 for a row that only keeps ranks in step. `foreign[i]`: completion i was generated from another view
-    than `view`, none was where it is empty. `paid`: their loss reads u_per.
-    """
+    """Completions of one prompt that are trained on one view, and what training needs of them."""
 
     prompt: Prompt
-    view: View
-    other: View | None
+    views: Mapping[str, View]
+    trained: str  # the view that they are trained on
     completions: tuple[Completion, ...]
-    advantages: tuple[float, ...]
-    weight: float = 1.0
-    foreign: tuple[bool, ...] = ()
-    noisy: bool = False
-    paid: bool = False
+    advantages: tuple[Tensor, ...]  # of each completion (T,) float32, one a token: the base ones, without bonuses
+    others: tuple[str, ...] = ()  # the views that the loss or the log compares that one with, a forward each
+    sources: tuple[str, ...] = ()  # the view that each completion was generated from; empty: the trained one
+    paid: bool = False  # the loss reads u_per
+    weight: float = 1.0  # 0 for a row that only keeps ranks in step
+    places: tuple[Place, ...] = ()  # of each completion; empty for a row that only keeps ranks in step
 
     @property
     def tokens(self) -> int:
@@ -49,7 +52,7 @@ class Row:
 
     @property
     def compared(self) -> bool:
-        return self.other is not None
+        return bool(self.others)
 
 
 @dataclass(frozen=True)
@@ -70,34 +73,27 @@ class Images:
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows padded to L tokens, and their N completion tokens, flat.
+    """B rows padded to L tokens, and their N completion tokens, flat."""
 
-    `input_ids`, `token_types`, `segments`: (B, L) int64. `positions` (N,): where in the B·L hidden states token n
-    is predicted. `targets` (N,) int64; `advantages`, `rollout_logprob`, `weights` (N,) float32: base advantage, the
-    engine's log-probability (NaN where the engine saw another view), and the token's weight in the loss. `noisy` and
-    `paid` (N,) bool: tokens of the noisy branch, and those whose u_per is paid. `completions`: in the tokens' order.
-    `view` is None where there is no image. `other`: the compared rows, which are the first ones, on their other branch;
-    None where there are none. `old` holds what a pass before several updates found.
-    """
-
-    input_ids: Tensor
-    token_types: Tensor
-    segments: Tensor
-    view: Images | None
-    completions: tuple[Completion, ...]
-    positions: Tensor
-    targets: Tensor
-    advantages: Tensor
-    rollout_logprob: Tensor
-    weights: Tensor
-    noisy: Tensor
-    paid: Tensor
-    other: "Batch | None"
-    old: Signals | None = None
+    input_ids: Tensor  # (B, L) int64
+    token_types: Tensor  # (B, L) int64
+    segments: Tensor  # (B, L) int64
+    images: Images | None  # None where there is no image
+    completions: tuple[Completion, ...]  # in the tokens' order
+    places: tuple[Place | None, ...]  # of each completion, None in a row that only keeps ranks in step
+    positions: Tensor  # (N,) where in the B L hidden states token n is predicted
+    targets: Tensor  # (N,) int64
+    advantages: Tensor  # (N,) float32, the base ones
+    engine_logprob: Tensor  # (N,) float32 nats, by the rollout engine; NaN where it saw another view than the trained
+    weights: Tensor  # (N,) float32, in the loss
+    noisy: Tensor  # (N,) bool: trained on the noisy view
+    paid: Tensor  # (N,) bool: the loss reads u_per
+    others: tuple["Batch", ...]  # the first rows on the views that they are compared with, the i-th of each in the i-th
+    old: Signals | None = None  # before the first of several updates
 
     def to(self, device: torch.device) -> "Batch":
-        kinds = Tensor | Images | Batch
-        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, kinds)})
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Images)}
+        return replace(self, **moved, others=tuple(other.to(device) for other in self.others))
 
 
 MAX_PADDING = 0.1  # of a micro-batch's tokens
@@ -111,7 +107,7 @@ def pack(rows: Iterable[Row], budget: int) -> list[list[Row]]:
     """
     packed: list[list[Row]] = []
     longest = real = 0  # of the last micro-batch: the longest row's tokens, and those of all rows
-    for row in sorted(rows, key=lambda row: (row.compared, row.tokens), reverse=True):
+    for row in sorted(rows, key=lambda row: (len(row.others), row.tokens), reverse=True):
         if packed:
             size = max(longest, row.tokens) * (len(packed[-1]) + 1)
             if size <= budget and real + row.tokens >= (1 - MAX_PADDING) * size:
@@ -133,8 +129,7 @@ def spread(micro_batches: list[list[Row]], count: int, filler: Row) -> list[list
     while len(spread_out) < count and any(map(_can_be_cut, spread_out)):
         i = max(range(len(spread_out)), key=lambda i: (_can_be_cut(spread_out[i]), _tokens(spread_out[i])))
         spread_out[i : i + 1] = [spread_out[i][::2], spread_out[i][1::2]]
-    idle = replace(filler, weight=0.0, completions=filler.completions[:1], advantages=(0.0,), foreign=())
-    return spread_out + [[idle]] * (count - len(spread_out))
+    return spread_out + [[filler]] * (count - len(spread_out))
 
 
 def _tokens(rows: Sequence[Row]) -> int:
@@ -145,45 +140,35 @@ def _can_be_cut(rows: Sequence[Row]) -> bool:
     return (sum(row.compared for row in rows) or len(rows)) > 1
 
 
-def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Share out numbers 0 to len(costs) - 1, equally many a rank and of nearly equal cost, in ascending order each.
-
-    Dealt from the most expensive on, to and fro: 0 1 2 2 1 0 0 1 ...
-    """
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    for place, i in enumerate(sorted(range(len(costs)), key=lambda i: -costs[i])):
-        lap, rank = divmod(place, ranks)
-        shares[rank if lap % 2 == 0 else ranks - 1 - rank].append(i)
-    return [sorted(share) for share in shares]
-
-
 def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
-    """Pad `rows` into a batch; compared ones must come first.
+    """Pad `rows` into a batch; those that are compared with more views must come first.
 
     A token's weight is 1 (token-mean), or 1 / its completion's length (sequence-mean), times its row's; the trainer
     divides by their sum over the whole update, so that splitting it into micro-batches changes nothing.
     """
-    compared = [replace(row, view=row.other, other=None) for row in rows if row.compared]
-    assert all(row.compared for row in rows[: len(compared)]), "a row that is compared follows one that isn't"
+    counts = [len(row.others) for row in rows]
+    assert counts == sorted(counts, reverse=True), "a row that is compared with more views follows one with fewer"
     length = max(row.tokens for row in rows)
     input_ids = torch.full((len(rows), length), pad_id)
     token_types = torch.zeros_like(input_ids)
     segments = torch.full_like(input_ids, PAD)
-    sizes, starts, prompt_ends, advantages, weights = [], [], [], [], []  # of each completion
-    targets, logprobs = [], []  # of each token
+    sizes, starts, prompt_ends, weights, places = [], [], [], [], []  # of each completion
+    targets, logprobs, advantages = [], [], []  # of each token
     for b, row in enumerate(rows):
         prompt = len(row.prompt.token_ids)
         input_ids[b, :prompt], token_types[b, :prompt] = row.prompt.token_ids, row.prompt.token_types
         ids, segment_ids = [], [0] * prompt
-        for i, (completion, advantage) in enumerate(zip(row.completions, row.advantages, strict=True)):
+        places += row.places or [None] * len(row.completions)
+        sources = row.sources or (row.trained,) * len(row.completions)
+        for i, (completion, shaped, source) in enumerate(zip(row.completions, row.advantages, sources, strict=True)):
             size = len(completion.token_ids)
             sizes.append(size)
             starts.append(b * length + prompt + len(ids))
             prompt_ends.append(b * length + prompt - 1)
-            advantages.append(advantage)
+            advantages.append(shaped)
             weights.append(row.weight if token_mean else row.weight / size)
             targets += completion.token_ids
-            logprobs += [math.nan] * size if row.foreign and row.foreign[i] else completion.logprobs
+            logprobs += completion.logprobs if source == row.trained else [math.nan] * size
             read = _read(completion)
             ids += read
             segment_ids += [i + 1] * len(read)
@@ -200,20 +185,27 @@ def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
         input_ids=input_ids,
         token_types=token_types,
         segments=segments,
-        view=_stack([row.view for row in rows]),
+        images=_stack([row.views[row.trained] for row in rows]),
         completions=tuple(completion for row in rows for completion in row.completions),
+        places=tuple(places),
         positions=torch.where(number == 0, per_token(prompt_ends), per_token(starts) + number - 1),
         targets=torch.tensor(targets),
-        advantages=per_token(advantages),
-        rollout_logprob=torch.tensor(logprobs),
+        advantages=torch.cat(advantages),
+        engine_logprob=torch.tensor(logprobs),
         weights=per_token(weights),
-        noisy=per_token([row.noisy for row in rows for _ in row.completions]),
+        noisy=per_token([row.trained == NOISY for row in rows for _ in row.completions]),
         paid=per_token([row.paid for row in rows for _ in row.completions]),
-        other=None,
+        others=(),
     )
-    if 0 < len(compared) < len(rows):
-        return replace(batch, other=collate(compared, pad_id, token_mean))
-    return replace(batch, other=replace(batch, view=_stack([row.view for row in compared]))) if compared else batch
+    return replace(batch, others=tuple(_other(batch, rows, i, pad_id, token_mean) for i in range(counts[0])))
+
+
+def _other(batch: Batch, rows: Sequence[Row], i: int, pad_id: int, token_mean: bool) -> Batch:
+    """The batch of the rows that are compared with an i-th view, on that view."""
+    compared = [replace(row, trained=row.others[i], others=()) for row in rows if len(row.others) > i]
+    if len(compared) < len(rows):
+        return collate(compared, pad_id, token_mean)
+    return replace(batch, images=_stack([row.views[row.trained] for row in compared]))
 
 
 def _read(completion: Completion) -> tuple[int, ...]:

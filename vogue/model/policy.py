@@ -21,7 +21,7 @@ from vogue.method.uncertainty import OtherBranch, TokenStats
 from vogue.model.attention import FLEX, IMPLEMENTATIONS, PARTS, attention_inputs
 from vogue.model.packing import PAD, Batch, Images
 from vogue.rollout import BAN
-from vogue_kernels import LogprobStats, linear_branch_stats, linear_logprob
+from vogue_kernels import BranchStats, LogprobStats, linear_branch_stats, linear_logprob
 
 
 class PolicyHead(nn.Module):
@@ -38,26 +38,30 @@ class PolicyHead(nn.Module):
         bias[list(banned)] = BAN
         self.register_buffer("bias", bias, persistent=False)
 
-    def forward(self, hidden: Tensor, other: Tensor | None, targets: Tensor) -> TokenStats:
-        """`other` (M, D), if any: hidden states of the first M tokens on their other branch."""
-        if other is None:
-            return TokenStats(*self._alone(hidden, targets), None)
-        m = len(other)
-        # The operator doesn't mind which branch is which; its gradient reaches its second one, which is trained.
-        both = linear_branch_stats(other, hidden[:m], self.weight, targets[:m], self.bias, self.temperature)
-        logprob, entropy = both.logprob_noisy, both.entropy_noisy
+    def forward(self, hidden: Tensor, others: Sequence[Tensor], targets: Tensor) -> TokenStats:
+        """`others`: hidden states (M, D) of the first M tokens on each view that they are compared with, M falling."""
+        if not others:
+            return TokenStats(*self._alone(hidden, targets), ())
+        m = len(others[0])
+        both = [self._both(others[0], hidden[:m], targets[:m])]
+        # The trained branch's statistics are the first comparison's; further ones send no second gradient.
+        both += [self._both(other, hidden[: len(other)].detach(), targets[: len(other)]) for other in others[1:]]
+        logprob, entropy = both[0].logprob_noisy, both[0].entropy_noisy
         if m < len(hidden):
             alone = self._alone(hidden[m:], targets[m:])
             logprob, entropy = torch.cat([logprob, alone.logprob]), torch.cat([entropy, alone.entropy])
-        compared = (both.logprob_raw, both.entropy_raw, both.kl_noisy_raw, both.kl_raw_noisy, both.symmetric_kl)
-        return TokenStats(logprob, entropy, OtherBranch(*(value.detach() for value in compared)))
+        return TokenStats(logprob, entropy, tuple(map(_other_branch, both)))
+
+    def _both(self, other: Tensor, hidden: Tensor, targets: Tensor) -> BranchStats:
+        """The operator's "raw" is the other branch here and its "noisy" the trained one, whichever they are."""
+        return linear_branch_stats(other, hidden, self.weight, targets, self.bias, self.temperature)
 
     def _alone(self, hidden: Tensor, targets: Tensor) -> LogprobStats:
         return linear_logprob(hidden, self.weight, targets, self.bias, self.temperature)
 
 
 class Policy(nn.Module):
-    """`forward(batch)` gives the statistics of the batch's N completion tokens; the other branch has no gradient.
+    """`forward(batch)` gives the statistics of the batch's N completion tokens; other views have no gradient.
 
     `attention` is the text model's: one of transformers', or "auto" for the fastest that lets completions share a
     prompt. `why_separate` says why they can't (None where they can); every row must then hold one completion.
@@ -81,15 +85,13 @@ class Policy(nn.Module):
         self.image_newline = getattr(model.model, "image_newline", None)
 
     def forward(self, batch: Batch) -> TokenStats:
-        other = None
-        if batch.other is not None:
-            with torch.no_grad():
-                other = self._hidden(batch.other)
-        return self.model.lm_head(self._hidden(batch), other, batch.targets)
+        with torch.no_grad():
+            others = [self._hidden(other) for other in batch.others]
+        return self.model.lm_head(self._hidden(batch), others, batch.targets)
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Hidden states (N, D) at the positions that predict the completions' tokens."""
-        images = batch.view
+        images = batch.images
         body = self.model.model
         features = self._features(images or _blank(self.family, self.model))
         inputs = {"input_ids": batch.input_ids, "position_ids": self._positions(batch), "use_cache": False}
@@ -112,7 +114,7 @@ class Policy(nn.Module):
 
     def _positions(self, batch: Batch) -> Tensor:
         """Positions of the prompt's tokens, each completion counting on from there."""
-        images = batch.view
+        images = batch.images
         prompt = batch.segments == 0
         sizes = None if images is None else images.sizes[list(images.order)]
         in_prompt = self.family.positions(self.model, batch.input_ids, batch.token_types, prompt, sizes)
@@ -122,6 +124,11 @@ class Policy(nn.Module):
         begins[:, 1:] = batch.segments[:, 1:] != batch.segments[:, :-1]
         start = index.masked_fill(~begins, 0).cummax(dim=1).values
         return torch.where(prompt, in_prompt, last[:, None] + 1 + index - start)
+
+
+def _other_branch(both: BranchStats) -> OtherBranch:
+    values = (both.logprob_raw, both.entropy_raw, both.kl_noisy_raw, both.kl_raw_noisy, both.symmetric_kl)
+    return OtherBranch(*(value.detach() for value in values))
 
 
 def _why_separate(model: PreTrainedModel, attention: str) -> str | None:

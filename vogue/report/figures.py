@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from vogue.estimates import Estimate, estimate, pass_at_k, powers_of_two
 from vogue.report.runs import Method, Run, group_methods, read_runs
+from vogue.run_folder import PHASES, TRAIN_PHASES
 
 # Of the methods, in light and dark mode: Okabe and Ito's palette, which colour-blind readers can tell apart, with an
 # indigo and a crimson in place of its second blue and its second orange, darkened or lightened until each stands out
@@ -20,8 +21,6 @@ from vogue.report.runs import Method, Run, group_methods, read_runs
 LIGHT = ("#0072b2", "#c45100", "#00805c", "#b0438f", "#8f6a00", "#5b3fd0", "#5b5b66", "#c9103a")
 DARK = ("#4aa8e0", "#f08a3c", "#2fc795", "#e29bc8", "#e6c029", "#a79bff", "#b4b4c0", "#ff7a90")
 
-PHASES = ("data", "rollout", "reward", "train", "sync")  # of a step, one after the other
-TRAIN_PHASES = ("pack", "old", "forward", "backward", "update")  # within "train"
 MANY_SEEDS = 10  # fewer tell no 95% interval
 MANY_METHODS = 5  # from so many on, bands and single seeds would hide each other
 FEW_POINTS = 20  # of a curve: each gets a dot

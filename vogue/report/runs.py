@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vogue.config import Config, ConfigError, flatten, load_config
+from vogue.run_folder import read_rows
 
 PER_SEED = ("seed", "trainer.output_dir", "model.path")  # every seed may have a warm start of its own
 
@@ -69,7 +70,7 @@ def _read_run(folder: Path, name: str) -> Run:
     except ConfigError as error:
         raise ConfigError(f"{folder / 'config.yaml'}: {error}") from None
     metrics, evaluations, completions = (
-        _read_lines(folder / f"{kind}.jsonl") for kind in ("metrics", "evaluations", "completions")
+        read_rows(folder / f"{kind}.jsonl") for kind in ("metrics", "evaluations", "completions")
     )
     if not metrics:
         raise ConfigError(f"{folder / 'metrics.jsonl'} has no steps yet")
@@ -80,20 +81,6 @@ def _read_run(folder: Path, name: str) -> Run:
                 place = f"{folder / 'completions.jsonl'}, line {number}"
                 raise ConfigError(f"{place}: {len(tokens)} tokens, but {len(values)} values of {signal}")
     return Run(folder, name, config, metrics, evaluations, completions)
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, if there is one; a last line that is still being written is left out."""
-    if not path.exists():
-        return []
-    *lines, _ = path.read_text().split("\n")
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}, line {number}: {error}") from None
-    return records
 
 
 def _by_settings(runs: Sequence[Run], ignored: Sequence[str]) -> list[tuple[dict[str, Any], list[Run]]]:

@@ -1,0 +1,145 @@
+"""The samples that a step trains on and the views of their images, loaded while the step before is trained.
+
+Which samples, in which order, with which perturbations and draws: all of it is a function of the seed and the step, so
+that a resumed run, and one on another number of ranks, sees the same. What isn't, such as past pass rates, is read from
+the run's settled state (`vogue.state`).
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from vogue.config import Config, ConfigError
+from vogue.data import DataError, Sample
+from vogue.inputs import NOISY, RAW, Preprocessor, Prompt, View
+from vogue.method import branch
+from vogue.method.perturb import annealed, perturb
+from vogue.seeds import Purpose, rng_for, seed_for
+from vogue.state import RunState
+
+NOISY_COST = 4 / 3  # of training on a group with z = 1, in that of another one: it adds a forward without gradient
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt of a step, with its images in views by name; only the views that the step reads are made."""
+
+    number: int  # of the prompt in its step, over all ranks and rounds
+    prompt: Prompt
+    views: Mapping[str, View]
+    draws: tuple[bool, ...]  # (G,) z of each completion
+    update: int = 0  # which of the step's optimizer updates trains on it
+
+
+class Loader:
+    """Loads this rank's items of a step. Raises `DataError` for a sample that can't be used."""
+
+    def __init__(
+        self,
+        config: Config,
+        samples: Sequence[Sample],
+        preprocessor: Preprocessor,
+        state: RunState,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        self.config, self.samples, self.preprocessor, self.state = config, samples, preprocessor, state
+        self.rank, self.ranks = rank, ranks
+        self.lengths = preprocessor.check(samples)
+        _check_split(config, ranks)
+        self._background = ThreadPoolExecutor(max_workers=1, initializer=_one_openmp_thread)
+        self._ahead: tuple[int, Future[list[Item]]] | None = None
+
+    def load_ahead(self, step: int) -> list[Item]:
+        """`items` of the step; those of the next one are loaded from now on, while this one trains."""
+        loaded_step, future = self._ahead or (None, None)
+        items = future.result() if loaded_step == step else self.items(step)
+        self._ahead = None
+        # The next step's items may not see what this step does to the state: whether it has done it already by the time
+        # they are loaded is chance, and a resumed run would find it done.
+        self.state.settle()
+        if step + 1 < self.config.trainer.steps:
+            self._ahead = step + 1, self._background.submit(self.items, step + 1)
+        return items
+
+    def items(self, step: int, number: int = 0) -> list[Item]:
+        """This rank's prompts of the step's round `number`.
+
+        Every step has its place in the order of samples for all rounds it may have, so that nothing needs remembering.
+        """
+        rollout = self.config.rollout
+        p = branch.noisy_probability(step, self.config.trainer.steps, self.config.branch.probability)
+        seed, total, first = self.config.seed, rollout.prompts * rollout.rounds, rollout.prompts * number
+        branch_seed = seed_for(seed, Purpose.BRANCH)
+        drawn = branch.draw(self.config.branch.granularity, total, rollout.n, p, branch_seed, step)
+        draws = drawn[first : first + rollout.prompts]
+        order = sample_order(len(self.samples), step * total + first, rollout.prompts, seed)
+        costs = [self.lengths[i] * (NOISY_COST if z.any() else 1) for i, z in zip(order, draws, strict=True)]
+        size = rollout.prompts // self.config.trainer.updates
+        mine = [
+            start + i
+            for start in range(0, rollout.prompts, size)  # an update's prompts, shared by all ranks
+            for i in deal(costs[start : start + size], self.ranks)[self.rank]
+        ]
+        items = (self.item(self.samples[order[i]], step, first + i, tuple(draws[i].tolist())) for i in mine)
+        return [replace(item, update=i // size) for i, item in zip(mine, items, strict=True)]
+
+    def item(self, sample: Sample, step: int, number: int, draws: tuple[bool, ...]) -> Item:
+        """Prompt `number` of the step, perturbed where a draw, NoisyRollout or a measuring step reads T(x)."""
+        images, settings = sample.load_images(), self.config.perturb
+        reads_noisy = any(draws) or self.config.rollout.noisy or self.config.trainer.measures(step)
+        try:
+            views = {RAW: self.preprocessor.view(images)}
+            if reads_noisy:
+                sigma = settings.sigma
+                if settings.anneal_at is not None:
+                    sigma = annealed(sigma, step, self.config.trainer.steps, settings.anneal_at)
+                seeds = (seed_for(self.config.seed, Purpose.PERTURB, step, number, i) for i in range(len(images)))
+                copies = zip(images, seeds, strict=True)
+                views[NOISY] = self.preprocessor.view([perturb(x, settings.preset, sigma, seed) for x, seed in copies])
+        except (OSError, ValueError) as error:
+            raise DataError(f"{sample.place}: {error}") from error
+        return Item(number, self.preprocessor.prompt(sample, views[RAW]), views, draws)
+
+
+def sample_order(size: int, start: int, count: int, seed: int) -> list[int]:
+    """Indices of samples number `start` to `start + count` of an endless sequence of shuffled epochs."""
+    order: list[int] = []
+    epoch, offset = divmod(start, size)
+    while len(order) < count:
+        shuffled = rng_for(seed, Purpose.DATA, epoch).permutation(size)
+        order += shuffled[offset : offset + count - len(order)].tolist()
+        epoch, offset = epoch + 1, 0
+    return order
+
+
+def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Share out numbers 0 to len(costs) - 1, equally many a rank and of nearly equal cost, in ascending order each.
+
+    They are dealt from the most expensive on, to and fro: 0 1 2 2 1 0 0 1 ...
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for place, i in enumerate(sorted(range(len(costs)), key=lambda i: -costs[i])):
+        lap, rank = divmod(place, ranks)
+        shares[rank if lap % 2 == 0 else ranks - 1 - rank].append(i)
+    return [sorted(share) for share in shares]
+
+
+def _check_split(config: Config, ranks: int) -> None:
+    per_update = config.rollout.prompts // config.trainer.updates
+    if per_update % ranks:
+        raise ConfigError(
+            f"rollout.prompts / trainer.updates = {per_update} prompts an update can't be shared by {ranks} ranks"
+        )
+
+
+def _one_openmp_thread() -> None:
+    """Give the calling thread one OpenMP thread: a second pool makes both sleep at every end of a parallel loop.
+
+    With as many threads as cores in one pool alone, they wait actively; a rollout then takes half the time.
+    """
+    torch.get_num_threads()  # torch sets the number when a thread first asks for it
+    threadpool_limits(1, "openmp")

@@ -1,0 +1,82 @@
+r"""The loss of a batch from its signals: VOGUE's shaped advantage, PPO's clipped surrogate, and what is logged of them.
+
+    Â    = A + g_out + z sign g_per                     `vogue_kernels.loss` has the bonuses
+    loss = Σ_t w_t c_t · −min(ρ_t Â_t, clip(ρ_t, 1 − ε_low, 1 + ε_high) Â_t)
+
+ρ = π / π_old, with the policy before the step's first update; c = min(cap, π_old / π_engine) where
+`loss.importance_cap` is set, else 1; w is the token's weight in the batch. All functions here are pure.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vogue.config import LossConfig
+from vogue.method.uncertainty import Signals, TokenStats
+from vogue.metrics import Mean, mean_over
+from vogue.model.packing import Batch
+from vogue_kernels import GuidanceConfig, clipped_surrogate, shaped_advantage
+
+
+class Objective(NamedTuple):
+    loss: Tensor  # () weighted sum over the batch's tokens, with gradient
+    metrics: dict[str, Mean]
+
+
+def has_gradient(advantages: Tensor) -> bool:
+    """Whether the loss of a completion with these advantages (T,) has a gradient, so that it needs a forward."""
+    return bool((advantages != 0).any())
+
+
+def objective(
+    batch: Batch, signals: Signals, settings: LossConfig, guidance: GuidanceConfig, sign: float, first: bool
+) -> Objective:
+    """The batch's loss and its metrics. `first`: no update came before, so that ρ should be 1, and is measured."""
+    old = batch.old or signals._replace(logprob=signals.logprob.detach())
+    shaped = shaped_advantage(batch.advantages, old.u_out, old.u_per, batch.paid, guidance, sign)
+    clips = settings.clip_low, settings.clip_high, settings.clip_dual
+    token_loss, clipped = clipped_surrogate(signals.logprob, old.logprob, shaped.advantage, *clips)
+    # The engine's log-probability says nothing of the trained view where it saw another one.
+    comparable = ~batch.engine_logprob.isnan()
+    mismatch = torch.where(comparable, old.logprob - batch.engine_logprob, 0.0)
+    if settings.importance_cap is not None:
+        token_loss = token_loss * mismatch.exp().clamp(max=settings.importance_cap)
+    loss = (batch.weights * token_loss).sum()
+
+    trained = sending_gradient(batch)
+    metrics = {
+        "loss": Mean(float(loss.detach()), float(batch.weights.sum())),
+        "clip_fraction": mean_over(trained, clipped),
+        "out_capped": mean_over(trained, shaped.out_capped),
+        "mismatch/logprob": mean_over(trained & comparable, mismatch.abs()),
+        "mismatch/kl": mean_over(trained & comparable, mismatch.expm1() - mismatch),
+    }
+    if first:
+        metrics["ratio_error"] = mean_over(trained, (signals.logprob.detach() - old.logprob).expm1().abs())
+    if signals.u_per is not None:
+        metrics["per_capped"] = mean_over(trained & batch.paid, shaped.per_capped)
+    return Objective(loss, metrics)
+
+
+def uncertainties(batch: Batch, stats: TokenStats, measuring: bool) -> dict[str, Mean]:
+    """Means of the exact entropy and symmetric divergence, whatever estimates of them guide.
+
+    They are over the tokens that send a gradient, of u_per those that it is paid to; with `measuring` also over all
+    that went through a forward.
+    """
+    trained, entropy = sending_gradient(batch), stats.entropy.detach()
+    metrics = {"entropy": mean_over(trained, entropy)}
+    if measuring:
+        metrics["measured/entropy"] = mean_over(batch.weights > 0, entropy)
+    if stats.other is not None:
+        compared, u_per = slice(len(stats.other.symmetric_kl)), stats.other.symmetric_kl
+        metrics["u_per"] = mean_over((trained & batch.paid)[compared], u_per)
+        if measuring:
+            metrics["measured/u_per"] = mean_over((batch.weights > 0)[compared], u_per)
+    return metrics
+
+
+def sending_gradient(batch: Batch) -> Tensor:
+    """Which tokens (N,) send a gradient."""
+    return (batch.weights > 0) & (batch.advantages != 0)
