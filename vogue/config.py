@@ -285,7 +285,7 @@ class TrainerConfig(Section):
 
 class Config(Section):
     seed: int = Field(0, ge=0, description="of data order, perturbation, branch draws and sampling")
-    method: Literal[*METHODS] = Field("vogue", description=f"preset, see the README: {', '.join(METHODS)}")
+    method: Literal[*METHODS] = Field("vogue", description=f"preset, see docs/method.md: {', '.join(METHODS)}")
     model: ModelConfig
     data: DataConfig
     perturb: PerturbConfig = PerturbConfig()
