@@ -1,7 +1,8 @@
 # From a fresh checkout to a trained model on a CPU. `make` lists the targets.
 #
 # The CPU set-up needs the CPU build of torch; where pip finds only CUDA builds, give it PyTorch's CPU
-# index through PIP_EXTRA_INDEX_URL. On a GPU: pip install torch, then pip install --no-build-isolation '.[gpu]'.
+# index through PIP_EXTRA_INDEX_URL. On a GPU: pip install torch cmake ninja, then
+# pip install --no-build-isolation '.[gpu]'.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
@@ -10,7 +11,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Some containers set this; every process would then spend half a minute on compiling what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test fast lint types bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -38,8 +39,14 @@ demo: setup  ## warm-start a small Qwen2.5-VL, train it with VOGUE, evaluate bef
 test: setup  ## the whole test suite
 	python -m pytest
 
+fast: setup  ## the tests that take less than ten seconds each
+	python -m pytest -m "not slow"
+
 lint: setup  ## ruff
 	ruff check . && ruff format --check .
+
+types: setup  ## pyright, in basic mode
+	pyright
 
 bench: setup  ## the head against PyTorch and Liger on this machine, quickly; see bench/kernels.py for more
 	python -m pytest bench/test_kernels.py -q --benchmark-columns=median,min,max --benchmark-group-by=group

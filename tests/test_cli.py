@@ -120,10 +120,14 @@ def test_help_lists_every_setting_with_its_default_and_meaning(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])
     assert stop.value.code == 0
-    text = capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    words = " ".join(" ".join(lines).split())
     for key, field in fields(Config, ""):
-        default = "required" if field.is_required() else field.default
-        assert f"  {key} [{default}]\n      {field.description}" in text
+        default = "required" if field.is_required() else "unset" if field.default is None else field.default
+        assert f"  {key} [{default}]" in lines
+        assert f"{key} [{default}] {field.description}" in words
+    assert "perturb: T(x): how an image is perturbed." in lines
+    assert max(map(len, lines)) <= 120
 
 
 def test_evaluation_prints_pass_at_k_with_its_interval_and_writes_the_completions(settings, capsys, tmp_path):

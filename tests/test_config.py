@@ -143,9 +143,9 @@ def test_vogue_takes_dapos_parts_and_a_start_may_be_changed():
     assert load("method=dapo", "rollout.rounds=9").rollout.rounds == 9
 
 
-def test_the_combinations_and_ablations_that_the_readme_names_can_be_set():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    section = readme[readme.index("- VOGUE runs on those") : readme.index("- `branch.granularity` says")]
+def test_the_combinations_and_ablations_that_the_document_of_the_method_names_can_be_set():
+    document = (Path(__file__).parents[1] / "docs" / "method.md").read_text()
+    section = document[document.index("- VOGUE runs on those") : document.index("- `branch.granularity` says")]
     named = re.findall(r"`([a-z_]+\.[a-z_]+)=([^`\s]+)`", section)
     assert len(named) == 12
     for key, value in named:

@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,6 +81,16 @@ def test_the_hook_declares_both_operators_before_torchvision_is_imported(tmp_pat
     assert done.returncode == 0, done.stderr
     assert "torchvision::nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor" in done.stdout
     assert "torchvision::qnms" in done.stdout
+
+
+def test_the_version_is_that_of_the_installation_and_without_one_says_so():
+    told = "import vogue; print(vogue.__version__)"
+    found = subprocess.run([sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert found == metadata.version("vogue")
+    bare = [sys.executable, "-S", "-c", told]  # without site-packages
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(bare, cwd=ROOT, env=environment, capture_output=True, text=True).stdout.strip()
+    assert found == "0+not-installed"
 
 
 def build(folder, prelude="pass", **environment):

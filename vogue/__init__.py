@@ -1,1 +1,8 @@
 """Reinforcement learning of vision-language models from verifiable rewards, exploring where the image is ambiguous."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("vogue")  # of pyproject.toml, the only place that states it
+except PackageNotFoundError:  # a checkout on the path, without an installation: which version it is, nobody recorded
+    __version__ = "0+not-installed"

@@ -1,25 +1,28 @@
 """What may be said to the command `vogue`: its commands, their options and their help."""
 
 import argparse
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from vogue.config import Config
 
+HELP_WIDTH = 100  # columns of a setting's description
 WARMSTART = {
-    "vision_batches": (60, "batches that teach it to see"),
+    "vision_batches": (60, "batches that teach the model to see"),
     "batches": (320, "supervised batches of the whole model"),
     "batch_size": (32, "demonstrations a batch"),
     "lr": (3e-3, "learning rate of AdamW"),
     "printed": (0.0, "share of demonstrations with the state as text and no image"),
-    "seed": (0, "of everything random"),
+    "seed": (0, "seed of everything random"),
 }
 WARMSTART_DIGITS = {
-    "misread": (0.5, "digits alone: share of demonstrations that misread one, in the last quarter"),
-    "faintest": (1.0, "digits alone: least contrast of one, as in `vogue data digits`"),
+    "misread": (0.5, "digits alone: share of demonstrations that misread a digit, in the last quarter"),
+    "faintest": (1.0, "digits alone: least contrast of a digit, as in `vogue data digits`"),
 }
 WARMSTART_DATA = {
     "answer_weight": (1.0, "with --data alone: what a token of the answer counts, in tokens of the thought before it"),
@@ -28,7 +31,7 @@ PUZZLES = {
     "count": (3000, "training samples of each kind"),
     "test": (300, "test samples of each kind, of states that are in no training split"),
     "size": (224, "width and height of an image, in pixels"),
-    "seed": (0, "of everything random"),
+    "seed": (0, "seed of everything random"),
 }
 EVAL_HELP = """\
 completions have up to rollout.max_tokens tokens, behind the system prompt of reward.design, and are sampled at
@@ -170,9 +173,13 @@ def _add_eval(commands) -> None:
         help="OpenAI-compatible endpoint, http://HOST:PORT/v1, whose language model is asked for the answer of a "
         "completion in which rules find none",
     )
-    command.add_argument("--extractor-model", metavar="NAME", help="the model to ask there")
     command.add_argument(
-        "--extract-all", action="store_true", help="ask it about every completion, not only where rules find no answer"
+        "--extractor-model", metavar="NAME", help="the language model that --extractor's endpoint is asked for"
+    )
+    command.add_argument(
+        "--extract-all",
+        action="store_true",
+        help="ask --extractor's language model about every completion, not only where rules find no answer",
     )
     command.add_argument(
         "--view",
@@ -215,7 +222,9 @@ def _add_data(commands) -> None:
     command = _add(kinds, "digits", "two handwritten digits and a question: train, validation, test .parquet")
     command.add_argument("out", type=Path, help="folder to write to")
     for name, count in {"train": 8000, "validation": 500, "test": 1000}.items():
-        command.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"samples (default {count})")
+        command.add_argument(
+            f"--{name}", type=int, default=count, metavar="N", help=f"samples of the {name} split (default {count})"
+        )
     command.add_argument(
         "--faintest",
         type=float,
@@ -223,7 +232,7 @@ def _add_data(commands) -> None:
         metavar="C",
         help="ink of each digit has a contrast between C and 1, so that noise hides some of them (default 1)",
     )
-    command.add_argument("--seed", type=int, default=0, help="default 0")
+    command.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
 
     command = _add(kinds, "puzzles", "puzzles with a known state: train.parquet, test.parquet", PUZZLES_HELP)
     command.add_argument("--kind", dest="kinds", type=_names, metavar="KIND,…", help="default: all of the kinds below")
@@ -279,14 +288,22 @@ def _whole_number(text: str) -> int:
 
 
 def _settings_help() -> str:
-    lines = ["settings (key=value, default in brackets):"]
+    lines, section = ["settings (key=value, default in brackets):", ""], ""
     for key, field in fields(Config, ""):
-        default = "required" if field.default is PydanticUndefined else field.default
-        lines.append(f"  {key} [{default}]\n      {field.description}")
+        found = key.rpartition(".")[0]
+        if found != section:
+            lines += ["", f"{found}: {Config.model_fields[found].annotation.__doc__}", ""]
+            section = found
+        default = field.default
+        if default is None or default is PydanticUndefined:
+            default = "unset" if default is None else "required"
+        lines.append(f"  {key} [{default}]")
+        lines += textwrap.wrap(field.description, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 
-def fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, object]]:
+def fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting below `model` by its dotted name, section by section."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from fields(field.annotation, f"{prefix}{name}.")

@@ -79,112 +79,180 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
+    """The model that is trained."""
+
     path: str = Field(description="Hugging Face model folder or hub name", min_length=1)
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the weights in training and rollout")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="dtype of the weights, in training and in rollouts"
+    )
     attention: Literal["auto", "flex_attention", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto",
-        description="transformers' attention of the text model; the first three let a group share its prompt, `auto` "
-        "by a CPU's flash kernel or by flex_attention on GPUs",
+        description="attention of the text model; with auto, flex_attention and sdpa a group shares its prompt. auto "
+        "takes a "
+        "flash kernel on CPUs and flex_attention on GPUs",
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    freeze_vision: bool = Field(False, description="leave the vision tower as it is")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass instead of keeping them"
+    )
+    freeze_vision: bool = Field(False, description="don't train the vision tower")
 
 
 class DataConfig(Section):
-    train: str | None = Field(None, description="parquet, JSON, JSONL, folder, or hub:owner/name@split (EasyR1 schema)")
-    test: str | None = Field(None, description="the same, for evaluation during training and in `vogue eval`")
-    test_limit: Count | None = Field(None, description="use only the first so many of those")
-    limit: Count | None = Field(None, description="use only the first so many training samples")
-    system_prompt: str | None = Field(None, description="in place of that of reward.design; empty for none")
-    max_prompt_tokens: Count = Field(2048, description="a longer prompt is refused with its length, never cut")
+    """Samples to train and evaluate on, and their prompts."""
+
+    train: str | None = Field(
+        None, description="samples to train on, see docs/data.md: parquet, JSON, JSONL, folder, or hub:owner/name@split"
+    )
+    test: str | None = Field(
+        None, description="samples to evaluate on, during training and in `vogue eval`; of the same kinds as data.train"
+    )
+    test_limit: Count | None = Field(None, description="use only the first so many samples of data.test")
+    limit: Count | None = Field(None, description="use only the first so many samples of data.train")
+    system_prompt: str | None = Field(None, description="system prompt; unset: the one of reward.design; empty: none")
+    max_prompt_tokens: Count = Field(
+        2048, description="most tokens of a prompt with its images; a longer one is refused, never cut"
+    )
 
 
 class PerturbConfig(Section):
-    preset: Literal["noise", "paper"] = Field("noise", description="T: Gaussian noise alone, or the paper's mix")
-    sigma: NonNegative = Field(0.4, description="standard deviation of the noise on [0, 1] pixels")
+    """T(x): how an image is perturbed."""
+
+    preset: Literal["noise", "paper"] = Field(
+        "noise",
+        description="noise: Gaussian noise alone; paper: flips, rotation and jitter of brightness and contrast, then "
+        "noise",
+    )
+    sigma: NonNegative = Field(0.4, description="standard deviation of the Gaussian noise on pixels in [0, 1]")
     anneal_at: Share | None = Field(
-        None, description="share of trainer.steps after which a sigmoid has taken sigma to half; unset: it stays"
+        None,
+        description="share of trainer.steps after which perturb.sigma has fallen to half, along a sigmoid; unset: it "
+        "is constant",
     )
 
 
 class BranchConfig(Section):
+    """The draw z between the raw image x and the noisy image T(x)."""
+
     rollout: Literal["drawn", "raw"] = Field(
         "drawn",
-        description="what completions are generated from and trained on: the image that was drawn (Algorithm 1), or "
-        "the raw one, where a draw only decides whether u_per is paid (the authors' code)",
+        description="image that completions are generated from and trained on. drawn: the one that was drawn "
+        "(Algorithm 1); raw: always the raw one, and the draw only decides whether g_per is paid (the authors' code)",
     )
     granularity: Literal["prompt", "response", "step"] = Field(
-        "prompt", description="what one draw decides; `response` is the paper's Algorithm 1"
+        "prompt",
+        description="what one draw z decides: a prompt, a response (Algorithm 1) or a step (the authors' code)",
     )
-    probability: Share | None = Field(None, description="fixed p_noi; unset: max(0, 1 - step / trainer.steps)")
+    probability: Share | None = Field(
+        None, description="probability of the noisy branch, throughout the run; unset: max(0, 1 - step / trainer.steps)"
+    )
 
 
 class GuidanceConfig(Section):
-    alpha_out: NonNegative = Field(0.4, description="weight of the output entropy; 0 switches u_out off")
-    beta_out: Positive = Field(2.0, description="cap of g_out: |A| / beta_out")
-    alpha_per: NonNegative = Field(1.0, description="weight of the divergence of the branches; 0 switches u_per off")
-    beta_per: Positive = Field(2.0, description="cap of g_per: |A| / beta_per")
+    """The bonuses on the advantage: g_out of the output entropy u_out, g_per of the branches' divergence u_per."""
+
+    alpha_out: NonNegative = Field(
+        0.4, description="weight of u_out in g_out = min(|A| / beta_out, alpha_out u_out); 0 switches it off"
+    )
+    beta_out: Positive = Field(2.0, description="g_out is at most |A| / beta_out")
+    alpha_per: NonNegative = Field(
+        1.0, description="weight of u_per in g_per = min(|A| / beta_per, alpha_per u_per); 0 switches it off"
+    )
+    beta_per: Positive = Field(2.0, description="g_per is at most |A| / beta_per")
     order: Literal["parallel", "sequential"] = Field(
-        "parallel", description="cap g_out by |A| / beta_out as well, or by |A + g_per| / beta_out (the authors' code)"
+        "parallel",
+        description="parallel: g_out is capped by |A| / beta_out (the paper); sequential: by |A + g_per| / beta_out "
+        "(the authors' code)",
     )
     sign_transition: tuple[Share, Share] | None = Field(
         None,
-        description="shares of trainer.steps between which the sign of g_per goes from 1 (rewards tokens that "
-        "the perturbation changes) to -1 (those that it leaves alone); unset: 1 throughout",
+        description="[start, end] as shares of trainer.steps, between which the sign of g_per goes from 1 (it rewards "
+        "tokens that the perturbation changes) to -1 (tokens that it leaves alone); unset: the sign is 1 throughout",
     )
 
 
 class UncertaintyConfig(Section):
+    """How u_out and u_per are computed."""
+
     entropy: Literal["trained", "drawn"] = Field(
         "trained",
-        description="u_out is that of the branch that is trained, or of the one that was drawn; they differ with "
-        "branch.rollout=raw alone",
+        description="branch whose entropy u_out is: the one that is trained, or the one that was drawn (the authors' "
+        "code); "
+        "they differ with branch.rollout=raw alone",
     )
     estimator: Literal["exact", "k3", "sampled"] = Field(
         "exact",
-        description="u_out and u_per from the whole vocabulary, from the sampled token without bias, or as VOGUE's "
-        "official code has it: that token's term alone",
+        description="u_out and u_per are computed from the whole vocabulary (exact), estimated without bias from the "
+        "sampled token (k3), or are the sampled token's term of the sum alone (sampled, the authors' code)",
     )
     divergence: Literal["symmetric", "forward", "reverse"] = Field(
-        "symmetric", description="u_per: half the sum of both KLs, KL(raw||noisy), or KL(noisy||raw)"
+        "symmetric",
+        description="u_per is half the sum of both KLs (symmetric), KL(raw||noisy) (forward), or KL(noisy||raw) "
+        "(reverse)",
     )
 
 
 class AdvantageConfig(Section):
-    kind: Literal["group", "passk"] = Field("group", description="GRPO's, or Pass@k Training's by right and wrong")
-    k: Count = Field(4, description="of passk")
+    """How rewards become the advantage A of a completion in its group."""
+
+    kind: Literal["group", "passk"] = Field(
+        "group",
+        description="group: (reward - mean) / std, as in GRPO; passk: by right and wrong answers, as in Pass@k "
+        "Training",
+    )
+    k: Count = Field(4, description="k of Pass@k Training, with advantage.kind=passk; at most rollout.n")
 
 
 class RewardConfig(Section):
+    """What a completion is asked for, and what it earns."""
+
     design: Literal[*DESIGNS] = Field(
-        "verifiable", description=f"a prompt and a sum of weight * score, see vogue/rewards: {', '.join(DESIGNS)}"
+        "verifiable", description=f"system prompt and sum of weight * score, see docs/data.md: {', '.join(DESIGNS)}"
     )
     accuracy: NonNegative | None = Field(
-        None, description="weight of a right \\boxed{} (0.9); this and all weights here: unset, the design's"
+        None,
+        description="weight of a right answer in \\boxed{}; unset: the design's (0.9 in verifiable and vision_sr1)",
     )
     format: NonNegative | None = Field(
-        None, description="weight of <think>...</think> followed by \\boxed{} (0.1); vision_sr1: <description> first"
+        None,
+        description="weight of the form <think>...</think> \\boxed{}, in vision_sr1 behind a <description>; unset: "
+        "the design's (0.1)",
     )
     answer: NonNegative | None = Field(
-        None, description="weight of <answer>: right, nearly right (continuous), or just there (no_accuracy)"
+        None,
+        description="weight of <answer> in the six tagged designs: it must be right, in continuous it may be nearly "
+        "right, in "
+        "no_accuracy it must only be there; unset: the design's",
     )
-    think: NonNegative | None = Field(None, description="weight of the sentences in <think>")
-    description: NonNegative | None = Field(None, description="weight of the sentences in <description>")
-    rethink: NonNegative | None = Field(None, description="weight of the sentences in <rethink>")
-    visual: NonNegative | None = Field(None, description="weight of the sentences in <visual> within <think>")
+    think: NonNegative | None = Field(None, description="weight of distinct sentences in <think>; unset: the design's")
+    description: NonNegative | None = Field(
+        None, description="weight of distinct sentences in <description>; unset: the design's"
+    )
+    rethink: NonNegative | None = Field(
+        None, description="weight of distinct sentences in <rethink>; unset: the design's"
+    )
+    visual: NonNegative | None = Field(
+        None, description="weight of distinct sentences in <visual> within <think>; unset: the design's"
+    )
     blind: NonNegative | None = Field(
-        None, description="weight of a right answer from the own <description>, without the image (1.0)"
+        None,
+        description="weight, in vision_sr1, of a right answer when the policy is asked again with its own "
+        "<description> in the "
+        "image's place; unset: the design's (1.0)",
     )
     function: str | None = Field(
         None,
         pattern=r"^.+\.py:[A-Za-z_]\w*$",
-        description="path/to/file.py:name of your own reward in place of that sum: "
+        description="path/to/file.py:name of a reward function of your own, in place of the design's sum: "
         "def name(completions: list[str], samples: list[dict[str, str]]) -> list[float]",
     )
     overlong_buffer: Share = Field(
-        0.0, description="last share of rollout.max_tokens, in which a completion's reward falls by up to 1 (DAPO's)"
+        0.0,
+        description="a completion that ends in this last share of rollout.max_tokens loses up to 1 of its reward "
+        "(DAPO); 0: none",
     )
-    timeout: Positive = Field(60.0, description="seconds a call of reward.function may take: a step's completions")
+    timeout: Positive = Field(
+        60.0, description="seconds that a call of reward.function may take; a call is of all completions of a step"
+    )
 
     @property
     def weights(self) -> dict[str, float]:
@@ -213,19 +281,27 @@ class RewardConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["vllm", "hf"] = Field("vllm", description="what generates")
-    prompts: Count = Field(32, description="prompts a step, over all ranks")
+    """How completions are generated."""
+
+    engine: Literal["vllm", "hf"] = Field("vllm", description="what generates completions: vLLM, or transformers (hf)")
+    prompts: Count = Field(32, description="prompts a step, of all ranks together")
     rounds: Count = Field(
-        1, description="rollouts a step at most, of new prompts, until enough groups have right and wrong answers"
+        1,
+        description="most rollouts a step: new prompts are taken until enough groups have right and wrong answers "
+        "(DAPO's "
+        "dynamic sampling); 1: none of that",
     )
-    n: int = Field(8, ge=2, description="G, completions a prompt")
+    n: int = Field(8, ge=2, description="completions a prompt: the group's size G")
     noisy_share: Share = Field(
-        0.0, description="share of each group's completions that are generated from T(x), yet trained on x"
+        0.0,
+        description="share of each group's completions that are generated from T(x), yet trained on x (NoisyRollout)",
     )
-    max_tokens: Count = Field(1024, description="tokens a completion at most")
-    temperature: Positive = Field(1.0, description="of sampling; the policy's logits are divided by it in training too")
-    memory: Share = Field(0.4, description="share of a GPU's memory for vLLM")
-    kv_cache_gb: Positive = Field(1.0, description="vLLM's KV cache on a CPU, GB a rank")
+    max_tokens: Count = Field(1024, description="most tokens of a completion")
+    temperature: Positive = Field(
+        1.0, description="sampling temperature of rollouts; the policy's logits are divided by it in training too"
+    )
+    memory: Share = Field(0.4, description="share of a GPU's memory that vLLM takes")
+    kv_cache_gb: Positive = Field(1.0, description="size of vLLM's KV cache on a CPU, in GB a rank")
 
     @property
     def noisy(self) -> int:
@@ -234,49 +310,84 @@ class RolloutConfig(Section):
 
 
 class LossConfig(Section):
-    clip_low: Share = Field(0.2, description="the ratio is clipped below at 1 - clip_low")
-    clip_high: NonNegative = Field(0.2, description="and above at 1 + clip_high (the paper states neither)")
-    aggregation: Literal["token-mean", "sequence-mean"] = Field("token-mean", description="how token losses add up")
+    """The clipped surrogate, and how tokens add up in it."""
+
+    clip_low: Share = Field(0.2, description="the ratio pi / pi_old is clipped below at 1 - clip_low")
+    clip_high: NonNegative = Field(
+        0.2, description="the ratio pi / pi_old is clipped above at 1 + clip_high; VOGUE's paper states neither clip"
+    )
+    aggregation: Literal["token-mean", "sequence-mean"] = Field(
+        "token-mean", description="mean over all tokens, or over completions of each one's token mean"
+    )
     drop_unfinished: bool = Field(
-        False, description="no loss on completions that rollout.max_tokens cut off (DAPO's overlong filtering)"
+        False,
+        description="leave completions that rollout.max_tokens cut off out of the loss (DAPO's overlong filtering)",
     )
     clip_dual: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = Field(
-        None, description="the loss of a negative advantage A is at most -clip_dual A (dual-clip PPO); unset: no bound"
+        None,
+        description="the loss of a token with a negative advantage A is at most -clip_dual A (dual-clip PPO); unset: "
+        "no bound",
     )
     importance_cap: Positive | None = Field(
-        None, description="multiply each token by min(cap, trainer's / engine's probability); unset: don't"
+        None,
+        description="multiply a token's loss by min(importance_cap, trainer's probability / engine's); unset: by "
+        "nothing",
     )
 
 
 class OptimizerConfig(Section):
+    """AdamW."""
+
     lr: Positive = Field(1e-6, description="learning rate of AdamW")
-    weight_decay: NonNegative = Field(0.01, description="decoupled")
-    betas: tuple[Share, Share] = Field((0.9, 0.999), description="AdamW's")
-    warmup_steps: int = Field(0, ge=0, description="optimizer updates of linear warm-up; constant after that")
-    max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
+    weight_decay: NonNegative = Field(0.01, description="AdamW's decoupled weight decay")
+    betas: tuple[Share, Share] = Field(
+        (0.9, 0.999), description="AdamW's decay rates of the mean and the mean square of gradients"
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="optimizer updates in which the learning rate rises linearly; it is constant after them"
+    )
+    max_grad_norm: Positive = Field(1.0, description="norm that gradients are clipped to")
 
 
 class TrainerConfig(Section):
-    steps: Count = Field(200, description="rollout steps; s_total of the branch schedule")
-    updates: Count = Field(1, description="optimizer updates a step: the rollout is split into so many parts")
-    output_dir: Path = Field(Path("runs/vogue"), description="metrics, completions, plots and checkpoints go here")
-    micro_batch_tokens: Count = Field(8192, description="tokens (prompts and completions) a forward at most")
-    shared_prefix: bool = Field(True, description="a group is one row: its prompt is computed once")
-    save_every: int = Field(50, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: Count = Field(2, description="checkpoints to keep")
-    eval_every: int = Field(
-        0, ge=0, description="steps between evaluations on data.test, and before and after; 0: none"
+    """The run: its length, batches, checkpoints, evaluations and logs."""
+
+    steps: Count = Field(
+        200, description="steps of the run, each a rollout and its updates; s_total of the draws' schedule"
     )
-    eval_samples: Count = Field(4, description="completions a problem in these evaluations and in `vogue eval`")
+    updates: Count = Field(
+        1, description="optimizer updates a step, each on its part of the step's prompts; divides rollout.prompts"
+    )
+    output_dir: Path = Field(
+        Path("runs/vogue"), description="folder of the run: metrics, completions, plots and checkpoints"
+    )
+    micro_batch_tokens: Count = Field(8192, description="most tokens of a forward, of prompts and completions together")
+    shared_prefix: bool = Field(True, description="compute a prompt once for all completions of its group")
+    save_every: int = Field(50, ge=0, description="steps between checkpoints; 0: only one at the end")
+    keep: Count = Field(2, description="checkpoints to keep, the newest ones")
+    eval_every: int = Field(
+        0,
+        ge=0,
+        description="steps between evaluations on data.test, with one before the first and after the last step; 0: "
+        "none",
+    )
+    eval_samples: Count = Field(
+        4, description="completions a problem in evaluations, during training and in `vogue eval`"
+    )
     eval_temperature: NonNegative | None = Field(
-        None, description="of sampling there; 0: the likeliest token each time; unset: rollout.temperature"
+        None,
+        description="sampling temperature of evaluations; 0: the likeliest token each time; unset: rollout.temperature",
     )
     measure_every: int = Field(
-        10, ge=0, description="steps between those that compute both branches of every group, to log; 0: none does"
+        10,
+        ge=0,
+        description="every so many steps both branches of every group are computed, to log measured/...; 0: never",
     )
-    log_completions: int = Field(8, ge=0, description="completions a step in completions.jsonl")
-    wandb: str | None = Field(None, description="Weights & Biases project, if it is to be used")
-    deepspeed: dict[str, Any] = Field({}, description="merged into vogue's settings (ZeRO-3; ZeRO-1 of one rank)")
+    log_completions: int = Field(8, ge=0, description="completions a step that are written to completions.jsonl")
+    wandb: str | None = Field(None, description="Weights & Biases project to log to; unset: none")
+    deepspeed: dict[str, Any] = Field(
+        {}, description="DeepSpeed settings, merged into vogue's own (ZeRO-3, or ZeRO-1 for a single rank)"
+    )
 
     def measures(self, step: int) -> bool:
         """Whether all that the step keeps is computed on both branches, rather than what the loss needs."""
@@ -284,8 +395,12 @@ class TrainerConfig(Section):
 
 
 class Config(Section):
-    seed: int = Field(0, ge=0, description="of data order, perturbation, branch draws and sampling")
-    method: Literal[*METHODS] = Field("vogue", description=f"preset, see the README: {', '.join(METHODS)}")
+    seed: int = Field(
+        0, ge=0, description="seed of all that is random: order of data, perturbations, draws and sampling"
+    )
+    method: Literal[*METHODS] = Field(
+        "vogue", description=f"preset of other settings, see docs/method.md: {', '.join(METHODS)}"
+    )
     model: ModelConfig
     data: DataConfig
     perturb: PerturbConfig = PerturbConfig()

@@ -49,14 +49,17 @@ Name = Annotated[str, Field(pattern=r"^[\w=+-][\w.=+-]*$")]
 
 
 class Sweep(Section):
-    settings: Path = Field(description="of every run: a YAML file that `vogue train` takes")
+    settings: Path = Field(description="settings of every run: a YAML file that `vogue train` takes")
     output_dir: Path = Field(description="folder of all runs and of the table")
     variants: dict[Name, tuple[str, ...]] = Field(
-        min_length=1, description="name: [key=value, …]; the others are compared with the first one"
+        min_length=1,
+        description="what is compared, as name: [key=value, …]; the first variant is what the others are compared with",
     )
-    seeds: tuple[int, ...] = Field(min_length=1, max_length=20, description="of each variant's runs")
+    seeds: tuple[int, ...] = Field(min_length=1, max_length=20, description="seeds of each variant's runs")
     jobs: Count = Field(1, description="runs at a time")
-    overrides: tuple[str, ...] = Field((), description="key=value of every run, over the settings file's")
+    overrides: tuple[str, ...] = Field(
+        (), description="key=value settings of every run, which win over the settings file's"
+    )
     launcher: tuple[str, ...] = Field(
         (sys.executable, "-m", "vogue", "train"), min_length=1, description="what starts a run"
     )

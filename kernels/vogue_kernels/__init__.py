@@ -1,4 +1,4 @@
-"""Exact statistics of one or two policy branches from hidden states and the output head, and VOGUE's loss on them.
+"""vogue_kernels computes exact statistics of one or two policy branches, and VOGUE's loss on them, without logits.
 
 linear_branch_stats   log-probabilities, entropies and both KL directions of two branches
 linear_logprob        log-probability and entropy of one

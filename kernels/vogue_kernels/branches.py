@@ -33,12 +33,12 @@ class Branch(NamedTuple):
 
     @property
     def crosses(self) -> bool:
-        """Whether the gradient of its logits depends on the other branch."""
+        """Whether the gradient of this branch's logits depends on the other branch."""
         return self.g_kl is not None or self.g_kl_other is not None
 
     @property
     def used(self) -> bool:
-        """Whether its logits have a gradient."""
+        """Whether this branch's logits have a gradient."""
         return self.crosses or self.g_logprob is not None or self.g_entropy is not None
 
     def select(self, index) -> "Branch":
@@ -46,14 +46,18 @@ class Branch(NamedTuple):
 
 
 def one_branch(grads, hidden, saved, temperature) -> list[Branch]:
-    """grads: those of (logprob, entropy), each (N,) or None. saved: (entropy, maximum, logsum)."""
+    """Collect what the backward pass of `linear_logprob` needs.
+
+    grads: gradients that arrive at (logprob, entropy), each (N,) or None. saved: (entropy, maximum, logsum).
+    """
     entropy, maximum, logsum = saved
     return [Branch(hidden, maximum, logsum, entropy, None, *_over(grads, temperature), None, None)]
 
 
 def two_branches(grads, hidden_raw, hidden_noisy, saved, temperature) -> list[Branch]:
-    """grads: those of the seven results, each (N,) or None.
+    """Collect what the backward pass of `linear_branch_stats` needs of both branches.
 
+    grads: gradients that arrive at the seven results, each (N,) or None.
     saved: (entropy_raw, entropy_noisy, kl_raw_noisy, kl_noisy_raw, then maximum and logsum of raw and of noisy).
     """
     g_logp_raw, g_logp_noisy, g_ent_raw, g_ent_noisy, g_forward, g_reverse, g_symmetric = _over(grads, temperature)
@@ -71,7 +75,7 @@ def two_branches(grads, hidden_raw, hidden_noisy, saved, temperature) -> list[Br
 
 
 def _over(grads, temperature):
-    """Dividing the (N,) gradients saves a pass over every tile."""
+    """Divide gradients by the temperature; doing it to the (N,) ones saves a pass over every tile."""
     return [None if grad is None else grad / temperature for grad in grads]
 
 
@@ -81,7 +85,7 @@ def _over(grads, temperature):
 
 
 def log2_scale(temperature: float) -> float:
-    """Rounded to float32, as in the kernels, for the merge's sake."""
+    """log₂(e) / τ, rounded to float32 as in the kernels, so that the merge agrees with them."""
     return torch.tensor(1 / (temperature * LN2), dtype=torch.float32).item()
 
 

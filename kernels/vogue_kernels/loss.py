@@ -65,7 +65,7 @@ class ShapedAdvantage(NamedTuple):
 
 
 def guidance(advantage: Tensor, uncertainty: Tensor, alpha: float, beta: float) -> Tensor:
-    """min(|A| / β, α · stopgrad(u))."""
+    """The bonus of one uncertainty u: min(|A| / β, α · stopgrad(u))."""
     return torch.minimum(advantage.abs() / beta, alpha * uncertainty.detach())
 
 
@@ -77,7 +77,7 @@ def shaped_advantage(
     config: GuidanceConfig,
     sign: float = 1.0,
 ) -> ShapedAdvantage:
-    """Â = A + g_out + z · sign · g_per.
+    """The advantage with both bonuses: Â = A + g_out + z · sign · g_per.
 
     advantage, paid (z, bool): anything that broadcasts to entropy's shape. entropy, perception: u_out and u_per in
     nats; perception may be None where g_per is paid nowhere or alpha_per is 0. sign: from 1, which rewards tokens that
@@ -106,7 +106,7 @@ def clipped_surrogate(
     clip_high: float,
     clip_dual: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(−min(r A, clip(r, 1 − clip_low, 1 + clip_high) A), whether a clipped term is the one taken), per token.
+    """The loss −min(r A, clip(r, 1 − clip_low, 1 + clip_high) A) of each token, and whether its clipped term was taken.
 
     r = exp(logprob − old_logprob); old_logprob None means the policy that generated is the one trained: r is exactly 1
     and its gradient that of the log-probability. clip_dual c > 1 bounds the loss of A < 0 by −c A (dual-clip PPO,

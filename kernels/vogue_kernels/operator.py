@@ -143,7 +143,7 @@ def _implementation(backend: str, weight: Tensor):
 
 
 def _forward(backend: str, hiddens: list[Tensor], weight, targets, bias, temperature) -> tuple[Tensor, ...]:
-    """What a backend returns, for all tokens: with zeros at the skipped ones."""
+    """Run a backend on the tokens that aren't skipped; the skipped ones get zeros."""
     kept, length = _kept(targets), len(targets)
     if kept is not None:
         hiddens, targets = [hidden[kept] for hidden in hiddens], targets[kept]
@@ -154,7 +154,7 @@ def _forward(backend: str, hiddens: list[Tensor], weight, targets, bias, tempera
 
 
 def _backward(backend: str, branches: list[Branch], weight, targets, bias, temperature, needs) -> list[Tensor]:
-    """Gradients of the hidden states, weight and bias, those that are needed."""
+    """The gradients of hidden states, weight and bias that are needed, in this order."""
     *needs_hidden, needs_weight, needs_bias = needs
     kept, length = _kept(targets), len(targets)
     if kept is not None:
@@ -241,7 +241,7 @@ def _empty_rows(weight: Tensor, length: int, count: int) -> tuple[Tensor, ...]:
 
 
 def _empty_gradients(needs: Sequence[bool], inputs: Sequence[Tensor | None]) -> list[Tensor]:
-    """An operator can't return None: it returns the gradients that are needed."""
+    """Empty gradients of the inputs that need one; an operator can't return None for the others."""
     return [torch.empty_like(x) for need, x in zip(needs, inputs, strict=True) if need]
 
 

@@ -45,7 +45,7 @@ def forward(hiddens, weight, targets, bias, temperature):
 
 
 class _RunningSoftmax:
-    """m, s and t of one branch for a block of tokens, and the logit of the target, over vocabulary tiles.
+    """Running sums m, s and t of one branch over vocabulary tiles, for a block of tokens, and the target's logit.
 
     The sums over a tile are those of its dtype; the (n,) sums over tiles are float64, because adding up a hundred tiles
     in float32 would be the largest error of all, and the KL's terms cancel.
@@ -133,7 +133,9 @@ def _two_branches(hiddens, weight, targets, bias, temperature):
 
 
 def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias):
-    """Vocabulary tiles outside, tokens inside: a tile of the weight's gradient is complete when it is written."""
+    """As branches.py says; vocabulary tiles are the outer loop, so that a tile of the weight's gradient is whole when
+    it is written.
+    """
     active = [
         branch.used and (need or needs_weight or needs_bias)
         for branch, need in zip(branches, needs_hidden, strict=True)
@@ -184,7 +186,7 @@ def _log_softmax(branch: Branch, weight, bias, temperature, tile) -> Tensor:
 
 
 def _logit_gradient(branch: Branch, logp: Tensor, logq: Tensor | None, targets: Tensor, tile: slice) -> Tensor:
-    """p · (what every result adds) − g_KL(q‖p) q + g_logp 1[v=y], as an (n, v) tensor."""
+    """The gradient of one branch's logits (n, v): p · (what every result adds) − g_KL(q‖p) q + g_logp 1[v=y]."""
     constant = torch.zeros_like(branch.maximum)
     if branch.g_logprob is not None:
         constant -= branch.g_logprob
@@ -208,7 +210,9 @@ def _logit_gradient(branch: Branch, logp: Tensor, logq: Tensor | None, targets: 
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, tile: slice) -> Tensor:
-    """(h Wᵀ + bias) / τ of one tile. Both are raised to the computing type first: nothing is rounded to bfloat16."""
+    """The logits (h Wᵀ + bias) / τ of one tile; h and W are raised to the computing type first, so that nothing is
+    rounded to bfloat16.
+    """
     logits = hidden @ _upcast(weight[tile]).t()
     if bias is not None:
         logits += bias[tile]
@@ -231,13 +235,13 @@ def _locate(targets: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
 
 
 def _tile_shape(width: int, vocab: int) -> tuple[int, int]:
-    """(tokens, vocabulary entries) of a tile of logits."""
+    """The size of a tile of logits: (tokens, vocabulary entries)."""
     columns = max(1, min(vocab, VOCAB_TILE, SLICE_ELEMENTS // width))
     return max(1, min(TILE_ELEMENTS // columns, SLICE_ELEMENTS // width)), columns
 
 
 def _blocks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Slices of tokens."""
+    """Cut the tokens into slices."""
     size = _tile_shape(weight.shape[1], weight.shape[0])[0]
     return [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]
 

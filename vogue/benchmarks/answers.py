@@ -1,4 +1,4 @@
-"""From completions to answers that are right or wrong: read by rules, or asked of a language model at an endpoint."""
+"""Completions become answers that are right or wrong: rules find them, or a language model at an endpoint does."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from vogue.rollout import Completion
 
 @dataclass(frozen=True)
 class Answer:
-    """A completion, the answer that was found in it, if any, what found it, and whether it is right."""
+    """A completion with the answer that was found in it (None for none), what found it, and whether it is right."""
 
     completion: Completion
     parsed: str | None
@@ -51,7 +51,7 @@ def read(benchmark: Benchmark, problem: Problem, completions: Sequence[Completio
 def ask_extractor(
     benchmark: Benchmark, answered: Sequence[Answered], extractor: Extractor, everything: bool, console: Console
 ) -> list[Answered]:
-    """`answered`, but with what a language model finds where the rules found no answer, or in `everything`.
+    """Ask a language model for the answers that rules didn't find, or, with `everything`, for all answers.
 
     Raises ExtractorError where the endpoint fails.
     """
@@ -80,7 +80,7 @@ def ask_extractor(
 
 
 def write_answered(answered: Sequence[Answered], path: Path) -> None:
-    """One JSON object a completion, with the answer that was found in it, by what, and whether it is right."""
+    """Write one JSON object a completion: the answer that was found in it, what found it, and whether it is right."""
     with open(path, "w") as file:
         for number, item in enumerate(answered):
             sample = item.problem.sample

@@ -23,7 +23,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a benchmark's table: units, each with n attempts that are right or not; pass@k is their mean."""
+    """A line of a benchmark's table: the mean pass@k of units with n attempts each, which are right or not."""
 
     name: str
     attempts: list[tuple[bool, ...]]
@@ -31,7 +31,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Share:
-    """A line that is a sum over units divided by another one, for one attempt: numerator and denominator of each."""
+    """A line that is a quotient of two sums over units, for one attempt: each unit's numerator and denominator."""
 
     name: str
     parts: list[tuple[float, float]]
@@ -96,7 +96,7 @@ class Benchmark:
 
 
 def _read_json(path: Path) -> Iterator[tuple[dict, str, Path]]:
-    """A list of rows, an object of rows by their keys, or a row a line: the benchmarks have all three in .json."""
+    """Read a .json file, which may hold a list of rows, an object of rows by key, or a row a line."""
     text = path.read_text(encoding="utf-8")
     try:
         rows = json.loads(text)
@@ -123,7 +123,7 @@ def _image(cell, place: str, folder: Path) -> bytes | Path:
 
 
 def by_group(problems: Sequence[Problem], right: Right, groups: Callable[[Problem], Sequence[str]]) -> list[Line]:
-    """A line for "all" and one for each group, in the order of their names; a problem may be in several."""
+    """A line for all problems and one for each group, by name; a problem may be in several groups."""
     lines: dict[str, Right] = {}
     for problem, attempts in zip(problems, right, strict=True):
         for name in groups(problem):
@@ -132,7 +132,10 @@ def by_group(problems: Sequence[Problem], right: Right, groups: Callable[[Proble
 
 
 def together(name: str, problems: Sequence[Problem], right: Right, key: Callable[[dict], tuple | None]) -> Line:
-    """A line whose units are the problems of one key, right where all of them are in one attempt; None: of no unit."""
+    """A line whose units are problems with the same key; a unit is right where one attempt has all its problems right.
+
+    A problem whose key is None belongs to no unit.
+    """
     units: dict[tuple, Right] = {}
     for problem, attempts in zip(problems, right, strict=True):
         if (unit := key(problem.row)) is not None:
@@ -141,5 +144,5 @@ def together(name: str, problems: Sequence[Problem], right: Right, key: Callable
 
 
 def letter_choices(choices: Sequence[str]) -> dict[str, str]:
-    """Choices by their letters, from A."""
+    """Name choices by letters, from A on."""
     return {chr(ord("A") + number): choice for number, choice in enumerate(choices)}

@@ -1,4 +1,4 @@
-"""The answer that a completion gives, by a language model behind an OpenAI-compatible endpoint.
+"""A language model behind an OpenAI-compatible endpoint is asked which answer a completion gives.
 
 VOGUE (arXiv 2510.01444) had Qwen2.5-72B-Instruct extract the answers; vLLM serves it with such an endpoint, at
 http://HOST:8000/v1 say. Ours: the wording of the question; that the reply is read by the rules of the answer's form, as
@@ -36,7 +36,7 @@ class ExtractorError(RuntimeError):
 
 @dataclass(frozen=True)
 class Extractor:
-    """Asks `model` at `url`, the part before /chat/completions; safe to use from several threads.
+    """A client that asks `model` at `url`, the part before /chat/completions; safe to use from several threads.
 
     timeout  seconds a request may take
     pauses   seconds before each further try where a request fails in a way that may pass
@@ -56,7 +56,7 @@ class Extractor:
         self.extract("What is 1 + 1?", "It is 2.", NUMERIC)
 
     def extract_all(self, asked: Iterable[tuple[str, str, Form]]) -> Iterator[str | None]:
-        """The answers in (question, completion, form), in order; several are asked for at a time."""
+        """Extract the answers of triples (question, completion, form), in their order, several at a time."""
         with ThreadPoolExecutor(PARALLEL) as pool:
             yield from pool.map(lambda each: self.extract(*each), asked)
 

@@ -1,4 +1,4 @@
-r"""The answer that a completion gives, by rules.
+r"""Rules find the answer that a completion gives.
 
     completion ── stated ──▶ "B. 12 cm", "$\frac{1}{2}$", "yes, it is" ──▶ read, by the form the answer should have
                └─ nothing stated ─▶ search the text behind the thinking for something of that form
@@ -72,7 +72,7 @@ def plain(text: str) -> str:
 
 
 def options(choices: Mapping[str, str]) -> Form:
-    """One of `choices`, text by letter: "B", "(b)", "B. 12", "option B", or the text of one of them alone."""
+    """The form of one of `choices` (text by letter): "B", "(b)", "B. 12", "option B", or a choice's text alone."""
     letters = "".join(choices)
     letter = rf"[{letters}]"
     leading = re.compile(rf"\(({letter})\)|({letter})(?:$|[.:,)]|\s+[(=:–-])")
@@ -115,7 +115,7 @@ def _letters(statement: str) -> str | None:
 
 
 def _number(statement: str) -> str | None:
-    """The first number behind the last sign of equality, without separators of thousands, its % kept."""
+    """The first number behind the last equals sign, without separators of thousands and with its %."""
     text = re.split(r"=|≈|\\approx", plain(statement))[-1].strip()
     if fraction := FRACTION.fullmatch(text):
         sign, *parts = fraction.groups()

@@ -47,7 +47,7 @@ def _table(problems: Sequence[Problem], right: Right) -> list[Line | Share]:
 
 
 def _mastery(complete: Sequence[tuple[tuple[bool, ...], Right]]) -> list[Share]:
-    """The four dimensions, each averaged over the attempts at a problem."""
+    """IK, IG, CM and RM of a problem, each averaged over its attempts."""
     shares: dict[str, list[tuple[float, float]]] = {}
     for whole, steps in complete:
         counts = dict.fromkeys(("IK", "IG", "CM strict", "CM loose", "RM strict", "RM loose"), 0)

@@ -50,7 +50,7 @@ class DigitPair:
         return demonstration(self.question, self.left if left is None else left, self.right if right is None else right)
 
     def misread(self, generator: np.random.Generator) -> tuple[int, int]:
-        """(left, right) with one of the two, chosen at random, taken for another digit."""
+        """Draw (left, right) with one of the two, chosen at random, taken for another digit."""
         shift = int(generator.integers(1, 10))
         if generator.integers(2):
             return (self.left + shift) % 10, self.right
@@ -158,7 +158,7 @@ def _split(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _render(digits: tuple[np.ndarray, np.ndarray], contrasts: np.ndarray, size: int) -> Image.Image:
-    """Dark ink on white, (2·size, size) px; each digit has a margin, since its ink touches the edge of the scan."""
+    """Draw dark ink on white, (2·size, size) px, with a margin, since a digit's ink touches the edge of its scan."""
     image = Image.new("RGB", (2 * size, size), "white")
     margin = size // 14
     inner = size - 2 * margin

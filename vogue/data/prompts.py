@@ -1,4 +1,4 @@
-r"""From a sample to the chat a Hugging Face processor renders."""
+r"""A sample becomes the chat that a Hugging Face processor renders."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ SYSTEM_PROMPT = SYSTEM_PROMPTS["verifiable"]
 
 
 def system_prompt(config: Config) -> str:
-    """The user's system prompt where one is set, even to nothing, and that of the reward design otherwise."""
+    """The system prompt: `data.system_prompt` where it is set, even to nothing, and the reward design's otherwise."""
     asked = config.data.system_prompt
     return SYSTEM_PROMPTS[config.reward.design] if asked is None else asked
 

@@ -80,7 +80,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over the same x: steps, or (`doubling`) k on an axis where doubling is one length."""
+    """Curves over the same x: steps, or, with `doubling`, k on an axis on which each doubling is equally long."""
 
     title: str
     unit: str
@@ -100,7 +100,7 @@ class Section:
 
 
 def sections(methods: Sequence[Method]) -> list[Section]:
-    """All panels that have data."""
+    """The sections of a report, with the panels that have data."""
     bands = _about_bands(methods)
     single = len(methods) < MANY_METHODS and any(len(method.runs) == 1 for method in methods)
     held_out = bands + single * " The band of a single run's held-out pass@k is its 95% interval over problems."
@@ -157,7 +157,7 @@ def sections(methods: Sequence[Method]) -> list[Section]:
 
 
 def first_and_last(run: Run) -> tuple[dict | None, dict | None]:
-    """The evaluations before the first step and after the last one, where there are such."""
+    """The evaluations before the first step and after the last one, None where one wasn't made."""
     rows = {row["step"]: row for row in run.evaluations}
     return rows.get(0), rows.get(max(rows, default=0) or None)
 
@@ -248,7 +248,10 @@ def _panels(methods: Sequence[Method], metrics: Iterable[tuple[str, str, str]]) 
 
 
 def _lines(methods: Sequence[Method], curve: Callable[[Run], list[Point]], dashed: bool = False) -> list[Line]:
-    """A run's curve; for a method of several runs each of theirs, thin, and their mean. Of MANY_METHODS means alone."""
+    """The curves of a quantity: a run's own, or of several runs a thin one each and their mean.
+
+    Of MANY_METHODS methods only the means are drawn.
+    """
     lines = []
     for number, method in enumerate(methods):
         label = f"{method.label}, before" if dashed else method.label
@@ -266,7 +269,7 @@ def _lines(methods: Sequence[Method], curve: Callable[[Run], list[Point]], dashe
 
 
 def _mean(curves: Sequence[list[Point]]) -> list[Point]:
-    """Mean and band over seeds, at every x that all of them have."""
+    """The mean and the band over seeds, at every x that all seeds have."""
     values: dict[float, list[float]] = {}
     for points in curves:
         for point in points:

@@ -152,7 +152,7 @@ def _held_out(run: Run, names: list[str]) -> dict[str, list[Estimate | None]]:
 
 
 def _panel(panel: figures.Panel) -> dict[str, Any]:
-    """A panel with its points as [x, y] or [x, y, low, high]."""
+    """A panel as JSON, with its points as [x, y] or [x, y, low, high]."""
     lines = [
         asdict(line) | {"points": [[v for v in astuple(point) if v is not None] for point in line.points]}
         for line in panel.lines
@@ -171,7 +171,7 @@ def _phases(methods: list[Method]) -> dict[str, list[float]]:
 
 
 def _browser(runs: list[Run], shown: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
-    """What the browser of completions reads: records, their images, and the top of each colour scale."""
+    """Collect what the browser of completions reads: records, their images, and the top of each colour scale."""
     paths = [
         runs[number].folder / path
         for number, record in shown
@@ -211,7 +211,7 @@ def _images(paths: list[Path]) -> dict[Path, dict[str, Any]]:
 
 
 def _size(path: Path) -> tuple[int, int] | None:
-    """Width and height; None where there is no such image any more, which the page then says in its place."""
+    """The width and height of an image; None where the file is gone, which the page then says in its place."""
     try:
         with Image.open(path) as image:
             return image.size
@@ -231,7 +231,7 @@ def _uri(path: Path, scale: float) -> str:
 
 
 def _top(values: list[list[float]]) -> float | None:
-    """The 99th percentile of all tokens: the few above it would leave the others without colour."""
+    """The top of a colour scale: the 99th percentile, since the few tokens above it would leave the others pale."""
     if not values:
         return None
     found = np.concatenate([np.asarray(row, dtype=float) for row in values])
@@ -239,7 +239,7 @@ def _top(values: list[list[float]]) -> float | None:
 
 
 def _evenly(items: list, most: int) -> list:
-    """At most so many of the items, evenly spread."""
+    """Take at most so many items, evenly spread."""
     return items if len(items) <= most else [items[i * len(items) // most] for i in range(most)]
 
 
@@ -255,17 +255,17 @@ def _rounded(values: list[float] | None) -> list[float] | None:
 
 
 def _number(value: float | None) -> str:
-    """Three digits, or all before the point."""
+    """Write a number with three digits, or with all digits before the point."""
     return "–" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _visible(token: str) -> str:
-    """A token with its white space shown."""
+    """Write a token with its white space shown."""
     return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥") or "(empty)"
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null in their place."""
+    """Put null in the place of NaN and infinity, which JSON doesn't have."""
     if isinstance(value, dict):
         return {name: _finite(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):

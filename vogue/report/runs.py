@@ -35,7 +35,7 @@ class Method:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs of `folders`, each once, named by what their paths don't share.
+    """Read the runs of `folders`, each once, and name them by what their paths don't share.
 
     Raises `ConfigError` for a folder that holds no run or no step, and for a file that can't be read.
     """
@@ -46,7 +46,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def group_methods(runs: Sequence[Run]) -> list[Method]:
-    """Runs of equal settings, whatever their seed; the model counts as a setting where a seed comes twice."""
+    """Group runs whose settings differ in the seed alone; the model counts as a setting where a seed comes twice."""
     groups = []
     for found in _by_settings(runs, PER_SEED):
         twice = len({run.config.seed for run in found[1]}) < len(found[1])
@@ -56,7 +56,7 @@ def group_methods(runs: Sequence[Run]) -> list[Method]:
 
 
 def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of the settings that aren't the same everywhere."""
+    """The names of the settings in which the runs differ."""
     names = dict.fromkeys(name for values in settings for name in values)
     return [name for name in names if any(values.get(name) != settings[0].get(name) for values in settings)]
 
@@ -92,7 +92,7 @@ def _by_settings(runs: Sequence[Run], ignored: Sequence[str]) -> list[tuple[dict
 
 
 def _labels(groups: Sequence[dict[str, Any]]) -> list[str]:
-    """The method's name, with what it sets otherwise than the method does and others of that name don't."""
+    """Name methods: by `method`, and by the settings that tell methods of one name apart."""
     labels = []
     for settings in groups:
         names = differing([other for other in groups if other["method"] == settings["method"]])

@@ -1,4 +1,4 @@
-"""What a completion earns: by rules, as one of several designs, or by a function of the user's own."""
+"""Rewards say what a completion earns: by one of several designs, or by a function of the user's own."""
 
 from vogue.rewards.designs import Score, check_function, score, score_batch
 from vogue.rewards.function import RewardError

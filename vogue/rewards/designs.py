@@ -107,14 +107,14 @@ def check_function(settings: RewardConfig) -> None:
 
 
 def content(completion: str, tag: str) -> str | None:
-    """What stands between <tag> and </tag>, line by line where that is several times there; None where it never is."""
+    """The text between <tag> and </tag>; of several pairs a line each; None without one."""
     text = content(completion, "think") or "" if tag == "visual" else completion
     found = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
     return "\n".join(found) if found else None
 
 
 def tagged_answer(completion: str) -> str | None:
-    r"""The content of the last <answer>…</answer>, or of the last \boxed{} in it; None without."""
+    r"""The content of the last <answer>…</answer>, or of the last \boxed{} in it; None without an <answer>."""
     found = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
     if not found:
         return None
@@ -123,7 +123,7 @@ def tagged_answer(completion: str) -> str | None:
 
 
 def has_format(completion: str, design: str) -> bool:
-    """Whether a completion has everything in it that the design asks for, where VOGUE and Vision-SR1 in this order."""
+    """Whether a completion has all that the design asks for; VOGUE and Vision-SR1 ask for it in an order."""
     asked = DESIGNS[design]
     if "answer" in asked:
         return all(content(completion, tag) is not None for tag in asked)
@@ -145,7 +145,7 @@ def sentence_score(text: str) -> float:
 
 
 def sentences(text: str) -> list[str]:
-    """What stands between full stops, question and exclamation marks before a space, and line breaks or tags.
+    """Cut a text into sentences: at full stops, question and exclamation marks before a space, line breaks and tags.
 
     Spacing and case make no other sentence; what has no letter and no digit is none.
     """
@@ -154,7 +154,7 @@ def sentences(text: str) -> list[str]:
 
 
 def partial_credit(parsed: str, answer: str) -> float:
-    """What a wrong answer earns for being near the right one, 0 where that is neither a time nor a number.
+    """What a wrong answer earns for being near the right one; 0 where the right one is neither a time nor a number.
 
     time of day H:MM, with H 1..12:  mean of  1 - h/5 (0 if h > 2)  and  1 - m/20 (0 if m > 10)
     number:                          1 / (1 + d)  (0 if d > 5)
@@ -172,5 +172,5 @@ def partial_credit(parsed: str, answer: str) -> float:
 
 
 def _around(difference: int, circle: int) -> int:
-    """The shorter way round."""
+    """The distance on a circle: the shorter way round."""
     return min(difference % circle, -difference % circle)

@@ -18,7 +18,7 @@ CPU_SECONDS = 3.0
 
 
 class Verifier:
-    """Asks a worker process whether expressions are equal; starts it when first asked.
+    """A client that asks a worker process whether expressions are equal, and starts the process when first asked.
 
     failures   number of comparisons that ended the worker (out of time or memory), all judged unequal
 

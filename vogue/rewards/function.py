@@ -30,7 +30,7 @@ class RewardError(RuntimeError):
 
 
 class RewardFunction:
-    """Calls the function `path/to/file.py:name` in a worker process, each time for at most `seconds`.
+    """The user's function `path/to/file.py:name`, called in a worker process for at most `seconds` each time.
 
     Raises RewardError where there is no such file or function, or the file cannot be imported.
     """
@@ -62,7 +62,7 @@ class RewardFunction:
             self._stop()
 
     def _located(self, reply: dict, completions: Sequence[str], rows: list[dict]) -> str:
-        """What went wrong on which completion."""
+        """Find the completion on which the function fails, and say what went wrong."""
         tried, began = 0, time.monotonic()
         while "at" not in reply and tried < len(completions) and time.monotonic() - began < self.seconds:
             alone = self._call(completions[tried : tried + 1], rows[tried : tried + 1])
@@ -91,7 +91,7 @@ class RewardFunction:
             raise RewardError(f"reward.function={self.spec} cannot be imported: {told}")
 
     def _call(self, completions: Sequence[str], rows: list[dict]) -> dict:
-        """{"rewards": [...]}, or what went wrong: {"failed": "raised …"}, with the position "at" where it is known."""
+        """Call the function; returns {"rewards": [...]}, or {"failed": "raised …"} and maybe its position "at"."""
         if self._worker is None:
             self._start()
         expired = threading.Event()
@@ -116,7 +116,7 @@ class RewardFunction:
 
 @functools.cache
 def reward_function(spec: str, seconds: float) -> RewardFunction:
-    """The one `RewardFunction` of this process for these settings; raises as that does."""
+    """The one `RewardFunction` of this process for these settings; raises what its constructor raises."""
     return RewardFunction(spec, seconds)
 
 

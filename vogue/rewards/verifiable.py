@@ -1,4 +1,4 @@
-r"""Is an answer right, and is it where it was asked for:  <think> … </think>  …  \boxed{answer}  …"""
+r"""Rules check whether an answer is right, and where it was asked for:  <think> … </think>  …  \boxed{answer}  …"""
 
 import re
 from decimal import Decimal
@@ -56,7 +56,7 @@ def is_correct(parsed: str, answer: str) -> bool:
 
 
 def normalise(text: str) -> str:
-    """Without what changes no meaning: spacing, $, \\text{}, a full stop, the brackets of a choice "(A)"."""
+    """Remove what changes no meaning: spacing, $, \\text{}, a full stop, the brackets of a choice "(A)"."""
     text = TEXT.sub(r"\1", text.replace("\\$", "").replace("$", ""))
     text = " ".join(text.split()).removesuffix(".")
     return text[1:-1] if re.fullmatch(r"\([A-Za-z]\)", text) else text

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class Worker:
-    """Runs a script of this folder, which answers each line of JSON on its standard input with another on its output.
+    """A process of a script of this folder, which answers each line of JSON on its input with a line on its output.
 
     Not multiprocessing: spawning imports the trainer's main module again, forking copies its threads and GPU. The
     process leads a session: Ctrl-C is for the trainer to handle, and what the process starts can be ended with it.
@@ -26,7 +26,7 @@ class Worker:
         )
 
     def ask(self, question):
-        """The answer, None if the process ended instead."""
+        """Ask a question; returns the answer, None if the process ended instead."""
         try:
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
@@ -35,7 +35,7 @@ class Worker:
         return self.read()
 
     def read(self):
-        """The next line that it prints, None if it ended instead."""
+        """Read the next line that the process prints, None if it ended instead."""
         line = self._process.stdout.readline()
         return json.loads(line) if line.endswith("\n") else None
 
@@ -45,7 +45,7 @@ class Worker:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def stop(self, patience: float = 0.0) -> int:
-        """End and clean up; the exit code, the process' own one where it ends within `patience` seconds."""
+        """End the process and clean up; returns its exit code, its own one where it ends within `patience` seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(patience)
         self.kill()

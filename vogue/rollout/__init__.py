@@ -1,4 +1,4 @@
-"""Prompts in, completions out, weights in.
+"""A rollout engine takes prompts and the policy's weights, and gives completions.
 
 An engine has `generate`, `load_weights` and `version`; there are two: `vllm.py`, and `hf.py` where vLLM can't be
 installed. Each rank has its own, with the whole model, and generates for its own prompts.
@@ -31,7 +31,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """`token_ids` with the end token, if it `finished`; `logprobs` (nats) under the sampling distribution."""
+    """One sampled completion of a prompt.
+
+    `token_ids` end with the end token if it `finished`; `logprobs` (nats) are of the distribution sampled from.
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -43,7 +46,7 @@ class Engine(Protocol):
     version: int  # the optimizer update whose weights it has
 
     def generate(self, requests: list[Request], n: int, max_tokens: int, temperature: float) -> list[list[Completion]]:
-        """`n` completions for each request; at temperature 0, which takes n = 1, of the likeliest tokens.
+        """Generate `n` completions for each request; at temperature 0, which takes n = 1, of the likeliest tokens.
 
         Log-probabilities are then those of temperature 1.
         """
@@ -68,7 +71,7 @@ def create_engine(config: Config, processor: ProcessorMixin, model: PreTrainedMo
 
 
 def media_token_ids(processor: ProcessorMixin) -> list[int]:
-    """Ids that stand for images or videos in a prompt; sampled, they would ask for an image that isn't there."""
+    """The ids that stand for images or videos in a prompt; a sampled one would ask for an image that isn't there."""
     known = processor.tokenizer.get_vocab()
     tokens = (processor.image_token, getattr(processor, "video_token", None), "<|vision_start|>", "<|vision_end|>")
     return sorted({known[token] for token in tokens if token in known})

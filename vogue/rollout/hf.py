@@ -1,4 +1,4 @@
-"""transformers' models, where vLLM can't be installed or takes longer to schedule a small model than to run it.
+"""This engine generates with transformers, where vLLM can't be installed or takes longer to schedule than to run.
 
 Prompts are read once for all their completions; then a token of every completion at a time. A completion draws one
 uniform number a token from its request's own generator and takes the token whose share of [0, 1) holds it.
@@ -19,7 +19,7 @@ SEQUENCES = 512  # generated at a time
 
 
 class HfEngine:
-    """See `vogue.rollout.Engine`. Holds its own copy of the model, as vLLM does."""
+    """A `vogue.rollout.Engine` on transformers, with its own copy of the model."""
 
     def __init__(self, config: Config, processor: ProcessorMixin):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,7 +57,7 @@ class HfEngine:
         return [completions[start : start + n] for start in range(0, len(completions), n)]
 
     def _logits(self, requests: list[Request], n: int) -> Generator[Tensor, Tensor, None]:
-        """A generator: yields logits (requests x n, V) of the next token, and is sent the tokens that were drawn."""
+        """Yield the next token's logits (requests x n, V); the caller sends the tokens that it drew."""
         ids, types, real = self._prompts(requests)
         images = self._images(requests)
         positions = self.family.positions(self.model, ids, types, real, images.get(self.family.sizes))
@@ -77,7 +77,7 @@ class HfEngine:
             drawn = yield output.logits[:, -1]
 
     def _prompts(self, requests: list[Request]) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids, token types and which are real, (requests, P), padded on the left."""
+        """Pad the prompts on the left; returns token ids, token types and which tokens are real, each (requests, P)."""
         prompts = [request.prompt for request in requests]
         longest = max(len(prompt.token_ids) for prompt in prompts)
         ids = torch.full((len(prompts), longest), self.tokenizer.pad_token_id)
@@ -113,7 +113,7 @@ class HfEngine:
 
 
 def _draw(logp: Tensor, uniform: Tensor) -> Tensor:
-    """(S, 1) tokens from the distributions `logp` (S, V) by numbers in [0, 1), (S, 1) float64."""
+    """Draw tokens (S, 1) from the distributions `logp` (S, V) by uniform numbers (S, 1) in [0, 1), float64."""
     share = logp.exp().cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(share, uniform * share[:, -1:]).clamp(max=logp.shape[1] - 1)
 

@@ -1,7 +1,7 @@
-"""vLLM in the trainer's own process, one engine a rank.
+"""vLLM generates in the trainer's own process, one engine a rank.
 
-It is given prompts as the policy reads them: whole token ids, and the image features that the trainer has made already,
-so that no image is preprocessed twice and the two can't disagree about one.
+The engine is given prompts as the policy reads them: whole token ids, and the image features that the trainer has made
+already, so that no image is preprocessed twice and the two can't disagree about one.
 """
 
 import contextlib
@@ -40,7 +40,10 @@ CPU_BATCHED_TOKENS = 4096  # of prompts that vLLM takes in at once
 
 
 class VllmEngine:
-    """See `vogue.rollout.Engine`. `model`: whose weights it is to follow; None where it keeps the checkpoint's."""
+    """A `vogue.rollout.Engine` on vLLM.
+
+    `model` is the one whose weights the engine is to follow; None where it keeps the checkpoint's.
+    """
 
     def __init__(self, config: Config, processor: ProcessorMixin, model: PreTrainedModel | None):
         on_gpu = torch.cuda.is_available()
@@ -104,7 +107,7 @@ class VllmEngine:
         return [[self._completion(item) for item in output.outputs] for output in outputs]
 
     def _input(self, request: Request) -> EngineInput:
-        """The prompt with its images' features, one entry of each per image; what vLLM's own preprocessing would give.
+        """Make vLLM's input: the prompt with its images' features, as vLLM's own preprocessing would give them.
 
         vLLM keeps what it computes of an image and of a prompt's beginning under a digest of the pixels.
         """
@@ -143,7 +146,7 @@ class VllmEngine:
         self.version = int(self.llm.get_weight_version())
 
     def _as_in_checkpoint(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The weights under the checkpoint's names, which vLLM can read; transformers' own may differ from them."""
+        """Rename weights as the checkpoint does, which vLLM can read; transformers' names may differ."""
         tied = self._model.config.tie_word_embeddings
         for name, tensor in weights:
             yield from revert_weight_conversion(self._model, {name: tensor}).items()

@@ -18,7 +18,7 @@ LIBRARY = Path(__file__).with_name("_C.so")
 
 @cache
 def why_not() -> str | None:
-    """Why the library can't be used, None if it can. Loads it."""
+    """Load the library; returns why it can't be used, None if it can."""
     if not LIBRARY.exists():
         return "its library wasn't compiled: it needs a C++ compiler, and torch at hand (pip's --no-build-isolation)"
     try:

@@ -74,7 +74,7 @@ INTERPRETER_TILE = Tile(64, 512, 32, 1, 1)  # wide, because the interpreter pays
 
 
 def pick_tile(kernel: str, dtype: torch.dtype, architecture: str) -> Tile:
-    """kernel: a key of a row of TILES; architecture: "sm_90" or "gfx942", for example."""
+    """The tile of a kernel, which is a key of a row of TILES, on an architecture such as "sm_90" or "gfx942"."""
     if dtype == torch.float32:
         return FLOAT32_TILE
     return TILES[architecture][kernel] if architecture in TILES else DEFAULT_TILE
@@ -111,7 +111,7 @@ def _forward_batch(hiddens, weight, targets, bias, temperature):
 
 
 def share_size(blocks: int, tiles: int, processors: int) -> int:
-    """Tiles in a share of the vocabulary so that all programs end soonest, one at a time on each processor.
+    """How many tiles a share of the vocabulary has, so that all programs end soonest, one at a time on a processor.
 
     A program's start is reckoned at a quarter of a tile.
     """
@@ -169,7 +169,10 @@ def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_w
 
 
 def _add_gradients(batches, weight, bias, temperature, terms, grad_weight, grad_bias):
-    """Chunks of the vocabulary outside, batches of tokens inside: a chunk of the weight's gradient is written once."""
+    """Add to all gradients, in a loop over chunks of the vocabulary and, within it, over batches of tokens.
+
+    In this order a chunk of the weight's gradient is written once.
+    """
     stacked = [torch.cat([side.hidden for side in sides if side.written]) for _, sides in batches]
     rows = max(len(hiddens) for hiddens in stacked)
     columns = min(max(CHUNK_ELEMENTS // rows // 256, 1) * 256, MOST_COLUMNS)
@@ -246,7 +249,7 @@ def _architecture(weight: Tensor) -> str:
 
 
 def _matrices(tile: Tile, hidden_a: Tensor, hidden_b: Tensor, weight: Tensor) -> tuple:
-    """What the kernels take for these."""
+    """What the kernels take for these matrices: the tensors, or descriptors for TMA."""
     if not tile.tma:
         return hidden_a, hidden_b, weight
     a, b = (TensorDescriptor.from_tensor(hidden, [tile.tokens, tile.depth]) for hidden in (hidden_a, hidden_b))
@@ -254,7 +257,7 @@ def _matrices(tile: Tile, hidden_a: Tensor, hidden_b: Tensor, weight: Tensor) ->
 
 
 def launch_options(tile: Tile, width: int) -> dict:
-    """What a tile fixes of the kernels' constants and of the compiler's options."""
+    """The kernels' constants and the compiler's options that a tile fixes."""
     return {
         "TOKENS": tile.tokens,
         "VOCAB": tile.vocab,

@@ -1,7 +1,7 @@
 """Repairs of bfloat16 in Triton's interpreter (3.9 and before), imported only under TRITON_INTERPRET=1.
 
-It keeps bfloat16 as uint16: tl.dot multiplies these as the integers they are, and casts cut digits off, where a GPU
-rounds to the nearest, ties to even.
+The interpreter keeps bfloat16 as uint16: tl.dot multiplies these as the integers they are, and casts cut digits off,
+where a GPU rounds to the nearest, ties to even.
 """
 
 import numpy as np

@@ -22,7 +22,7 @@ Square = tuple[int, int]  # row, column from 1
 
 
 def puzzles(rng: np.random.Generator) -> Iterator[Puzzle]:
-    """All boards, in random order; sizes and answers equally often while there are some."""
+    """Yield all boards in random order, each size and answer equally often while any are left."""
     for rows, columns, cut, answer in balanced(_boards(), rng):
         left = rows * columns - len(cut)
         squares = "square was" if len(cut) == 1 else "squares were"
@@ -39,7 +39,7 @@ def puzzles(rng: np.random.Generator) -> Iterator[Puzzle]:
 
 @cache
 def _boards() -> list[list[tuple[int, int, tuple[Square, ...], str]]]:
-    """(rows, columns, squares cut, answer) in groups of one size and answer."""
+    """All boards as (rows, columns, squares cut, answer), in groups of one size and answer."""
     groups = []
     for rows, columns in product(SIDES, SIDES):
         cuts = list(combinations(product(range(1, rows + 1), range(1, columns + 1)), 2 - rows * columns % 2))
@@ -49,7 +49,10 @@ def _boards() -> list[list[tuple[int, int, tuple[Square, ...], str]]]:
 
 
 def _answer(rows: int, columns: int, cut: tuple[Square, ...]) -> str:
-    """Whether the colours are left in equal numbers; (1, 1) has the colour an odd board has more of."""
+    """Whether dominoes cover the board, which they do where both colours are left in equal numbers.
+
+    Square (1, 1) has the colour that an odd board has more of.
+    """
     surplus = rows * columns % 2 - sum(-1 if (row + column) % 2 else 1 for row, column in cut)
     return "No" if surplus else "Yes"
 

@@ -23,14 +23,14 @@ QUESTION = (
 
 
 def puzzles(rng: np.random.Generator) -> Iterator[Puzzle]:
-    """All pairs of rows at most MOVES moves apart, in random order; answers equally often while there are some."""
+    """Yield all pairs of rows at most MOVES moves apart, each answer equally often while any are left."""
     for moves, start, end in balanced(_pairs(), rng):
         yield Puzzle(QUESTION, str(moves), f"Start: {start}\nEnd: {end}", partial(_paint, start, end))
 
 
 @cache
 def _pairs() -> list[list[tuple[int, str, str]]]:
-    """(moves, start, end) in groups of equal numbers of moves."""
+    """All pairs of rows as (moves, start, end), in groups of equal numbers of moves."""
     groups: list[list[tuple[int, str, str]]] = [[] for _ in range(MOVES)]
     for start in _rows():
         for moves, ends in enumerate(levels(start, _after_a_move, MOVES)[1:], 1):

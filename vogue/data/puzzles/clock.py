@@ -29,7 +29,7 @@ NUMERALS = (
 
 
 def puzzles(rng: np.random.Generator) -> Iterator[Puzzle]:
-    """All 12 · 60 · 4 · 59 · 2 = 339,840 puzzles, in random order."""
+    """Yield all 12 · 60 · 4 · 59 · 2 = 339,840 puzzles, in random order."""
     indices = np.stack(np.unravel_index(rng.permutation(prod(SPACE)), SPACE), axis=1)
     for row in indices:
         hour, minute, hours, minutes, before = row.tolist()
@@ -72,5 +72,5 @@ def _paint(time: int, style: tuple[str, str, str], numerals: tuple[str, ...], ca
 
 
 def _at(turn: float, radius: float) -> Point:
-    """The point that far from the centre, `turn` of a full turn clockwise from twelve."""
+    """The point at a distance from the centre, `turn` of a full turn clockwise from twelve."""
     return 0.5 + radius * sin(2 * pi * turn), 0.5 - radius * cos(2 * pi * turn)

@@ -24,7 +24,7 @@ class Canvas:
         self._draw = ImageDraw.Draw(self._image)
 
     def image(self) -> Image.Image:
-        """What was drawn, in RGB."""
+        """The picture so far, in RGB."""
         return self._image.reduce(SMOOTH)
 
     def box(self, box: Box, fill: str | None = None, line: str | None = None, width: float = 0.0, radius: float = 0.0):
@@ -40,13 +40,13 @@ class Canvas:
         self._draw.polygon([(self._px(x), self._px(y)) for x, y in points], fill)
 
     def line(self, start: Point, end: Point, color: str, width: float):
-        """A line with round ends."""
+        """Draw a line with round ends."""
         self._draw.line([tuple(map(self._px, start)), tuple(map(self._px, end))], color, self._px(width))
         for point in (start, end):
             self.circle(point, width / 2, color)
 
     def text(self, center: Point, text: str, height: float, color: str = BLACK):
-        """`text` around `center`; `height` is the font's size."""
+        """Draw `text` around `center`; `height` is the font's size."""
         self._draw.text(tuple(map(self._px, center)), text, color, _font(self._px(height)), anchor="mm")
 
     def _px(self, value: float) -> int:
@@ -54,7 +54,7 @@ class Canvas:
 
 
 def board(rows: int, columns: int) -> Callable[[int, int], Box]:
-    """Where square (row, column) of a board lies, rows and columns counted from 0; the board is centred."""
+    """A function of (row, column), counted from 0, that says where this square of a centred board lies."""
     side = (1 - 2 * MARGIN) / max(rows, columns)
     left, top = (1 - columns * side) / 2, (1 - rows * side) / 2
 
@@ -71,7 +71,7 @@ def center(box: Box) -> Point:
 
 
 def inset(box: Box, share: float) -> Box:
-    """`box` without a border of that share of its width."""
+    """Shrink `box` by a border, a share of its width."""
     left, top, right, bottom = box
     border = share * (right - left)
     return left + border, top + border, right - border, bottom - border

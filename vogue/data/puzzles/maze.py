@@ -31,7 +31,7 @@ Square = tuple[int, int]  # row, column from 0
 
 @without_repeats
 def puzzles(rng: np.random.Generator) -> Iterator[Puzzle]:
-    """Random mazes without end."""
+    """Yield random mazes without end."""
     while True:
         rows, columns = (int(number) for number in rng.integers(CELLS[0], CELLS[1] + 1, size=2))
         entry = (2 * int(rng.integers(rows)) + 1, 0)
@@ -49,7 +49,7 @@ def puzzles(rng: np.random.Generator) -> Iterator[Puzzle]:
 
 
 def _carve(rows: int, columns: int, rng: np.random.Generator) -> set[Square]:
-    """The free squares inside the border: the cells, at odd places, and the openings between joined ones."""
+    """Carve the free squares inside the border: cells, at odd places, and the openings between joined cells."""
     stack = [(2 * int(rng.integers(rows)) + 1, 2 * int(rng.integers(columns)) + 1)]
     free = set(stack)
     while stack:
@@ -71,7 +71,7 @@ def _carve(rows: int, columns: int, rng: np.random.Generator) -> set[Square]:
 
 
 def _way(free: set[Square], entry: Square, exit: Square) -> list[Square]:
-    """The squares from `entry` to `exit`; free squares form a tree, so a depth-first walk finds the only way."""
+    """Walk from `entry` to `exit`; free squares form a tree, so that a depth-first walk finds the only way."""
     came_from, stack = {entry: entry}, [entry]
     while stack[-1] != exit:
         row, column = stack.pop()
@@ -119,7 +119,7 @@ def _paint(rows: int, columns: int, free: set[Square], entry: Square, exit: Squa
 
 
 def _arrow(canvas: Canvas, box: tuple[float, ...], heading: Square, color: str) -> None:
-    """An arrow that fills `box`, pointing `heading` (down, right)."""
+    """Draw an arrow that fills `box` and points `heading` (down, right)."""
     (x, y), half = center(box), (box[2] - box[0]) / 2
     outline = ((-0.8, -0.3), (0, -0.3), (0, -0.75), (0.85, 0), (0, 0.75), (0, 0.3), (-0.8, 0.3))  # along, across
     down, right = heading

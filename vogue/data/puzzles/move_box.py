@@ -26,7 +26,7 @@ Square = tuple[int, int]  # row, column from 0, the border included
 
 @without_repeats
 def puzzles(rng: np.random.Generator) -> Iterator[Puzzle]:
-    """Random boards without end, each number of pushes as often as the others."""
+    """Yield random boards without end, each number of pushes as often as the others."""
     squares = [(row, column) for row in range(1, SIDE + 1) for column in range(1, SIDE + 1)]
     while True:
         pushes = int(rng.integers(1, PUSHES + 1))
@@ -46,7 +46,7 @@ def puzzles(rng: np.random.Generator) -> Iterator[Puzzle]:
 
 
 def _goals(floor: frozenset[Square], player: Square, box: Square, pushes: int) -> list[Square]:
-    """The squares to which that many pushes bring the box, and fewer don't.
+    """The squares to which the box comes in so many pushes and in no fewer.
 
     Where the player stands matters only up to walking, so a state is the box and the squares in reach.
     """
@@ -103,7 +103,7 @@ def _paint(floor: frozenset[Square], player: Square, box: Square, goal: Square, 
 
 
 def _bricks(canvas: Canvas, box: tuple[float, ...]) -> None:
-    """Two courses of bricks, set off against each other."""
+    """Draw two courses of bricks, set off against each other."""
     left, top, right, bottom = box
     middle, course = (left + right) / 2, (bottom - top) / 2
     canvas.box(box, "#c4622d", "#f0d9c8", 0.004)

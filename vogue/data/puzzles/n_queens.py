@@ -19,7 +19,7 @@ Queens = tuple[tuple[int, int], ...]  # row, column from 1, in the order of the 
 
 
 def puzzles(rng: np.random.Generator) -> Iterator[Puzzle]:
-    """All boards, in random order, each size as often as the others while there are some."""
+    """Yield all boards in random order, each size as often as the others while any are left."""
     for n, queens in balanced([_boards(n) for n in SIDES], rng):
         rows, columns = ({*range(1, n + 1)} - {*taken} for taken in zip(*queens, strict=True))
         yield Puzzle(

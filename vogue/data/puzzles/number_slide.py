@@ -28,7 +28,7 @@ Square = tuple[int, int]  # row, column from 0
 
 @without_repeats
 def puzzles(rng: np.random.Generator) -> Iterator[Puzzle]:
-    """Random boards without end, half of them with a list of moves and half with a number of them."""
+    """Yield random boards without end, half of them with a list of moves and half with a number of moves."""
     while True:
         n = int(rng.integers(SIDES[0], SIDES[1] + 1))
         order = rng.permutation(n * n)
@@ -53,7 +53,9 @@ def _ask_sum(tiles: Board, opening: Square, rng: np.random.Generator) -> tuple[s
 
 
 def _ask_count(tiles: Board, opening: Square, rng: np.random.Generator) -> tuple[str, int]:
-    """Boards after k moves; one can move back, so they are those that k, k - 2, … moves without going back lead to.
+    """Ask how many boards k moves can lead to.
+
+    One can move back, so these are the boards that k, k - 2, … moves without going back lead to.
 
     Two ways without going back meet in one board only in 12 moves or more together, around a block of 2 × 2.
     """
@@ -71,7 +73,7 @@ def _walks(n: int, opening: Square, length: int, last: str | None) -> int:
 
 
 def _ways(n: int, opening: Square, last: str | None) -> dict[str, Square]:
-    """Where each move but the one back takes the open square."""
+    """The squares to which the open square can go, except the one that it came from."""
     squares = {move: (opening[0] + down, opening[1] + right) for move, (down, right) in MOVES.items()}
     return {
         move: square

@@ -30,14 +30,14 @@ class Puzzle:
     paint: Callable[[Canvas], None]
 
     def image(self, size: int) -> Image.Image:
-        """The state, `size` × `size` px, RGB."""
+        """Draw the state: `size` × `size` px, RGB."""
         canvas = Canvas(size)
         self.paint(canvas)
         return canvas.image()
 
 
 def without_repeats(puzzles: Callable[[np.random.Generator], Iterator[Puzzle]]):
-    """Decorator of a stream of random puzzles: leaves out those whose state came before."""
+    """Decorate a stream of random puzzles: it leaves out those whose state came before."""
 
     @wraps(puzzles)
     def stream(rng: np.random.Generator) -> Iterator[Puzzle]:
@@ -51,7 +51,7 @@ def without_repeats(puzzles: Callable[[np.random.Generator], Iterator[Puzzle]]):
 
 
 def levels(start: State, neighbours: Callable[[State], Iterable[State]], depth: int) -> list[list[State]]:
-    """Breadth-first search: item d holds the states whose fewest moves from `start` are d, for d up to `depth`.
+    """Search breadth-first: item d holds the states whose fewest moves from `start` are d, for d up to `depth`.
 
     Shorter where no state is that far.
     """
@@ -67,7 +67,7 @@ def levels(start: State, neighbours: Callable[[State], Iterable[State]], depth: 
 
 
 def balanced(groups: Iterable[Sequence[T]], rng: np.random.Generator) -> Iterator[T]:
-    """Every member of `groups` once, in random order, each from a random one of the groups not yet used up."""
+    """Yield every member of `groups` once, in random order, each from a random group that isn't used up yet."""
     decks = [[group[i] for i in rng.permutation(len(group))] for group in groups]
     while decks:
         number = int(rng.integers(len(decks)))
@@ -77,5 +77,5 @@ def balanced(groups: Iterable[Sequence[T]], rng: np.random.Generator) -> Iterato
 
 
 def pick(items: Sequence[T], rng: np.random.Generator) -> T:
-    """One of `items` (`rng.choice` would turn it into an array)."""
+    """Draw one of `items` (`rng.choice` would turn it into an array)."""
     return items[int(rng.integers(len(items)))]

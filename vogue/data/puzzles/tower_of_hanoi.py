@@ -21,7 +21,9 @@ Position = tuple[int, ...]  # the rod, from 0, of each disk from the smallest
 
 
 def puzzles(rng: np.random.Generator) -> Iterator[Puzzle]:
-    """All pairs of positions at most MOVES apart; numbers of disks and of moves equally often while there are some."""
+    """Yield all pairs of positions at most MOVES moves apart, each number of disks and of moves equally often while any
+    are left.
+    """
     groups = [_pairs(disks, moves) for disks in DISKS for moves in range(1, MOVES + 1)]
     for moves, start, end in balanced(groups, rng):
         yield Puzzle(
@@ -34,7 +36,7 @@ def puzzles(rng: np.random.Generator) -> Iterator[Puzzle]:
 
 @cache
 def _pairs(disks: int, moves: int) -> list[tuple[int, Position, Position]]:
-    """(moves, start, end) of every two positions whose fewest moves are `moves`."""
+    """Every two positions as (moves, start, end), where `moves` are the fewest between them."""
     return [(moves, start, end) for start in np.ndindex((RODS,) * disks) for end in _reached(start)[moves]]
 
 

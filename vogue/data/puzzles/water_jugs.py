@@ -21,7 +21,7 @@ Amounts = tuple[int, ...]  # litres, one a jug
 
 @without_repeats
 def puzzles(rng: np.random.Generator) -> Iterator[Puzzle]:
-    """Random jugs without end, each number of pours as often as the others."""
+    """Yield random jugs without end, each number of pours as often as the others."""
     while True:
         pours = int(rng.integers(1, POURS + 1))
         goals: list[Amounts] = []
@@ -58,7 +58,7 @@ def _list(numbers: Amounts) -> str:
 
 
 def _paint(capacities: Amounts, amounts: Amounts, canvas: Canvas) -> None:
-    """Glasses as high as their capacity, with a mark a litre; below each its water/capacity."""
+    """Draw glasses as high as their capacity, with a mark a litre and water/capacity below each."""
     width = 0.94 / len(capacities)
     bottom, litre = 0.88, 0.83 / CAPACITY
     for jug, (capacity, amount) in enumerate(zip(capacities, amounts, strict=True)):
