@@ -5,7 +5,8 @@ import pytest
 import yaml
 
 from vogue.arguments import fields
-from vogue.config import METHODS, STARTS, Config, ConfigError, load_config, save_config
+from vogue.config import Config, ConfigError, load_config, save_config
+from vogue.presets import METHODS, STARTS
 
 NEEDED = ["model.path=some/model", "data.train=train.parquet"]
 

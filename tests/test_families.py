@@ -127,6 +127,12 @@ def row_of(model, kind, size, *completions, images=True):
     return Row(prompt, {"raw": view}, "raw", made, tuple(torch.zeros(len(c.token_ids)) for c in made))
 
 
+def one_by_one(row):
+    """Its completions as rows of their own."""
+    pairs = zip(row.completions, row.advantages)
+    return [replace(row, completions=(completion,), advantages=(shaped,)) for completion, shaped in pairs]
+
+
 def alone(model, row, completion):
     """(T,) log-probabilities of one completion, from the model's own forward with its own logits."""
     tokens = torch.tensor(completion.token_ids)
@@ -161,7 +167,7 @@ def assert_equal_to_separate_rows(kind, dtype, error, images=True, attention="au
     ]
     batches = [collate(rows, 0, token_mean=True)]
     if policy.why_separate:
-        rows = [replace(row, completions=(c,), advantages=(torch.zeros(len(c.token_ids)),)) for row in rows for c in row.completions]
+        rows = [one for row in rows for one in one_by_one(row)]
         batches = [collate(rows, 0, token_mean=True)]
     (batch,) = batches
     logprob = torch.cat([alone(plain, row, completion) for row in rows for completion in row.completions])
@@ -235,7 +241,7 @@ def test_the_vision_tower_sees_each_image_once_however_many_rows_show_it(kind):
     tower = getattr(model.model, policy.family.tower)
     tower.register_forward_pre_hook(lambda _, arguments, named: seen.append(len(arguments[0])), with_kwargs=True)
     together = collate([small, large], 0, token_mean=True)
-    separate = [replace(row, completions=(c,), advantages=(torch.zeros(len(c.token_ids)),)) for row in (small, large) for c in row.completions]
+    separate = [*one_by_one(small), *one_by_one(large)]
     shared, alone = policy(together), policy(collate(separate, 0, token_mean=True))
     patches = {size: len(view_of(kind, size).pixel_values) for size in (1, 2)}
     if kind == "llava_onevision":

@@ -2,80 +2,18 @@
 
 A run is described by one YAML file plus `key=value` overrides, merged by OmegaConf and checked here: an unknown
 key, a wrong type or a value out of range ends the program with one sentence that names it. `method` is a preset:
-it fixes the settings that make it what it is, and contradicting it is an error rather than another method.
+it fixes the settings that make it what it is (`vogue.presets`), and contradicting it is an error rather than another
+method.
 """
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-# What each method is, next to VOGUE's defaults (papers.md's symbols in the field descriptions below).
-GRPO: dict[str, Any] = {
-    "branch.probability": 0.0,
-    "rollout.noisy_share": 0.0,
-    "guidance.alpha_out": 0.0,
-    "guidance.alpha_per": 0.0,
-    "advantage.kind": "group",
-}
-METHODS: dict[str, dict[str, Any]] = {
-    "vogue": {"rollout.noisy_share": 0.0},
-    "grpo": GRPO,
-    "dapo": GRPO | {"loss.clip_low": 0.2, "loss.clip_high": 0.28, "loss.aggregation": "token-mean"},
-    "noisy_rollout": {name: value for name, value in GRPO.items() if name != "rollout.noisy_share"},
-    "entropy": {name: value for name, value in GRPO.items() if name != "guidance.alpha_out"},
-    "passk": GRPO | {"advantage.kind": "passk"},
-    "dupl": {
-        "branch.rollout": "raw",
-        "branch.granularity": "step",
-        "rollout.noisy_share": 0.0,
-        "uncertainty.estimator": "sampled",
-        "uncertainty.entropy": "drawn",
-        "guidance.order": "sequential",
-        "loss.clip_dual": 3.0,
-        "loss.aggregation": "token-mean",
-    },
-}
-
-# Where a method starts from other defaults; these may be set to something else. DAPO's buffer is the paper's 4,096 of
-# 20,480 tokens; its limit of rounds is ours (the paper has none). NoisyRollout's half is the paper's 6 + 6 completions,
-# and its strength has halved at step 40 of the 60 that the paper trains on Geometry3K. DUPL, the name of VOGUE's
-# official code, adds little noise to much else, and leaves its clipping to EasyR1's defaults.
-STARTS: dict[str, dict[str, Any]] = {
-    "dapo": {"rollout.rounds": 4, "reward.overlong_buffer": 0.2},
-    "noisy_rollout": {"rollout.noisy_share": 0.5, "perturb.anneal_at": 2 / 3},
-    "dupl": {"perturb.preset": "paper", "perturb.sigma": 0.2, "loss.clip_high": 0.3},
-}
-
-# What each reward design adds up, and with which weights. VOGUE's; the six of arXiv 2601.00215, whose weights are known
-# from a secondary source; Vision-SR1's (arXiv 2508.19652), as in its code. A weight of 0: asked for, not rewarded.
-DESIGNS: dict[str, dict[str, float]] = {
-    "verifiable": {"accuracy": 0.9, "format": 0.1},
-    "vanilla": {"think": 0.1, "answer": 0.9},
-    "only_accuracy": {"think": 0.0, "answer": 1.0},
-    "mixture": {"description": 0.06, "think": 0.06, "rethink": 0.08, "answer": 0.8},
-    "continuous": {"description": 0.06, "think": 0.06, "rethink": 0.08, "answer": 0.8},
-    "visual_fusion": {"think": 0.1, "visual": 0.1, "answer": 0.8},
-    "no_accuracy": {"description": 0.3, "think": 0.3, "rethink": 0.3, "answer": 0.1},
-    "vision_sr1": {"accuracy": 0.9, "format": 0.1, "blind": 1.0},
-}
-COMPONENTS = tuple(dict.fromkeys(name for weights in DESIGNS.values() for name in weights))
-
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class ConfigError(ValueError):
-    """A setting that can't be used; the message names it and says what would do."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+from vogue.presets import COMPONENTS, DESIGNS, METHODS, with_method
+from vogue.settings import Count, NonNegative, Positive, Section, Share, check, read_settings
 
 
 class ModelConfig(Section):
@@ -461,30 +399,7 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
     Raises `ConfigError` with one line per wrong setting.
     """
     values = read_settings(path, overrides)
-    return check(Config, _apply_method({"model": {}, "data": {}} | values), "vogue train")
-
-
-def read_settings(path: str | Path | None, overrides: list[str]) -> dict[str, Any]:
-    """A YAML file's settings (optional) under `key=value` overrides, unchecked; raises `ConfigError`."""
-    try:
-        parts = [OmegaConf.load(path)] if path else []
-        merged = OmegaConf.merge(*parts, OmegaConf.from_dotlist(overrides))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except FileNotFoundError:
-        raise ConfigError(f"configuration file {path} does not exist") from None
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path or 'overrides'}: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected settings, found a {type(values).__name__}")
-    return values
-
-
-def check(model: type[Section], values: dict[str, Any], command: str) -> Section:
-    """`values` as a `model`; raises `ConfigError` with one line per wrong setting of `command`."""
-    try:
-        return model(**values)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_sentence(item, model, command) for item in error.errors())) from None
+    return check(Config, with_method({"model": {}, "data": {}} | values), "vogue train")
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -504,33 +419,3 @@ def flatten(config: Config) -> dict[str, Any]:
             else {name: section}
         ).items()
     }
-
-
-def _apply_method(values: dict[str, Any]) -> dict[str, Any]:
-    """Fill in what `method` fixes and where it starts; refuse a setting that contradicts it."""
-    method = values.get("method", "vogue")
-    for key, value in (STARTS.get(method, {}) | METHODS.get(method, {})).items():
-        section, name = key.split(".")
-        if not isinstance(values.setdefault(section, {}), dict):
-            continue  # not a section, as the check of all settings will say
-        given = values[section].setdefault(name, value)
-        if given != value and key in METHODS[method]:
-            raise ConfigError(f"method={method} fixes {key}={value}, but it is set to {given}")
-    return values
-
-
-def _sentence(item: dict[str, Any], model: type[Section], command: str) -> str:
-    key = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "missing":
-        return f"{key} is not set: {_description(item['loc'], model)}"
-    if item["type"] == "extra_forbidden":
-        return f"unknown setting {key}; `{command} --help` lists them all"
-    if item["type"] == "value_error":
-        return item["msg"].removeprefix("Value error, ")
-    return f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
-
-
-def _description(location: tuple, model: Any) -> str:
-    for name in location[:-1]:
-        model = model.model_fields[name].annotation
-    return model.model_fields[location[-1]].description

@@ -1,0 +1,74 @@
+"""Presets: what `method` fixes or starts from, and the components and weights of `reward.design`."""
+
+from typing import Any
+
+# What each method is, next to VOGUE's defaults (papers.md's symbols in the field descriptions below).
+GRPO: dict[str, Any] = {
+    "branch.probability": 0.0,
+    "rollout.noisy_share": 0.0,
+    "guidance.alpha_out": 0.0,
+    "guidance.alpha_per": 0.0,
+    "advantage.kind": "group",
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "vogue": {"rollout.noisy_share": 0.0},
+    "grpo": GRPO,
+    "dapo": GRPO | {"loss.clip_low": 0.2, "loss.clip_high": 0.28, "loss.aggregation": "token-mean"},
+    "noisy_rollout": {name: value for name, value in GRPO.items() if name != "rollout.noisy_share"},
+    "entropy": {name: value for name, value in GRPO.items() if name != "guidance.alpha_out"},
+    "passk": GRPO | {"advantage.kind": "passk"},
+    "dupl": {
+        "branch.rollout": "raw",
+        "branch.granularity": "step",
+        "rollout.noisy_share": 0.0,
+        "uncertainty.estimator": "sampled",
+        "uncertainty.entropy": "drawn",
+        "guidance.order": "sequential",
+        "loss.clip_dual": 3.0,
+        "loss.aggregation": "token-mean",
+    },
+}
+
+# Where a method starts from other defaults; these may be set to something else. DAPO's buffer is the paper's 4,096 of
+# 20,480 tokens; its limit of rounds is ours (the paper has none). NoisyRollout's half is the paper's 6 + 6 completions,
+# and its strength has halved at step 40 of the 60 that the paper trains on Geometry3K. DUPL, the name of VOGUE's
+# official code, adds little noise to much else, and leaves its clipping to EasyR1's defaults.
+STARTS: dict[str, dict[str, Any]] = {
+    "dapo": {"rollout.rounds": 4, "reward.overlong_buffer": 0.2},
+    "noisy_rollout": {"rollout.noisy_share": 0.5, "perturb.anneal_at": 2 / 3},
+    "dupl": {"perturb.preset": "paper", "perturb.sigma": 0.2, "loss.clip_high": 0.3},
+}
+
+# What each reward design adds up, and with which weights. VOGUE's; the six of arXiv 2601.00215, whose weights are known
+# from a secondary source; Vision-SR1's (arXiv 2508.19652), as in its code. A weight of 0: asked for, not rewarded.
+DESIGNS: dict[str, dict[str, float]] = {
+    "verifiable": {"accuracy": 0.9, "format": 0.1},
+    "vanilla": {"think": 0.1, "answer": 0.9},
+    "only_accuracy": {"think": 0.0, "answer": 1.0},
+    "mixture": {"description": 0.06, "think": 0.06, "rethink": 0.08, "answer": 0.8},
+    "continuous": {"description": 0.06, "think": 0.06, "rethink": 0.08, "answer": 0.8},
+    "visual_fusion": {"think": 0.1, "visual": 0.1, "answer": 0.8},
+    "no_accuracy": {"description": 0.3, "think": 0.3, "rethink": 0.3, "answer": 0.1},
+    "vision_sr1": {"accuracy": 0.9, "format": 0.1, "blind": 1.0},
+}
+COMPONENTS = tuple(dict.fromkeys(name for weights in DESIGNS.values() for name in weights))
+
+
+class ConfigError(ValueError):
+    """A setting that can't be used; the message names it and says what would do."""
+
+
+def with_method(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings by section, filled in with what their `method` fixes and where it starts.
+
+    Raises `ConfigError` for a setting that contradicts the method.
+    """
+    method = values.get("method", "vogue")
+    for key, value in (STARTS.get(method, {}) | METHODS.get(method, {})).items():
+        section, name = key.split(".")
+        if not isinstance(values.setdefault(section, {}), dict):
+            continue  # not a section, as the check of all settings will say
+        given = values[section].setdefault(name, value)
+        if given != value and key in METHODS[method]:
+            raise ConfigError(f"method={method} fixes {key}={value}, but it is set to {given}")
+    return values
