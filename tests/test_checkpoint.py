@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vogue.config import ConfigError
 from vogue.model import checkpoint
 from vogue.model.checkpoint import complete, latest
+from vogue.settings import ConfigError
 
 
 def write(root, name, step, ranks=1):

@@ -5,8 +5,9 @@ import pytest
 import yaml
 
 from vogue.arguments import fields
-from vogue.config import Config, ConfigError, load_config, save_config
+from vogue.config import Config, load_config, save_config
 from vogue.presets import METHODS, STARTS
+from vogue.settings import ConfigError
 
 NEEDED = ["model.path=some/model", "data.train=train.parquet"]
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vogue.config import ConfigError
 from vogue.data import DataError
 from vogue.groups import sample_order
+from vogue.settings import ConfigError
 from vogue.trainer import _check_split
 
 # ------------------------------------------------------------------------------------------------- loading ahead

@@ -5,7 +5,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vogue import logs
-from vogue.config import ConfigError, load_config
+from vogue.config import load_config
+from vogue.settings import ConfigError
 
 EVALUATION = {"pass@1": [0.5, 0.4, 0.6], "pass@2": [0.75, 0.7, 0.8], "pass@4": [1.0, 1.0, 1.0]}
 EVALUATION |= {"n": 4, "right": [3, 1], "distinct": [2, 4]}

@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vogue.config import ConfigError, load_config
+from vogue.config import load_config
 from vogue.data import DataError, Sample, prompts, write_parquet
 from vogue.data.digits import SYSTEM_PROMPT, digit_pairs
 from vogue.data.prompts import with_view
 from vogue.data.puzzles import KINDS, SMALLEST, puzzle_samples
 from vogue.inputs import Preprocessor, load_processor
 from vogue.rewards.designs import score
+from vogue.settings import ConfigError
 from vogue.tiny import SPECIAL_TOKENS
 from vogue.warmstart import Examples, demonstrate, demonstration_loss, warmstart, warmstart_on
 

@@ -15,7 +15,8 @@ try:
     from rich.table import Table
 
     from vogue.arguments import WARMSTART, WARMSTART_DATA, WARMSTART_DIGITS, parse
-    from vogue.config import Config, ConfigError, load_config
+    from vogue.config import Config, load_config
+    from vogue.settings import ConfigError
     from vogue.stopping import STOPPED
 except ImportError as missing:  # only `vogue_kernels` was installed
     sys.exit(f"vogue: {missing.name} isn't installed: pip install 'vogue[cpu]' or 'vogue[gpu]' for training")

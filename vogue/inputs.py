@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, ProcessorMixin
 
-from vogue.config import ConfigError
 from vogue.data import DataError, Sample
 from vogue.data.prompts import chat_messages
 from vogue.families import family_of_processor
+from vogue.settings import ConfigError
 
 RAW, NOISY = "raw", "noisy"  # names of views: x and T(x)
 

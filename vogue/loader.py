@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from threadpoolctl import threadpool_limits
 
-from vogue.config import Config, ConfigError
+from vogue.config import Config
 from vogue.data import DataError, Sample
 from vogue.inputs import NOISY, RAW, Preprocessor, Prompt, View
 from vogue.method import branch
 from vogue.method.perturb import annealed, perturb
 from vogue.seeds import Purpose, rng_for, seed_for
+from vogue.settings import ConfigError
 from vogue.state import RunState
 
 NOISY_COST = 4 / 3  # of training on a group with z = 1, in that of another one: it adds a forward without gradient

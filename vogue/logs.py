@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from vogue.config import Config, ConfigError, flatten, load_config, save_config
+from vogue.config import Config, flatten, load_config, save_config
 from vogue.evaluate import headline
 from vogue.records import FOLDER
+from vogue.settings import ConfigError
 
 SHOWN = {"reward": "reward", "accuracy": "acc", "entropy": "H", "u_per": "u_per", "throughput/rollout": "tok/s"}
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from vogue.settings import ConfigError
+
 # What each method is, next to VOGUE's defaults (papers.md's symbols in the field descriptions below).
 GRPO: dict[str, Any] = {
     "branch.probability": 0.0,
@@ -52,10 +54,6 @@ DESIGNS: dict[str, dict[str, float]] = {
     "vision_sr1": {"accuracy": 0.9, "format": 0.1, "blind": 1.0},
 }
 COMPONENTS = tuple(dict.fromkeys(name for weights in DESIGNS.values() for name in weights))
-
-
-class ConfigError(ValueError):
-    """A setting that can't be used; the message names it and says what would do."""
 
 
 def with_method(values: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vogue import distributed, logs
-from vogue.config import Config, ConfigError
+from vogue.config import Config
 from vogue.data import Sample, load_samples
 from vogue.data.prompts import system_prompt
 from vogue.evaluate import headline, record
@@ -22,6 +22,7 @@ from vogue.records import records
 from vogue.report import plot_curves
 from vogue.rewards import check_function
 from vogue.run_folder import read_rows
+from vogue.settings import ConfigError
 from vogue.stopping import STOPPED, Stop
 from vogue.trainer import Trainer
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vogue.config import ConfigError
+from vogue.settings import ConfigError
 
 PHASES = ("data", "rollout", "reward", "train", "sync")  # of a step, one after the other
 TRAIN_PHASES = ("pack", "old", "forward", "backward", "update")  # within "train"

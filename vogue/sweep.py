@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vogue import compare, doctor, logs
-from vogue.config import Config, ConfigError, load_config
+from vogue.config import Config, load_config
 from vogue.model.checkpoint import complete
 from vogue.run_folder import read_rows
-from vogue.settings import Count, Section, check, read_settings
+from vogue.settings import ConfigError, Count, Section, check, read_settings
 from vogue.stopping import STOPPED
 
 OWN = ("seed", "trainer.output_dir")  # settings that the sweep gives each run

@@ -24,7 +24,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from vogue.config import ConfigError
 from vogue.data import DataError, Sample, load_samples
 from vogue.data.digits import QUESTIONS, DigitPair, digit_pairs
 from vogue.data.digits import SYSTEM_PROMPT as DIGITS_SYSTEM_PROMPT
@@ -32,6 +31,7 @@ from vogue.data.prompts import SYSTEM_PROMPT, with_view
 from vogue.data.samples import PLACEHOLDER
 from vogue.inputs import Preprocessor, Prompt, View
 from vogue.seeds import Purpose, rng_for, seed_for
+from vogue.settings import ConfigError
 from vogue.tiny import build_model, build_processor
 from vogue_kernels import linear_logprob
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vogue.config import ConfigError
+from vogue.settings import ConfigError
 from vogue.state import RunState
 
 STATE = "state.json"

@@ -18,10 +18,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
-from vogue.config import ConfigError
 from vogue.estimates import Estimate
 from vogue.report import figures
 from vogue.report.runs import Method, Run, differing, group_methods, read_runs
+from vogue.settings import ConfigError
 
 HERE = Path(__file__).parent
 PNGS = ("learning_curves", "pass_at_k", "exploration")  # sections that are also written as PNGs
