@@ -97,7 +97,7 @@ def vogue_trainer(folder: Path, task: Task, *overrides: str):
 
 
 def given_groups(trainer, task: Task) -> list:
-    """Groups of this step's prompts with given completions, of the branch that the draw asks for."""
+    """Groups of this step's prompts with given completions, of the view that the draw asks for."""
     from vogue.groups import Group
     from vogue.rollout import Completion
 
@@ -106,8 +106,8 @@ def given_groups(trainer, task: Task) -> list:
         tokens = completions_of(task, item.number)
         made = tuple(Completion(tuple(ids), (-5.0,) * len(ids), "", False) for ids in tokens)
         advantages = tuple((-1.0) ** i for i in range(task.n))
-        noisy = item.draws[0]
-        view, kept, paid = "noisy" if noisy else "raw", (True,) * task.n, (noisy,) * task.n
+        drawn = trainer.config.branch.rollout == "drawn" and item.draws[0]
+        view, kept, paid = "noisy" if drawn else "raw", (True,) * task.n, (item.draws[0],) * task.n
         group = Group(item=item, view=view, completions=made, sources=(view,) * task.n, kept=kept, paid=paid)
         groups.append(replace(group, advantages=advantages))
     return groups

@@ -50,7 +50,7 @@ def training_part(task: Task, repeats: int, folder: Path) -> dict:
     workers = {
         "TRL": (trl_step, folder, task, "train"),
         "GRPO": (vogue_update, folder, task, "method=grpo"),
-        "VOGUE, all groups noisy": (vogue_update, folder, task, "branch.probability=1"),
+        "VOGUE, z = 1 in all groups": (vogue_update, folder, task, "branch.probability=1"),
     }
     with contestants(**workers) as ready:
         found = alternate(repeats, ready)
@@ -79,7 +79,14 @@ def whole_step(task: Task, repeats: int, folder: Path) -> dict:
         "TRL": (trl_step, folder, task, "whole"),
         "GRPO": (vogue_step, folder, task, schedule, "method=grpo"),
         "VOGUE": (vogue_step, folder, task, schedule),
-        "VOGUE, granularity response": (vogue_step, folder, task, schedule, "branch.granularity=response"),
+        "VOGUE, granularity response": (
+            vogue_step,
+            folder,
+            task,
+            schedule,
+            "branch.rollout=drawn",
+            "branch.granularity=response",
+        ),
         "GRPO, vLLM": (vogue_step, folder, task, schedule, "method=grpo", vllm),
         "VOGUE, vLLM": (vogue_step, folder, task, schedule, vllm),
     }

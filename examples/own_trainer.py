@@ -3,9 +3,11 @@ r"""VOGUE in a training loop of your own: transformers' model and `generate`, `v
     python examples/own_trainer.py runs/demo/base runs/demo/data/train.parquet \
         --system 'Think in <think></think>, then answer in \boxed{}.'
 
-(`make demo` makes that model and data.) This is all that VOGUE needs of a trainer: completions of the raw or the noisy
-image, the hidden states that predict their tokens, on both images for noisy ones, and their advantages. It is meant to
-be read: an image and its prompt are computed anew for each completion, and one group after the other.
+(`make demo` makes that model and data.) This is all that VOGUE needs of a trainer: completions, their advantages, and
+the hidden states that predict their tokens, on the image that they were generated from and, where the draw says so, on
+the other one too. `--rollout raw` generates everything from the raw image, as the authors' code does; `drawn` from the
+noisy one where it is drawn, as the paper's Algorithm 1 does. It is meant to be read: an image and its prompt are
+computed anew for each completion, and one group after the other.
 """
 
 import argparse
@@ -91,6 +93,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=8, help="completions a prompt (default 8)")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--rollout", choices=["raw", "drawn"], default="raw", help="image that is seen (default raw)")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
@@ -100,14 +103,16 @@ def main() -> None:
     bias[media] = BAN  # the distribution that is trained is the one that is sampled from
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr)
     rows = parquet.read_table(arguments.data).to_pylist()
-    loss_function = VogueLoss()
+    loss_function = VogueLoss(rollout=arguments.rollout)
     for step in range(arguments.steps):
         accuracy, u_per = 0.0, []
         for row in dice.sample(rows, arguments.prompts):
             images = [Image.open(io.BytesIO(image["bytes"])).convert("RGB") for image in row["images"]]
-            noisy = dice.random() < 1 - step / arguments.steps  # early mostly noisy, late mostly raw
-            raw = as_inputs(processor, row, images, arguments.system)
-            seen = as_inputs(processor, row, list(map(perturb, images)), arguments.system) if noisy else raw
+            z = dice.random() < 1 - step / arguments.steps  # early mostly 1, late mostly 0
+            seen = as_inputs(processor, row, images, arguments.system)
+            other = as_inputs(processor, row, list(map(perturb, images)), arguments.system) if z else None
+            if z and arguments.rollout == "drawn":
+                seen, other = other, seen
 
             tokens, targets = sample(model, seen, media, arguments.n, arguments.max_tokens)
             texts = processor.batch_decode(tokens, skip_special_tokens=True)
@@ -115,23 +120,23 @@ def main() -> None:
             advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
 
             with torch.no_grad():
-                other = hidden_states(model, raw, tokens) if noisy else None
+                hidden_other = hidden_states(model, other, tokens) if z else None
             loss, metrics = loss_function(
                 hidden_states(model, seen, tokens),
                 model.lm_head.weight,
                 targets.flatten(),
                 advantages.repeat_interleave(tokens.shape[1]),
-                hidden_other=other,
-                noisy=noisy,
+                hidden_other=hidden_other,
+                noisy=z,
                 bias=bias,
             )
             (loss / arguments.prompts).backward()
             accuracy += rewards.mean().item() / arguments.prompts
-            u_per += [metrics["u_per"].item()] if noisy else []
+            u_per += [metrics["u_per"].item()] if z else []
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        ambiguity = f"{sum(u_per) / len(u_per):.4f} nats in {len(u_per)} noisy groups" if u_per else "no noisy group"
+        ambiguity = f"{sum(u_per) / len(u_per):.4f} nats in {len(u_per)} groups" if u_per else "not drawn"
         print(f"step {step + 1}: accuracy {accuracy:.2f}, u_per {ambiguity}", flush=True)
 
 

@@ -104,6 +104,7 @@ def settings(model_folder, digits_folder, tmp_path):
         f"data.test={digits_folder}/test.parquet",
         "data.system_prompt=Think.",
         "data.max_prompt_tokens=128",
+        "branch.rollout=drawn",
         "rollout.engine=hf",
         "rollout.prompts=4",
         "rollout.n=2",

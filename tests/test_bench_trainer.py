@@ -20,7 +20,7 @@ def bench(monkeypatch):
 def test_the_quick_training_row_times_both_trainers_and_writes_what_it_found(bench, tmp_path, capsys):
     results = bench.main(["--quick", "--only", "train-digits", "--out", str(tmp_path)])
     row = results["train-digits"]
-    assert row["seconds"].keys() == {"TRL", "GRPO", "VOGUE, all groups noisy"}
+    assert row["seconds"].keys() == {"TRL", "GRPO", "VOGUE, z = 1 in all groups"}
     assert all(seconds > 0 for seconds in row["seconds"].values())
     assert row["TRL / GRPO"] == row["seconds"]["TRL"] / row["seconds"]["GRPO"]
     assert "--quick --only train-digits" in capsys.readouterr().out

@@ -51,7 +51,7 @@ def load(*overrides, path=None):
         ("trainer.eval_temperature=0", "trainer.eval_samples=4 completions would be alike with"),
         ("loss.clip_dual=1", "loss.clip_dual=1: input should be greater than 1"),
         ("guidance.sign_transition=[0.6,0.2]", "guidance.sign_transition=[0.6, 0.2] ends before it begins"),
-        ("branch.rollout=noisy", "branch.rollout='noisy': input should be 'drawn' or 'raw'"),
+        ("branch.rollout=noisy", "branch.rollout='noisy': input should be 'raw' or 'drawn'"),
     ],
 )
 def test_a_wrong_setting_is_told_by_key_and_value_in_one_line(override, told):

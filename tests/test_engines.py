@@ -1,17 +1,14 @@
 """The real engines together: vLLM and transformers against the policy, DeepSpeed's ranks against one."""
 
 import json
-import os
 import runpy
-import socket
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from ranks import launch
 from safetensors.torch import load_file
 from steps import batches_of, generated
 from transformers import AutoModelForImageTextToText
@@ -41,6 +38,7 @@ def base_settings(model_folder, data, folder):
         "rollout.n=4",
         "rollout.max_tokens=12",
         "rollout.kv_cache_gb=0.1",
+        "branch.rollout=drawn",
         "branch.probability=0.5",
         "perturb.sigma=0.8",
         f"trainer.output_dir={folder}",
@@ -204,31 +202,6 @@ def test_nothing_is_generated_for_no_prompts(trainer, engine):
 
 
 # -------------------------------------------------------------------------------------------------- several ranks
-
-
-def launcher(ranks):
-    return [str(Path(sys.executable).with_name("deepspeed")), f"--num_gpus={ranks}", f"--master_port={free_port()}"]
-
-
-def environment():
-    """This process' without what makes it the only rank of a run."""
-    ours = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    return {name: value for name, value in os.environ.items() if name not in ours}
-
-
-def launch(ranks, *command):
-    """Run a module or script on this many ranks; returns its output."""
-    command = [*launcher(ranks), *map(str, command)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr, done.stderr  # at the end of a rank, after its work
-    return done.stdout
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

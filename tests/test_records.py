@@ -18,7 +18,19 @@ from vogue.rollout import Completion
 
 PIXELS = np.random.default_rng(0)
 KEYS = (
-    *("step", "problem", "answer", "category", "completion", "branch", "reward", "accuracy", "components", "advantage"),
+    *(
+        "step",
+        "problem",
+        "answer",
+        "category",
+        "completion",
+        "branch",
+        "paid",
+        "reward",
+        "accuracy",
+        "components",
+        "advantage",
+    ),
     *("tokens", "entropy", "u_per", "image", "perturbed"),
 )
 

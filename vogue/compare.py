@@ -127,7 +127,9 @@ def notes(compared: dict) -> list[str]:
             f"two-sided sign-flip test over the seeds, which {pairs} of them can't bring below {2 / 2**pairs:.3g}, "
             "not corrected for the number of variants."
         )
-    last = f"means over the last {TAIL:.0%} of the steps, entropy and u_per of tokens trained on, u_per of noisy ones"
+    last = (
+        f"means over the last {TAIL:.0%} of the steps, entropy and u_per of tokens trained on, u_per where it is paid"
+    )
     lines.append(f"Training: {last}; seconds: the median of {' + '.join(PHASES)}; ± the standard deviation over seeds.")
     return lines
 

@@ -71,8 +71,8 @@ class PerturbConfig(Section):
 class BranchConfig(Section):
     """The draw z between the raw image x and the noisy image T(x)."""
 
-    rollout: Literal["drawn", "raw"] = Field(
-        "drawn",
+    rollout: Literal["raw", "drawn"] = Field(
+        "raw",
         description="image that completions are generated from and trained on. drawn: the one that was drawn "
         "(Algorithm 1); raw: always the raw one, and the draw only decides whether g_per is paid (the authors' code)",
     )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .operator import IGNORE, linear_branch_stats, linear_logprob
 
 AGGREGATIONS = ("token-mean", "sequence-mean")
-ROLLOUTS = ("drawn", "raw")
+ROLLOUTS = ("raw", "drawn")
 ENTROPIES = ("trained", "drawn")
 ORDERS = ("parallel", "sequential")
 
@@ -164,7 +164,7 @@ class VogueLoss(nn.Module):
         divergence: str = "symmetric",
         backend: str = "auto",
         *,
-        rollout: str = "drawn",
+        rollout: str = "raw",
         entropy: str = "trained",
         clip_dual: float | None = None,
     ):

@@ -219,7 +219,7 @@ def test_vogue_loss_equals_the_equations_on_full_logits(divergence, backend):
     mask = torch.arange(10) != 7
     old = oracle.linear_logprob(hidden, weight, targets, temperature=0.9).logprob.detach() + 0.3 * torch.randn(10)
     padded_old = old.masked_fill(~mask, torch.nan)  # padding may hold anything
-    loss, metrics = VogueLoss(divergence=divergence, temperature=0.9, clip_high=0.28, backend=backend)(
+    loss, metrics = VogueLoss(divergence=divergence, rollout="drawn", temperature=0.9, clip_high=0.28, backend=backend)(
         hidden, weight, targets, advantage, old_logprob=padded_old, mask=mask, hidden_other=other, noisy=noisy
     )
 
@@ -296,7 +296,7 @@ def test_the_other_branch_is_needed_only_where_a_token_is_noisy_and_perception_c
     hidden, _, weight, targets, advantage = batch()
     VogueLoss()(hidden, weight, targets, advantage, noisy=False)
     VogueLoss(GuidanceConfig(alpha_per=0))(hidden, weight, targets, advantage, noisy=True)
-    VogueLoss(GuidanceConfig(alpha_per=0), rollout="raw")(hidden, weight, targets, advantage, noisy=True)
+    VogueLoss(GuidanceConfig(alpha_per=0), rollout="drawn")(hidden, weight, targets, advantage, noisy=True)
     with pytest.raises(ValueError, match="hidden_other"):  # whose entropy is paid
         loss = VogueLoss(GuidanceConfig(alpha_per=0), rollout="raw", entropy="drawn")
         loss(hidden, weight, targets, advantage, noisy=True)

@@ -44,7 +44,8 @@ function card(record) {
     ...(data.runs.length > 1 ? [data.runs[record.run]] : []),
     `step ${record.step}`,
     ...(record.category ? [record.category] : []),
-    `${record.branch} branch`,
+    `${record.branch} image`,
+    ...(record.paid ? ["u_per paid"] : []),
     `reward ${number(record.reward)}${parts.length ? ` (${parts.join(", ")})` : ""}`,
     `advantage ${record.advantage > 0 ? "+" : ""}${number(record.advantage).replace("-", "−")}`,
   ];
@@ -74,7 +75,7 @@ function picture(place, kind) {
 
 // One stop of the tab key; arrows go from token to token.
 function tokens(record) {
-  const missing = record.branch === "raw" ? "u_per is known on the noisy branch only" : "no u_per was logged";
+  const missing = "u_per wasn't computed: the draw didn't ask for it, or A is 0";
   const spans = record.tokens.map((text, i) => {
     const span = make("span", { tabindex: i ? -1 : 0 }, text.replaceAll("\n", "↵\n"));
     for (const signal of ["u_per", "entropy"]) if (record[signal]) span.dataset[signal] = record[signal][i];

@@ -34,9 +34,10 @@ EXPLORATION = (
     ("Distinct answers in a group", "", "distinct_answers"),
 )
 GUIDANCE = (
-    ("u_per of noisy tokens trained on", "nats", "u_per"),
+    ("u_per where it is paid", "nats", "u_per"),
     ("u_per of all tokens", "nats", "measured/u_per"),
-    ("Completions from the noisy branch", "%", "noisy_share"),
+    ("Completions from the noisy image", "%", "noisy_share"),
+    ("Completions whose u_per is paid", "%", "paid_share"),
     ("Tokens at the cap of u_per's bonus", "%", "per_capped"),
     ("Tokens at the cap of u_out's bonus", "%", "out_capped"),
     ("Tokens with a clipped ratio", "%", "clip_fraction"),

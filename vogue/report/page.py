@@ -183,7 +183,7 @@ def _browser(runs: list[Run], shown: list[tuple[int, dict[str, Any]]]) -> dict[s
     for number, record in shown:
         folder = runs[number].folder
         records.append(
-            {name: record.get(name) for name in ("step", "answer", "category", "branch", "reward", "accuracy")}
+            {name: record.get(name) for name in ("step", "answer", "category", "branch", "paid", "reward", "accuracy")}
             | {name: record.get(name) for name in ("components", "advantage", "tokens", "completion")}
             | {name: _rounded(record.get(name)) for name in ("entropy", "u_per")}
             | {"run": number, "problem": record["problem"].replace("<image>", "").strip()}

@@ -1,0 +1,32 @@
+"""How tests start a module or a script on several ranks, by DeepSpeed's launcher."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+
+def launcher(ranks):
+    return [str(Path(sys.executable).with_name("deepspeed")), f"--num_gpus={ranks}", f"--master_port={free_port()}"]
+
+
+def environment():
+    """This process' own, without what makes it the only rank of a run."""
+    ours = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
+def launch(ranks, *command):
+    """Run a module or script on this many ranks; returns its output."""
+    command = [*launcher(ranks), *map(str, command)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr  # at the end of a rank, after its work
+    return done.stdout
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,100 @@
+"""What a run remembers beside its weights: a stopped and resumed run equals a straight one, on one rank and on two."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from ranks import environment, launch
+
+from vogue.state import RunState
+
+
+def test_the_loader_sees_what_had_happened_when_it_was_settled(tmp_path):
+    state = RunState()
+    state.current["rates"] = {"a": torch.ones(2)}
+    state.settle()
+    state.current["rates"]["a"] += 1
+    assert state.settled["rates"]["a"].tolist() == [1, 1]
+    state.save(tmp_path / "state.pt")
+    again = RunState()
+    again.load(tmp_path / "state.pt")
+    assert again.settled["rates"]["a"].tolist() == [1, 1]
+    assert again.current["rates"]["a"].tolist() == [2, 2]
+
+
+def test_a_file_that_holds_more_than_values_is_refused(tmp_path):
+    torch.save({"current": subprocess.Popen, "settled": {}}, tmp_path / "state.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        RunState().load(tmp_path / "state.pt")
+
+
+# A toy user of the state: how often each rank's prompts were solved so far decides which sample comes next.
+TOY = """
+import sys
+from vogue.cli import main
+from vogue.distributed import leave
+from vogue.loader import Loader
+from vogue.trainer import Trainer
+
+own_items, own_update = Loader.items, Trainer.update
+
+def items(self, step, number=0):
+    self.offset = self.state.settled.get("right", 0)  # read in the background, while the step before is trained
+    samples, self.samples = self.samples, self.samples[self.offset % 7:] + self.samples[:self.offset % 7]
+    found = own_items(self, step, number)
+    self.samples = samples
+    return found
+
+def update(self, groups, means, clock):
+    for group in groups:
+        right = sum(score.reward > 0 for score in group.scores) + len(group.completions[0].token_ids)
+        self.state.current["right"] = self.state.current.get("right", 0) + right
+    traces = own_update(self, groups, means, clock)
+    means.add("remembered", self.state.current["right"])
+    return traces
+
+Loader.items, Trainer.update = items, update
+leave(main(["train", *[text for text in sys.argv[1:] if not text.startswith("--local_rank")]]))
+"""
+CURVES = ("remembered", "reward", "loss", "grad_norm", "entropy", "tokens")
+
+
+@pytest.fixture(scope="module")
+def straight_and_resumed(tmp_path_factory, model_folder, digits_folder):
+    """A function: metrics of four steps in one go, and of two and two, on so many ranks."""
+    folder = tmp_path_factory.mktemp("state")
+    script = folder / "toy.py"
+    script.write_text(TOY)
+
+    def run(ranks, name, *settings):
+        given = [
+            *(f"model.path={model_folder}", "model.dtype=float32", f"data.train={digits_folder}/train.parquet"),
+            *("data.system_prompt=Think.", "data.max_prompt_tokens=128", "rollout.engine=hf", "rollout.prompts=4"),
+            *("rollout.n=4", "rollout.max_tokens=12", "branch.probability=0.5"),
+            *("optimizer.lr=1e-3", f"trainer.output_dir={folder / name}"),
+        ]
+        if ranks == 1:
+            subprocess.run([sys.executable, script, *given, *settings], env=environment(), check=True)
+        else:
+            launch(ranks, script, *given, *settings)
+        return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+    def both(ranks):
+        straight = run(ranks, f"straight{ranks}", "trainer.steps=4")
+        run(ranks, f"resumed{ranks}", "trainer.steps=2")
+        return straight, run(ranks, f"resumed{ranks}", "trainer.steps=4", "--resume")
+
+    return both
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_goes_on_with_what_it_remembered_while_its_loader_works_ahead(straight_and_resumed, ranks):
+    straight, resumed = straight_and_resumed(ranks)
+    assert [row["step"] for row in resumed] == [0, 1, 2, 3]
+    assert len({row["remembered"] for row in straight}) == 4
+    for a, b in zip(straight, resumed, strict=True):
+        assert {name: b[name] for name in CURVES} == pytest.approx({name: a[name] for name in CURVES}, rel=1e-6)
