@@ -298,7 +298,7 @@ def _settings_help() -> str:
         if default is None or default is PydanticUndefined:
             default = "unset" if default is None else "required"
         lines.append(f"  {key} [{default}]")
-        lines += textwrap.wrap(field.description, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += textwrap.wrap(field.description or "", HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 

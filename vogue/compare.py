@@ -7,6 +7,7 @@ intervals and p are computed. Differences are paired seed by seed and problem by
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -58,9 +59,10 @@ def compare(outcomes: dict[str, dict[int, Outcome]]) -> dict:
     first, *_ = outcomes.values()
     some = next(runs for runs in outcomes.values() if runs)
     ks = [k for k in PASS_AT if k <= next(iter(some.values())).n]
-    variants = {}
+    variants: dict[str, dict[str, Any]] = {}
     for name, runs in outcomes.items():
-        row = variants[name] = {"seeds": list(runs)}
+        row: dict[str, Any] = {"seeds": list(runs)}
+        variants[name] = row
         if not runs:
             continue
         row["held_out"] = {f"pass@{k}": _interval(_solved(runs, runs, k, "after")) for k in ks}

@@ -6,6 +6,9 @@ it fixes the settings that make it what it is (`vogue.presets`), and contradicti
 method.
 """
 
+# pydantic's defaults stand first in Field, where pyright doesn't look for them; a Literal may be of a table's keys.
+# pyright: reportCallIssue=false, reportInvalidTypeForm=false
+
 from pathlib import Path
 from typing import Annotated, Any, Literal
 

@@ -53,7 +53,8 @@ def _keep_freed_memory() -> None:
     allocator = ctypes.CDLL(None)
     if hasattr(allocator, "mallopt"):
         allocator.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        allocator.mallopt(M_MMAP_THRESHOLD, 2**30) or allocator.mallopt(M_MMAP_THRESHOLD, 2**25)  # before glibc 2.35
+        if not allocator.mallopt(M_MMAP_THRESHOLD, 2**30):
+            allocator.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most before glibc 2.35
 
 
 def _end() -> None:

@@ -108,7 +108,7 @@ def nvidia_gpus() -> Finding:
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        gib = [pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30 for handle in handles]
+        gib = [int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) / 2**30 for handle in handles]
         return Finding([f"{pynvml.nvmlDeviceGetName(h)}, {g:.0f} GiB" for h, g in zip(handles, gib, strict=True)])
     except pynvml.NVMLError as error:
         return Finding([], str(error))
@@ -148,7 +148,7 @@ def verdict(findings: dict[str, Finding], extra: str) -> tuple[int, list[str]]:
     needed = ["torch", "kernels", "deepspeed"]
     if findings["vllm"].reason and findings["hf"].reason:
         needed.append("vllm")
-    broken = {name: findings[name].reason for name in needed if findings[name].reason}
+    broken = {name: reason for name in needed if (reason := findings[name].reason)}
     if broken:
         lines = ["A training can't run here:"]
         for name, reason in broken.items():

@@ -7,6 +7,7 @@ resizes to squares, cuts a single image of a prompt into several, and counts its
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -23,8 +24,8 @@ class Family:
     patches: bool  # pixel_values are (patches, D) of all images; else (images, tiles, 3, height, width)
     grid_positions: bool  # positions (3, B, L) in time, height and width, by token types; else (B, L), counted
 
-    def image_tokens(self, processor: ProcessorMixin, images: Sequence[Image.Image]) -> list[int]:
-        """Tokens that each of a prompt's images takes."""
+    def image_tokens(self, processor: Any, images: Sequence[Image.Image]) -> list[int]:
+        """Tokens that each of a prompt's images takes, by a family's own processor."""
         if not self.patches and len(images) > 1:  # each is one whole square, and a line end
             return [processor.num_image_tokens + 1] * len(images)
         sizes = [(image.height, image.width) for image in images]

@@ -7,6 +7,7 @@ ids and differ in a `View` alone.
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -52,11 +53,11 @@ class Preprocessor:
     """
 
     def __init__(self, processor: ProcessorMixin, system_prompt: str, max_prompt_tokens: int):
-        self.processor = processor
-        self.tokenizer = processor.tokenizer
+        self.processor: Any = processor  # has more than transformers' types say
+        self.tokenizer = self.processor.tokenizer
         self.system_prompt = system_prompt
         self.max_prompt_tokens = max_prompt_tokens
-        self.image_token_id = processor.image_token_id
+        self.image_token_id: int = self.processor.image_token_id
         self.family = family_of_processor(processor)
 
     def check(self, samples: Iterable[Sample]) -> list[int]:

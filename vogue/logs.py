@@ -121,7 +121,7 @@ class RunLog:
 
 def _wandb(config: Config):
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError("trainer.wandb is set, but wandb isn't installed: pip install wandb") from None
     return wandb.init(project=config.trainer.wandb, config=config.model_dump(mode="json"))

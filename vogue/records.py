@@ -56,7 +56,7 @@ def pieces(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list
     """
     texts, start = [], 0
     for end in range(1, len(token_ids) + 1):
-        text = tokenizer.decode(token_ids[start:end], skip_special_tokens=True)
+        text = str(tokenizer.decode(list(token_ids[start:end]), skip_special_tokens=True))
         if text.endswith("\ufffd") and end - start < LONGEST and end < len(token_ids):
             texts.append("")
         else:

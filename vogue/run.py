@@ -128,8 +128,9 @@ def _samples(config: Config) -> tuple[list[Sample], list[Sample]]:
     if config.data.train is None:
         raise ConfigError("data.train is not set: the samples to train on")
     samples = load_samples(config.data.train, config.data.limit)
-    held_out = load_samples(config.data.test, config.data.test_limit) if config.trainer.eval_every else []
-    return samples, held_out
+    if not (config.trainer.eval_every and config.data.test):
+        return samples, []
+    return samples, load_samples(config.data.test, config.data.test_limit)
 
 
 def _show(config: Config, console: Console) -> None:

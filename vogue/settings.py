@@ -1,12 +1,13 @@
 """How settings are read and refused, whatever they are: YAML under `key=value` overrides, checked by pydantic."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -22,12 +23,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+Checked = TypeVar("Checked", bound=Section)
+
+
 def read_settings(path: str | Path | None, overrides: list[str]) -> dict[str, Any]:
     """A YAML file's settings (optional) under `key=value` overrides, unchecked; raises `ConfigError`."""
     try:
         parts = [OmegaConf.load(path)] if path else []
         merged = OmegaConf.merge(*parts, OmegaConf.from_dotlist(overrides))
-        values = OmegaConf.to_container(merged, resolve=True)
+        values: Any = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError:
         raise ConfigError(f"configuration file {path} does not exist") from None
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
@@ -37,7 +41,7 @@ def read_settings(path: str | Path | None, overrides: list[str]) -> dict[str, An
     return values
 
 
-def check(model: type[Section], values: dict[str, Any], command: str) -> Section:
+def check(model: type[Checked], values: dict[str, Any], command: str) -> Checked:
     """`values` as a `model`; raises `ConfigError` with one line per wrong setting of `command`."""
     try:
         return model(**values)
@@ -45,7 +49,7 @@ def check(model: type[Section], values: dict[str, Any], command: str) -> Section
         raise ConfigError("\n".join(_sentence(item, model, command) for item in error.errors())) from None
 
 
-def _sentence(item: dict[str, Any], model: type[Section], command: str) -> str:
+def _sentence(item: ErrorDetails, model: type[Section], command: str) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "missing":
         return f"{key} is not set: {_description(item['loc'], model)}"

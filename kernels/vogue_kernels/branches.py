@@ -42,7 +42,7 @@ class Branch(NamedTuple):
         return self.crosses or self.g_logprob is not None or self.g_entropy is not None
 
     def select(self, index) -> "Branch":
-        return Branch(*(field if field is None else field[index] for field in self))
+        return Branch(*(field if field is None else field[index] for field in self))  # pyright: ignore[reportArgumentType]
 
 
 def one_branch(grads, hidden, saved, temperature) -> list[Branch]:
@@ -51,7 +51,8 @@ def one_branch(grads, hidden, saved, temperature) -> list[Branch]:
     grads: gradients that arrive at (logprob, entropy), each (N,) or None. saved: (entropy, maximum, logsum).
     """
     entropy, maximum, logsum = saved
-    return [Branch(hidden, maximum, logsum, entropy, None, *_over(grads, temperature), None, None)]
+    g_logprob, g_entropy = _over(grads, temperature)
+    return [Branch(hidden, maximum, logsum, entropy, None, g_logprob, g_entropy, None, None)]
 
 
 def two_branches(grads, hidden_raw, hidden_noisy, saved, temperature) -> list[Branch]:
@@ -74,7 +75,7 @@ def two_branches(grads, hidden_raw, hidden_noisy, saved, temperature) -> list[Br
     ]
 
 
-def _over(grads, temperature):
+def _over(grads, temperature) -> list[Tensor | None]:
     """Divide gradients by the temperature; doing it to the (N,) ones saves a pass over every tile."""
     return [None if grad is None else grad / temperature for grad in grads]
 

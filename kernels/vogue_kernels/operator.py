@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,7 +153,7 @@ def _forward(backend: str, hiddens: list[Tensor], weight, targets, bias, tempera
     return tuple(_restore(kept, result.to(compute_dtype(weight)), length) for result in results)
 
 
-def _backward(backend: str, branches: list[Branch], weight, targets, bias, temperature, needs) -> list[Tensor]:
+def _backward(backend: str, branches: list[Branch], weight, targets, bias, temperature, needs) -> list[Any]:
     """The gradients of hidden states, weight and bias that are needed, in this order."""
     *needs_hidden, needs_weight, needs_bias = needs
     kept, length = _kept(targets), len(targets)
@@ -203,7 +203,9 @@ def _check_shapes(hiddens: dict[str, Tensor], weight: Tensor, targets: Tensor, b
         raise ValueError(f"targets must be (N,), got {tuple(targets.shape)}")
     if targets.dtype != torch.int64:
         raise TypeError(f"targets must be int64, got {targets.dtype}")
-    expected = {name: (hidden, (len(targets), weight.shape[1])) for name, hidden in hiddens.items()}
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        name: (hidden, (len(targets), weight.shape[1])) for name, hidden in hiddens.items()
+    }
     if bias is not None:
         expected["bias"] = (bias, (len(weight),))
     for name, (tensor, shape) in expected.items():
@@ -242,7 +244,7 @@ def _empty_rows(weight: Tensor, length: int, count: int) -> tuple[Tensor, ...]:
 
 def _empty_gradients(needs: Sequence[bool], inputs: Sequence[Tensor | None]) -> list[Tensor]:
     """Empty gradients of the inputs that need one; an operator can't return None for the others."""
-    return [torch.empty_like(x) for need, x in zip(needs, inputs, strict=True) if need]
+    return [torch.empty_like(x) for need, x in zip(needs, inputs, strict=True) if need and x is not None]
 
 
 def _spread(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor | None]:
@@ -257,7 +259,7 @@ def _linear_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
     _check_targets(targets, len(weight))
-    return _forward(backend, [hidden], weight, targets, bias, temperature)
+    return _forward(backend, [hidden], weight, targets, bias, temperature)  # pyright: ignore[reportReturnType]
 
 
 @_linear_logprob.register_fake
@@ -321,7 +323,8 @@ def _linear_branch_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_shapes({"hidden_raw": hidden_raw, "hidden_noisy": hidden_noisy}, weight, targets, bias, temperature)
     _check_targets(targets, len(weight))
-    return _forward(backend, [hidden_raw, hidden_noisy], weight, targets, bias, temperature)
+    results = _forward(backend, [hidden_raw, hidden_noisy], weight, targets, bias, temperature)
+    return results  # pyright: ignore[reportReturnType]
 
 
 @_linear_branch_stats.register_fake

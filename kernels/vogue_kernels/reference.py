@@ -21,6 +21,10 @@ The backward pass computes each tile of logits again. With g_r the gradient that
 and the same with p and q exchanged for b. Inputs of float64 are computed in float64, all others in float32.
 """
 
+# A gradient is None where none is needed, which `needs_...` and the branches' own fields say.
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportOptionalOperand=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+
 import torch
 from torch import Tensor
 

@@ -14,6 +14,8 @@ from vogue.benchmarks.endpoint import Extractor
 from vogue.benchmarks.extract import extract
 from vogue.rollout import Completion
 
+ParsedBy = Literal["rules", "extractor"]
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -21,7 +23,7 @@ class Answer:
 
     completion: Completion
     parsed: str | None
-    parsed_by: Literal["rules", "extractor"]
+    parsed_by: ParsedBy
     right: bool
 
 
@@ -90,5 +92,5 @@ def write_answered(answered: Sequence[Answered], path: Path) -> None:
                 file.write(json.dumps(row | {"completion": answer.completion.text} | found) + "\n")
 
 
-def _answer(benchmark: Benchmark, problem: Problem, completion: Completion, parsed: str | None, by: str) -> Answer:
+def _answer(benchmark: Benchmark, problem: Problem, completion: Completion, parsed: str | None, by: ParsedBy) -> Answer:
     return Answer(completion, parsed, by, parsed is not None and benchmark.is_right(parsed, problem.row))

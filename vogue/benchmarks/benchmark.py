@@ -63,7 +63,7 @@ class Benchmark:
     answer: Callable[[dict], str]
     form: Callable[[dict], Form]
     is_right: Callable[[str, dict], bool]
-    table: Callable[[Sequence[Problem], Right], list[Line | Share]]
+    table: Callable[[Sequence[Problem], Right], Sequence[Line | Share]]
 
     def load(self, spec: str | None, limit: int | None = None) -> list[Problem]:
         """The first `limit` problems of `spec`: folder or file in the benchmark's own schema, or hub:owner/name@split.

@@ -7,6 +7,7 @@ text or as mathematics, without the name in front of "=" and without degrees and
 """
 
 import re
+from collections.abc import Sequence
 
 from vogue.benchmarks.benchmark import Benchmark, Line, Problem, Right, by_group
 from vogue.benchmarks.extract import EXPRESSION, Form, options, plain
@@ -51,7 +52,7 @@ def _groups(problem: Problem) -> tuple[str, str]:
     return f"version: {problem.row['problem_version']}", f"subject: {problem.row['metadata']['subject']}"
 
 
-def _table(problems: list[Problem], right: Right) -> list[Line]:
+def _table(problems: Sequence[Problem], right: Right) -> list[Line]:
     return by_group(problems, right, _groups)
 
 

@@ -50,7 +50,7 @@ def _mastery(complete: Sequence[tuple[tuple[bool, ...], Right]]) -> list[Share]:
     """IK, IG, CM and RM of a problem, each averaged over its attempts."""
     shares: dict[str, list[tuple[float, float]]] = {}
     for whole, steps in complete:
-        counts = dict.fromkeys(("IK", "IG", "CM strict", "CM loose", "RM strict", "RM loose"), 0)
+        counts: dict[str, int] = dict.fromkeys(("IK", "IG", "CM strict", "CM loose", "RM strict", "RM loose"), 0)
         for solved, *known in zip(whole, *steps, strict=True):
             if not solved:
                 counts["IG" if all(known) else "IK"] += 1

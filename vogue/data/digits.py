@@ -10,6 +10,7 @@ and leaves others legible, which is what VOGUE is about.
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -150,7 +151,7 @@ def _split(split: str) -> tuple[np.ndarray, np.ndarray]:
 
     The seed is fixed: splits drawn with two seeds would overlap.
     """
-    digits = load_digits()
+    digits: Any = load_digits()  # scikit-learn's Bunch
     train, rest = train_test_split(np.arange(len(digits.target)), test_size=0.3, stratify=digits.target, random_state=0)
     validation, test = train_test_split(rest, test_size=0.5, stratify=digits.target[rest], random_state=0)
     chosen = {"train": train, "validation": validation, "test": test}[split]

@@ -19,6 +19,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from vogue.settings import ConfigError
 from vogue.state import RunState
@@ -50,7 +51,7 @@ def _gather(chunk: list[tuple[str, torch.nn.Parameter]]) -> Iterator[tuple[str, 
             yield name, parameter.detach()
 
 
-def save_hf(model: torch.nn.Module, processor, folder: Path) -> None:
+def save_hf(model: PreTrainedModel, processor, folder: Path) -> None:
     """Write a folder that `from_pretrained` and vLLM load; every rank calls, rank 0 writes."""
     state = {}
     for name, tensor in gathered_weights(model):

@@ -46,7 +46,7 @@ def _linear_of_partitioned_weights() -> None:
     rollout engine would pay that for nothing. A forward without gradient takes its arithmetic alone, so that both
     branches round alike.
     """
-    plain = torch._C._nn.linear
+    plain = torch._C._nn.linear  # pyright: ignore[reportAttributeAccessIssue]
 
     @wraps(plain)
     def linear(input, weight, bias=None):

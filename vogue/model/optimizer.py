@@ -3,6 +3,8 @@
 lr(u) = lr min(1, (u + 1) / (warmup_steps + 1))          of optimizer update u, counted from 0
 """
 
+from typing import Any
+
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -20,7 +22,7 @@ def deepspeed_settings(config: Config) -> dict:
     """
     chosen = config.trainer.deepspeed
     partitions = dist.get_world_size() > 1 or "zero_optimization" in chosen
-    own = {
+    own: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optimizer.max_grad_norm,
@@ -28,7 +30,8 @@ def deepspeed_settings(config: Config) -> dict:
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
     }
-    return OmegaConf.to_container(OmegaConf.merge(own, chosen))
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(own, chosen))
+    return merged
 
 
 def start_deepspeed(policy: Policy, config: Config) -> deepspeed.DeepSpeedEngine:
@@ -45,6 +48,9 @@ def start_deepspeed(policy: Policy, config: Config) -> deepspeed.DeepSpeedEngine
         optimizer, lambda update: min(1.0, (update + 1) / (settings.warmup_steps + 1))
     )
     engine, *_ = deepspeed.initialize(
-        model=policy, optimizer=optimizer, lr_scheduler=warmup, config=deepspeed_settings(config)
+        model=policy,
+        optimizer=optimizer,
+        lr_scheduler=warmup,  # pyright: ignore[reportArgumentType]
+        config=deepspeed_settings(config),
     )
     return engine

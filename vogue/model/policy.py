@@ -30,6 +30,8 @@ class PolicyHead(nn.Module):
     The distribution is the one that is sampled from: logits divided by `temperature`, `banned` tokens excluded.
     """
 
+    bias: Tensor
+
     def __init__(self, projection: nn.Linear, temperature: float, banned: Sequence[int]):
         super().__init__()
         self.weight = weight = projection.weight

@@ -5,7 +5,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -221,9 +223,9 @@ def _draw_panel(axis: Axes, panel: Panel) -> dict[str, Line2D]:
         x, y = [point.x for point in line.points], [point.y for point in line.points]
         banded = [point for point in line.points if point.low is not None]
         if banded:
-            low, high = [point.low for point in banded], [point.high for point in banded]
+            low, high = (np.array([getattr(point, end) for point in banded]) for end in ("low", "high"))
             axis.fill_between([point.x for point in banded], low, high, color=color, alpha=0.15, linewidth=0)
-        style = {"linestyle": "--" if line.dashed else "-", "color": color}
+        style: dict[str, Any] = {"linestyle": "--" if line.dashed else "-", "color": color}
         style |= {"linewidth": 0.8, "alpha": 0.5} if line.thin else {"linewidth": 1.8}
         marker = "o" if len(x) <= FEW_POINTS and not line.thin else ""
         (handle,) = axis.plot(x, y, marker=marker, markersize=4, **style)

@@ -89,7 +89,12 @@ def unsure_tokens(completions: Sequence[dict[str, Any]], min_count: int = MIN_CO
             for token, u_per, entropy in zip(record["tokens"], record["u_per"], entropies, strict=True):
                 seen.setdefault(token, []).append((u_per, entropy))
     rows = [
-        UnsureToken(token, len(values), _mean([u for u, _ in values]), _mean([h for _, h in values if h is not None]))
+        UnsureToken(
+            token,
+            len(values),
+            sum(u for u, _ in values) / len(values),
+            _mean([h for _, h in values if h is not None]),
+        )
         for token, values in seen.items()
         if len(values) >= min_count
     ]
@@ -160,7 +165,7 @@ def _panel(panel: figures.Panel) -> dict[str, Any]:
     return asdict(panel) | {"lines": lines}
 
 
-def _phases(methods: list[Method]) -> dict[str, list[float]]:
+def _phases(methods: list[Method]) -> dict[str, list[float | None]]:
     """Seconds of each phase, a value a method (mean of its runs), without phases that took no time."""
     each = [[figures.phase_seconds(run) for run in method.runs] for method in methods]
     means = {phase: [_mean([run[phase] for run in runs]) for runs in each] for phase in each[0][0]}
@@ -227,7 +232,7 @@ def _uri(path: Path, scale: float) -> str:
             stream = io.BytesIO()
             image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(stream, "WEBP", quality=80)
             kind, content = "WEBP", stream.getvalue()
-    return f"data:{Image.MIME[kind]};base64,{base64.b64encode(content).decode()}"
+    return f"data:{Image.MIME[str(kind)]};base64,{base64.b64encode(content).decode()}"
 
 
 def _top(values: list[list[float]]) -> float | None:

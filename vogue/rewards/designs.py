@@ -1,6 +1,6 @@
 r"""The reward designs: what a completion is asked for, and what it earns.
 
-reward = sum of weight · score over the components of `reward.design` (weights: `vogue.config.DESIGNS`)
+reward = sum of weight · score over the components of `reward.design` (weights: `vogue.presets.DESIGNS`)
 
 VOGUE (arXiv 2510.01444), `verifiable`, the default:  <think> … </think> … \boxed{answer}
     accuracy       1 for a right answer
@@ -33,7 +33,7 @@ from vogue.presets import DESIGNS
 from vogue.rewards.function import reward_function
 from vogue.rewards.verifiable import boxed, is_correct, is_formatted, normalise, plain
 
-DEFAULT = RewardConfig()
+DEFAULT = RewardConfig()  # pyright: ignore[reportCallIssue]
 TAGS = ("description", "think", "visual", "rethink")
 MARKUP = re.compile(rf"</?(?:{'|'.join(TAGS)})>")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n")

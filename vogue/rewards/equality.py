@@ -28,7 +28,7 @@ class Verifier:
     def __init__(self, cpu_seconds: float = CPU_SECONDS):
         self.cpu_seconds = cpu_seconds
         self.failures = 0
-        self._worker = None
+        self._worker: Worker | None = None
         self._lock = threading.Lock()
         atexit.register(self.close)
 
@@ -38,9 +38,8 @@ class Verifier:
         Raises RuntimeError where the worker cannot start, for want of math-verify say.
         """
         with self._lock:
-            if self._worker is None:
-                self._start()
-            reply = self._worker.ask([answer, parsed])
+            worker = self._worker or self._start()
+            reply = worker.ask([answer, parsed])
             if reply is not None:
                 return reply
             self.failures += 1
@@ -57,12 +56,13 @@ class Verifier:
             if self._worker is not None:
                 self._stop()
 
-    def _start(self) -> None:
-        self._worker = Worker("equality_worker.py", str(self.cpu_seconds))
-        if self._worker.ask(["1", "1"]) is None:
+    def _start(self) -> Worker:
+        worker = self._worker = Worker("equality_worker.py", str(self.cpu_seconds))
+        if worker.ask(["1", "1"]) is None:
             code = self._stop()
             raise RuntimeError(f"the math-verify worker does not start (exit code {code}); its error is on stderr.")
+        return worker
 
     def _stop(self) -> int:
         worker, self._worker = self._worker, None
-        return worker.stop()
+        return worker.stop() if worker else 0

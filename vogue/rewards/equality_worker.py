@@ -23,8 +23,9 @@ def work(cpu_seconds: float) -> None:
     for line in sys.stdin:
         answer, parsed = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # SIGPROF, unhandled, ends the process
-        expected = parse(f"${answer}$", parsing_timeout=None)
-        equal = verify(expected, parse(f"${parsed}$", parsing_timeout=None), timeout_seconds=None)
+        expected = parse(f"${answer}$", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+        given = parse(f"${parsed}$", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+        equal = verify(expected, given, timeout_seconds=None)
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(equal), file=replies, flush=True)
 

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vogue.rewards.worker import Worker
 
@@ -38,7 +39,7 @@ class RewardFunction:
     def __init__(self, spec: str, seconds: float):
         self.spec = spec
         self.seconds = seconds
-        self._worker = None
+        self._worker: Worker | None = None
         self._start()
         atexit.register(self.close)
 
@@ -61,7 +62,7 @@ class RewardFunction:
         if self._worker is not None:
             self._stop()
 
-    def _located(self, reply: dict, completions: Sequence[str], rows: list[dict]) -> str:
+    def _located(self, reply: dict[str, Any], completions: Sequence[str], rows: list[dict]) -> str:
         """Find the completion on which the function fails, and say what went wrong."""
         tried, began = 0, time.monotonic()
         while "at" not in reply and tried < len(completions) and time.monotonic() - began < self.seconds:
@@ -71,34 +72,34 @@ class RewardFunction:
             tried += 1
         where = f"{reply['failed']} on completion {{}} of {len(completions)}, answer {{!r}}:\n{{}}"
         if "at" in reply:
-            at = reply["at"]
+            at = int(reply["at"])
             return where.format(at + 1, rows[at]["answer"], _cut(completions[at]))
         return (
             f"{reply['failed']} on {len(completions)} completions at once, but on none of the first {tried} alone; "
             f"the first:\n{_cut(completions[0])}"
         )
 
-    def _start(self) -> None:
+    def _start(self) -> Worker:
         file, name = self.spec.rsplit(":", 1)
         path = Path(file).absolute()
         if not path.is_file():
             raise RewardError(f"reward.function={self.spec}: there is no file {path}")
-        self._worker = Worker("function_worker.py", str(path), name)
-        reply = self._worker.read()
+        worker = self._worker = Worker("function_worker.py", str(path), name)
+        reply = worker.read()
         if reply is None or "failed" in reply:
             code = self._stop(LAST_SECONDS)
             told = f"exit code {code}" if reply is None else reply["failed"]
             raise RewardError(f"reward.function={self.spec} cannot be imported: {told}")
+        return worker
 
     def _call(self, completions: Sequence[str], rows: list[dict]) -> dict:
         """Call the function; returns {"rewards": [...]}, or {"failed": "raised …"} and maybe its position "at"."""
-        if self._worker is None:
-            self._start()
+        worker = self._worker or self._start()
         expired = threading.Event()
-        timer = threading.Timer(self.seconds, lambda: (expired.set(), self._worker.kill()))
+        timer = threading.Timer(self.seconds, lambda: (expired.set(), worker.kill()))
         timer.start()
         try:
-            reply = self._worker.ask([list(completions), rows])
+            reply = worker.ask([list(completions), rows])
         finally:  # after Ctrl-C, too: the process would wait for the timer
             timer.cancel()
             timer.join()
@@ -111,7 +112,7 @@ class RewardFunction:
 
     def _stop(self, patience: float = 0.0) -> int:
         worker, self._worker = self._worker, None
-        return worker.stop(patience)
+        return worker.stop(patience) if worker else 0
 
 
 @functools.cache

@@ -27,6 +27,8 @@ def work(path: str, name: str) -> None:
     sys.path[0] = str(Path(path).parent)
     try:
         spec = importlib.util.spec_from_file_location("reward_function", path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{path} is no Python file")
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         function = getattr(module, name)

@@ -24,19 +24,21 @@ class Worker:
             text=True,
             start_new_session=True,
         )
+        assert self._process.stdin and self._process.stdout  # both are pipes
+        self._questions, self._answers = self._process.stdin, self._process.stdout
 
     def ask(self, question):
         """Ask a question; returns the answer, None if the process ended instead."""
         try:
-            self._process.stdin.write(json.dumps(question) + "\n")
-            self._process.stdin.flush()
+            self._questions.write(json.dumps(question) + "\n")
+            self._questions.flush()
         except BrokenPipeError:
             return None
         return self.read()
 
     def read(self):
         """Read the next line that the process prints, None if it ended instead."""
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         return json.loads(line) if line.endswith("\n") else None
 
     def kill(self) -> None:
@@ -51,6 +53,6 @@ class Worker:
         self.kill()
         code = self._process.wait()
         with contextlib.suppress(BrokenPipeError):  # of a question it died on
-            self._process.stdin.close()
-        self._process.stdout.close()
+            self._questions.close()
+        self._answers.close()
         return code

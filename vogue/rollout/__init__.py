@@ -6,7 +6,7 @@ installed. Each rank has its own, with the whole model, and generates for its ow
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
@@ -70,7 +70,7 @@ def create_engine(config: Config, processor: ProcessorMixin, model: PreTrainedMo
     return HfEngine(config, processor)
 
 
-def media_token_ids(processor: ProcessorMixin) -> list[int]:
+def media_token_ids(processor: Any) -> list[int]:
     """The ids that stand for images or videos in a prompt; a sampled one would ask for an image that isn't there."""
     known = processor.tokenizer.get_vocab()
     tokens = (processor.image_token, getattr(processor, "video_token", None), "<|vision_start|>", "<|vision_end|>")

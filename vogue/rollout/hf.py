@@ -5,6 +5,7 @@ uniform number a token from its request's own generator and takes the token whos
 """
 
 from collections.abc import Generator, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class HfEngine:
     def __init__(self, config: Config, processor: ProcessorMixin):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = AutoModelForImageTextToText.from_pretrained(config.model.path, dtype=config.model.dtype)
-        self.model.to(self.device).eval().requires_grad_(False)
+        self.model.to(self.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
         self.tokenizer = processor.tokenizer
         self.family = family_of(self.model)
         self._bias = torch.zeros(self.model.config.text_config.vocab_size, device=self.device)
@@ -88,7 +89,7 @@ class HfEngine:
         return ids.to(self.device), types.to(self.device), real.to(self.device)
 
     def _images(self, requests: list[Request]) -> dict[str, Tensor]:
-        views = [request.view for request in requests if request.view.images]
+        views: list[Any] = [request.view for request in requests if request.view.images]  # none without tensors
         if not views:
             return {}
         sizes = torch.cat([view.sizes for view in views])

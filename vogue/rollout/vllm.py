@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class VllmEngine:
     def __init__(self, config: Config, processor: ProcessorMixin, model: PreTrainedModel | None):
         on_gpu = torch.cuda.is_available()
         max_model_len = config.data.max_prompt_tokens + config.rollout.max_tokens
-        platform = {"gpu_memory_utilization": config.rollout.memory}
+        platform: dict[str, Any] = {"gpu_memory_utilization": config.rollout.memory}
         if not on_gpu:
             # Prefill in chunks would rewind a seeded request's generator, which a CPU's can't do.
             platform = {
@@ -82,7 +83,7 @@ class VllmEngine:
         self._tokenizer = processor.tokenizer
         self._family = family_of_processor(processor)
         self._request_ids = map(str, itertools.count())  # vLLM hands results out in their order
-        self._model = model
+        self._model: Any = model
         self.version = 0
 
     def generate(self, requests: list[Request], n: int, max_tokens: int, temperature: float) -> list[list[Completion]]:
@@ -103,7 +104,7 @@ class VllmEngine:
         with self._stance():
             for request, parameters in zip(requests, sampling, strict=True):
                 self.llm.llm_engine.add_request(next(self._request_ids), self._input(request), parameters)
-            outputs = self.llm.wait_for_completion(use_tqdm=False)
+            outputs: list[Any] = self.llm.wait_for_completion(use_tqdm=False)  # vLLM's RequestOutput
         return [[self._completion(item) for item in output.outputs] for output in outputs]
 
     def _input(self, request: Request) -> EngineInput:
@@ -113,20 +114,21 @@ class VllmEngine:
         """
         prompt, view = request.prompt, request.view
         token_ids = prompt.token_ids.tolist()
-        if not view.images:
+        if view.pixel_values is None or view.sizes is None:
             return tokens_input(token_ids)
         sizes, one_by_one = self._family.sizes, MultiModalFieldConfig.batched
         patches = MultiModalFieldConfig.flat_from_sizes("image", view.sizes.prod(-1)) if self._family.patches else None
         fields = {"pixel_values": patches or one_by_one("image"), sizes: one_by_one("image", keep_on_cpu=True)}
-        features = MultiModalKwargsItems.from_hf_inputs({"pixel_values": view.pixel_values, sizes: view.sizes}, fields)
+        given: Any = {"pixel_values": view.pixel_values, sizes: view.sizes}
+        features = MultiModalKwargsItems.from_hf_inputs(given, fields)
         several = len(view.images) > 1  # LLaVA-OneVision cuts the same image into tiles where it is the only one
         heads = [f"{image.size} {several}".encode() for image in view.images]
         digests = [hashlib.blake2b(h + x.tobytes()).hexdigest() for h, x in zip(heads, view.images, strict=True)]
         spans = [PlaceholderRange(*span) for span in prompt.image_spans]
         return mm_input(token_ids, features, {"image": digests}, {"image": spans})
 
-    def _completion(self, output: "vllm.CompletionOutput") -> Completion:
-        # Flat: of each position the sampled token's alone, since no other was asked for.
+    def _completion(self, output: Any) -> Completion:
+        # vLLM's CompletionOutput. Flat: of each position the sampled token's alone, since no other was asked for.
         token_ids, logprobs = tuple(output.token_ids), output.logprobs
         if logprobs.token_ids != list(token_ids):
             raise RuntimeError("vLLM's log-probabilities are of other tokens than it sampled")

@@ -27,4 +27,5 @@ def create_dot(self, a, b, *rest):
     return _create_dot(self, a, b, *rest)
 
 
-InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
+InterpreterBuilder.cast_impl = cast_impl  # pyright: ignore[reportAttributeAccessIssue]
+InterpreterBuilder.create_dot = create_dot  # pyright: ignore[reportAttributeAccessIssue]

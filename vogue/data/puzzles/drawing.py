@@ -47,7 +47,8 @@ class Canvas:
 
     def text(self, center: Point, text: str, height: float, color: str = BLACK):
         """Draw `text` around `center`; `height` is the font's size."""
-        self._draw.text(tuple(map(self._px, center)), text, color, _font(self._px(height)), anchor="mm")
+        x, y = center
+        self._draw.text((self._px(x), self._px(y)), text, color, _font(self._px(height)), anchor="mm")
 
     def _px(self, value: float) -> int:
         return round(value * self._scale)
@@ -78,5 +79,5 @@ def inset(box: Box, share: float) -> Box:
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)  # comes with Pillow: pictures are the same on every machine

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from vogue.data.puzzles.drawing import BLACK, BLUE, GREEN, GREY, Canvas, board, center
+from vogue.data.puzzles.drawing import BLACK, BLUE, GREEN, GREY, Box, Canvas, board, center
 from vogue.data.puzzles.puzzle import Puzzle, pick, without_repeats
 
 CELLS = (3, 6)
@@ -118,7 +118,7 @@ def _paint(rows: int, columns: int, free: set[Square], entry: Square, exit: Squa
     _arrow(canvas, square(*exit), (0, 1) if exit[1] == 2 * columns else (1, 0), BLUE)
 
 
-def _arrow(canvas: Canvas, box: tuple[float, ...], heading: Square, color: str) -> None:
+def _arrow(canvas: Canvas, box: Box, heading: Square, color: str) -> None:
     """Draw an arrow that fills `box` and points `heading` (down, right)."""
     (x, y), half = center(box), (box[2] - box[0]) / 2
     outline = ((-0.8, -0.3), (0, -0.3), (0, -0.75), (0.85, 0), (0, 0.75), (0, 0.3), (-0.8, 0.3))  # along, across

@@ -8,7 +8,7 @@ from functools import cache, partial
 
 import numpy as np
 
-from vogue.data.puzzles.drawing import BLUE, ORANGE, RED, Canvas, board, center, inset
+from vogue.data.puzzles.drawing import BLUE, ORANGE, RED, Box, Canvas, board, center, inset
 from vogue.data.puzzles.puzzle import Puzzle, levels, pick, without_repeats
 
 SIDE = 6
@@ -102,7 +102,7 @@ def _paint(floor: frozenset[Square], player: Square, box: Square, goal: Square, 
     _figure(canvas, square(*player))
 
 
-def _bricks(canvas: Canvas, box: tuple[float, ...]) -> None:
+def _bricks(canvas: Canvas, box: Box) -> None:
     """Draw two courses of bricks, set off against each other."""
     left, top, right, bottom = box
     middle, course = (left + right) / 2, (bottom - top) / 2
@@ -113,14 +113,14 @@ def _bricks(canvas: Canvas, box: tuple[float, ...]) -> None:
         canvas.line((x, top + course), (x, bottom), "#f0d9c8", 0.005)
 
 
-def _crate(canvas: Canvas, box: tuple[float, ...]) -> None:
+def _crate(canvas: Canvas, box: Box) -> None:
     left, top, right, bottom = box
     canvas.box(box, ORANGE, "#6b4010", 0.012)
     canvas.line((left, top), (right, bottom), "#6b4010", 0.01)
     canvas.line((left, bottom), (right, top), "#6b4010", 0.01)
 
 
-def _figure(canvas: Canvas, box: tuple[float, ...]) -> None:
+def _figure(canvas: Canvas, box: Box) -> None:
     (x, y), side = center(box), box[2] - box[0]
     canvas.circle((x, y - 0.2 * side), 0.17 * side, BLUE)
     canvas.polygon([(x - 0.32 * side, y + 0.42 * side), (x, y - 0.12 * side), (x + 0.32 * side, y + 0.42 * side)], BLUE)
