@@ -10,7 +10,7 @@ method.
 # pyright: reportCallIssue=false, reportInvalidTypeForm=false
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import Field, model_validator
@@ -329,6 +329,11 @@ class TrainerConfig(Section):
     deepspeed: dict[str, Any] = Field(
         {}, description="DeepSpeed settings, merged into vogue's own (ZeRO-3, or ZeRO-1 for a single rank)"
     )
+
+    @property
+    def sampling_temperature(self) -> float:
+        """`eval_temperature`, which `Config` fills in where it is unset."""
+        return cast(float, self.eval_temperature)
 
     def measures(self, step: int) -> bool:
         """Whether all that the step keeps is computed on both branches, rather than what the loss needs."""

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
 from rich.progress import track
@@ -44,21 +45,22 @@ def generate(
     engine: Engine, preprocessor: Preprocessor, config: Config, samples: Sequence[Sample], first: int = 0
 ) -> list[list[Completion]]:
     """`trainer.eval_samples` completions for each sample's raw image; `first` numbers the first one, and its draws."""
-    settings, requests = config.trainer, []
+    requests: list[Request] = []
     for number, sample in enumerate(samples, first):
         view = preprocessor.view(sample.load_images())
         seed = seed_for(config.seed, Purpose.EVALUATION, number)
         requests.append(Request(preprocessor.prompt(sample, view), view, seed))
-    return engine.generate(requests, settings.eval_samples, config.rollout.max_tokens, settings.eval_temperature)
+    settings = config.trainer
+    return engine.generate(requests, settings.eval_samples, config.rollout.max_tokens, settings.sampling_temperature)
 
 
 def judge(
-    engine: Engine, preprocessor: Preprocessor, config: Config, samples: list[Sample], first: int = 0
+    engine: Engine, preprocessor: Preprocessor, config: Config, samples: Sequence[Sample], first: int = 0
 ) -> list[Judged]:
     """The completions of `generate` and their scores."""
     groups = generate(engine, preprocessor, config, samples, first)
     places = [(number,) for number in range(first, first + len(samples))]
-    temperature = config.trainer.eval_temperature
+    temperature = config.trainer.sampling_temperature
     scores = score_groups(engine, preprocessor, config, samples, groups, places, temperature)
     return [Judged(sample, tuple(group), s) for sample, group, s in zip(samples, groups, scores, strict=True)]
 
@@ -102,7 +104,7 @@ def evaluate_model(config: Config, views: Sequence[str], console: Console) -> di
 
     Views are those of `with_view`; of "noisy" the images are perturbed by the settings of `perturb`.
     """
-    samples = load_samples(config.data.test, config.data.test_limit)
+    samples = load_samples(cast(str, config.data.test), config.data.test_limit)  # the command refuses None
     shown = {view: [with_view(sample, view) for sample in samples] for view in views}
     check_function(config.reward)
     engine, preprocessor = _start(config, [sample for viewed in shown.values() for sample in viewed])

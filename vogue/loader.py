@@ -56,9 +56,8 @@ class Loader:
 
     def load_ahead(self, step: int) -> list[Item]:
         """`items` of the step; those of the next one are loaded from now on, while this one trains."""
-        loaded_step, future = self._ahead or (None, None)
-        items = future.result() if loaded_step == step else self.items(step)
-        self._ahead = None
+        ahead, self._ahead = self._ahead, None
+        items = ahead[1].result() if ahead and ahead[0] == step else self.items(step)
         # The next step's items may not see what this step does to the state: whether it has done it already by the time
         # they are loaded is chance, and a resumed run would find it done.
         self.state.settle()

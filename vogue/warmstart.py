@@ -17,12 +17,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Qwen2_5_VLProcessor
 
 from vogue.data import DataError, Sample, load_samples
 from vogue.data.digits import QUESTIONS, DigitPair, digit_pairs
@@ -91,7 +92,9 @@ def warmstart(
         chosen = rng.integers(len(pairs), size=batch_size)
         text = rng.random(batch_size) < printed
         wrong = (rng.random(batch_size) < (misread if batch >= MISREAD_FROM * batches else 0)) & ~text
-        read = [pairs[i].misread(rng) if bad else (None, None) for i, bad in zip(chosen, wrong, strict=True)]
+        read: list[tuple[int | None, int | None]] = [
+            pairs[i].misread(rng) if bad else (None, None) for i, bad in zip(chosen, wrong, strict=True)
+        ]
         step(examples.loss(model, chosen.tolist(), read, text.tolist()))
 
     _save(model, processor, folder)
@@ -172,7 +175,7 @@ def demonstration_loss(
     encoded = [tokenizer(one.text, return_offsets_mapping=True) for one in demonstrations]
     texts = [torch.tensor([*one["input_ids"], tokenizer.eos_token_id]) for one in encoded]
     rows = [torch.cat(parts) for parts in zip(prompts, texts, strict=True)]
-    input_ids = _pad(rows, tokenizer.pad_token_id)
+    input_ids = _pad(rows, cast(int, tokenizer.pad_token_id))
     unlabelled = [torch.full_like(prompt, -100) for prompt in prompts]
     labels = _pad([torch.cat(parts) for parts in zip(unlabelled, texts, strict=True)], -100)[:, 1:]
     hidden = model.model(
@@ -244,7 +247,7 @@ def _check_new(folder: Path) -> None:
         raise ConfigError(f"{folder} exists already: remove it, or name another folder")
 
 
-def _new_model(processor: ProcessorMixin, seed: int) -> PreTrainedModel:
+def _new_model(processor: Qwen2_5_VLProcessor, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed_for(seed, Purpose.WARMSTART))
     return build_model(processor).train()
 
@@ -301,8 +304,8 @@ def _images(views: Sequence[View]) -> dict[str, Tensor]:
     if not shown:
         return {}
     return {
-        "pixel_values": torch.cat([view.pixel_values for view in shown]),
-        "image_grid_thw": torch.cat([view.sizes for view in shown]),
+        "pixel_values": torch.cat([cast(Tensor, view.pixel_values) for view in shown]),
+        "image_grid_thw": torch.cat([cast(Tensor, view.sizes) for view in shown]),
     }
 
 

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -215,11 +215,13 @@ def _read(completion: Completion) -> tuple[int, ...]:
 
 def _stack(views: Sequence[View]) -> Images | None:
     """Images of several rows, one after the other, as the vision tower takes them."""
-    distinct = list({id(view): view for view in views if view.sizes is not None}.values())
+    shown = [view for view in views if view.sizes is not None]
+    distinct = {id(view): view for view in shown}
     if not distinct:
         return None
-    counts = tuple(len(view.sizes) for view in distinct)
-    first = dict(zip(map(id, distinct), itertools.accumulate(counts, initial=0), strict=False))
-    order = (first[id(view)] + i for view in views if view.sizes is not None for i in range(len(view.sizes)))
-    pixel_values = cat_images([view.pixel_values for view in distinct])
-    return Images(pixel_values, torch.cat([view.sizes for view in distinct]), counts, tuple(order))
+    sizes = [cast(Tensor, view.sizes) for view in distinct.values()]
+    counts = tuple(map(len, sizes))
+    first = dict(zip(distinct, itertools.accumulate(counts, initial=0), strict=False))
+    order = (first[id(view)] + i for view in shown for i in range(len(cast(Tensor, view.sizes))))
+    pixel_values = cat_images([cast(Tensor, view.pixel_values) for view in distinct.values()])
+    return Images(pixel_values, torch.cat(sizes), counts, tuple(order))
