@@ -1,0 +1,110 @@
+"""Which samples a step trains on, on which rank, and their loading ahead."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vogue.data import DataError, load_samples
+from vogue.data.prompts import system_prompt
+from vogue.inputs import Preprocessor, load_processor
+from vogue.loader import Loader, sample_order
+from vogue.settings import ConfigError
+from vogue.state import RunState
+
+
+@pytest.fixture
+def new_loader(config):
+    """A function: the loader of a run with these settings, of one rank of so many."""
+
+    def build(*overrides, rank=0, ranks=1):
+        chosen = config(*overrides)
+        processor = load_processor(chosen.model.path)
+        preprocessor = Preprocessor(processor, system_prompt(chosen), chosen.data.max_prompt_tokens)
+        return Loader(chosen, load_samples(chosen.data.train), preprocessor, RunState(), rank, ranks)
+
+    return build
+
+
+# ------------------------------------------------------------------------------------------------- loading ahead
+
+
+def test_a_step_trains_on_what_was_loaded_ahead_and_that_is_what_it_would_load_itself(new_loader):
+    loader = new_loader("branch.probability=0.5")
+    for step in range(3):
+        ahead, now = loader.load_ahead(step), loader.items(step)
+        assert [item.number for item in ahead] == [item.number for item in now]
+        for a, b in zip(ahead, now, strict=True):
+            assert a.prompt.sample is b.prompt.sample
+            assert a.draws == b.draws
+            assert a.views.keys() == b.views.keys()
+            assert all(torch.equal(a.views[name].pixel_values, b.views[name].pixel_values) for name in a.views)
+        assert loader._ahead[0] == step + 1
+    loader.load_ahead(3)  # the last of 4: nothing comes after it
+    assert loader._ahead is None
+
+
+def test_loading_ahead_takes_one_thread_and_leaves_the_others_to_training(new_loader):
+    loader, threads = new_loader(), torch.get_num_threads()
+    loader.load_ahead(0)
+    assert loader._background.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == threads
+
+
+def test_an_image_that_goes_missing_stops_the_step_that_needs_it_with_its_samples_name(new_loader):
+    loader = new_loader()
+    order = sample_order(len(loader.samples), 4, 4, 0)  # of step 1
+    broken = loader.samples[order[2]]
+    loader.samples[order[2]] = replace(broken, images=(Path("gone.png"),))
+    loader.load_ahead(0)  # while step 1 is loaded
+    with pytest.raises(DataError, match=f"{re.escape(broken.place)}: image 1 of 1 .*gone.png"):
+        loader.load_ahead(1)
+
+
+# ----------------------------------------------------------------------------------------------------- data order
+
+
+@given(st.integers(1, 50), st.integers(1, 40), st.integers(0, 9))
+def test_every_epoch_shows_every_sample_once_in_an_order_of_its_own(size, count, seed):
+    steps = 3 * size // count + 1
+    order = [i for step in range(steps) for i in sample_order(size, step * count, count, seed)]
+    for epoch in range(len(order) // size):
+        assert sorted(order[epoch * size : (epoch + 1) * size]) == list(range(size))
+    assert order == sample_order(size, 0, steps * count, seed)  # however it is cut into steps
+
+
+def test_seeds_and_epochs_shuffle_differently():
+    assert sample_order(50, 0, 50, seed=0) != sample_order(50, 0, 50, seed=1)
+    assert sample_order(50, 0, 50, seed=0) != sample_order(50, 50, 50, seed=0)
+
+
+def test_ranks_share_a_steps_prompts_without_overlap(new_loader):
+    def told(loader):
+        return [(item.number, item.prompt.sample.place, item.draws) for item in loader.items(0)]
+
+    alone = told(new_loader("branch.probability=0.5"))
+    shared = [told(new_loader("branch.probability=0.5", rank=rank, ranks=2)) for rank in (1, 0)]
+    assert sorted(shared[0] + shared[1]) == alone
+
+
+def test_ranks_share_each_updates_prompts_so_that_their_work_is_alike(new_loader):
+    work, numbers = [], []
+    for rank in (0, 1):
+        loader = new_loader("method=grpo", "rollout.prompts=8", "trainer.updates=2", rank=rank, ranks=2)
+        loader.lengths = [10 + (7 * i) % 24 for i in range(len(loader.samples))]
+        items = loader.items(0)
+        numbers.append([item.number for item in items])
+        lengths = {sample.place: length for sample, length in zip(loader.samples, loader.lengths)}
+        work.append(sum(lengths[item.prompt.sample.place] for item in items))
+    assert [sum(number < 4 for number in mine) for mine in numbers] == [2, 2]
+    assert sorted(numbers[0] + numbers[1]) == list(range(8))
+    assert abs(work[0] - work[1]) <= 24
+
+
+def test_prompts_that_ranks_cannot_share_are_refused(new_loader):
+    with pytest.raises(ConfigError, match=r"rollout.prompts / trainer.updates = 2 .* 3 ranks"):
+        new_loader("trainer.updates=2", ranks=3)
