@@ -10,7 +10,7 @@ from hypothesis import settings
 
 from vogue.config import load_config
 from vogue.data.digits import QUESTIONS, digits_samples, write_digits
-from vogue.inputs import Preprocessor, load_processor
+from vogue.inputs import Preprocessor
 from vogue.model.packing import Row, collate
 from vogue.model.policy import Policy
 from vogue.rollout import Completion
@@ -126,13 +126,10 @@ def config(settings):
 def new_trainer(config):
     """A function: a trainer of one rank, unpartitioned (stage 0), so that gradients are plain ones."""
     from vogue.data import load_samples
-    from vogue.data.prompts import system_prompt
     from vogue.trainer import Trainer
 
     def build(*overrides):
         chosen = config("trainer.deepspeed.zero_optimization.stage=0", *overrides)
-        data = chosen.data
-        preprocessor = Preprocessor(load_processor(chosen.model.path), system_prompt(chosen), data.max_prompt_tokens)
-        return Trainer(chosen, load_samples(data.train), preprocessor, resume=False)
+        return Trainer(chosen, load_samples(chosen.data.train), Preprocessor.of(chosen), resume=False)
 
     return build

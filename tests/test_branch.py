@@ -17,17 +17,6 @@ def test_a_fixed_share_stays():
     assert noisy_probability(0, 200, fixed=0.0) == 0.0
 
 
-def test_bad_settings_are_refused_with_their_value():
-    with pytest.raises(ValueError, match=r"fixed noisy probability is 1\.5"):
-        noisy_probability(0, 10, fixed=1.5)
-    with pytest.raises(ValueError, match="step is -1 of 10"):
-        noisy_probability(-1, 10)
-    with pytest.raises(ValueError, match="step is 0 of 0"):
-        noisy_probability(0, 0)
-    with pytest.raises(ValueError, match="granularity is 'token'; it must be one of prompt, response, step"):
-        draw("token", 2, 2, 0.5, seed=0, step=0)
-
-
 @given(granularities, st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31 - 1), st.integers(0, 10**6))
 def test_a_draw_has_the_shape_of_the_responses_and_depends_on_seed_and_step_alone(granularity, p, g, seed, step):
     first = draw(granularity, p, g, 0.5, seed, step)

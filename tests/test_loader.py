@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vogue.data import DataError, load_samples
-from vogue.data.prompts import system_prompt
-from vogue.inputs import Preprocessor, load_processor
+from vogue.inputs import Preprocessor
 from vogue.loader import Loader, sample_order
 from vogue.settings import ConfigError
 from vogue.state import RunState
@@ -23,9 +22,7 @@ def new_loader(config):
 
     def build(*overrides, rank=0, ranks=1):
         chosen = config(*overrides)
-        processor = load_processor(chosen.model.path)
-        preprocessor = Preprocessor(processor, system_prompt(chosen), chosen.data.max_prompt_tokens)
-        return Loader(chosen, load_samples(chosen.data.train), preprocessor, RunState(), rank, ranks)
+        return Loader(chosen, load_samples(chosen.data.train), Preprocessor.of(chosen), RunState(), rank, ranks)
 
     return build
 

@@ -99,13 +99,6 @@ def test_paper_rotates_by_at_most_ten_degrees():
     assert 7.5 < max(shifts) < 9.2
 
 
-def test_bad_settings_are_refused_with_their_value():
-    with pytest.raises(ValueError, match="preset is 'blur'; it must be one of noise, paper"):
-        perturb(PHOTO, "blur")
-    with pytest.raises(ValueError, match=r"sigma is -0\.1"):
-        perturb(PHOTO, sigma=-0.1)
-
-
 def test_the_strength_falls_along_noisyrollouts_sigmoid():
     # 60 steps, γ = 40: 30 (20 − 40) / 60 = −10, so 1 − sigmoid(−10) = 0.9999546; at 44, 30 · 4 / 60 = 2: 0.1192029.
     found = [annealed(0.4, step, 60, 2 / 3) for step in (0, 20, 40, 44, 60)]

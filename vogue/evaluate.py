@@ -16,9 +16,9 @@ from vogue.benchmarks import Benchmark, Line, Problem, Share
 from vogue.benchmarks.answers import Answered, read
 from vogue.config import Config
 from vogue.data import Sample, load_samples
-from vogue.data.prompts import system_prompt, with_view
+from vogue.data.prompts import with_view
 from vogue.estimates import Estimate, estimate, pass_at_k, powers_of_two
-from vogue.inputs import Preprocessor, load_processor
+from vogue.inputs import Preprocessor
 from vogue.method.perturb import perturb
 from vogue.rewards import Score, check_function
 from vogue.rewards.groups import score_groups
@@ -156,10 +156,9 @@ def _estimates(line: Line | Share, pass_at: Sequence[int]) -> tuple[int, list[Es
 
 def _start(config: Config, samples: Sequence[Sample]) -> tuple[Engine, Preprocessor]:
     """What generates and what makes its prompts, once all `samples` are known to be good."""
-    processor = load_processor(config.model.path)
-    preprocessor = Preprocessor(processor, system_prompt(config), config.data.max_prompt_tokens)
+    preprocessor = Preprocessor.of(config)
     preprocessor.check(samples)
-    return create_engine(config, processor), preprocessor
+    return create_engine(config, preprocessor.processor), preprocessor
 
 
 def _chunks(samples: Sequence[Sample], name: str, console: Console) -> Iterator[tuple[int, Sequence[Sample]]]:

@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, ProcessorMixin
 
+from vogue.config import Config
 from vogue.data import DataError, Sample
-from vogue.data.prompts import chat_messages
+from vogue.data.prompts import chat_messages, system_prompt
 from vogue.families import family_of_processor
 from vogue.settings import ConfigError
 
@@ -59,6 +60,11 @@ class Preprocessor:
         self.max_prompt_tokens = max_prompt_tokens
         self.image_token_id: int = self.processor.image_token_id
         self.family = family_of_processor(processor)
+
+    @classmethod
+    def of(cls, config: Config) -> "Preprocessor":
+        """The one of a run: its model's processor, and the system prompt of its settings or its reward's design."""
+        return cls(load_processor(config.model.path), system_prompt(config), config.data.max_prompt_tokens)
 
     def check(self, samples: Iterable[Sample]) -> list[int]:
         """The prompts' lengths in tokens; images are decoded, but not turned into features.

@@ -14,10 +14,9 @@ from rich.table import Table
 from vogue import distributed, logs
 from vogue.config import Config
 from vogue.data import Sample, load_samples
-from vogue.data.prompts import system_prompt
 from vogue.evaluate import headline, record
 from vogue.groups import Group
-from vogue.inputs import Preprocessor, load_processor
+from vogue.inputs import Preprocessor
 from vogue.records import records
 from vogue.report import plot_curves
 from vogue.rewards import check_function
@@ -35,7 +34,7 @@ def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> 
     """
     logs.check_folder(config, resume)
     samples, held_out = _samples(config)
-    preprocessor = Preprocessor(load_processor(config.model.path), system_prompt(config), config.data.max_prompt_tokens)
+    preprocessor = Preprocessor.of(config)
     preprocessor.check(held_out)  # the trainer checks the others
     check_function(config.reward)
     trainer = Trainer(config, samples, preprocessor, resume)

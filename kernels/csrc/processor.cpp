@@ -4,28 +4,24 @@
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
+constexpr bool kMultipliesBF16 = true;
+#else
+constexpr bool kMultipliesBF16 = false;
 #endif
 
 #if defined(__AVX512F__)
 #define LANES 16  // floats in a vector
-#define PANEL 12  // rows × 2 vectors of sums, two vectors of B: what the registers hold
 #elif defined(__AVX2__)
 #define LANES 8
-#define PANEL 6
 #else
 #define LANES 4
-#define PANEL 6
 #endif
 
 namespace vogue {
 namespace {
 
-constexpr int64_t kPanel = PANEL, kGroup = 2 * LANES;
-#if defined(__AVX512BF16__)
-constexpr bool kMultipliesBF16 = true;
-#else
-constexpr bool kMultipliesBF16 = false;
-#endif
+// Rows × 2 vectors of sums and two vectors of B are what the registers hold.
+constexpr int64_t kPanel = LANES == 16 ? 12 : 6, kGroup = 2 * LANES;
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 

@@ -18,6 +18,11 @@ from torch import Tensor
 LN2 = math.log(2)
 
 
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of the computation and of its results."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
 class Branch(NamedTuple):
     """One branch in the backward pass: p is its own softmax, q the other's. All but `hidden` are (N,)."""
 

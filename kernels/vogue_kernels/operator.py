@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .branches import Branch, one_branch, two_branches
+from .branches import Branch, compute_dtype, one_branch, two_branches
 
 IGNORE = -100  # the target of a position to skip, as in torch.nn.functional.cross_entropy
 
@@ -181,11 +181,6 @@ def _restore(kept: Tensor | None, tensor: Tensor, length: int) -> Tensor:
     if kept is None:
         return tensor
     return tensor.new_zeros(length, *tensor.shape[1:]).index_copy_(0, kept, tensor)
-
-
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of the results."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------- checks

@@ -28,7 +28,7 @@ and the same with p and q exchanged for b. Inputs of float64 are computed in flo
 import torch
 from torch import Tensor
 
-from .branches import Branch
+from .branches import Branch, compute_dtype
 
 TILE_ELEMENTS = 1 << 20  # of a tile of logits: 4 MB of float32; larger leaves the cache, smaller pays in launches
 VOCAB_TILE = 1024
@@ -221,11 +221,6 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: fl
     if bias is not None:
         logits += bias[tile]
     return logits if temperature == 1 else logits.div_(temperature)
-
-
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of the computation and of its results."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _upcast(tensor: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ function drawPanel(figure) {
   svg.append(make("text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle" }, panel.x));
 
   for (const line of lines) {
-    const g = make("g", { class: `line${line.thin ? " thin" : ""}${line.dashed ? " dashed" : ""}`, style: `--color: ${color(line)}` });
+    const g = make("g", { class: `line${line.thin ? " thin" : ""}${line.dashed ? " dashed" : ""}${line.method < data.colors ? "" : " again"}`, style: `--color: ${color(line)}` });
     const banded = line.points.filter((point) => point.length === 4);
     if (banded.length > 1) {
       const upper = banded.map(([x, , , h]) => [atX(x), atY(h)]), lower = banded.map(([x, , l]) => [atX(x), atY(l)]);

@@ -115,8 +115,8 @@ def sections(methods: Sequence[Method]) -> list[Section]:
         Section(
             "learning_curves",
             "Learning curves",
-            f"Reward and accuracy of the completions trained on; pass@1 on held-out problems. {held_out}",
-            [*_panels(methods, LEARNING), Panel("Held-out pass@1", "%", _lines(methods, _evaluated("pass@1")))],
+            f"Reward and accuracy of the completions trained on; pass@k on held-out problems. {held_out}",
+            [*_panels(methods, LEARNING), *_held_out(methods)],
         ),
         Section(
             "pass_at_k",
@@ -225,7 +225,8 @@ def _draw_panel(axis: Axes, panel: Panel) -> dict[str, Line2D]:
         if banded:
             low, high = (np.array([getattr(point, end) for point in banded]) for end in ("low", "high"))
             axis.fill_between([point.x for point in banded], low, high, color=color, alpha=0.15, linewidth=0)
-        style: dict[str, Any] = {"linestyle": "--" if line.dashed else "-", "color": color}
+        solid = "-" if line.method < len(LIGHT) else ":"  # where colours come a second time
+        style: dict[str, Any] = {"linestyle": "--" if line.dashed else solid, "color": color}
         style |= {"linewidth": 0.8, "alpha": 0.5} if line.thin else {"linewidth": 1.8}
         marker = "o" if len(x) <= FEW_POINTS and not line.thin else ""
         (handle,) = axis.plot(x, y, marker=marker, markersize=4, **style)
@@ -307,6 +308,14 @@ def _measured(name: str) -> Callable[[Run], list[Point]]:
 
 def _evaluated(name: str) -> Callable[[Run], list[Point]]:
     return lambda run: [Point(row["step"], *row[name]) for row in run.evaluations if name in row]
+
+
+def _held_out(methods: Sequence[Method]) -> list[Panel]:
+    """pass@1 and pass@k of the largest k, over the steps."""
+    rows = [row for method in methods for run in method.runs for row in run.evaluations]
+    ks = sorted({int(name[5:]) for row in rows for name in row if name.startswith("pass@")})
+    shown = dict.fromkeys(ks[:1] + ks[-1:])
+    return [Panel(f"Held-out pass@{k}", "%", _lines(methods, _evaluated(f"pass@{k}"))) for k in shown]
 
 
 def _distinct(run: Run) -> list[Point]:
