@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Some containers set this; every process would then spend half a minute on compiling what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test fast lint types bench clean
+.PHONY: help setup demo test fast lint types bench clean mutants
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -47,6 +47,9 @@ lint: setup  ## ruff
 
 types: setup  ## pyright, in basic mode
 	pyright
+
+mutants: setup  ## single mistakes in a copy of the code: which does no test see?
+	python tools/mutants.py
 
 bench: setup  ## the head against PyTorch and Liger on this machine, quickly; see bench/kernels.py for more
 	python -m pytest bench/test_kernels.py -q --benchmark-columns=median,min,max --benchmark-group-by=group

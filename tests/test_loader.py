@@ -79,6 +79,29 @@ def test_seeds_and_epochs_shuffle_differently():
     assert sample_order(50, 0, 50, seed=0) != sample_order(50, 50, 50, seed=0)
 
 
+def test_every_step_and_every_image_is_perturbed_anew(new_loader):
+    loader = new_loader()
+    sample = loader.samples[0]
+
+    def noisy(step, number):
+        return loader.item(sample, step, number, (True, True)).views["noisy"].pixel_values
+
+    assert torch.equal(noisy(0, 0), noisy(0, 0))
+    assert not torch.equal(noisy(0, 0), noisy(1, 0))
+    assert not torch.equal(noisy(0, 0), noisy(0, 1))
+
+
+def test_every_round_of_a_step_has_prompts_and_draws_of_its_own(new_loader):
+    loader = new_loader("rollout.prompts=12", "rollout.rounds=2", "branch.probability=0.5")
+    first, second = loader.items(0), loader.items(0, 1)
+    assert [item.number for item in first + second] == list(range(24))
+    assert {item.prompt.sample.place for item in first}.isdisjoint(item.prompt.sample.place for item in second)
+    draws = [[item.draws[0] for item in items] for items in (first, second)]
+    assert draws[0] != draws[1]  # twelve draws each: alike by chance once in 4,096
+    again = [item.draws[0] for item in loader.items(1)]
+    assert draws[0] != again
+
+
 def test_ranks_share_a_steps_prompts_without_overlap(new_loader):
     def told(loader):
         return [(item.number, item.prompt.sample.place, item.draws) for item in loader.items(0)]

@@ -104,3 +104,16 @@ def test_the_strength_falls_along_noisyrollouts_sigmoid():
     found = [annealed(0.4, step, 60, 2 / 3) for step in (0, 20, 40, 44, 60)]
     assert found == pytest.approx([0.4, 0.4 * 0.9999546, 0.2, 0.4 * 0.1192029, 0.4 * 4.5398e-5], rel=1e-5)
     assert annealed(0.4, 4, 6, 2 / 3) == pytest.approx(0.2)  # a tenth of the steps, the same course
+
+
+def test_an_image_is_rotated_one_way_as_often_as_the_other():
+    # An upright bar stays upright however it is flipped; the slope of its centre over the rows is the rotation's sign.
+    pixels = torch.zeros(3, 101, 101)
+    pixels[:, :, 48:53] = 1
+    slopes = []
+    for seed in range(40):
+        bar = np.asarray(perturb(pixels, "paper", sigma=0.0, seed=seed), dtype=float).mean(axis=2)[20:81]
+        centre = (bar * np.arange(101)).sum(axis=1) / bar.sum(axis=1)
+        slopes.append(np.polyfit(np.arange(61), centre, 1)[0])
+    assert 10 < sum(slope > 0 for slope in slopes) < 30
+    assert max(np.abs(slopes)) < np.tan(np.radians(10.5))

@@ -2,6 +2,7 @@ import logging
 import threading
 import time
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from vogue.data import Sample
 from vogue.rewards import Score, score, score_batch, verifier
 from vogue.rewards.equality import Verifier
 from vogue.rewards.verifiable import boxed, is_correct, is_formatted
+from vogue.rewards.worker import Worker
 
 HOSTILE = "9^{9^{9^9}}"
 
@@ -150,6 +152,15 @@ def test_the_limit_works_outside_the_main_thread():
     assert replies == [False]
     assert quick.failures == 1
     quick.close()
+
+
+def test_the_process_that_compares_mathematics_may_take_4_gb():
+    worker = Worker("equality_worker.py", "3.0")
+    try:
+        assert worker.ask(["1/2", "0.5"]) is True
+        assert psutil.Process(worker._process.pid).rlimit(psutil.RLIMIT_AS) == (4 << 30, 4 << 30)
+    finally:
+        worker.stop()
 
 
 def test_a_closed_verifier_has_no_process_and_starts_again():

@@ -101,6 +101,11 @@ def test_what_is_not_a_finite_number_is_no_reward(function, value, shown):
     assert told(own) == f"returned {shown}, not a finite number, on completion 2 of 3, answer '4':\ngood"
 
 
+def test_too_many_rewards_are_refused(function):
+    message = told(function("return [1.0] * (len(completions) + 1)"))
+    assert message == "returned 2 rewards for 1 completions on completion 1 of 3, answer '3':\n\\boxed{3}"
+
+
 def test_too_few_rewards_are_refused(function):
     message = told(function("return [1.0] * (len(completions) // 2)"))
     assert message == "returned 0 rewards for 1 completions on completion 1 of 3, answer '3':\n\\boxed{3}"

@@ -100,6 +100,22 @@ def test_a_right_answer_from_the_description_adds_its_weight(config, processor, 
     assert score_groups(engine, preprocessor, settings, samples[1:2], groups[1:], [(0, 2)], 1.0) == found[1:]
 
 
+def test_each_description_of_a_group_is_answered_by_a_draw_of_its_own(config, preprocessor, processor, samples):
+    class Asked(Reader):
+        seeds = ()
+
+        def generate(self, requests, n, max_tokens, temperature):
+            self.seeds += tuple(request.seed for request in requests)
+            return super().generate(requests, n, max_tokens, temperature)
+
+    settings = config(*DESIGN, "reward.blind=0.5")
+    engine = Asked(settings, processor)
+    described = "<description>It says 3.</description><think>a</think>\\boxed{3}"
+    groups = [group(described, described, described), group(described, described)]
+    score_groups(engine, preprocessor, settings, samples[:2], groups, [(0, 1), (1, 1)], 1.0)
+    assert len(engine.seeds) == len(set(engine.seeds)) == 5
+
+
 def test_a_design_that_doesnt_weigh_it_asks_nothing(engine, config, preprocessor, samples):
     for overrides in ((), ("reward.design=mixture",), ("reward.design=vision_sr1", "reward.blind=0")):
         score_groups(engine, preprocessor, config(DESIGN[1], *overrides), samples[:1], [group(DESCRIBED)], [(0,)], 1.0)

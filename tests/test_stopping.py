@@ -7,10 +7,12 @@ import sys
 import time
 from contextlib import suppress
 
+import psutil
 import pytest
 import torch
+from ranks import environment, launcher
 from safetensors.torch import load_file
-from test_engines import environment, launcher, metrics
+from test_engines import metrics
 
 from vogue.cli import main
 from vogue.stopping import Stop
@@ -65,14 +67,10 @@ def test_a_stop_before_the_first_step_leaves_nothing_in_the_way(settings, monkey
     assert main(["train", *chosen]) == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_from_there(settings, tmp_path, ranks):
-    folder = tmp_path / "run"
-    alone = [sys.executable, "-m", "vogue", "train"]
-    command = alone if ranks == 1 else [*launcher(ranks), "--module", "vogue.train"]
+def told_in_the_middle(command, folder, tell):
+    """Start a long run, `tell` it to stop after a few steps, wait for its end; returns (process, stdout, stderr)."""
     process = subprocess.Popen(
-        [*command, *settings, *CHOSEN, "trainer.steps=100000"],
+        [*command, *CHOSEN, "trainer.steps=100000"],
         env=environment(),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True},
@@ -81,11 +79,37 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_from_there(settings, tmp_
         while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 3:
             assert process.poll() is None, process.communicate()
             time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does at Ctrl-C: to launcher, ranks and workers
-        out, err = process.communicate(timeout=120)
+        tell(process)
+        return process, *process.communicate(timeout=120)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_at_the_same_step_where_one_of_them_alone_is_told(settings, tmp_path):
+    def tell(launcher_process):
+        processes = psutil.Process(launcher_process.pid).children(recursive=True)
+        (second,) = [p for p in processes if "vogue.train" in p.cmdline() and p.environ().get("LOCAL_RANK") == "1"]
+        second.send_signal(signal.SIGTERM)
+
+    folder = tmp_path / "run"
+    _, out, _ = told_in_the_middle([*launcher(2), "--module", "vogue.train", *settings], folder, tell)
+    done = len(metrics(folder))
+    assert [path.name for path in (folder / "checkpoints").glob("step_*")] == [f"step_{done:06d}"]
+    assert f"stopped after {done} of 100000 steps; --resume goes on from there" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_from_there(settings, tmp_path, ranks):
+    folder = tmp_path / "run"
+    alone = [sys.executable, "-m", "vogue", "train"]
+    command = alone if ranks == 1 else [*launcher(ranks), "--module", "vogue.train"]
+    # As a terminal does at Ctrl-C: to launcher, ranks and workers.
+    process, out, err = told_in_the_middle(
+        [*command, *settings], folder, lambda process: os.killpg(process.pid, signal.SIGINT)
+    )
     done = len(metrics(folder))
     assert [path.name for path in (folder / "checkpoints").glob("step_*")] == [f"step_{done:06d}"]
     assert f"stopped after {done} of 100000 steps; --resume goes on from there" in out

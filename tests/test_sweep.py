@@ -64,6 +64,8 @@ phases = {f"time/{phase}": 0.5 for phase in ("data", "rollout", "reward", "train
 if how == "fail after a checkpoint":
     (folder / "checkpoints/step_000001").mkdir(parents=True)
     (folder / "checkpoints/step_000001/state.json").write_text("{}")
+if how == "fail after an evaluation":
+    (folder / "evaluations.jsonl").write_text(json.dumps({"step": 0, "n": 4, "right": [0, 1, 2]}) + "\\n")
 if how:
     sys.exit(f"line before\\n{name}: something went [wrong]")
 rows = [{"step": 0, "n": 4, "right": [0, 1, 2]}, {"step": config.trainer.steps, "n": 4, "right": [1, 1, 3]}]
@@ -251,6 +253,16 @@ def test_a_run_goes_on_from_its_checkpoint(sweep_file, how, calls, tmp_path):
         "vogue/seed_0: something went [wrong]",
         "ran vogue/seed_0",
     ]
+
+
+def test_a_run_is_done_after_its_last_evaluation_and_not_after_its_first(sweep_file, how, calls):
+    file = sweep_file(seeds=[0])
+    how(vogue__seed_0="fail after an evaluation")
+    assert main(["sweep", file]) == 1
+    calls()
+    how()
+    assert main(["sweep", file]) == 0
+    assert [name for name, _, _ in calls()] == ["vogue/seed_0"]
 
 
 @pytest.mark.parametrize("way", ["done", "fail", "fail after a checkpoint"])

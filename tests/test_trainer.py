@@ -210,6 +210,59 @@ def test_raw_rows_need_one_forward_and_noisy_rows_two(new_trainer, budget):
             assert batch.noisy.tolist() == [True] * first + [False] * (len(batch.targets) - first)
 
 
+def test_the_same_prompts_are_answered_anew_at_every_step(new_trainer):
+    trainer = new_trainer("rollout.temperature=2")
+    items = trainer.loader.items(0)
+    found = {}
+    for trainer.step in (0, 1):
+        found[trainer.step] = [group.completions for group in generated(trainer, items)]
+        assert [group.completions for group in generated(trainer, items)] == found[trainer.step]
+    assert found[0] != found[1]
+
+
+def test_what_is_trained_is_the_distribution_that_was_sampled_from_at_any_temperature(new_trainer):
+    metrics, _ = new_trainer("rollout.temperature=0.6").run_step()
+    assert metrics["mismatch/logprob"] < 1e-4
+
+
+def test_an_update_is_one_step_after_its_last_micro_batch(new_trainer, monkeypatch):
+    trainer = new_trainer(*MIXED, "trainer.micro_batch_tokens=1", "trainer.updates=2")
+    backward, seen = trainer.deepspeed.backward, []
+
+    def record(loss):
+        seen.append(trainer.deepspeed.is_gradient_accumulation_boundary())
+        backward(loss)
+
+    monkeypatch.setattr(trainer.deepspeed, "backward", record)
+    groups = groups_of_step(trainer)
+    counts = [len(batches_of(trainer, list(part.values()))) for part in in_updates(groups, 2)]
+    weights_after(trainer, groups)
+    assert min(counts) > 1
+    assert seen == [i == count - 1 for count in counts for i in range(count)]
+
+
+def test_gradients_are_clipped_to_the_norm_that_is_set(new_trainer):
+    # AdamW's first moment after one update is (1 - beta_1) times the gradient as it was clipped.
+    for most in (1e-3, 1e3):
+        partitions = "trainer.deepspeed.zero_optimization.stage=1"  # as by default
+        trainer = new_trainer(*MIXED, partitions, f"optimizer.max_grad_norm={most}", "optimizer.betas=[0.9,0.99]")
+        _, means = weights_after(trainer, groups_of_step(trainer))
+        norm = means["grad_norm"].total
+        assert 1e-3 < norm < 1e3
+        moments = [state["exp_avg"].flatten() for state in trainer.deepspeed.optimizer.optimizer.state.values()]
+        assert torch.cat(moments).norm().item() == pytest.approx(0.1 * min(norm, most), rel=1e-3)
+
+
+def test_only_updates_in_a_row_without_a_finite_gradient_end_a_run(new_trainer):
+    trainer, means = new_trainer(), Means()
+    for norm in (float("inf"), float("nan"), 1.0, float("inf"), float("inf")):
+        trainer.check_gradient(norm, means)
+    assert means["skipped_updates"] == (4, 5)
+    assert means["grad_norm"] == (1.0, 1)
+    with pytest.raises(FloatingPointError, match="3 updates in a row"):
+        trainer.check_gradient(float("inf"), means)
+
+
 def test_a_step_says_how_long_each_of_its_phases_took(new_trainer):
     metrics, _ = new_trainer("trainer.updates=2").run_step()
     seconds = {name.removeprefix("time/"): value for name, value in metrics.items() if name.startswith("time/")}

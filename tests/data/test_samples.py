@@ -1,5 +1,6 @@
 import io
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -58,6 +59,22 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     before = path.read_bytes()
     with pytest.raises(DataError):
         write_parquet([Sample("<image>How many?", "3", (b"broken",))], path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_stops_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "train.parquet"
+    write_parquet([Sample("<image>How many?", "3", (RED,))], path)
+    before = path.read_bytes()
+
+    def stop(table, target, **_):
+        Path(target).write_bytes(b"PAR1 and no more")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vogue.data.samples.pq.write_table", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_parquet([Sample("<image>How many?", "4", (RED,))], path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

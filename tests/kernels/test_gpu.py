@@ -24,7 +24,8 @@ def test_every_kernel_test_of_a_small_vocabulary_passes_in_the_interpreter():
     """In a process of its own: triton must be told before its first import, and other tests compile with it."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--confcutdir", FOLDER, FOLDER]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command += ["-k", "triton and not (V32003 or V151936 or V152)"]
+    small = "not (V32003 or V151936 or V152)"
+    command += ["-k", f"(triton or test_gpu) and {small} and not spills"]
     done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
@@ -73,6 +74,19 @@ def test_loads_through_tensor_descriptors_are_as_exact_as_plain_pytorch(case, de
     )
     assert_branch_stats_as_exact_as_plain(case, "triton")
     assert bool(descriptors) == described
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="runs in the interpreter")
+@pytest.mark.parametrize("batches", [1, 2, 3])
+def test_the_weights_gradient_is_the_sum_over_all_batches_of_tokens(batches, monkeypatch):
+    monkeypatch.setattr("vogue_kernels.gpu.MOST_TOKENS", -(-30 // batches))
+    leaves = {name: torch.randn(*shape) for name, shape in {"hidden": (30, 16), "weight": (40, 16)}.items()}
+    targets, given, gradients = torch.randint(40, (30,)), torch.randn(30), []
+    for backend in ("triton", "torch"):
+        weight = leaves["weight"].clone().requires_grad_()
+        logprob = linear_logprob(leaves["hidden"], weight, targets, backend=backend).logprob
+        gradients += torch.autograd.grad((given * logprob).sum(), weight)
+    torch.testing.assert_close(*gradients)
 
 
 def test_auto_leaves_the_interpreter_to_those_who_ask_for_it(monkeypatch):

@@ -1,0 +1,178 @@
+"""Single mistakes put into a copy of the code, each with the tests that must see it; prints which survived.
+
+    python tools/mutants.py            all of them, about ten minutes of two cores
+    python tools/mutants.py --only 3   one of them; the numbers are those that it prints
+
+A mistake that no test sees says where one is missing. An entry whose text is no longer exactly once in its file is an
+error, since it would test nothing; `tests/test_mutants.py` looks for those.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("vogue", "kernels", "tests", "examples", "bench", "docs", "tools", "pyproject.toml", "README.md")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    text: str  # exactly once in the file
+    replacement: str
+    tests: str  # the file that must see it
+    chosen: str = ""  # of its tests, as pytest's -k
+
+
+MUTANTS = (
+    # What is random is a function of the seed and of where it stands.
+    Mutant("vogue/groups.py", "Purpose.ROLLOUT, step, item", "Purpose.ROLLOUT, item", "tests/test_trainer.py"),
+    Mutant("vogue/loader.py", "Purpose.PERTURB, step, number", "Purpose.PERTURB, number", "tests/test_loader.py"),
+    Mutant(
+        "vogue/loader.py", "drawn[first : first + rollout.prompts]", "drawn[: rollout.prompts]", "tests/test_loader.py"
+    ),
+    Mutant("vogue/rewards/groups.py", "*place, number)", "*place)", "tests/test_rewards_groups.py"),
+    Mutant("vogue/loader.py", "step * total + first", "step * total", "tests/test_loader.py"),
+    # The optimizer's step.
+    Mutant(
+        "vogue/model/optimizer.py",
+        '"gradient_clipping": config.optimizer.max_grad_norm,',
+        "",
+        "tests/test_trainer.py",
+    ),
+    Mutant("vogue/trainer.py", "boundary(i == len(batches) - 1)", "boundary(i == 0)", "tests/test_trainer.py"),
+    Mutant("vogue/trainer.py", "skipped = 0 if isfinite(norm) else", "skipped =", "tests/test_trainer.py"),
+    Mutant(
+        "vogue/trainer.py", "            config.rollout.temperature,\n", "            1.0,\n", "tests/test_trainer.py"
+    ),
+    Mutant("vogue/trainer.py", "loss * (self.ranks / divisor)", "loss / divisor * 2", "tests/test_trainer.py"),
+    # The objective.
+    Mutant("vogue/objective.py", "torch.where(comparable,", "torch.where(~comparable,", "tests/test_objective.py"),
+    Mutant("vogue/objective.py", ".clamp(max=settings.importance_cap)", "", "tests/test_objective.py"),
+    Mutant("vogue/objective.py", "(advantages != 0).any()", "(advantages != 0).all()", "tests/test_objective.py"),
+    Mutant("vogue/objective.py", "guidance, sign)", "guidance, 1.0)", "tests/test_raw_rollouts.py"),
+    Mutant("kernels/vogue_kernels/loss.py", "advantage + per if", "advantage - per if", "tests/kernels/test_loss.py"),
+    Mutant(
+        "kernels/vogue_kernels/loss.py",
+        "(advantage < 0) & (obj",
+        "(advantage > 0) & (obj",
+        "tests/kernels/test_loss.py",
+    ),
+    Mutant(
+        "kernels/vogue_kernels/loss.py",
+        "1 - clip_low, 1 + clip_high",
+        "1 - clip_low, 1 + clip_low",
+        "tests/kernels/test_loss.py",
+    ),
+    # Both readings of VOGUE.
+    Mutant("vogue/groups.py", "item.draws) if config", "(True,) * n) if config", "tests/test_raw_rollouts.py"),
+    Mutant("vogue/groups.py", "group.paid[i] == paid", "True", "tests/test_raw_rollouts.py"),
+    Mutant("vogue/method/uncertainty.py", "paid & ~noisy", "paid", "tests/test_uncertainty.py"),
+    Mutant(
+        "vogue/method/uncertainty.py",
+        'noisy == (divergence == "forward")',
+        'divergence == "forward"',
+        "tests/test_uncertainty.py",
+    ),
+    Mutant("vogue/method/branch.py", "1 - 2 * (step", "1 - (step", "tests/test_branch.py"),
+    Mutant("vogue/method/perturb.py", "MAX_ANGLE * (2 * angle - 1)", "MAX_ANGLE * angle", "tests/test_perturb.py"),
+    Mutant("vogue/method/advantage.py", "1 - mean - fails", "1 - mean", "tests/test_advantage.py"),
+    # Rewards.
+    Mutant(
+        "vogue/rewards/function_worker.py",
+        "len(rewards) != len(c",
+        "len(rewards) < len(c",
+        "tests/test_rewards_function.py",
+    ),
+    Mutant(
+        "vogue/rewards/equality_worker.py",
+        "    resource.setrlimit",
+        "    0 and resource.setrlimit",
+        "tests/test_rewards.py",
+    ),
+    # Estimates, state, runs and files.
+    Mutant("vogue/estimates.py", "comb(n - right, k)", "comb(n - right, 1)", "tests/test_evaluate.py"),
+    Mutant("vogue/state.py", "copy.deepcopy(self.current)", "self.current", "tests/test_state.py", "settled"),
+    Mutant(
+        "vogue/sweep.py", 'evaluations[-1]["step"] == self.config.trainer.steps', "True", "tests/test_sweep.py", "last"
+    ),
+    Mutant(
+        "vogue/data/samples.py",
+        "unfinished = Path(folder) / path.name",
+        "unfinished = path",
+        "tests/data/test_samples.py",
+    ),
+    Mutant(
+        "vogue/run.py",
+        "distributed.largest([int(stop.asked)], trainer.device)[0]",
+        "stop.asked",
+        "tests/test_stopping.py",
+        "one_of_them",
+    ),
+    Mutant(
+        "kernels/vogue_kernels/gpu/__init__.py",
+        "len(batches) > 1 else None",
+        "len(batches) > 2 else None",
+        "tests/kernels/test_gpu.py",
+        "every_kernel_test",
+    ),
+)
+
+
+def mutated(mutant: Mutant, text: str) -> str:
+    """The file's text with the mistake; raises ValueError where the place isn't there exactly once."""
+    count = text.count(mutant.text)
+    if count != 1:
+        raise ValueError(
+            f"{mutant.file} has {mutant.text!r} {count} times, not once: mend the entry in tools/mutants.py"
+        )
+    return text.replace(mutant.text, mutant.replacement)
+
+
+def survives(mutant: Mutant, copy: Path) -> bool:
+    """Whether the tests pass on the copy in spite of the mistake."""
+    path = copy / mutant.file
+    original = path.read_text()
+    path.write_text(mutated(mutant, original))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", mutant.tests]
+    command += ["-k", mutant.chosen] if mutant.chosen else ["-m", "not slow"]
+    environment = os.environ | {"PYTHONPATH": f"{copy}{os.pathsep}{copy / 'kernels'}"}
+    try:
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    finally:
+        path.write_text(original)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{mutant.tests} can't be run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="numbers of the mistakes to try")
+    chosen = parser.parse_args().only or range(len(MUTANTS))
+    console, found = Console(), []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in COPIED:
+            source = ROOT / name
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
+        for number in track(chosen, "mistakes", console=console):
+            mutant = MUTANTS[number]
+            seen = not survives(mutant, copy)
+            change = f"{mutant.file}: {mutant.text!r} -> {mutant.replacement!r}"
+            console.print(f"{number:3} {'seen    ' if seen else 'SURVIVED'} {change}", markup=False, highlight=False)
+            found += [] if seen else [number]
+    console.print(f"{len(found)} of {len(chosen)} survived" + (f": {found}" if found else ""), highlight=False)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
