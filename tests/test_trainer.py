@@ -246,8 +246,11 @@ def test_gradients_are_clipped_to_the_norm_that_is_set(new_trainer):
     for most in (1e-3, 1e3):
         partitions = "trainer.deepspeed.zero_optimization.stage=1"  # as by default
         trainer = new_trainer(*MIXED, partitions, f"optimizer.max_grad_norm={most}", "optimizer.betas=[0.9,0.99]")
-        _, means = weights_after(trainer, groups_of_step(trainer))
+        groups = groups_of_step(trainer)
+        expected = loss_gradient(trainer, groups).norm().item()  # of the mean over all tokens
+        _, means = weights_after(trainer, groups)
         norm = means["grad_norm"].total
+        assert norm == pytest.approx(expected, rel=1e-3)
         assert 1e-3 < norm < 1e3
         moments = [state["exp_avg"].flatten() for state in trainer.deepspeed.optimizer.optimizer.state.values()]
         assert torch.cat(moments).norm().item() == pytest.approx(0.1 * min(norm, most), rel=1e-3)
