@@ -99,7 +99,7 @@ def vogue_trainer(folder: Path, task: Task, *overrides: str):
 def given_groups(trainer, task: Task) -> list:
     """Groups of this step's prompts with given completions, of the view that the draw asks for."""
     from vogue.groups import Group
-    from vogue.rollout import Completion
+    from vogue.rollout.engine import Completion
 
     groups = []
     for item in trainer.loader.items(trainer.step):
@@ -143,10 +143,3 @@ def vogue_sync(connection, folder: Path, task: Task) -> None:
         with measured(connection) as found:
             found |= size
             trainer.sync()
-
-
-def trl_step(connection, folder: Path, task: Task, part: str) -> None:
-    """Repetitions of TRL's step; `part` "train" gives it the completions and leaves out what precedes the forward."""
-    from trl_trainer import run
-
-    run(connection, folder, task, part)

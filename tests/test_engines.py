@@ -17,7 +17,7 @@ from vogue.cli import main
 from vogue.config import load_config
 from vogue.data import Sample, load_samples, write_parquet
 from vogue.inputs import Preprocessor, load_processor
-from vogue.rollout import Request, media_token_ids
+from vogue.rollout.engine import Request, media_token_ids
 from vogue.rollout.hf import HfEngine
 from vogue.trainer import Trainer
 

@@ -15,16 +15,16 @@ from vogue.evaluate import (
     by_category,
     estimate,
     evaluate_model,
+    evaluation_row,
     headline,
     judge,
     pass_at_k,
     powers_of_two,
-    record,
     summary,
     write_judged,
 )
 from vogue.rewards import Score, score_batch
-from vogue.rollout import Completion
+from vogue.rollout.engine import Completion
 from vogue.rollout.hf import HfEngine
 
 
@@ -103,7 +103,7 @@ def test_a_record_holds_what_every_problem_got_beside_the_means():
         replace(item, scores=tuple(replace(score, parsed=answer) for score, answer in zip(item.scores, answers)))
         for item, answers in zip(judged(2, 0), parsed)
     ]
-    row = json.loads(json.dumps(record(items)))
+    row = json.loads(json.dumps(evaluation_row(items)))
     assert list(row) == ["pass@1", "pass@2", "pass@4", "n", "right", "distinct"]
     assert (row["n"], row["right"], row["distinct"]) == (4, [2, 0], [2, 0])
     assert row["pass@2"] == pytest.approx([5 / 12, 0, 5 / 6])  # 5 of 6 pairs hold one of two, for one problem of two

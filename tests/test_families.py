@@ -23,7 +23,7 @@ from vogue.families import FAMILIES
 from vogue.inputs import Preprocessor, Prompt, View
 from vogue.model.packing import Row, collate
 from vogue.model.policy import Policy
-from vogue.rollout import Completion
+from vogue.rollout.engine import Completion
 
 IMAGE, VIDEO, START, END = 1, 2, 3, 4  # token ids
 SAMPLE = Sample("?", "!", ())

@@ -8,7 +8,7 @@ from steps import group_of
 from vogue.groups import assigned, choose, found_mixed, in_updates, judged, overlong_punishment
 from vogue.loader import Item
 from vogue.rewards import Score
-from vogue.rollout import Completion
+from vogue.rollout.engine import Completion
 
 
 def group(number, *accuracies, rewards=None, lengths=None, update=0):

@@ -25,7 +25,7 @@ from vogue.method import branch
 from vogue.method.uncertainty import Signals
 from vogue.metrics import Clock, Means
 from vogue.objective import uncertainties
-from vogue.rollout import Completion
+from vogue.rollout.engine import Completion
 
 # -------------------------------------------------------------------------------------------- branch granularity
 

@@ -90,7 +90,10 @@ def test_advantages_are_a_tokens_own(new_trainer):
     gradient = torch.autograd.grad(loss, signals.logprob)[0]
     assert gradient.nonzero().tolist() == [[at]] and gradient[at] == -1.5
     assert metrics["clip_fraction"].count == 1
-    assert uncertainties(replace(batch, advantages=only), stats, False)["entropy"] == (stats.entropy[at].item(), 1)
+    assert uncertainties(replace(batch, advantages=only), stats, measuring=False)["entropy"] == (
+        stats.entropy[at].item(),
+        1,
+    )
 
 
 def test_a_completion_needs_a_forward_where_any_of_its_tokens_sends_a_gradient():

@@ -9,7 +9,7 @@ from vogue.data import Sample
 from vogue.inputs import Prompt, View
 from vogue.loader import deal
 from vogue.model.packing import PAD, Row, collate, pack, spread
-from vogue.rollout import Completion
+from vogue.rollout.engine import Completion
 
 NOTHING = View((), None, None)
 

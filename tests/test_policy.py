@@ -12,7 +12,7 @@ from vogue.method.perturb import perturb
 from vogue.method.uncertainty import OtherBranch
 from vogue.model.packing import Row, collate
 from vogue.model.policy import Policy
-from vogue.rollout import BAN, Completion, media_token_ids
+from vogue.rollout.engine import BAN, Completion, media_token_ids
 
 TEMPERATURE = 0.7
 PAD_ID = 0

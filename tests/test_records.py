@@ -14,7 +14,7 @@ from vogue.inputs import Prompt, View
 from vogue.loader import Item
 from vogue.records import pieces, records
 from vogue.rewards import Score
-from vogue.rollout import Completion
+from vogue.rollout.engine import Completion
 
 PIXELS = np.random.default_rng(0)
 KEYS = (

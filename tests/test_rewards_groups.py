@@ -7,7 +7,7 @@ from steps import group_of
 
 from vogue.data.prompts import SYSTEM_PROMPT
 from vogue.rewards.groups import blind_answers, score_groups
-from vogue.rollout import Completion
+from vogue.rollout.engine import Completion
 from vogue.rollout.hf import HfEngine
 
 DESIGN = ("reward.design=vision_sr1", "data.max_prompt_tokens=400")

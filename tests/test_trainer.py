@@ -23,7 +23,7 @@ from vogue.groups import in_updates
 from vogue.method.uncertainty import Signals
 from vogue.metrics import Clock, Means
 from vogue.model.packing import Place
-from vogue.rollout import Completion
+from vogue.rollout.engine import Completion
 
 # ----------------------------------------------------------------------------------------------- loss and updates
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from vogue.benchmarks import Benchmark, Line, Problem, Share
-from vogue.benchmarks.answers import Answered, read
+from vogue.benchmarks.answers import Answered, read_answers
 from vogue.config import Config
 from vogue.data import Sample, load_samples
 from vogue.data.prompts import with_view
@@ -22,7 +22,8 @@ from vogue.inputs import Preprocessor
 from vogue.method.perturb import perturb
 from vogue.rewards import Score, check_function
 from vogue.rewards.groups import score_groups
-from vogue.rollout import Completion, Engine, Request, create_engine
+from vogue.rollout import create_engine
+from vogue.rollout.engine import Completion, Engine, Request
 from vogue.seeds import Purpose, seed_for
 
 CHUNK = 64  # problems generated at a time, so that the progress bar moves and their images fit into memory
@@ -71,7 +72,7 @@ def summary(judged: Sequence[Judged], pass_at: Sequence[int]) -> dict[str, Estim
     return {f"pass@{k}": estimate([pass_at_k(n, item.right, k) for item in judged]) for k in pass_at}
 
 
-def record(judged: list[Judged]) -> dict[str, list[float] | int | list[int]]:
+def evaluation_row(judged: list[Judged]) -> dict[str, list[float] | int | list[int]]:
     """A row of evaluations.jsonl: pass@1, pass@2, pass@4 … as [value, low, high], and what every problem got.
 
     n         completions a problem
@@ -86,7 +87,7 @@ def record(judged: list[Judged]) -> dict[str, list[float] | int | list[int]]:
 
 
 def headline(row: dict) -> dict[str, Estimate]:
-    """pass@1 and pass@k of the largest k of a `record`."""
+    """pass@1 and pass@k of the largest k of an `evaluation_row`."""
     names = [name for name in row if name.startswith("pass@")]
     return {name: Estimate(*row[name]) for name in (names[0], names[-1])}
 
@@ -136,7 +137,7 @@ def answer_benchmark(
     groups = []
     for start, chunk in _chunks(samples, "evaluate", console):
         groups += generate(engine, preprocessor, config, chunk, start)
-    return [read(benchmark, problem, group) for problem, group in zip(problems, groups, strict=True)]
+    return [read_answers(benchmark, problem, group) for problem, group in zip(problems, groups, strict=True)]
 
 
 def benchmark_table(

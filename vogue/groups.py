@@ -16,7 +16,7 @@ from vogue.metrics import Means
 from vogue.model.packing import Place, Row
 from vogue.objective import has_gradient
 from vogue.rewards import Score
-from vogue.rollout import Completion, Engine, Request
+from vogue.rollout.engine import Completion, Engine, Request
 from vogue.seeds import Purpose, seed_for
 
 

@@ -101,7 +101,7 @@ class RunLog:
         self.progress.update(self.task, completed=step + 1, shown=shown)
 
     def evaluation(self, step: int, record: dict) -> None:
-        """`record`: see `vogue.evaluate.record`."""
+        """`record`: see `vogue.evaluate.evaluation_row`."""
         self._append("evaluations.jsonl", [{"step": step} | record])
         values = {f"eval/{name}": value[0] for name, value in record.items() if name.startswith("pass@")}
         self._scalars(step, values)

@@ -30,7 +30,7 @@ def has_gradient(advantages: Tensor) -> bool:
 
 
 def objective(
-    batch: Batch, signals: Signals, settings: LossConfig, guidance: GuidanceConfig, sign: float, first: bool
+    batch: Batch, signals: Signals, settings: LossConfig, guidance: GuidanceConfig, sign: float, *, first: bool
 ) -> Objective:
     """The batch's loss and its metrics. `first`: no update came before, so that ρ should be 1, and is measured."""
     old = batch.old or signals._replace(logprob=signals.logprob.detach())
@@ -59,7 +59,7 @@ def objective(
     return Objective(loss, metrics)
 
 
-def uncertainties(batch: Batch, stats: TokenStats, measuring: bool) -> dict[str, Mean]:
+def uncertainties(batch: Batch, stats: TokenStats, *, measuring: bool) -> dict[str, Mean]:
     """Means of the exact entropy and symmetric divergence, whatever estimates of them guide.
 
     They are over the tokens that send a gradient, of u_per those that it is paid to; with `measuring` also over all

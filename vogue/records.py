@@ -20,10 +20,10 @@ def records(step: int, groups: list[Group], count: int, tokenizer: PreTrainedTok
     """Records of `count` completions of `groups`, drawn at random; their images are written to `folder`/completions."""
     places = [(group, i) for group in groups for i in range(len(group.completions))]
     chosen = random.Random(step).sample(places, min(count, len(places)))
-    return [record(step, group, i, tokenizer, folder) for group, i in chosen]
+    return [completion_record(step, group, i, tokenizer, folder) for group, i in chosen]
 
 
-def record(step: int, group: Group, i: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict:
+def completion_record(step: int, group: Group, i: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict:
     """One completion: `entropy` and `u_per` in nats a token, null where they weren't computed."""
     item, sample, score = group.item, group.item.prompt.sample, group.scores[i]
     trace = group.traces[i] if group.traces else None

@@ -14,7 +14,7 @@ from rich.table import Table
 from vogue import distributed, logs
 from vogue.config import Config
 from vogue.data import Sample, load_samples
-from vogue.evaluate import headline, record
+from vogue.evaluate import evaluation_row, headline
 from vogue.groups import Group
 from vogue.inputs import Preprocessor
 from vogue.records import records
@@ -79,7 +79,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the held-out problems got after `step` steps: see `vogue.evaluate.record`."""
+    """What the held-out problems got after `step` steps: see `vogue.evaluate.evaluation_row`."""
 
     step: int
     record: dict
@@ -91,7 +91,7 @@ def _events(
     """The run: steps, evaluations before, between and after them, and checkpoints, one more where it stops."""
     settings, saved = trainer.config.trainer, trainer.step
     if held_out and trainer.step == 0:
-        yield Evaluation(0, record(trainer.evaluate(held_out)))
+        yield Evaluation(0, evaluation_row(trainer.evaluate(held_out)))
     while trainer.step < settings.steps:
         if distributed.largest([int(stop.asked)], trainer.device)[0]:
             if trainer.step > saved:
@@ -102,7 +102,7 @@ def _events(
         yield Step(trainer.step - 1, metrics, groups)
         last = trainer.step == settings.steps
         if held_out and (last or trainer.step % settings.eval_every == 0):
-            yield Evaluation(trainer.step, record(trainer.evaluate(held_out)))
+            yield Evaluation(trainer.step, evaluation_row(trainer.evaluate(held_out)))
         if last or (settings.save_every and trainer.step % settings.save_every == 0):
             trainer.save()
             saved = trainer.step

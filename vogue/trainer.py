@@ -57,7 +57,8 @@ from vogue.model.policy import Policy
 from vogue.objective import objective, uncertainties
 from vogue.rewards import verifier
 from vogue.rewards.groups import score_groups
-from vogue.rollout import create_engine, media_token_ids
+from vogue.rollout import create_engine
+from vogue.rollout.engine import media_token_ids
 from vogue.state import RunState
 from vogue_kernels import GuidanceConfig
 
@@ -183,7 +184,7 @@ class Trainer:
                 with clock("forward"):
                     stats = self.deepspeed(batch)
                     traces |= traced(batch, stats)
-                    means.add_all(uncertainties(batch, stats, config.trainer.measures(self.step)))
+                    means.add_all(uncertainties(batch, stats, measuring=config.trainer.measures(self.step)))
                     signals = self.signals(batch, stats)
                     loss, metrics = objective(batch, signals, config.loss, self.guidance, sign, first=number == 0)
                     means.add_all(metrics)
@@ -220,7 +221,7 @@ class Trainer:
         filled = spread(packed[:compared], counts[0], idle_row(some, compared=True))
         filled += spread(packed[compared:], counts[1], idle_row(some, compared=False))
         pad_id, token_mean = self.processor.tokenizer.pad_token_id, config.loss.aggregation == "token-mean"
-        return [collate(part, pad_id, token_mean).to(self.device) for part in filled]
+        return [collate(part, pad_id, token_mean=token_mean).to(self.device) for part in filled]
 
     def check_gradient(self, norm: float, means: Means) -> None:
         """Add the update's norm, which is of all ranks; raises FloatingPointError after too many that aren't finite.

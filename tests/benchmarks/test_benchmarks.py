@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from vogue.benchmarks import BENCHMARKS
-from vogue.benchmarks.answers import read, write_answered
+from vogue.benchmarks.answers import read_answers, write_answered
 from vogue.benchmarks.mathvista import edit_distance
 from vogue.data import DataError
 from vogue.estimates import Estimate
 from vogue.evaluate import benchmark_table
-from vogue.rollout import Completion
+from vogue.rollout.engine import Completion
 
 
 def encoded():
@@ -39,7 +39,7 @@ def write(folder, name, content, *images):
 def answer(name, problems, *completions):
     """The problems with the same number of completions each, read by rules."""
     groups = [[Completion((1,), (0.0,), text, True) for text in texts] for texts in completions]
-    return [read(BENCHMARKS[name], problem, group) for problem, group in zip(problems, groups, strict=True)]
+    return [read_answers(BENCHMARKS[name], problem, group) for problem, group in zip(problems, groups, strict=True)]
 
 
 def scores(name, problem, *completions):

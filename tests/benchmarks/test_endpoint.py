@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from vogue.benchmarks import BENCHMARKS, Extractor, ExtractorError, Problem
-from vogue.benchmarks.answers import ask_extractor, read
+from vogue.benchmarks.answers import ask_extractor, read_answers
 from vogue.benchmarks.extract import NUMERIC, options
 from vogue.data import Sample
-from vogue.rollout import Completion
+from vogue.rollout.engine import Completion
 
 OPTIONS = options({"A": "4", "B": "5"})
 
@@ -134,7 +134,7 @@ def test_answers_come_in_the_order_of_the_questions_however_long_each_takes(serv
 def answered(*completions):
     row = {"query": "How many?", "label": "5", "image": None}
     problem = Problem(Sample("How many?", "5", ()), row)
-    return read(BENCHMARKS["chartqa"], problem, [Completion((1,), (0.0,), text, True) for text in completions])
+    return read_answers(BENCHMARKS["chartqa"], problem, [Completion((1,), (0.0,), text, True) for text in completions])
 
 
 def test_only_what_the_rules_leave_unread_is_asked_unless_everything_is(serve):

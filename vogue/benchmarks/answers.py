@@ -12,7 +12,7 @@ from rich.progress import track
 from vogue.benchmarks.benchmark import Benchmark, Problem
 from vogue.benchmarks.endpoint import Extractor
 from vogue.benchmarks.extract import extract
-from vogue.rollout import Completion
+from vogue.rollout.engine import Completion
 
 ParsedBy = Literal["rules", "extractor"]
 
@@ -39,7 +39,7 @@ class Answered:
         return tuple(answer.right for answer in self.answers)
 
 
-def read(benchmark: Benchmark, problem: Problem, completions: Sequence[Completion]) -> Answered:
+def read_answers(benchmark: Benchmark, problem: Problem, completions: Sequence[Completion]) -> Answered:
     """The answers that rules find in a problem's completions."""
     form = benchmark.form(problem.row)
     parsed = [extract(completion.text, form) for completion in completions]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vogue.inputs import NOISY, Prompt, View, cat_images
 from vogue.method.uncertainty import Signals
-from vogue.rollout import Completion
+from vogue.rollout.engine import Completion
 
 PAD = -1  # segment of padding
 
@@ -48,7 +48,7 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        return len(self.prompt.token_ids) + sum(len(_read(c)) for c in self.completions)
+        return len(self.prompt.token_ids) + sum(len(_inputs(c)) for c in self.completions)
 
     @property
     def compared(self) -> bool:
@@ -140,7 +140,7 @@ def _can_be_cut(rows: Sequence[Row]) -> bool:
     return (sum(row.compared for row in rows) or len(rows)) > 1
 
 
-def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
+def collate(rows: Sequence[Row], pad_id: int, *, token_mean: bool) -> Batch:
     """Pad `rows` into a batch; those that are compared with more views must come first.
 
     A token's weight is 1 (token-mean), or 1 / its completion's length (sequence-mean), times its row's; the trainer
@@ -169,9 +169,9 @@ def collate(rows: Sequence[Row], pad_id: int, token_mean: bool) -> Batch:
             weights.append(row.weight if token_mean else row.weight / size)
             targets += completion.token_ids
             logprobs += completion.logprobs if source == row.trained else [math.nan] * size
-            read = _read(completion)
-            ids += read
-            segment_ids += [i + 1] * len(read)
+            inputs = _inputs(completion)
+            ids += inputs
+            segment_ids += [i + 1] * len(inputs)
         input_ids[b, prompt : len(segment_ids)] = torch.tensor(ids)
         segments[b, : len(segment_ids)] = torch.tensor(segment_ids)
     size = torch.tensor(sizes)
@@ -204,11 +204,11 @@ def _other(batch: Batch, rows: Sequence[Row], i: int, pad_id: int, token_mean: b
     """The batch of the rows that are compared with an i-th view, on that view."""
     compared = [replace(row, trained=row.others[i], others=()) for row in rows if len(row.others) > i]
     if len(compared) < len(rows):
-        return collate(compared, pad_id, token_mean)
+        return collate(compared, pad_id, token_mean=token_mean)
     return replace(batch, images=_stack([row.views[row.trained] for row in compared]))
 
 
-def _read(completion: Completion) -> tuple[int, ...]:
+def _inputs(completion: Completion) -> tuple[int, ...]:
     """The tokens that the model reads: the last one predicts nothing (kept where it is alone, so that some are)."""
     return completion.token_ids[: max(1, len(completion.token_ids) - 1)]
 

@@ -20,7 +20,7 @@ from vogue.families import Family, family_of
 from vogue.method.uncertainty import OtherBranch, TokenStats
 from vogue.model.attention import FLEX, IMPLEMENTATIONS, PARTS, attention_inputs
 from vogue.model.packing import PAD, Batch, Images
-from vogue.rollout import BAN
+from vogue.rollout.engine import BAN
 from vogue_kernels import BranchStats, LogprobStats, linear_branch_stats, linear_logprob
 
 

@@ -12,7 +12,7 @@ from vogue.data import DataError, Sample
 from vogue.data.prompts import SYSTEM_PROMPT, with_view
 from vogue.inputs import Preprocessor
 from vogue.rewards.designs import Score, content, score_batch
-from vogue.rollout import Completion, Engine, Request
+from vogue.rollout.engine import Completion, Engine, Request
 from vogue.seeds import Purpose, seed_for
 
 

@@ -14,13 +14,13 @@ from transformers import AutoModelForImageTextToText, DynamicCache, ProcessorMix
 from vogue.config import Config
 from vogue.families import family_of
 from vogue.inputs import cat_images
-from vogue.rollout import BAN, Completion, Request, media_token_ids
+from vogue.rollout.engine import BAN, Completion, Request, media_token_ids
 
 SEQUENCES = 512  # generated at a time
 
 
 class HfEngine:
-    """A `vogue.rollout.Engine` on transformers, with its own copy of the model."""
+    """A `vogue.rollout.engine.Engine` on transformers, with its own copy of the model."""
 
     def __init__(self, config: Config, processor: ProcessorMixin):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from vogue.config import Config
 from vogue.families import family_of_processor
-from vogue.rollout import BAN, Completion, Request, media_token_ids
+from vogue.rollout.engine import BAN, Completion, Request, media_token_ids
 
 # Read by vLLM when it is imported: run in this process, and leave OpenMP's threads to the trainer, which shares them.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -41,7 +41,7 @@ CPU_BATCHED_TOKENS = 4096  # of prompts that vLLM takes in at once
 
 
 class VllmEngine:
-    """A `vogue.rollout.Engine` on vLLM.
+    """A `vogue.rollout.engine.Engine` on vLLM.
 
     `model` is the one whose weights the engine is to follow; None where it keeps the checkpoint's.
     """

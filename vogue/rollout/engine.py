@@ -1,0 +1,60 @@
+"""A rollout engine takes prompts and the policy's weights, and gives completions.
+
+An engine has `generate`, `load_weights` and `version`; there are two: `vllm.py`, and `hf.py` where vLLM can't be
+installed. Each rank has its own, with the whole model, and generates for its own prompts.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from vogue.inputs import Prompt, View
+
+BAN = -100.0  # added to the logits of tokens that can't be sampled, in rollout and training alike
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt with the images of one branch, preprocessed once for engine and policy alike.
+
+    Equal seeds give equal completions, whatever else is generated.
+    """
+
+    prompt: Prompt
+    view: View
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion of a prompt.
+
+    `token_ids` end with the end token if it `finished`; `logprobs` (nats) are of the distribution sampled from.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finished: bool
+
+
+class Engine(Protocol):
+    version: int  # the optimizer update whose weights it has
+
+    def generate(self, requests: list[Request], n: int, max_tokens: int, temperature: float) -> list[list[Completion]]:
+        """Generate `n` completions for each request; at temperature 0, which takes n = 1, of the likeliest tokens.
+
+        Log-probabilities are then those of temperature 1.
+        """
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...
+
+
+def media_token_ids(processor: Any) -> list[int]:
+    """The ids that stand for images or videos in a prompt; a sampled one would ask for an image that isn't there."""
+    known = processor.tokenizer.get_vocab()
+    tokens = (processor.image_token, getattr(processor, "video_token", None), "<|vision_start|>", "<|vision_end|>")
+    return sorted({known[token] for token in tokens if token in known})
