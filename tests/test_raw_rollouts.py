@@ -151,3 +151,34 @@ def test_what_is_learned_is_the_same_however_rows_are_cut(new_trainer):
         weights.append(torch.cat([p.detach().flatten() for p in trainer.policy.parameters()]))
     for other in weights[1:]:
         assert ((other - weights[0]).abs() > 1e-6).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("estimator", ["exact", "k3", "sampled"])
+@pytest.mark.parametrize("granularity", ["prompt", "response", "step"])
+def test_every_granularity_and_estimator_trains_on_raw_rollouts(new_trainer, granularity, estimator):
+    settings = ("branch.probability=0.5", f"branch.granularity={granularity}", f"uncertainty.estimator={estimator}")
+    trainer = new_trainer(*RAW, *settings, "rollout.n=4")
+    before = torch.cat([p.detach().flatten() for p in trainer.policy.parameters()])
+    trainer.step = 1  # whose draws are mixed, or all 1
+    draws = [item.draws for item in trainer.loader.items(1)]
+    metrics, groups = trainer.run_step()
+    assert [group.paid for group in groups] == draws and any(map(any, draws))
+    assert metrics["u_per"] > 0 and metrics["loss"] != 0
+    assert not torch.equal(torch.cat([p.detach().flatten() for p in trainer.policy.parameters()]), before)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        ("loss.clip_high=0.28", "rollout.rounds=3", "reward.overlong_buffer=0.2", "trainer.updates=2"),  # DAPO's parts
+        ("advantage.kind=passk", "advantage.k=2"),
+        ("method=dupl",),
+    ],
+    ids=["dapo", "passk", "dupl"],
+)
+def test_every_base_trains_on_raw_rollouts(new_trainer, base):
+    trainer = new_trainer(*RAW, *base, "branch.probability=1", "rollout.n=4")
+    metrics, groups = trainer.run_step()
+    assert {group.view for group in groups} == {"raw"} and metrics["paid_share"] == 1
+    assert metrics["noisy_share"] == 0 and metrics["u_per"] > 0
+    assert metrics["ratio_error"] < 1e-5
