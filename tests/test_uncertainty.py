@@ -23,7 +23,7 @@ def everything(request):
     compared = OtherBranch(
         both.logprob_noisy, both.entropy_noisy, both.kl_raw_noisy, both.kl_noisy_raw, both.symmetric_kl
     )
-    stats = TokenStats(both.logprob_raw, both.entropy_raw, compared)
+    stats = TokenStats(both.logprob_raw, both.entropy_raw, (compared,))
     p, q = ((hidden @ weight.T).softmax(-1) for hidden in (raw, noisy))
     return q if request.param else p, p, q, stats, torch.full((5 * V,), request.param)
 
@@ -91,7 +91,7 @@ def test_no_gradient_passes_through_an_uncertainty(everything):
 def test_the_entropy_of_the_drawn_branch_is_the_noisy_ones_where_a_raw_token_is_paid(everything, estimator):
     # Four tokens, the first three compared, the first two paid; own is one branch throughout.
     *_, stats, noisy = everything
-    stats = TokenStats(stats.logprob[:4], stats.entropy[:4], OtherBranch(*(value[:3] for value in stats.other)))
+    stats = TokenStats(stats.logprob[:4], stats.entropy[:4], (OtherBranch(*(value[:3] for value in stats.other)),))
     paid = torch.tensor([True, True, False, False])
     own = output_uncertainty(stats.entropy, stats.logprob, estimator)
     other = output_uncertainty(stats.other.entropy, stats.other.logprob, estimator)
