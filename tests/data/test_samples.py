@@ -1,7 +1,8 @@
 import io
 import json
-from pathlib import Path
+import resource
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image, ImageDraw
@@ -63,18 +64,22 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_write_that_stops_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+@pytest.fixture
+def small_files():
+    """No file may grow above 64 KB, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_write_that_stops_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path, small_files):
     path = tmp_path / "train.parquet"
     write_parquet([Sample("<image>How many?", "3", (RED,))], path)
     before = path.read_bytes()
-
-    def stop(table, target, **_):
-        Path(target).write_bytes(b"PAR1 and no more")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("vogue.data.samples.pq.write_table", stop)
-    with pytest.raises(KeyboardInterrupt):
-        write_parquet([Sample("<image>How many?", "4", (RED,))], path)
+    noise = Image.frombytes("RGB", (256, 256), np.random.default_rng(0).bytes(256 * 256 * 3))  # no PNG makes it smaller
+    with pytest.raises(OSError, match="File too large"):
+        write_parquet([Sample("<image>How many?", "4", (noise,))], path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

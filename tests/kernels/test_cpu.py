@@ -79,11 +79,12 @@ def test_the_vocabulary_is_shared_among_the_threads_of_torch(count, threads):
 
 
 @needs_library
-def test_more_tokens_than_a_batch_of_the_backward_pass_holds(threads):
+@pytest.mark.parametrize("tokens", [1500, 3000, 9000], ids=["one batch", "two", "five"])
+def test_the_backward_pass_adds_up_all_batches_of_tokens(tokens, threads):
     threads(2)
-    n, v = 9000, 1030  # of the gradient of the logits, 2^21 elements exist at a time
-    hidden, weight = torch.randn(n, 3, requires_grad=True), torch.randn(v, 3, requires_grad=True)
-    targets = torch.randint(v, (n,))
+    vocab = 1030  # a chunk is 1,024 of it: of its logits' gradient, 2^21 elements exist at a time, of 2,048 tokens
+    hidden, weight = torch.randn(tokens, 3, requires_grad=True), torch.randn(vocab, 3, requires_grad=True)
+    targets = torch.randint(vocab, (tokens,))
     results = []
     for backend in ("cpu", "torch"):
         loss = linear_logprob(hidden, weight, targets, backend=backend).logprob.sum()

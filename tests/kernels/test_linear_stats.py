@@ -6,12 +6,13 @@ it; for a gradient, in which these terms are multiplied by the weight or the hid
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import oracle
 import pytest
 import torch
 
-from vogue_kernels import IGNORE, BranchStats, LogprobStats, linear_branch_stats, linear_logprob
+from vogue_kernels import IGNORE, BranchStats, LogprobStats, linear_branch_stats, linear_logprob, reference
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 GRADIENTS = ("grad weight", "grad bias")
@@ -236,6 +237,20 @@ def test_each_gradient_equals_finite_differences(result, tile, monkeypatch):
         return linear_branch_stats(*leaves[:3], targets, leaves[3], 0.7, backend="torch")[result]
 
     assert torch.autograd.gradcheck(scored, (raw, noisy, weight, bias))
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3])
+def test_the_references_weight_gradient_is_the_sum_over_all_batches_of_tokens(batches, monkeypatch):
+    vocab, rows = 17, 6 // batches
+    monkeypatch.setattr("vogue_kernels.reference.TILE_ELEMENTS", rows * vocab)
+    hidden = torch.randn(6, 3, dtype=torch.float64)
+    assert len(reference._blocks(hidden, torch.empty(vocab, 3))) == batches
+    targets, given, gradients = torch.randint(vocab, (6,)), torch.randn(6), []
+    weight = torch.randn(vocab, 3, dtype=torch.float64, requires_grad=True)
+    for operator in (partial(linear_logprob, backend="torch"), oracle.linear_logprob):
+        logprob = operator(hidden, weight, targets).logprob
+        gradients += torch.autograd.grad((given * logprob).sum(), weight)
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("result", [0, 1], ids=["logprob", "entropy"])
