@@ -4,7 +4,8 @@
     python tools/mutants.py --only 3   one of them; the numbers are those that it prints
 
 A mistake that no test sees says where one is missing. An entry whose text is no longer exactly once in its file is an
-error, since it would test nothing; `tests/test_mutants.py` looks for those.
+error, since it would test nothing; `tests/test_mutants.py` looks for those. So are tests that fail without a mistake,
+since they would see any. The exit code is 1 where a mistake survived, 2 after an error.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import cache_from_source
 from pathlib import Path
 
 from rich.console import Console
@@ -138,26 +141,56 @@ def mutated(mutant: Mutant, text: str) -> str:
 
 
 def survives(mutant: Mutant, copy: Path) -> bool:
-    """Whether the tests pass on the copy in spite of the mistake."""
+    """Whether the tests pass on the copy in spite of the mistake.
+
+    Raises RuntimeError where they can't be run, or fail without the mistake too.
+    """
     path = copy / mutant.file
     original = path.read_text()
-    path.write_text(mutated(mutant, original))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", mutant.tests]
-    command += ["-k", mutant.chosen] if mutant.chosen else ["-m", "not slow"]
-    environment = os.environ | {"PYTHONPATH": f"{copy}{os.pathsep}{copy / 'kernels'}"}
+    _write(path, mutated(mutant, original))
     try:
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+        passed, _ = tried(mutant.tests, mutant.chosen, copy)
     finally:
-        path.write_text(original)
+        _write(path, original)
+    if not passed:
+        passes, output = tried_without(mutant.tests, mutant.chosen, copy)
+        if not passes:
+            raise RuntimeError(f"{mutant.tests} fails without a mistake:\n{output}")
+    return passed
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+    # Byte-code is told by the second and the size of its source, which a mistake may leave as they were.
+    Path(cache_from_source(path)).unlink(missing_ok=True)
+
+
+def tried(tests: str, chosen: str, copy: Path) -> tuple[bool, str]:
+    """Whether the tests pass on the copy as it is, and the end of what they print."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests]
+    command += ["-k", chosen] if chosen else ["-m", "not slow"]
+    environment = os.environ | {"PYTHONPATH": f"{copy}{os.pathsep}{copy / 'kernels'}"}
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    output = done.stdout[-2000:] + done.stderr[-2000:]
     if done.returncode not in (0, 1):
-        raise RuntimeError(f"{mutant.tests} can't be run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.returncode == 0
+        raise RuntimeError(f"{tests} can't be run:\n{output}")
+    return done.returncode == 0, output
+
+
+tried_without = cache(tried)  # once for all mistakes of the same tests
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="numbers of the mistakes to try")
     chosen = parser.parse_args().only or range(len(MUTANTS))
+    if unknown := [number for number in chosen if not 0 <= number < len(MUTANTS)]:
+        parser.error(f"--only {unknown[0]}: the mistakes are numbered 0 to {len(MUTANTS) - 1}")
+    try:
+        for number in chosen:
+            mutated(MUTANTS[number], (ROOT / MUTANTS[number].file).read_text())
+    except ValueError as error:
+        parser.error(str(error))
     console, found = Console(), []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
@@ -166,9 +199,13 @@ def main() -> int:
             (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
         for number in track(chosen, "mistakes", console=console):
             mutant = MUTANTS[number]
-            seen = not survives(mutant, copy)
+            try:
+                seen = not survives(mutant, copy)
+            except RuntimeError as error:
+                parser.exit(2, f"mistake {number}: {error}\n")
             change = f"{mutant.file}: {mutant.text!r} -> {mutant.replacement!r}"
-            console.print(f"{number:3} {'seen    ' if seen else 'SURVIVED'} {change}", markup=False, highlight=False)
+            line = f"{number:3} {'seen    ' if seen else 'SURVIVED'} {change}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
             found += [] if seen else [number]
     console.print(f"{len(found)} of {len(chosen)} survived" + (f": {found}" if found else ""), highlight=False)
     return 1 if found else 0
