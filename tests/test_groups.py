@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 from steps import group_of
 
-from vogue.groups import assigned, choose, found_mixed, in_updates, judged, overlong_punishment
+from vogue.groups import assigned, choose, found_mixed, in_updates, judged, overlong_punishment, tally
 from vogue.loader import Item
+from vogue.metrics import Means
 from vogue.rewards import Score
 from vogue.rollout.engine import Completion
 
@@ -76,3 +77,29 @@ def test_groups_keep_their_number_in_the_updates_that_train_on_them():
     first, second = in_updates([group(3, 0, 1, update=1), group(4, 0, 1), group(5, 0, 1, update=1)], 2)
     assert {number: g.item.number for number, g in first.items()} == {1: 4}
     assert {number: g.item.number for number, g in second.items()} == {0: 3, 2: 5}
+
+
+def test_what_was_generated_is_counted_by_hand():
+    def of(number, *answers, finished=(True,) * 4, **given):
+        some = group(number, *(float(answer == "3") for answer in answers), lengths=(1, 2, 3, 4))
+        scores = tuple(replace(score, parsed=answer) for score, answer in zip(some.scores, answers))
+        completions = tuple(replace(c, finished=f) for c, f in zip(some.completions, finished))
+        return replace(some, scores=scores, completions=completions, **given)
+
+    groups = [
+        of(0, "3", "3", "3", "3"),
+        of(1, "3", "4", "5", None, finished=(True, True, True, False)),
+        of(2, "4", "4", "4", "4", kept=(True, True, False, False), sources=("raw", "noisy") * 2, paid=(True,) * 4),
+        of(3, "4", "4", "5", "5", kept=(False,) * 4),
+    ]
+    means = Means()
+    tally(groups, means)
+    assert means["solved_share"] == (1, 4)
+    assert means["mixed_share"] == (1, 4)
+    assert means["pass_at_n"] == (2, 4)  # all four of the first are right, and one of the second
+    assert means["distinct_answers"] == (1 + 4 + 1 + 2, 4)
+    assert means["accuracy"] == (4 + 1, 16)
+    assert means["finished"] == (15, 16)
+    assert means["tokens"] == (4 * (1 + 2 + 3 + 4), 16)
+    assert means["noisy_share"] == (1, 4 + 4 + 2)  # of those that are kept
+    assert means["paid_share"] == (2, 4 + 4 + 2)

@@ -45,6 +45,23 @@ def test_a_step_trains_on_what_was_loaded_ahead_and_that_is_what_it_would_load_i
     assert loader._ahead is None
 
 
+def test_what_is_loaded_ahead_sees_what_had_happened_when_the_step_before_began(new_loader):
+    loader, seen = new_loader(), {}
+    items = loader.items
+
+    def look(step, number=0):
+        seen[step] = dict(loader.state.settled)
+        return items(step, number)
+
+    loader.items = look
+    for step in range(3):
+        loader.state.current["done"] = step  # by the step before
+        loader.load_ahead(step)
+        loader.state.current["done"] = "more"  # while the next one is loaded
+        loader._ahead[1].result()
+    assert seen == {0: {}, 1: {"done": 0}, 2: {"done": 1}, 3: {"done": 2}}
+
+
 def test_loading_ahead_takes_one_thread_and_leaves_the_others_to_training(new_loader):
     loader, threads = new_loader(), torch.get_num_threads()
     loader.load_ahead(0)
