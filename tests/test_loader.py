@@ -45,6 +45,14 @@ def test_a_step_trains_on_what_was_loaded_ahead_and_that_is_what_it_would_load_i
     assert loader._ahead is None
 
 
+def test_what_was_loaded_ahead_for_another_step_is_not_taken(new_loader):
+    loader = new_loader()
+    loader.load_ahead(0)  # and step 1
+    assert [item.prompt.sample.place for item in loader.load_ahead(2)] == [
+        item.prompt.sample.place for item in loader.items(2)
+    ]
+
+
 def test_what_is_loaded_ahead_sees_what_had_happened_when_the_step_before_began(new_loader):
     loader, seen = new_loader(), {}
     items = loader.items
@@ -108,6 +116,17 @@ def test_every_step_and_every_image_is_perturbed_anew(new_loader):
     assert not torch.equal(noisy(0, 0), noisy(0, 1))
 
 
+def test_the_images_of_a_prompt_are_perturbed_each_by_itself(new_loader):
+    loader = new_loader()
+    image = loader.samples[0].images[0]
+    twice = replace(loader.samples[0], problem="<image><image>Alike?", images=(image, image))
+    views = loader.item(twice, 0, 0, (True, True)).views
+    first, second = views["raw"].pixel_values.chunk(2)
+    assert torch.equal(first, second)
+    first, second = views["noisy"].pixel_values.chunk(2)
+    assert not torch.equal(first, second)
+
+
 def test_every_round_of_a_step_has_prompts_and_draws_of_its_own(new_loader):
     loader = new_loader("rollout.prompts=12", "rollout.rounds=2", "branch.probability=0.5")
     first, second = loader.items(0), loader.items(0, 1)
@@ -140,6 +159,17 @@ def test_ranks_share_each_updates_prompts_so_that_their_work_is_alike(new_loader
     assert [sum(number < 4 for number in mine) for mine in numbers] == [2, 2]
     assert sorted(numbers[0] + numbers[1]) == list(range(8))
     assert abs(work[0] - work[1]) <= 24
+
+
+def test_ranks_share_the_prompts_that_take_a_second_forward(new_loader):
+    settings = "branch.probability=0.5", "rollout.prompts=8"
+    loaders = [new_loader(*settings, rank=rank, ranks=2) for rank in (0, 1)]
+    for step in range(10):
+        counts = []
+        for loader in loaders:
+            loader.lengths = [10] * len(loader.samples)
+            counts.append(sum(item.draws[0] for item in loader.items(step)))
+        assert abs(counts[0] - counts[1]) <= 1
 
 
 def test_prompts_that_ranks_cannot_share_are_refused(new_loader):

@@ -304,6 +304,15 @@ def test_the_other_branch_is_needed_only_where_a_token_is_noisy_and_perception_c
         VogueLoss()(hidden, weight, targets, advantage, noisy=True)
 
 
+def test_the_ratios_that_are_told_are_those_of_the_tokens_that_are_not_skipped():
+    hidden, weight, targets = torch.zeros(4, 2), torch.zeros(8, 2), torch.tensor([3, 5, 7, IGNORE])
+    old = torch.tensor([0.25, 0.5, 0.01, 0.01]).log()  # where the policy gives every token 1/8: ratios 0.5, 0.25
+    mask = torch.tensor([True, True, False, True])
+    _, metrics = VogueLoss()(hidden, weight, targets, torch.ones(4), old_logprob=old, mask=mask)
+    assert metrics["ratio_max"].item() == pytest.approx(0.5)
+    assert metrics["ratio_mean"].item() == pytest.approx(0.375)
+
+
 def test_a_batch_with_every_token_masked_has_a_loss_and_gradient_of_zero():
     hidden, _, weight, targets, advantage = batch()
     loss, _ = VogueLoss()(hidden, weight, targets, advantage, mask=torch.zeros(10, dtype=torch.bool))
