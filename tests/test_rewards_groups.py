@@ -52,6 +52,17 @@ def test_an_answer_depends_on_its_seed_and_not_on_its_company(engine, config, pr
     assert len({*answers([1]), *answers([2]), *answers([3]), *answers([4]), *answers([5])}) > 1
 
 
+def test_answers_are_sampled_at_the_temperature_that_is_given(engine, config, preprocessor, samples):
+    # At 0.001 the likeliest token has all the probability, so that seeds make no difference.
+    found = {
+        temperature: blind_answers(
+            engine, preprocessor, config(*DESIGN), [DESCRIBED] * 5, samples[:1] * 5, range(1, 6), temperature
+        )
+        for temperature in (1.0, 0.001)
+    }
+    assert len(set(found[1.0])) > 1 == len(set(found[0.001]))
+
+
 def test_without_a_description_that_can_be_read_nothing_is_asked(engine, config, preprocessor, samples):
     unreadable = [
         "<think>a</think>\\boxed{3}",

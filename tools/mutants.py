@@ -44,6 +44,22 @@ MUTANTS = (
     ),
     Mutant("vogue/rewards/groups.py", "*place, number)", "*place)", "tests/test_rewards_groups.py"),
     Mutant("vogue/loader.py", "step * total + first", "step * total", "tests/test_loader.py"),
+    Mutant("vogue/loader.py", "PERTURB, step, number, i)", "PERTURB, step, number)", "tests/test_loader.py"),
+    Mutant(
+        "vogue/method/branch.py", "SeedSequence((seed, step))", "SeedSequence((seed + step,))", "tests/test_branch.py"
+    ),
+    Mutant("vogue/loader.py", "epoch, offset = epoch + 1, 0", "epoch, offset = epoch, 0", "tests/test_loader.py"),
+    # What a step trains on, and where.
+    Mutant("vogue/loader.py", "self.state.settle()\n", "pass\n", "tests/test_loader.py"),
+    Mutant("vogue/loader.py", "ahead and ahead[0] == step", "ahead", "tests/test_loader.py"),
+    Mutant("vogue/loader.py", "NOISY_COST if z.any() else 1", "1", "tests/test_loader.py"),
+    Mutant("vogue/groups.py", "(not found[number], number)", "(found[number], number)", "tests/test_groups.py"),
+    Mutant("vogue/groups.py", "keep and completion.finished", "completion.finished", "tests/test_groups.py"),
+    Mutant("vogue/groups.py", "place * updates // len(chosen)", "place % updates", "tests/test_groups.py"),
+    Mutant(
+        "vogue/groups.py", "pass_at_k(len(scores), right, len(scores))", "right / len(scores)", "tests/test_groups.py"
+    ),
+    Mutant("vogue/groups.py", "other = RAW if trained == NOISY else NOISY", "other = NOISY", "tests/test_methods.py"),
     # The optimizer's step.
     Mutant(
         "vogue/model/optimizer.py",
@@ -56,12 +72,33 @@ MUTANTS = (
     Mutant(
         "vogue/trainer.py", "            config.rollout.temperature,\n", "            1.0,\n", "tests/test_trainer.py"
     ),
+    Mutant(
+        "vogue/model/policy.py", "self.temperature = temperature", "self.temperature = 1.0", "tests/test_trainer.py"
+    ),
     Mutant("vogue/trainer.py", "loss * (self.ranks / divisor)", "loss / divisor * 2", "tests/test_trainer.py"),
     # The objective.
     Mutant("vogue/objective.py", "torch.where(comparable,", "torch.where(~comparable,", "tests/test_objective.py"),
     Mutant("vogue/objective.py", ".clamp(max=settings.importance_cap)", "", "tests/test_objective.py"),
     Mutant("vogue/objective.py", "(advantages != 0).any()", "(advantages != 0).all()", "tests/test_objective.py"),
     Mutant("vogue/objective.py", "guidance, sign)", "guidance, 1.0)", "tests/test_raw_rollouts.py"),
+    Mutant(
+        "vogue/objective.py",
+        "(batch.weights > 0) & (batch.advantages != 0)",
+        "batch.weights > 0",
+        "tests/test_trainer.py",
+    ),
+    Mutant(
+        "kernels/vogue_kernels/loss.py",
+        "torch.where(kept, ratio, 0.0).amax()",
+        "ratio.amax()",
+        "tests/kernels/test_loss.py",
+    ),
+    Mutant(
+        "kernels/vogue_kernels/loss.py",
+        "(lengths > 0).sum().clamp(min=1))",
+        "len(lengths))",
+        "tests/kernels/test_loss.py",
+    ),
     Mutant("kernels/vogue_kernels/loss.py", "advantage + per if", "advantage - per if", "tests/kernels/test_loss.py"),
     Mutant(
         "kernels/vogue_kernels/loss.py",
@@ -88,7 +125,28 @@ MUTANTS = (
     Mutant("vogue/method/branch.py", "1 - 2 * (step", "1 - (step", "tests/test_branch.py"),
     Mutant("vogue/method/perturb.py", "MAX_ANGLE * (2 * angle - 1)", "MAX_ANGLE * angle", "tests/test_perturb.py"),
     Mutant("vogue/method/advantage.py", "1 - mean - fails", "1 - mean", "tests/test_advantage.py"),
+    Mutant(
+        "vogue/method/advantage.py",
+        "rewards.std(dim=1, keepdim=True)",
+        "rewards.std(dim=1, keepdim=True, correction=0)",
+        "tests/test_advantage.py",
+    ),
+    Mutant("vogue/method/perturb.py", "(255 * pixels).round()", "(255 * pixels)", "tests/test_perturb.py"),
     # Rewards.
+    Mutant("vogue/rewards/verifiable.py", "isinstance(expected, tuple) or (", "(", "tests/test_rewards.py"),
+    Mutant(
+        "vogue/rewards/designs.py",
+        "min(difference % circle, -difference % circle)",
+        "difference % circle",
+        "tests/test_rewards_designs.py",
+    ),
+    Mutant(
+        "vogue/rewards/groups.py",
+        "1, config.rollout.max_tokens, temperature)",
+        "1, config.rollout.max_tokens, 1.0)",
+        "tests/test_rewards_groups.py",
+    ),
+    Mutant("vogue/rewards/function_worker.py", "or not _is_finite(reward)", "", "tests/test_rewards_function.py"),
     Mutant(
         "vogue/rewards/function_worker.py",
         "len(rewards) != len(c",
@@ -103,6 +161,20 @@ MUTANTS = (
     ),
     # Estimates, state, runs and files.
     Mutant("vogue/estimates.py", "comb(n - right, k)", "comb(n - right, 1)", "tests/test_evaluate.py"),
+    Mutant("vogue/estimates.py", "np.abs(sums) >=", "sums >=", "tests/test_compare.py"),
+    Mutant(
+        "vogue/estimates.py",
+        "np.quantile(means, [0.025, 0.975])",
+        "np.quantile(means, [0.05, 0.95])",
+        "tests/test_compare.py",
+    ),
+    Mutant(
+        "vogue/state.py",
+        'values["current"], values["settled"]',
+        'values["current"], values["current"]',
+        "tests/test_state.py",
+        "settled",
+    ),
     Mutant("vogue/state.py", "copy.deepcopy(self.current)", "self.current", "tests/test_state.py", "settled"),
     Mutant(
         "vogue/sweep.py", 'evaluations[-1]["step"] == self.config.trainer.steps', "True", "tests/test_sweep.py", "last"
@@ -119,6 +191,14 @@ MUTANTS = (
         "stop.asked",
         "tests/test_stopping.py",
         "one_of_them",
+    ),
+    # The weight's gradient over batches of tokens.
+    Mutant(
+        "kernels/vogue_kernels/reference.py",
+        "                if needs_weight:\n                    tile",
+        "                if needs_weight and 2 * rows.start != len(targets):\n                    tile",
+        "tests/kernels/test_linear_stats.py",
+        "references_weight",
     ),
     Mutant(
         "kernels/vogue_kernels/gpu/__init__.py",
