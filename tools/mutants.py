@@ -1,6 +1,6 @@
 """Single mistakes put into a copy of the code, each with the tests that must see it; prints which survived.
 
-    python tools/mutants.py            all of them, about ten minutes of two cores
+    python tools/mutants.py            all of them, about twenty minutes
     python tools/mutants.py --only 3   one of them; the numbers are those that it prints
 
 A mistake that no test sees says where one is missing. An entry whose text is no longer exactly once in its file is an
