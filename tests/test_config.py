@@ -124,7 +124,7 @@ def test_each_method_is_its_papers():
     assert (passk.advantage.kind, passk.guidance.alpha_out, passk.guidance.alpha_per) == ("passk", 0, 0)
     assert (dapo.loss.clip_low, dapo.loss.clip_high, dapo.loss.aggregation) == (0.2, 0.28, "token-mean")
     assert (dapo.rollout.rounds, dapo.reward.overlong_buffer) == (4, 0.2)
-    assert (noisy.rollout.noisy, noisy.rollout.n, noisy.perturb.anneal_at) == (4, 8, pytest.approx(40 / 60))
+    assert (noisy.rollout.noisy_count, noisy.rollout.n, noisy.perturb.anneal_at) == (4, 8, pytest.approx(40 / 60))
     assert {config.branch.probability for config in (entropy, passk, dapo, noisy)} == {0}
 
 

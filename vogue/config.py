@@ -245,7 +245,7 @@ class RolloutConfig(Section):
     kv_cache_gb: Positive = Field(1.0, description="size of vLLM's KV cache on a CPU, in GB a rank")
 
     @property
-    def noisy(self) -> int:
+    def noisy_count(self) -> int:
         """Completions of each group that are generated from T(x), yet trained on x."""
         return round(self.noisy_share * self.n)
 
@@ -376,9 +376,11 @@ class Config(Section):
         n = self.rollout.n
         if self.advantage.kind == "passk" and self.advantage.k > n:
             raise ValueError(f"advantage.k={self.advantage.k} is more than rollout.n={n}")
-        if self.method == "noisy_rollout" and not 0 < self.rollout.noisy < n:
+        if self.method == "noisy_rollout" and not 0 < self.rollout.noisy_count < n:
             share = self.rollout.noisy_share
-            raise ValueError(f"rollout.noisy_share={share} of rollout.n={n} is {self.rollout.noisy} of them, not some")
+            raise ValueError(
+                f"rollout.noisy_share={share} of rollout.n={n} is {self.rollout.noisy_count} of them, not some"
+            )
         if self.uncertainty.estimator == "sampled" and self.uncertainty.divergence != "symmetric":
             raise ValueError(
                 f"uncertainty.divergence={self.uncertainty.divergence} could be negative with estimator=sampled"

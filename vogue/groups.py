@@ -50,7 +50,7 @@ def generate(engine: Engine, config: Config, items: Sequence[Item], step: int) -
     `raw` the raw one alone, whose draws decide where u_per is paid. With `rollout.noisy_share` (NoisyRollout) one group
     of completions of both views, trained on the raw one.
     """
-    n, noisy_n = config.rollout.n, config.rollout.noisy
+    n, noisy_n = config.rollout.n, config.rollout.noisy_count
     if noisy_n:
         clean = _complete(engine, config, step, [(item, RAW) for item in items], n - noisy_n)
         noisy = _complete(engine, config, step, [(item, NOISY) for item in items], noisy_n)

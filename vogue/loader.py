@@ -90,7 +90,7 @@ class Loader:
     def item(self, sample: Sample, step: int, number: int, draws: tuple[bool, ...]) -> Item:
         """Prompt `number` of the step, perturbed where a draw, NoisyRollout or a measuring step reads T(x)."""
         images, settings = sample.load_images(), self.config.perturb
-        reads_noisy = any(draws) or self.config.rollout.noisy or self.config.trainer.measures(step)
+        reads_noisy = any(draws) or self.config.rollout.noisy_count or self.config.trainer.measures(step)
         try:
             views = {RAW: self.preprocessor.view(images)}
             if reads_noisy:

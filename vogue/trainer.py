@@ -117,13 +117,17 @@ class Trainer:
         with clock("sync"):
             self.sync()
         tally(groups, means)
+        return StepResult(self.step_metrics(means, clock), groups)
+
+    def step_metrics(self, means: Means, clock: Clock) -> dict[str, float]:
+        """The step's means over all ranks, this rank's seconds a phase, and all ranks' tokens in those seconds."""
         means.add("verifier_failures", verifier.failures)
-        metrics = means.over_ranks() | {"lr": self.deepspeed.get_lr()[0]}
+        metrics = means.over_ranks() | {"lr": self.deepspeed.get_lr()[0], "memory_gb": peak_memory()}
         metrics |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
         mine = {"rollout": means["tokens"].total, "train": means["trained_share"].total}
         for phase, tokens in distributed.total(mine, self.device).items():
             metrics[f"throughput/{phase}"] = tokens / clock.seconds[phase]
-        return StepResult(metrics | {"memory_gb": peak_memory()}, groups)
+        return metrics
 
     def roll_out(self, means: Means, clock: Clock) -> list[Group]:
         """This rank's judged groups of the step; `rollout.rounds` of new prompts at most, until enough are mixed.
