@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vogue.config import RewardConfig
 from vogue.data import Sample
 from vogue.rewards import Score, score, score_batch, verifier
 from vogue.rewards.equality import Verifier
 from vogue.rewards.verifiable import boxed, is_correct, is_formatted
 from vogue.rewards.worker import Worker
+from vogue.sections import RewardConfig
 
 HOSTILE = "9^{9^{9^9}}"
 

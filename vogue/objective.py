@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vogue.config import LossConfig
 from vogue.method.uncertainty import Signals, TokenStats
 from vogue.metrics import Mean, mean_over
 from vogue.model.packing import Batch
+from vogue.sections import LossConfig
 from vogue_kernels import GuidanceConfig, clipped_surrogate, shaped_advantage
 
 

@@ -27,11 +27,11 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from math import tanh
 
-from vogue.config import RewardConfig
 from vogue.data import Sample
 from vogue.presets import DESIGNS
 from vogue.rewards.function import reward_function
 from vogue.rewards.verifiable import boxed, is_correct, is_formatted, normalise, plain
+from vogue.sections import RewardConfig
 
 DEFAULT = RewardConfig()  # pyright: ignore[reportCallIssue]
 TAGS = ("description", "think", "visual", "rethink")

@@ -1,0 +1,333 @@
+"""The settings of a run, section by section, with their units and defaults; `vogue.config` puts them together."""
+
+# pydantic's defaults stand first in Field, where pyright doesn't look for them; a Literal may be of a table's keys.
+# pyright: reportCallIssue=false, reportInvalidTypeForm=false
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import Field, model_validator
+
+from vogue.presets import COMPONENTS, DESIGNS
+from vogue.settings import Count, NonNegative, Positive, Section, Share
+
+
+class ModelConfig(Section):
+    """The model that is trained."""
+
+    path: str = Field(description="Hugging Face model folder or hub name", min_length=1)
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="dtype of the weights, in training and in rollouts"
+    )
+    attention: Literal["auto", "flex_attention", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto",
+        description="attention of the text model; with auto, flex_attention and sdpa a group shares its prompt. auto "
+        "takes a "
+        "flash kernel on CPUs and flex_attention on GPUs",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass instead of keeping them"
+    )
+    freeze_vision: bool = Field(False, description="don't train the vision tower")
+
+
+class DataConfig(Section):
+    """Samples to train and evaluate on, and their prompts."""
+
+    train: str | None = Field(
+        None, description="samples to train on, see docs/data.md: parquet, JSON, JSONL, folder, or hub:owner/name@split"
+    )
+    test: str | None = Field(
+        None, description="samples to evaluate on, during training and in `vogue eval`; of the same kinds as data.train"
+    )
+    test_limit: Count | None = Field(None, description="use only the first so many samples of data.test")
+    limit: Count | None = Field(None, description="use only the first so many samples of data.train")
+    system_prompt: str | None = Field(None, description="system prompt; unset: the one of reward.design; empty: none")
+    max_prompt_tokens: Count = Field(
+        2048, description="most tokens of a prompt with its images; a longer one is refused, never cut"
+    )
+
+
+class PerturbConfig(Section):
+    """T(x): how an image is perturbed."""
+
+    preset: Literal["noise", "paper"] = Field(
+        "noise",
+        description="noise: Gaussian noise alone; paper: flips, rotation and jitter of brightness and contrast, then "
+        "noise",
+    )
+    sigma: NonNegative = Field(0.4, description="standard deviation of the Gaussian noise on pixels in [0, 1]")
+    anneal_at: Share | None = Field(
+        None,
+        description="share of trainer.steps after which perturb.sigma has fallen to half, along a sigmoid; unset: it "
+        "is constant",
+    )
+
+
+class BranchConfig(Section):
+    """The draw z between the raw image x and the noisy image T(x)."""
+
+    rollout: Literal["raw", "drawn"] = Field(
+        "raw",
+        description="image that completions are generated from and trained on. drawn: the one that was drawn "
+        "(Algorithm 1); raw: always the raw one, and the draw only decides whether g_per is paid (the authors' code)",
+    )
+    granularity: Literal["prompt", "response", "step"] = Field(
+        "prompt",
+        description="what one draw z decides: a prompt, a response (Algorithm 1) or a step (the authors' code)",
+    )
+    probability: Share | None = Field(
+        None, description="probability of the noisy branch, throughout the run; unset: max(0, 1 - step / trainer.steps)"
+    )
+
+
+class GuidanceConfig(Section):
+    """The bonuses on the advantage: g_out of the output entropy u_out, g_per of the branches' divergence u_per."""
+
+    alpha_out: NonNegative = Field(
+        0.4, description="weight of u_out in g_out = min(|A| / beta_out, alpha_out u_out); 0 switches it off"
+    )
+    beta_out: Positive = Field(2.0, description="g_out is at most |A| / beta_out")
+    alpha_per: NonNegative = Field(
+        1.0, description="weight of u_per in g_per = min(|A| / beta_per, alpha_per u_per); 0 switches it off"
+    )
+    beta_per: Positive = Field(2.0, description="g_per is at most |A| / beta_per")
+    order: Literal["parallel", "sequential"] = Field(
+        "parallel",
+        description="parallel: g_out is capped by |A| / beta_out (the paper); sequential: by |A + g_per| / beta_out "
+        "(the authors' code)",
+    )
+    sign_transition: tuple[Share, Share] | None = Field(
+        None,
+        description="[start, end] as shares of trainer.steps, between which the sign of g_per goes from 1 (it rewards "
+        "tokens that the perturbation changes) to -1 (tokens that it leaves alone); unset: the sign is 1 throughout",
+    )
+
+
+class UncertaintyConfig(Section):
+    """How u_out and u_per are computed."""
+
+    entropy: Literal["trained", "drawn"] = Field(
+        "trained",
+        description="branch whose entropy u_out is: the one that is trained, or the one that was drawn (the authors' "
+        "code); "
+        "they differ with branch.rollout=raw alone",
+    )
+    estimator: Literal["exact", "k3", "sampled"] = Field(
+        "exact",
+        description="u_out and u_per are computed from the whole vocabulary (exact), estimated without bias from the "
+        "sampled token (k3), or are the sampled token's term of the sum alone (sampled, the authors' code)",
+    )
+    divergence: Literal["symmetric", "forward", "reverse"] = Field(
+        "symmetric",
+        description="u_per is half the sum of both KLs (symmetric), KL(raw||noisy) (forward), or KL(noisy||raw) "
+        "(reverse)",
+    )
+
+
+class AdvantageConfig(Section):
+    """How rewards become the advantage A of a completion in its group."""
+
+    kind: Literal["group", "passk"] = Field(
+        "group",
+        description="group: (reward - mean) / std, as in GRPO; passk: by right and wrong answers, as in Pass@k "
+        "Training",
+    )
+    k: Count = Field(4, description="k of Pass@k Training, with advantage.kind=passk; at most rollout.n")
+
+
+class RewardConfig(Section):
+    """What a completion is asked for, and what it earns."""
+
+    design: Literal[*DESIGNS] = Field(
+        "verifiable", description=f"system prompt and sum of weight * score, see docs/data.md: {', '.join(DESIGNS)}"
+    )
+    accuracy: NonNegative | None = Field(
+        None,
+        description="weight of a right answer in \\boxed{}; unset: the design's (0.9 in verifiable and vision_sr1)",
+    )
+    format: NonNegative | None = Field(
+        None,
+        description="weight of the form <think>...</think> \\boxed{}, in vision_sr1 behind a <description>; unset: "
+        "the design's (0.1)",
+    )
+    answer: NonNegative | None = Field(
+        None,
+        description="weight of <answer> in the six tagged designs: it must be right, in continuous it may be nearly "
+        "right, in "
+        "no_accuracy it must only be there; unset: the design's",
+    )
+    think: NonNegative | None = Field(None, description="weight of distinct sentences in <think>; unset: the design's")
+    description: NonNegative | None = Field(
+        None, description="weight of distinct sentences in <description>; unset: the design's"
+    )
+    rethink: NonNegative | None = Field(
+        None, description="weight of distinct sentences in <rethink>; unset: the design's"
+    )
+    visual: NonNegative | None = Field(
+        None, description="weight of distinct sentences in <visual> within <think>; unset: the design's"
+    )
+    blind: NonNegative | None = Field(
+        None,
+        description="weight, in vision_sr1, of a right answer when the policy is asked again with its own "
+        "<description> in the "
+        "image's place; unset: the design's (1.0)",
+    )
+    function: str | None = Field(
+        None,
+        pattern=r"^.+\.py:[A-Za-z_]\w*$",
+        description="path/to/file.py:name of a reward function of your own, in place of the design's sum: "
+        "def name(completions: list[str], samples: list[dict[str, str]]) -> list[float]",
+    )
+    overlong_buffer: Share = Field(
+        0.0,
+        description="a completion that ends in this last share of rollout.max_tokens loses up to 1 of its reward "
+        "(DAPO); 0: none",
+    )
+    timeout: Positive = Field(
+        60.0, description="seconds that a call of reward.function may take; a call is of all completions of a step"
+    )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each component of the design; empty where a function takes the place of the sum."""
+        return {} if self.function else {name: getattr(self, name) for name in DESIGNS[self.design]}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_weights(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("function"):
+            return values
+        given = {name: value for name, value in values.items() if value is not None or name not in COMPONENTS}
+        return DESIGNS.get(str(values.get("design", "verifiable")), {}) | given
+
+    @model_validator(mode="after")
+    def _only_weights_of_the_design(self) -> "RewardConfig":
+        for name in COMPONENTS:
+            value = getattr(self, name)
+            if value is None or name in self.weights:
+                continue
+            if self.function:
+                raise ValueError(f"reward.{name}={value}: reward.function takes the place of all weights")
+            parts = ", ".join(self.weights)
+            raise ValueError(f"reward.{name}={value}: design {self.design} weighs {parts} and nothing else")
+        return self
+
+
+class RolloutConfig(Section):
+    """How completions are generated."""
+
+    engine: Literal["vllm", "hf"] = Field("vllm", description="what generates completions: vLLM, or transformers (hf)")
+    prompts: Count = Field(32, description="prompts a step, of all ranks together")
+    rounds: Count = Field(
+        1,
+        description="most rollouts a step: new prompts are taken until enough groups have right and wrong answers "
+        "(DAPO's "
+        "dynamic sampling); 1: none of that",
+    )
+    n: int = Field(8, ge=2, description="completions a prompt: the group's size G")
+    noisy_share: Share = Field(
+        0.0,
+        description="share of each group's completions that are generated from T(x), yet trained on x (NoisyRollout)",
+    )
+    max_tokens: Count = Field(1024, description="most tokens of a completion")
+    temperature: Positive = Field(
+        1.0, description="sampling temperature of rollouts; the policy's logits are divided by it in training too"
+    )
+    memory: Share = Field(0.4, description="share of a GPU's memory that vLLM takes")
+    kv_cache_gb: Positive = Field(1.0, description="size of vLLM's KV cache on a CPU, in GB a rank")
+
+    @property
+    def noisy_count(self) -> int:
+        """Completions of each group that are generated from T(x), yet trained on x."""
+        return round(self.noisy_share * self.n)
+
+
+class LossConfig(Section):
+    """The clipped surrogate, and how tokens add up in it."""
+
+    clip_low: Share = Field(0.2, description="the ratio pi / pi_old is clipped below at 1 - clip_low")
+    clip_high: NonNegative = Field(
+        0.2, description="the ratio pi / pi_old is clipped above at 1 + clip_high; VOGUE's paper states neither clip"
+    )
+    aggregation: Literal["token-mean", "sequence-mean"] = Field(
+        "token-mean", description="mean over all tokens, or over completions of each one's token mean"
+    )
+    drop_unfinished: bool = Field(
+        False,
+        description="leave completions that rollout.max_tokens cut off out of the loss (DAPO's overlong filtering)",
+    )
+    clip_dual: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = Field(
+        None,
+        description="the loss of a token with a negative advantage A is at most -clip_dual A (dual-clip PPO); unset: "
+        "no bound",
+    )
+    importance_cap: Positive | None = Field(
+        None,
+        description="multiply a token's loss by min(importance_cap, trainer's probability / engine's); unset: by "
+        "nothing",
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    lr: Positive = Field(1e-6, description="learning rate of AdamW")
+    weight_decay: NonNegative = Field(0.01, description="AdamW's decoupled weight decay")
+    betas: tuple[Share, Share] = Field(
+        (0.9, 0.999), description="AdamW's decay rates of the mean and the mean square of gradients"
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="optimizer updates in which the learning rate rises linearly; it is constant after them"
+    )
+    max_grad_norm: Positive = Field(1.0, description="norm that gradients are clipped to")
+
+
+class TrainerConfig(Section):
+    """The run: its length, batches, checkpoints, evaluations and logs."""
+
+    steps: Count = Field(
+        200, description="steps of the run, each a rollout and its updates; s_total of the draws' schedule"
+    )
+    updates: Count = Field(
+        1, description="optimizer updates a step, each on its part of the step's prompts; divides rollout.prompts"
+    )
+    output_dir: Path = Field(
+        Path("runs/vogue"), description="folder of the run: metrics, completions, plots and checkpoints"
+    )
+    micro_batch_tokens: Count = Field(8192, description="most tokens of a forward, of prompts and completions together")
+    shared_prefix: bool = Field(True, description="compute a prompt once for all completions of its group")
+    save_every: int = Field(50, ge=0, description="steps between checkpoints; 0: only one at the end")
+    keep: Count = Field(2, description="checkpoints to keep, the newest ones")
+    eval_every: int = Field(
+        0,
+        ge=0,
+        description="steps between evaluations on data.test, with one before the first and after the last step; 0: "
+        "none",
+    )
+    eval_samples: Count = Field(
+        4, description="completions a problem in evaluations, during training and in `vogue eval`"
+    )
+    eval_temperature: NonNegative | None = Field(
+        None,
+        description="sampling temperature of evaluations; 0: the likeliest token each time; unset: rollout.temperature",
+    )
+    measure_every: int = Field(
+        10,
+        ge=0,
+        description="every so many steps both branches of every group are computed, to log measured/...; 0: never",
+    )
+    log_completions: int = Field(8, ge=0, description="completions a step that are written to completions.jsonl")
+    wandb: str | None = Field(None, description="Weights & Biases project to log to; unset: none")
+    deepspeed: dict[str, Any] = Field(
+        {}, description="DeepSpeed settings, merged into vogue's own (ZeRO-3, or ZeRO-1 for a single rank)"
+    )
+
+    @property
+    def sampling_temperature(self) -> float:
+        """`eval_temperature`, which `Config` fills in where it is unset."""
+        return cast(float, self.eval_temperature)
+
+    def measures(self, step: int) -> bool:
+        """Whether all that the step keeps is computed on both branches, rather than what the loss needs."""
+        return self.measure_every > 0 and step % self.measure_every == 0
