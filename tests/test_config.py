@@ -97,7 +97,7 @@ def test_a_folder_or_no_text_in_place_of_a_configuration_file(tmp_path):
     with pytest.raises(ConfigError, match="can't be read: Is a directory"):
         load(path=tmp_path)
     (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="run.yaml: 'utf-8' codec can't decode byte 0xff"):
+    with pytest.raises(ConfigError, match=r"run\.yaml: 'utf-8' codec can't decode byte 0xff"):
         load(path=tmp_path / "run.yaml")
 
 
