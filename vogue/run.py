@@ -3,6 +3,7 @@
 Everything that can be wrong with settings or data is looked for before the first step.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,15 +12,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vogue import distributed, logs
+from vogue import distributed, logs, preflight
 from vogue.config import Config
-from vogue.data import Sample, load_samples
+from vogue.data import Sample
 from vogue.evaluate import evaluation_row, headline
 from vogue.groups import Group
-from vogue.inputs import Preprocessor
 from vogue.records import records
 from vogue.report import plot_curves
-from vogue.rewards import check_function
 from vogue.run_folder import read_rows
 from vogue.settings import ConfigError
 from vogue.stopping import STOPPED, Stop
@@ -32,20 +31,32 @@ def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> 
     Every rank calls it, rank 0 shows and writes. `profile`: steps whose torch profiler trace, of each rank, goes into
     the run's folder.
     """
-    logs.check_folder(config, resume)
-    samples, held_out = _samples(config)
-    preprocessor = Preprocessor.of(config)
-    preprocessor.check(held_out)  # the trainer checks the others
-    check_function(config.reward)
-    trainer = Trainer(config, samples, preprocessor, resume)
+    found = _without_problems(config, resume, all_samples=False)
+    assert found.preprocessor is not None
+    trainer = Trainer(config, found.samples, found.preprocessor, resume)
     with Stop() as stop:
-        events = _events(trainer, held_out, profile, stop)
+        events = _events(trainer, found.held_out, profile, stop)
         if trainer.rank > 0:
             for _ in events:
                 pass
         else:
             _log(events, trainer)
     return 0 if trainer.step >= config.trainer.steps else STOPPED
+
+
+def check(config: Config, resume: bool) -> int:
+    """Look for all that is wrong and show what isn't, without training; returns the exit code."""
+    found = _without_problems(config, resume, all_samples=True)
+    if os.environ.get("RANK", "0") == "0":
+        preflight.show(found, Console())
+    return 0
+
+
+def _without_problems(config: Config, resume: bool, all_samples: bool) -> preflight.Preflight:
+    found = preflight.examine(config, resume, all_samples)
+    if found.problems:
+        raise ConfigError("\n".join(found.problems))
+    return found
 
 
 def _log(events: Iterator["Step | Evaluation"], trainer: Trainer) -> None:
@@ -120,16 +131,6 @@ def _traced(trainer: Trainer, wanted: bool) -> Iterator[None]:
     with torch.profiler.profile() as trace:
         yield
     trace.export_chrome_trace(str(path))
-
-
-def _samples(config: Config) -> tuple[list[Sample], list[Sample]]:
-    """Training samples, and held-out ones where they are evaluated during the run."""
-    if config.data.train is None:
-        raise ConfigError("data.train is not set: the samples to train on")
-    samples = load_samples(config.data.train, config.data.limit)
-    if not (config.trainer.eval_every and config.data.test):
-        return samples, []
-    return samples, load_samples(config.data.test, config.data.test_limit)
 
 
 def _show(config: Config, console: Console) -> None:

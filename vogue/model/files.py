@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +68,16 @@ def read_checkpoint(path: str) -> Checkpoint:
     """
     folder = find_folder(path)
     try:
-        config = _read_config(folder)
-        files = _weight_files(folder)
-        if not files:
-            with torch.device("meta"):
-                return Checkpoint(folder, (), AutoModelForImageTextToText.from_config(config))
-        stored = {name: weight for file in files for name, weight in _header(file).items()}
-        model = _on_meta(config, stored)
-        _check_tied(model, files)
+        for file in sorted(folder.iterdir()):
+            if file.suffix == ".json":
+                _read_json(file)
+            elif file.is_file():
+                _refuse_pointer(file)
+        model = _planned(folder)
+        if files := _weight_files(folder):
+            stored = {name: weight for file in files for name, weight in _header(file).items()}
+            model = _on_meta(model, stored)
+            _check_tied(model, files)
     except ConfigError as error:
         raise ConfigError(f"model.path={path}: {error}") from None
     return Checkpoint(folder, files, model)
@@ -126,29 +129,30 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(ordered[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _read_config(folder: Path) -> Any:
-    content = _read_json(folder / "config.json")
-    kind = content.get("model_type")
+def _planned(folder: Path) -> PreTrainedModel:
+    """The model of config.json, on the meta device."""
+    if (folder / "adapter_config.json").exists():
+        raise ConfigError("this is an adapter; merge it into its base model first")
+    config = _read_json(folder / "config.json")
+    kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in FAMILIES:
         raise ConfigError(f"config.json has model_type={kind}; vogue trains {', '.join(FAMILIES)}")
     try:
-        return AutoConfig.from_pretrained(folder)
-    # Each family checks its values in its own way, with errors of many kinds.
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    # Each family checks its values in its own way, or divides by them.
     except Exception as error:
         raise ConfigError(f"config.json: {' '.join(str(error).split())[:200]}") from None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> Any:
     if not file.is_file():
         raise ConfigError(f"there is no {file.name} in it")
     _refuse_pointer(file)
     try:
-        content = json.loads(file.read_text())
+        return json.loads(file.read_text())
     except ValueError as error:
         raise ConfigError(f"{file.name} is no JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file.name} is no JSON object")
-    return content
 
 
 def _refuse_pointer(file: Path) -> None:
@@ -162,7 +166,8 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     if (folder / WEIGHTS).exists():
         return (folder / WEIGHTS,)
     if (folder / INDEX).exists():
-        placed = _read_json(folder / INDEX).get("weight_map")
+        index = _read_json(folder / INDEX)
+        placed = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(placed, dict) or not placed:
             raise ConfigError(f"{INDEX} has no weight_map")
         files = sorted({folder / str(name) for name in placed.values()})
@@ -187,29 +192,28 @@ def _header(file: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{file.name} is damaged or not whole, {size} bytes: {error}") from None
 
 
-def _on_meta(config: Any, stored: dict[str, Tensor]) -> PreTrainedModel:
-    """The model of `config` as transformers would load it from `stored`, without values."""
-    with torch.device("meta"):
-        kind: Any = type(AutoModelForImageTextToText.from_config(config))
+def _on_meta(model: PreTrainedModel, stored: dict[str, Tensor]) -> PreTrainedModel:
+    """The model as transformers would load it from `stored`, without values."""
+    kind: Any = type(model)
     with _without_report():
-        model, info = kind.from_pretrained(
+        loaded, info = kind.from_pretrained(
             None,
-            config=config,
+            config=model.config,
             state_dict=stored,
             device_map="meta",
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    if told := misfit(info, config):
+    if told := misfit(info, model.config):
         raise ConfigError(told)
-    return model
+    return loaded
 
 
 @contextmanager
 def _without_report() -> Iterator[None]:
     """Keep transformers from printing what `misfit` says."""
     level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     try:
         yield
     finally:
@@ -226,6 +230,8 @@ def _check_tied(model: PreTrainedModel, files: tuple[Path, ...]) -> None:
             for name in weights.keys():  # noqa: SIM118
                 if name.endswith((HEAD, EMBEDDING)):
                     found[HEAD if name.endswith(HEAD) else EMBEDDING] = weights.get_tensor(name)
+    if set(found) == {HEAD}:  # transformers would take it for the embedding, vLLM wouldn't
+        raise ConfigError(f"the checkpoint lacks {EMBEDDING}, though it has {HEAD}")
     if len(found) == 2 and not torch.equal(found[HEAD], found[EMBEDDING]):
         raise ConfigError(
             f"config.json ties the head to the embedding, but {HEAD} differs from it: set tie_word_embeddings=false"

@@ -35,13 +35,14 @@ def load_model(config: Config, device: torch.device) -> PreTrainedModel:
     Raises `ConfigError`, on all ranks, where a weight is missing, left over, of another shape, NaN or infinite.
     """
     model = config.model
-    loaded, info = AutoModelForImageTextToText.from_pretrained(
+    found: Any = AutoModelForImageTextToText.from_pretrained(
         model.path,
         dtype=model.dtype,
         attn_implementation="sdpa" if model.attention in ("auto", "flex_attention") else model.attention,
         ignore_mismatched_sizes=True,  # which is an error of several lines otherwise
         output_loading_info=True,
     )
+    loaded, info = found
     if told := misfit(info, loaded.config):
         raise ConfigError(f"model.path={model.path}: {told}")
     settings = deepspeed_settings(config)
