@@ -26,6 +26,7 @@ from transformers import (
 
 from vogue.config import load_config
 from vogue.data import Sample
+from vogue.data.dataset import check_samples
 from vogue.inputs import Preprocessor, load_processor
 from vogue.model import loading
 from vogue.settings import ConfigError
@@ -118,7 +119,8 @@ def check(kind, processor, folder):
         Sample("How many?", "3", (images[0],)),
         Sample("Is <image> in <image>?", "no", (images[1], images[2])),
     ]
-    trainer = Trainer(config, samples, Preprocessor(load_processor(config.model.path), "", 512), resume=False)
+    preprocessor = Preprocessor(load_processor(config.model.path), "", 512)
+    trainer = Trainer(config, check_samples(samples, preprocessor.lengths), preprocessor, resume=False)
     assert disagreement(trainer) < 1e-4
     with torch.no_grad():
         for parameter in trainer.policy.model.parameters():
@@ -168,9 +170,9 @@ def tied_disagreement(kind, processor, tying, folder, refuse):
     settings = ["model.dtype=float32", "rollout.prompts=3", "rollout.n=3", "rollout.max_tokens=8"]
     settings += ["rollout.kv_cache_gb=0.1", "trainer.deepspeed.zero_optimization.stage=0"]
     config = load_config(None, [f"model.path={folder}", *settings])
-    samples = [Sample("How many?", "3", ())] * 3
     preprocessor = Preprocessor(load_processor(config.model.path), "", 512)
-    return disagreement(Trainer(config, samples, preprocessor, resume=False))
+    data = check_samples([Sample("How many?", "3", ())] * 3, preprocessor.lengths)
+    return disagreement(Trainer(config, data, preprocessor, resume=False))
 
 
 @pytest.fixture

@@ -12,11 +12,9 @@ from safetensors.torch import load_file, save_file
 from vogue import memory
 from vogue.cli import main
 from vogue.config import load_config
-from vogue.data import load_samples
-from vogue.inputs import Preprocessor
-from vogue.memory import checkpoint_bytes, sequence_bytes
+from vogue.memory import check_engine, checkpoint_bytes, sequence_bytes
 from vogue.model.files import read_checkpoint
-from vogue.trainer import Trainer
+from vogue.settings import ConfigError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 WEIGHTS, NORM = "model.safetensors", "model.norm.weight"
@@ -209,14 +207,15 @@ def test_a_kv_cache_too_small_for_one_sequence_is_told_before_vllm_starts(told):
     )
 
 
-def test_on_a_gpu_the_weights_and_one_sequence_must_fit_into_vllms_share(told, folder, monkeypatch):
+def test_on_a_gpu_the_weights_and_one_sequence_must_fit_into_vllms_share(config, folder, monkeypatch):
     """There is none here; its memory is said to be what the weights and 140 tokens of 512 bytes take, twice."""
-    count = sum(weight.numel() for weight in load_file(folder / WEIGHTS).values())
-    total = 2 * (4 * count + 140 * 512)
+    model = read_checkpoint(str(folder)).model
+    total = 2 * (4 * sum(weight.numel() for weight in load_file(folder / WEIGHTS).values()) + 140 * 512)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Gpu", (), {"total_memory": total}))
-    assert told("rollout.engine=vllm", "rollout.memory=0.5") == ""
-    assert told("rollout.engine=vllm", "rollout.memory=0.49").startswith("rollout.memory=0.49 of the GPU's ")
+    assert check_engine(model, config("rollout.memory=0.5")).startswith("weights 0.7")
+    with pytest.raises(ConfigError, match=r"^rollout\.memory=0\.49 of the GPU's "):
+        check_engine(model, config("rollout.memory=0.49"))
 
 
 def test_a_disk_without_room_for_two_checkpoints_is_told(told, folder, monkeypatch):
@@ -229,15 +228,14 @@ def test_a_disk_without_room_for_two_checkpoints_is_told(told, folder, monkeypat
 
 
 @pytest.mark.parametrize(("dtype", "stage"), [("float32", 1), ("bfloat16", 1), ("bfloat16", 3)])
-def test_a_checkpoint_takes_what_was_reckoned(dtype, stage, config, settings):
-    given = [f"model.dtype={dtype}", f"trainer.deepspeed.zero_optimization.stage={stage}", "model.freeze_vision=true"]
-    chosen = config(*given)
-    trainer = Trainer(chosen, load_samples(chosen.data.train), Preprocessor.of(chosen), resume=False)
+def test_a_checkpoint_takes_what_was_reckoned(dtype, stage, new_trainer):
+    settings = [f"model.dtype={dtype}", f"trainer.deepspeed.zero_optimization.stage={stage}"]
+    trainer = new_trainer(*settings, "model.freeze_vision=true")
     trainer.run_step()
     trainer.save()
     files = (trainer.checkpoints / "step_000001").rglob("*")
     size = sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".pt"))
-    reckoned = checkpoint_bytes(read_checkpoint(chosen.model.path).model, chosen)
+    reckoned = checkpoint_bytes(read_checkpoint(trainer.config.model.path).model, trainer.config)
     assert 0.9 < size / reckoned < 1.1
 
 

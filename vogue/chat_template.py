@@ -7,12 +7,16 @@ from jinja2 import TemplateError
 
 from vogue.config import Config
 from vogue.data import Sample
-from vogue.data.prompts import chat_messages, system_prompt
-from vogue.inputs import Preprocessor, load_processor
+from vogue.data.prompts import chat_messages
+from vogue.inputs import Preprocessor
 from vogue.model.files import find_folder
 from vogue.settings import ConfigError
 
-VOCABULARY = ("tokenizer.json", "vocab.json", "tokenizer.model")  # of which a tokenizer has one
+NEEDED = (  # of each, one
+    ("tokenizer_config.json",),
+    ("tokenizer.json", "vocab.json", "tokenizer.model"),
+    ("preprocessor_config.json", "processor_config.json"),
+)
 NONE = "set data.system_prompt='' (in a shell \"data.system_prompt=''\")"
 ASKED = Sample("<image>Which?", "1", (b"",))  # of which the text alone is looked at
 
@@ -22,15 +26,11 @@ def checked_preprocessor(config: Config) -> Preprocessor:
 
     The chat template must show the system prompt and one place for one image.
     """
-    prompt = system_prompt(config)
     try:
-        folder = find_folder(config.model.path)
-        _check_tokenizer_files(folder)
-        processor: Any = load_processor(str(folder))
-        if not hasattr(processor, "image_processor"):
-            raise ConfigError("there is no image processor in it, preprocessor_config.json")
-        _check_template(processor, prompt)
-        return Preprocessor(processor, prompt, config.data.max_prompt_tokens)
+        _check_processor_files(find_folder(config.model.path))
+        preprocessor = Preprocessor.of(config)
+        _check_template(preprocessor.processor, preprocessor.system_prompt)
+        return preprocessor
     except ValueError as error:  # ConfigError, or a processor of a family that vogue doesn't know
         told = str(error).removeprefix(f"model.path={config.model.path}: ")
         raise ConfigError(f"model.path={config.model.path}: {told}") from None
@@ -52,12 +52,11 @@ def _check_template(processor: Any, prompt: str) -> None:
         raise ConfigError(f"its chat template has {places} places for one image")
 
 
-def _check_tokenizer_files(folder: Path) -> None:
-    """Raise `ConfigError` where transformers would make an empty tokenizer, or one with other special tokens."""
-    if not any((folder / name).exists() for name in VOCABULARY):
-        raise ConfigError(f"there is no {VOCABULARY[0]} in it")
-    if not (folder / "tokenizer_config.json").exists():
-        raise ConfigError("there is no tokenizer_config.json in it")
+def _check_processor_files(folder: Path) -> None:
+    """Raise `ConfigError` where transformers would make a tokenizer alone, an empty one, or one with other tokens."""
+    for names in NEEDED:
+        if not any((folder / name).exists() for name in names):
+            raise ConfigError(f"there is no {' or '.join(names)} in it")
 
 
 def _render(processor: Any, prompt: str) -> str:

@@ -15,7 +15,7 @@ from rich.table import Table
 from vogue import logs
 from vogue.chat_template import checked_preprocessor
 from vogue.config import Config
-from vogue.data import DataError, Sample, load_samples
+from vogue.data import DataError
 from vogue.inputs import Preprocessor
 from vogue.memory import check_engine, check_length, checkpoint_bytes, shown, weight_count
 from vogue.model.deepspeed_check import deepspeed_problems
@@ -29,13 +29,11 @@ Result = TypeVar("Result")
 
 @dataclass
 class Preflight:
-    """What was found: `problems`, a sentence each; `fine`, by part; and what a run goes on with where none is wrong."""
+    """What was found: `problems`, a sentence each; `fine`, by part; and what makes prompts."""
 
     problems: list[str] = field(default_factory=list)
     fine: dict[str, str] = field(default_factory=dict)
     preprocessor: Preprocessor | None = None
-    samples: list[Sample] = field(default_factory=list)
-    held_out: list[Sample] = field(default_factory=list)
 
     def of(self, function: Callable[..., Result], *given: Any) -> Result | None:
         """What `function` returns; None where it finds a problem, which is kept."""
@@ -46,11 +44,8 @@ class Preflight:
             return None
 
 
-def examine(config: Config, resume: bool, all_samples: bool) -> Preflight:
-    """Look at folder, model, chat template, memory, DeepSpeed's settings, data and reward of a run.
-
-    `all_samples`: the training samples' images too, which the run's loader would look at.
-    """
+def examine(config: Config, resume: bool) -> Preflight:
+    """Look at folder, model, chat template, memory, DeepSpeed's settings and reward of a run; its data comes next."""
     found = Preflight()
     found.of(logs.check_folder, config, resume)
     if checkpoint := found.of(read_checkpoint, config.model.path):
@@ -60,7 +55,6 @@ def examine(config: Config, resume: bool, all_samples: bool) -> Preflight:
             found.of(check_vocabulary, found.preprocessor, checkpoint)
     found.problems += deepspeed_problems(config.trainer.deepspeed, own_settings(config))
     found.of(check_function, config.reward)
-    _examine_data(found, config, all_samples)
     return found
 
 
@@ -85,42 +79,10 @@ def _examine_model(found: Preflight, checkpoint: Checkpoint, config: Config) -> 
             found.fine[part] = text
 
 
-def _examine_data(found: Preflight, config: Config, all_samples: bool) -> None:
-    found.samples = found.of(training_samples, config) or []
-    found.held_out = found.of(held_out_samples, config) or []
-    problems = data_problems(found.preprocessor, found.held_out)
-    if all_samples or found.problems or problems:  # else the run's loader does so
-        problems += data_problems(found.preprocessor, found.samples)
-    found.problems += problems
-    found.fine["data"] = f"{len(found.samples)} samples to train on, {len(found.held_out)} held out"
-
-
-def training_samples(config: Config) -> list[Sample]:
-    if config.data.train is None:
-        raise ConfigError("data.train is not set: the samples to train on")
-    return load_samples(config.data.train, config.data.limit)
-
-
-def held_out_samples(config: Config) -> list[Sample]:
-    """The samples that are evaluated during the run, if any are."""
-    if not (config.trainer.eval_every and config.data.test):
-        return []
-    return load_samples(config.data.test, config.data.test_limit)
-
-
-def data_problems(preprocessor: Preprocessor | None, samples: list[Sample]) -> list[str]:
-    """What is wrong with `samples`, a sentence each; nothing is said of them where there is no preprocessor."""
-    try:
-        if preprocessor:
-            preprocessor.check(samples)
-    except DataError as error:
-        return [str(error)]
-    return []
-
-
 def check_vocabulary(preprocessor: Preprocessor, checkpoint: Checkpoint) -> None:
     """Raise `ConfigError` where the tokenizer has tokens that the model has no embedding of."""
-    tokens, rows = len(preprocessor.tokenizer), checkpoint.model.get_input_embeddings().weight.shape[0]
+    embedding: Any = checkpoint.model.get_input_embeddings()
+    tokens, rows = len(preprocessor.tokenizer), len(embedding.weight)
     if tokens > rows:
         raise ConfigError(f"model.path={checkpoint.folder}: the tokenizer has {tokens} tokens, the model {rows}")
 

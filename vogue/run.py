@@ -4,9 +4,10 @@ Everything that can be wrong with settings or data is looked for before the firs
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -14,9 +15,12 @@ from rich.table import Table
 
 from vogue import distributed, logs, preflight
 from vogue.config import Config
-from vogue.data import Sample
-from vogue.evaluate import evaluation_row, headline
+from vogue.data import Sample, Samples, load_samples
+from vogue.data.dataset import Checked, check_samples
+from vogue.data.shapes import shape_of
+from vogue.evaluate import evaluation_row, headline, test_samples
 from vogue.groups import Group
+from vogue.inputs import Preprocessor
 from vogue.records import records
 from vogue.report import plot_curves
 from vogue.run_folder import read_rows
@@ -31,11 +35,11 @@ def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> 
     Every rank calls it, rank 0 shows and writes. `profile`: steps whose torch profiler trace, of each rank, goes into
     the run's folder.
     """
-    found = _without_problems(config, resume, all_samples=False)
-    assert found.preprocessor is not None
-    trainer = Trainer(config, found.samples, found.preprocessor, resume)
+    found = preflight.examine(config, resume)
+    preprocessor, data, held_out = _without_problems(found, config)
+    trainer = Trainer(config, data, preprocessor, resume)
     with Stop() as stop:
-        events = _events(trainer, found.held_out, profile, stop)
+        events = _events(trainer, held_out, profile, stop)
         if trainer.rank > 0:
             for _ in events:
                 pass
@@ -46,17 +50,21 @@ def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> 
 
 def check(config: Config, resume: bool) -> int:
     """Look for all that is wrong and show what isn't, without training; returns the exit code."""
-    found = _without_problems(config, resume, all_samples=True)
-    if os.environ.get("RANK", "0") == "0":
+    found = preflight.examine(config, resume)
+    _, data, held_out = _without_problems(found, config)
+    found.fine["data"] = f"{len(data.samples)} samples to train on, {len(held_out)} held out"
+    if os.environ["RANK"] == "0":
         preflight.show(found, Console())
     return 0
 
 
-def _without_problems(config: Config, resume: bool, all_samples: bool) -> preflight.Preflight:
-    found = preflight.examine(config, resume, all_samples)
+def _without_problems(found: preflight.Preflight, config: Config) -> tuple[Preprocessor, Checked, Sequence[Sample]]:
+    """What a run goes on with; raises `ConfigError` with all problems, those of the data last."""
+    preprocessor = found.preprocessor
+    data = found.of(load_data, config, preprocessor) if preprocessor else found.of(training_samples, config)
     if found.problems:
         raise ConfigError("\n".join(found.problems))
-    return found
+    return cast(Preprocessor, preprocessor), *cast(tuple[Checked, Sequence[Sample]], data)
 
 
 def _log(events: Iterator["Step | Evaluation"], trainer: Trainer) -> None:
@@ -97,7 +105,7 @@ class Evaluation:
 
 
 def _events(
-    trainer: Trainer, held_out: list[Sample], profile: frozenset[int], stop: Stop
+    trainer: Trainer, held_out: Sequence[Sample], profile: frozenset[int], stop: Stop
 ) -> Iterator[Step | Evaluation]:
     """The run: steps, evaluations before, between and after them, and checkpoints, one more where it stops."""
     settings, saved = trainer.config.trainer, trainer.step
@@ -131,6 +139,40 @@ def _traced(trainer: Trainer, wanted: bool) -> Iterator[None]:
     with torch.profiler.profile() as trace:
         yield
     trace.export_chrome_trace(str(path))
+
+
+def load_data(config: Config, preprocessor: Preprocessor) -> tuple[Checked, Sequence[Sample]]:
+    """Checked training samples, and held-out ones where they are evaluated during the run.
+
+    Each rank looks at its share of them. Raises DataError that names all that can't be used.
+    """
+    samples = training_samples(config)
+    rank, ranks, _ = distributed.start()
+    console = Console(quiet=rank > 0)
+    settings = config.data
+    with console.status(f"looking at {len(samples)} samples"):
+        data = _checked(samples, config, preprocessor, rank, ranks, console)
+    if not (config.trainer.eval_every and settings.test):
+        return data, []
+    held_out = _checked(test_samples(config), config, preprocessor, rank, ranks, console)
+    both = len(set(data.digests) & set(held_out.digests))
+    if both:
+        console.print(f"warning: {both} of {len(held_out.samples)} samples of data.test are in data.train too")
+    return data, held_out.samples
+
+
+def training_samples(config: Config) -> Samples:
+    settings = config.data
+    if settings.train is None:
+        raise ConfigError("data.train is not set: the samples to train on")
+    return load_samples(settings.train, settings.limit, shape_of(settings), settings.skip)
+
+
+def _checked(
+    samples: Samples, config: Config, preprocessor: Preprocessor, rank: int, ranks: int, console: Console
+) -> Checked:
+    drop = config.data.overlong == "drop"
+    return check_samples(samples, preprocessor.lengths, drop, console.print, distributed.gather, rank, ranks)
 
 
 def _show(config: Config, console: Console) -> None:
