@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 from rich.console import Console
 from rich.progress import track
@@ -15,10 +14,9 @@ from rich.progress import track
 from vogue.benchmarks import Benchmark, Line, Problem, Share
 from vogue.benchmarks.answers import Answered, read_answers
 from vogue.config import Config
-from vogue.data import Sample, Samples, load_samples
-from vogue.data.dataset import check_samples
+from vogue.data import Sample
+from vogue.data.dataset import check_samples, test_samples
 from vogue.data.prompts import with_view
-from vogue.data.shapes import shape_of
 from vogue.estimates import Estimate, estimate, pass_at_k, powers_of_two
 from vogue.inputs import Preprocessor
 from vogue.method.perturb import perturb
@@ -107,7 +105,7 @@ def evaluate_model(config: Config, views: Sequence[str], console: Console) -> di
 
     Views are those of `with_view`; of "noisy" the images are perturbed by the settings of `perturb`.
     """
-    samples = test_samples(config)
+    samples = test_samples(config.data)
     shown = {view: [with_view(sample, view) for sample in samples] for view in views}
     check_function(config.reward)
     engine, preprocessor = _start(config, [sample for viewed in shown.values() for sample in viewed])
@@ -120,11 +118,6 @@ def evaluate_model(config: Config, views: Sequence[str], console: Console) -> di
             found = judge(engine, preprocessor, config, seen, start)
             judged[view] += [replace(item, sample=sample) for item, sample in zip(found, chunk, strict=True)]
     return judged
-
-
-def test_samples(config: Config) -> Samples:
-    """The samples of `data.test`, which must be set."""
-    return load_samples(cast(str, config.data.test), config.data.test_limit, shape_of(config.data))
 
 
 def _perturbed(preprocessor: Preprocessor, sample: Sample, config: Config, number: int) -> Sample:

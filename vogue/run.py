@@ -13,19 +13,19 @@ from rich.table import Table
 
 from vogue import distributed, logs
 from vogue.config import Config
-from vogue.data import Sample, Samples, load_samples
-from vogue.data.dataset import Checked, check_samples
-from vogue.data.shapes import shape_of
-from vogue.evaluate import evaluation_row, headline, test_samples
+from vogue.data import Sample, Samples
+from vogue.data.dataset import Checked, check_samples, test_samples, training_samples, was_decoded
+from vogue.evaluate import evaluation_row, headline
 from vogue.groups import Group
 from vogue.inputs import Preprocessor
 from vogue.records import records
 from vogue.report import plot_curves
 from vogue.rewards import check_function
 from vogue.run_folder import read_rows
-from vogue.settings import ConfigError
 from vogue.stopping import STOPPED, Stop
 from vogue.trainer import Trainer
+
+LOOKED_AT = 10  # samples that tell whether there are images
 
 
 def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> int:
@@ -128,17 +128,17 @@ def load_data(config: Config, preprocessor: Preprocessor) -> tuple[Checked, Sequ
 
     Each rank looks at its share of them. Raises DataError that names all that can't be used.
     """
-    if config.data.train is None:
-        raise ConfigError("data.train is not set: the samples to train on")
+    samples = training_samples(config.data)
     rank, ranks, _ = distributed.start()
     console = Console(quiet=rank > 0)
     settings = config.data
-    samples = load_samples(config.data.train, settings.limit, shape_of(settings), settings.skip)
     with console.status(f"looking at {len(samples)} samples"):
         data = _checked(samples, config, preprocessor, rank, ranks, console)
+    if any(sample.images for sample in data.samples[:LOOKED_AT]) and not was_decoded(data.fingerprint):
+        console.print("images of data.train are decoded as they are met; `vogue data check` finds broken ones before")
     if not (config.trainer.eval_every and settings.test):
         return data, []
-    held_out = _checked(test_samples(config), config, preprocessor, rank, ranks, console)
+    held_out = _checked(test_samples(config.data), config, preprocessor, rank, ranks, console)
     both = len(set(data.digests) & set(held_out.digests))
     if both:
         console.print(f"warning: {both} of {len(held_out.samples)} samples of data.test are in data.train too")
