@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import cast
 
 from rich.console import Console
 from rich.progress import track
@@ -17,10 +16,9 @@ from vogue.benchmarks import Average, Benchmark, Line, Problem, Share
 from vogue.benchmarks.answers import Answered, read_answers
 from vogue.chat_template import checked_preprocessor
 from vogue.config import Config
-from vogue.data import Sample, Samples, load_samples
-from vogue.data.dataset import check_samples
+from vogue.data import Sample
+from vogue.data.dataset import check_samples, test_samples
 from vogue.data.prompts import with_view
-from vogue.data.shapes import shape_of
 from vogue.estimates import Estimate, estimate, pass_at_k, powers_of_two
 from vogue.inputs import Preprocessor
 from vogue.method.perturb import perturb
@@ -109,7 +107,7 @@ def evaluate_model(config: Config, views: Sequence[str], console: Console) -> di
 
     Views are those of `with_view`; of "noisy" the images are perturbed by the settings of `perturb`.
     """
-    samples = test_samples(config)
+    samples = test_samples(config.data)
     shown = {view: [with_view(sample, view) for sample in samples] for view in views}
     check_function(config.reward)
     engine, preprocessor = _start(config, [sample for viewed in shown.values() for sample in viewed])
@@ -122,11 +120,6 @@ def evaluate_model(config: Config, views: Sequence[str], console: Console) -> di
             found = judge(engine, preprocessor, config, seen, start)
             judged[view] += [replace(item, sample=sample) for item, sample in zip(found, chunk, strict=True)]
     return judged
-
-
-def test_samples(config: Config) -> Samples:
-    """The samples of `data.test`, which must be set."""
-    return load_samples(cast(str, config.data.test), config.data.test_limit, shape_of(config.data))
 
 
 def _perturbed(preprocessor: Preprocessor, sample: Sample, config: Config, number: int) -> Sample:

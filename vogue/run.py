@@ -15,10 +15,9 @@ from rich.table import Table
 
 from vogue import distributed, logs, preflight
 from vogue.config import Config
-from vogue.data import Sample, Samples, load_samples
-from vogue.data.dataset import Checked, check_samples
-from vogue.data.shapes import shape_of
-from vogue.evaluate import evaluation_row, headline, test_samples
+from vogue.data import Sample, Samples
+from vogue.data.dataset import Checked, check_samples, test_samples, training_samples, was_decoded
+from vogue.evaluate import evaluation_row, headline
 from vogue.groups import Group
 from vogue.inputs import Preprocessor
 from vogue.records import records
@@ -27,6 +26,8 @@ from vogue.run_folder import read_rows
 from vogue.settings import ConfigError
 from vogue.stopping import STOPPED, Stop
 from vogue.trainer import Trainer
+
+LOOKED_AT = 10  # samples that tell whether there are images
 
 
 def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> int:
@@ -61,7 +62,7 @@ def check(config: Config, resume: bool) -> int:
 def _without_problems(found: preflight.Preflight, config: Config) -> tuple[Preprocessor, Checked, Sequence[Sample]]:
     """What a run goes on with; raises `ConfigError` with all problems, those of the data last."""
     preprocessor = found.preprocessor
-    data = found.of(load_data, config, preprocessor) if preprocessor else found.of(training_samples, config)
+    data = found.of(load_data, config, preprocessor) if preprocessor else found.of(training_samples, config.data)
     if found.problems:
         raise ConfigError("\n".join(found.problems))
     return cast(Preprocessor, preprocessor), *cast(tuple[Checked, Sequence[Sample]], data)
@@ -146,26 +147,21 @@ def load_data(config: Config, preprocessor: Preprocessor) -> tuple[Checked, Sequ
 
     Each rank looks at its share of them. Raises DataError that names all that can't be used.
     """
-    samples = training_samples(config)
+    samples = training_samples(config.data)
     rank, ranks, _ = distributed.start()
     console = Console(quiet=rank > 0)
     settings = config.data
     with console.status(f"looking at {len(samples)} samples"):
         data = _checked(samples, config, preprocessor, rank, ranks, console)
+    if any(sample.images for sample in data.samples[:LOOKED_AT]) and not was_decoded(data.fingerprint):
+        console.print("images of data.train are decoded as they are met; `vogue data check` finds broken ones before")
     if not (config.trainer.eval_every and settings.test):
         return data, []
-    held_out = _checked(test_samples(config), config, preprocessor, rank, ranks, console)
+    held_out = _checked(test_samples(config.data), config, preprocessor, rank, ranks, console)
     both = len(set(data.digests) & set(held_out.digests))
     if both:
         console.print(f"warning: {both} of {len(held_out.samples)} samples of data.test are in data.train too")
     return data, held_out.samples
-
-
-def training_samples(config: Config) -> Samples:
-    settings = config.data
-    if settings.train is None:
-        raise ConfigError("data.train is not set: the samples to train on")
-    return load_samples(settings.train, settings.limit, shape_of(settings), settings.skip)
 
 
 def _checked(
