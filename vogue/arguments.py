@@ -139,6 +139,11 @@ def _add_train(commands) -> None:
     _add_config(command)
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint of trainer.output_dir")
     command.add_argument(
+        "--check",
+        action="store_true",
+        help="look for all that is wrong with settings, model, data and this machine, and train nothing",
+    )
+    command.add_argument(
         "--profile",
         type=_steps,
         default=frozenset(),

@@ -53,8 +53,10 @@ def main(argv: list[str] | None = None) -> int:
 def train(arguments: argparse.Namespace) -> int:
     _quiet()
     config = load_config(*_file_and_overrides(arguments.settings))
-    from vogue.run import run
+    from vogue.run import check, run
 
+    if arguments.check:
+        return check(config, arguments.resume)
     return run(config, arguments.resume, arguments.profile)
 
 

@@ -13,6 +13,7 @@ from rich.progress import track
 
 from vogue.benchmarks import Benchmark, Line, Problem, Share
 from vogue.benchmarks.answers import Answered, read_answers
+from vogue.chat_template import checked_preprocessor
 from vogue.config import Config
 from vogue.data import Sample
 from vogue.data.dataset import check_samples, test_samples
@@ -157,7 +158,7 @@ def _estimates(line: Line | Share, pass_at: Sequence[int]) -> tuple[int, list[Es
 
 def _start(config: Config, samples: Sequence[Sample]) -> tuple[Engine, Preprocessor]:
     """What generates and what makes its prompts, once all `samples` are known to be good."""
-    preprocessor = Preprocessor.of(config)
+    preprocessor = checked_preprocessor(config)
     check_samples(samples, preprocessor.lengths)
     return create_engine(config, preprocessor.processor), preprocessor
 

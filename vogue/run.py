@@ -3,15 +3,17 @@
 Everything that can be wrong with settings or data is looked for before the first step.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from vogue import distributed, logs
+from vogue import distributed, logs, preflight
 from vogue.config import Config
 from vogue.data import Sample, Samples
 from vogue.data.dataset import Checked, check_samples, test_samples, training_samples, was_decoded
@@ -20,8 +22,8 @@ from vogue.groups import Group
 from vogue.inputs import Preprocessor
 from vogue.records import records
 from vogue.report import plot_curves
-from vogue.rewards import check_function
 from vogue.run_folder import read_rows
+from vogue.settings import ConfigError
 from vogue.stopping import STOPPED, Stop
 from vogue.trainer import Trainer
 
@@ -34,10 +36,8 @@ def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> 
     Every rank calls it, rank 0 shows and writes. `profile`: steps whose torch profiler trace, of each rank, goes into
     the run's folder.
     """
-    logs.check_folder(config, resume)
-    preprocessor = Preprocessor.of(config)
-    data, held_out = load_data(config, preprocessor)
-    check_function(config.reward)
+    found = preflight.examine(config, resume)
+    preprocessor, data, held_out = _without_problems(found, config)
     trainer = Trainer(config, data, preprocessor, resume)
     with Stop() as stop:
         events = _events(trainer, held_out, profile, stop)
@@ -47,6 +47,25 @@ def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> 
         else:
             _log(events, trainer)
     return 0 if trainer.step >= config.trainer.steps else STOPPED
+
+
+def check(config: Config, resume: bool) -> int:
+    """Look for all that is wrong and show what isn't, without training; returns the exit code."""
+    found = preflight.examine(config, resume)
+    _, data, held_out = _without_problems(found, config)
+    found.fine["data"] = f"{len(data.samples)} samples to train on, {len(held_out)} held out"
+    if os.environ["RANK"] == "0":
+        preflight.show(found, Console())
+    return 0
+
+
+def _without_problems(found: preflight.Preflight, config: Config) -> tuple[Preprocessor, Checked, Sequence[Sample]]:
+    """What a run goes on with; raises `ConfigError` with all problems, those of the data last."""
+    preprocessor = found.preprocessor
+    data = found.of(load_data, config, preprocessor) if preprocessor else found.of(training_samples, config.data)
+    if found.problems:
+        raise ConfigError("\n".join(found.problems))
+    return cast(Preprocessor, preprocessor), *cast(tuple[Checked, Sequence[Sample]], data)
 
 
 def _log(events: Iterator["Step | Evaluation"], trainer: Trainer) -> None:
