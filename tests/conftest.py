@@ -4,7 +4,10 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model folder that is missing must not be looked for elsewhere
 
+import subprocess
+
 import pytest
+import ranks
 import torch
 from hypothesis import settings
 
@@ -114,6 +117,14 @@ def settings(model_folder, digits_folder, tmp_path):
         "trainer.measure_every=0",
         f"trainer.output_dir={tmp_path}/run",
     ]
+
+
+@pytest.fixture
+def on_a_disk(tmp_path):
+    """A function: run Python beside a small or read-only `disk`; skips where no file system may be mounted."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    return lambda options, *arguments: ranks.on_a_disk(tmp_path, options, *arguments)
 
 
 @pytest.fixture
