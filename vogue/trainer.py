@@ -20,6 +20,7 @@ new prompts (`Trainer.roll_out`); NoisyRollout's groups hold completions of both
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
 from typing import NamedTuple
@@ -29,6 +30,7 @@ import torch
 from vogue import distributed
 from vogue.config import Config
 from vogue.data import DataError, Sample
+from vogue.data.dataset import Checked
 from vogue.evaluate import CHUNK, Judged, judge
 from vogue.groups import (
     Group,
@@ -63,6 +65,7 @@ from vogue.state import RunState
 from vogue_kernels import GuidanceConfig
 
 FAILURES = (DataError, RewardError)  # that end a run between two steps, with a checkpoint
+DATA = "data"  # the run's state under this name: the fingerprint of what it is trained on
 MOST_SKIPPED = 3  # updates in a row whose gradient isn't finite
 
 
@@ -74,12 +77,12 @@ class StepResult(NamedTuple):
 class Trainer:
     """What lives through a run: policy, DeepSpeed's engine, rollout engine, data and state. `step` is the next one."""
 
-    def __init__(self, config: Config, samples: list[Sample], preprocessor: Preprocessor, resume: str | None):
+    def __init__(self, config: Config, data: Checked, preprocessor: Preprocessor, resume: str | None):
         """`resume`: the checkpoint to go on from, by its name, the newest one for ""; None for a new run."""
         self.config = config
         self.rank, self.ranks, self.device = distributed.start(config.trainer.timeout)
         self.state = RunState()
-        self.loader = Loader(config, samples, preprocessor, self.state, self.rank, self.ranks)
+        self.loader = Loader(config, data, preprocessor, self.state, self.rank, self.ranks)
         found = None if resume is None else checkpoint.find(self.checkpoints, resume)
         self.preprocessor = preprocessor
         self.processor = preprocessor.processor
@@ -99,7 +102,12 @@ class Trainer:
         if found:
             folder, self.step = found
             checkpoint.load(self.deepspeed, self.state, folder)
+            if self.state.current.get(DATA, data.fingerprint) != data.fingerprint:
+                raise DataError(
+                    f"--resume: data.train={config.data.train} has other samples than when {folder} was saved"
+                )
             self.sync()
+        self.state.current[DATA] = data.fingerprint
 
     @property
     def checkpoints(self):
@@ -150,6 +158,7 @@ class Trainer:
             with distributed.together(*FAILURES):
                 with clock("data"):
                     items = self.loader.items(self.step, number) if number else self.loader.load_ahead(self.step)
+                    means.add("broken", sum(item.skipped for item in items), 0)
                 with clock("rollout"):
                     generated = generate(self.engine, self.config, items, self.step)
                 with clock("reward"):
@@ -259,7 +268,7 @@ class Trainer:
         if self.engine.version != self.step:
             raise RuntimeError(f"the rollout engine has weights of step {self.engine.version}, not of {self.step}")
 
-    def evaluate(self, samples: list[Sample]) -> list[Judged]:
+    def evaluate(self, samples: Sequence[Sample]) -> list[Judged]:
         """Judge `samples` with the rollout engine's weights, shared over the ranks; every rank gets all results."""
         size = -(-len(samples) // self.ranks)
         numbers = range(len(samples))[self.rank * size : (self.rank + 1) * size]

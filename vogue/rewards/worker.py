@@ -25,7 +25,7 @@ class Worker:
         if sys.platform == "linux" and threading.current_thread() is threading.main_thread():
             command = [str(here / "mortal.py"), str(os.getpid()), *command]
         self._process = subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, "-u", *command],  # -u: what it prints is seen at once
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
