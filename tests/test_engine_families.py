@@ -120,7 +120,7 @@ def check(kind, processor, folder):
         Sample("Is <image> in <image>?", "no", (images[1], images[2])),
     ]
     preprocessor = Preprocessor(load_processor(config.model.path), "", 512)
-    trainer = Trainer(config, check_samples(samples, preprocessor.lengths), preprocessor, resume=False)
+    trainer = Trainer(config, check_samples(samples, preprocessor.lengths), preprocessor, resume=None)
     assert disagreement(trainer) < 1e-4
     with torch.no_grad():
         for parameter in trainer.policy.model.parameters():
