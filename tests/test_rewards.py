@@ -1,4 +1,5 @@
 import logging
+import signal
 import threading
 import time
 
@@ -142,6 +143,27 @@ def test_a_hostile_answer_scores_nothing_is_counted_and_stops_in_time(caplog):
     assert HOSTILE in caplog.text
     assert quick.equal("0.5", "\\frac{1}{2}") is True  # a new worker answers
     quick.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGSEGV])
+def test_a_right_answer_stays_right_where_the_worker_is_killed_from_outside(number):
+    asked = Verifier()
+    assert asked.equal("0.5", "\\frac{1}{2}")
+    worker = asked._worker._process
+    worker.send_signal(number)
+    worker.wait()
+    assert asked.equal("0.5", "\\frac{1}{2}")
+    assert asked.failures == 0
+    asked.close()
+
+
+@pytest.mark.parametrize("hostile", [HOSTILE, "10^{10^{10}}"])  # out of CPU time, out of memory
+def test_an_answer_that_ends_the_worker_by_itself_is_asked_once(hostile, monkeypatch):
+    asked, started = Verifier(cpu_seconds=1.0), []
+    monkeypatch.setattr(asked, "_start", lambda start=asked._start: started.append(1) or start())
+    assert not asked.equal("5", hostile)
+    assert (asked.failures, len(started)) == (1, 1)
+    asked.close()
 
 
 def test_the_limit_works_outside_the_main_thread():

@@ -35,13 +35,18 @@ def main(argv: list[str] | None = None) -> int:
     from vogue.benchmarks import ExtractorError
     from vogue.data import DataError
     from vogue.rewards import RewardError
+    from vogue.run_folder import FolderError
+    from vogue.stacks import LostRank
 
     try:
         return COMMANDS[arguments.command](arguments)
-    except RewardError as error:  # of one rank, maybe not the first
+    except LostRank as error:  # of one rank, maybe not the first
         print(f"vogue {arguments.command}: {error}", file=sys.stderr)
         return USAGE_ERROR
-    except (ConfigError, DataError, ExtractorError, ImportError, FloatingPointError, KeyboardInterrupt) as error:
+    except (
+        *(ConfigError, DataError, RewardError, ExtractorError, FolderError),
+        *(ImportError, FloatingPointError, KeyboardInterrupt),
+    ) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"vogue {arguments.command}: {str(error) or 'interrupted'}", file=sys.stderr)
         return {FloatingPointError: DIVERGED, KeyboardInterrupt: STOPPED}.get(type(error), USAGE_ERROR)

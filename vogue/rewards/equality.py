@@ -8,6 +8,7 @@ question starts another worker. The timer counts CPU time, so that a busy machin
 
 import atexit
 import logging
+import signal
 import threading
 
 from vogue.rewards.worker import Worker
@@ -15,12 +16,15 @@ from vogue.rewards.worker import Worker
 logger = logging.getLogger(__name__)
 
 CPU_SECONDS = 3.0
+OWN_LIMITS = (-signal.SIGPROF, 1)  # exit codes of CPU time and memory; any other end may not be the answer's fault
 
 
 class Verifier:
     """A client that asks a worker process whether expressions are equal, and starts the process when first asked.
 
     failures   number of comparisons that ended the worker (out of time or memory), all judged unequal
+
+    A question whose worker was killed from outside is asked once more.
 
     Safe to use from several threads, which then wait for each other.
     """
@@ -38,12 +42,15 @@ class Verifier:
         Raises RuntimeError where the worker cannot start, for want of math-verify say.
         """
         with self._lock:
-            worker = self._worker or self._start()
-            reply = worker.ask([answer, parsed])
-            if reply is not None:
-                return reply
+            for _ in range(2):
+                worker = self._worker or self._start()
+                reply = worker.ask([answer, parsed])
+                if reply is not None:
+                    return reply
+                code = self._stop()
+                if code in OWN_LIMITS:
+                    break
             self.failures += 1
-            code = self._stop()
             logger.warning(
                 "comparing %.80r with %.80r ended the worker (exit code %d, limit %g s of CPU): scored 0",
                 parsed, answer, code, self.cpu_seconds,
