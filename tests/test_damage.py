@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from ranks import environment
+from ranks import environment, launcher
 from safetensors.torch import load_file
 
 from vogue.cli import main
@@ -197,6 +197,36 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_told_and_the_run_goes_on_from_th
     assert told == [
         "vogue train: the disk is full: the checkpoint after 4 steps can't be written to disk/run/checkpoints"
     ]
+    assert [line for line in done.stdout.splitlines() if line.startswith("found")] == [
+        "found 2 ['step_000002']",
+        "found 0 ['step_000002', 'step_000004']",
+    ]
+
+
+TWO_RANKS = """
+import subprocess, sys
+from pathlib import Path
+done = subprocess.run(sys.argv[1:])
+print("found", done.returncode, sorted(path.name for path in Path("disk/run/checkpoints").iterdir()))
+Path("disk/ballast").unlink()
+done = subprocess.run([*sys.argv[1:], "--resume"])
+print("found", done.returncode, sorted(path.name for path in Path("disk/run/checkpoints").iterdir()))
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_is_told_once_by_two_ranks_and_none_waits_for_the_other(finished, on_a_disk):
+    settings, folder = finished
+    size = sum(path.stat().st_size for path in (folder / "checkpoints/step_000002").rglob("*") if path.is_file())
+    ballast = f"open('disk/ballast', 'wb').write(bytes({int(size * 2.2)}))\n"
+    command = [*launcher(2), "--module", "vogue.train", *settings, "trainer.output_dir=disk/run"]
+    done = on_a_disk(f"size={4 * size}", "-c", ballast + TWO_RANKS, *command)
+    assert "Traceback" not in done.stderr, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("vogue train: ")]
+    assert len(told) == 1
+    assert told[0].startswith(
+        "vogue train: the disk is full: the checkpoint after 4 steps can't be written to disk/run"
+    )
     assert [line for line in done.stdout.splitlines() if line.startswith("found")] == [
         "found 2 ['step_000002']",
         "found 0 ['step_000002', 'step_000004']",
