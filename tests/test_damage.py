@@ -120,6 +120,15 @@ def test_where_no_checkpoint_is_whole_the_weights_are_offered_if_they_are(damage
     assert "There is no whole one before it" in printed.err
 
 
+def test_weights_that_are_damaged_are_told_and_not_needed(damaged):
+    folder, run = damaged
+    with pytest.warns(
+        UserWarning, match=r"step_000004 can be gone on from, but not used: hf/model.safetensors is missing"
+    ):
+        code, _ = run(lambda step: (step / "hf/model.safetensors").unlink())
+    assert code == 0
+
+
 def test_leftovers_of_saving_and_deleting_go_at_start(damaged):
     folder, run = damaged
 
