@@ -121,11 +121,9 @@ def test_where_no_checkpoint_is_whole_the_weights_are_offered_if_they_are(damage
 
 
 def test_weights_that_are_damaged_are_told_and_not_needed(damaged):
-    folder, run = damaged
-    with pytest.warns(
-        UserWarning, match=r"step_000004 can be gone on from, but not used: hf/model.safetensors is missing"
-    ):
-        code, _ = run(lambda step: (step / "hf/model.safetensors").unlink())
+    told = r"step_000004 can be gone on from, but not used: hf/model\.safetensors is missing"
+    with pytest.warns(UserWarning, match=told):
+        code, _ = damaged[1](lambda step: (step / "hf/model.safetensors").unlink())
     assert code == 0
 
 
