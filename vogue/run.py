@@ -6,29 +6,30 @@ Everything that can be wrong with settings or data is looked for before the firs
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from vogue import distributed, logs
+from vogue import distributed, logs, preflight
 from vogue.config import Config
-from vogue.data import Sample, Samples, load_samples
-from vogue.data.dataset import Checked, check_samples
-from vogue.data.shapes import shape_of
-from vogue.evaluate import evaluation_row, headline, test_samples
+from vogue.data import Sample, Samples
+from vogue.data.dataset import Checked, check_samples, test_samples, training_samples, was_decoded
+from vogue.evaluate import evaluation_row, headline
 from vogue.groups import Group
 from vogue.inputs import Preprocessor
 from vogue.model import checkpoint
 from vogue.records import records
 from vogue.report import plot_curves
-from vogue.rewards import check_function
 from vogue.run_folder import FolderError, locked, read_rows, writing
 from vogue.settings import ConfigError
 from vogue.stacks import Stacks
 from vogue.stalled import Stalled
 from vogue.stopping import STOPPED, Stop
 from vogue.trainer import FAILURES, Trainer
+
+LOOKED_AT = 10  # samples that tell whether there are images
 
 
 def run(config: Config, resume: str | None, profile: frozenset[int] = frozenset()) -> int:
@@ -40,12 +41,8 @@ def run(config: Config, resume: str | None, profile: frozenset[int] = frozenset(
     rank, *_ = distributed.start(config.trainer.timeout)
     folder, stop, console = config.trainer.output_dir, Stop(), Console()
     with ExitStack() as held:
-        with distributed.together(ConfigError, *FAILURES):
-            if rank == 0:
-                logs.check_folder(config, resume is not None)
-            preprocessor = Preprocessor.of(config)
-            check_function(config.reward)
-        data, held_out = load_data(config, preprocessor)
+        found = preflight.examine(config, resume is not None)
+        preprocessor, data, held_out = _without_problems(found, config)
         with distributed.together(ConfigError):
             if rank == 0:
                 held.enter_context(locked(folder))
@@ -65,6 +62,29 @@ def run(config: Config, resume: str | None, profile: frozenset[int] = frozenset(
     if rank == 0:
         _tell_end(trainer, console)
     return 0 if trainer.step >= config.trainer.steps else STOPPED
+
+
+def check(config: Config, resume: str | None) -> int:
+    """Look for all that is wrong and show what isn't, without training; returns the exit code."""
+    rank, *_ = distributed.start(config.trainer.timeout)
+    found = preflight.examine(config, resume is not None)
+    _, data, held_out = _without_problems(found, config)
+    found.fine["data"] = f"{len(data.samples)} samples to train on, {len(held_out)} held out"
+    if rank == 0:
+        preflight.show(found, Console())
+    return 0
+
+
+def _without_problems(found: preflight.Preflight, config: Config) -> tuple[Preprocessor, Checked, Sequence[Sample]]:
+    """What a run goes on with; raises `ConfigError` with all problems of all ranks, those of the data last."""
+    preprocessor, problems = found.preprocessor, distributed.gather(found.problems)
+    found.problems = list(dict.fromkeys(text for part in problems for text in part))
+    usable = all(distributed.gather(preprocessor is not None))
+    data = found.of(load_data, config, preprocessor) if usable else found.of(training_samples, config.data)
+    with distributed.together(ConfigError):
+        if found.problems:
+            raise ConfigError("\n".join(found.problems))
+    return cast(Preprocessor, preprocessor), *cast(tuple[Checked, Sequence[Sample]], data)
 
 
 def _prepared(trainer: Trainer, resume: str | None, console: Console) -> logs.RunLog:
@@ -189,17 +209,17 @@ def load_data(config: Config, preprocessor: Preprocessor) -> tuple[Checked, Sequ
 
     Each rank looks at its share of them. Raises DataError that names all that can't be used.
     """
-    if config.data.train is None:
-        raise ConfigError("data.train is not set: the samples to train on")
+    samples = training_samples(config.data)
     rank, ranks, _ = distributed.start()
     console = Console(quiet=rank > 0)
     settings = config.data
-    samples = load_samples(config.data.train, settings.limit, shape_of(settings), settings.skip)
     with console.status(f"looking at {len(samples)} samples"):
         data = _checked(samples, config, preprocessor, rank, ranks, console)
+    if any(sample.images for sample in data.samples[:LOOKED_AT]) and not was_decoded(data.fingerprint):
+        console.print("images of data.train are decoded as they are met; `vogue data check` finds broken ones before")
     if not (config.trainer.eval_every and settings.test):
         return data, []
-    held_out = _checked(test_samples(config), config, preprocessor, rank, ranks, console)
+    held_out = _checked(test_samples(config.data), config, preprocessor, rank, ranks, console)
     both = len(set(data.digests) & set(held_out.digests))
     if both:
         console.print(f"warning: {both} of {len(held_out.samples)} samples of data.test are in data.train too")
