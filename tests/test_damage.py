@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from ranks import environment
+from ranks import environment, launcher
 from safetensors.torch import load_file
 
 from vogue.cli import main
@@ -120,6 +120,13 @@ def test_where_no_checkpoint_is_whole_the_weights_are_offered_if_they_are(damage
     assert "There is no whole one before it" in printed.err
 
 
+def test_weights_that_are_damaged_are_told_and_not_needed(damaged):
+    told = r"step_000004 can be gone on from, but not used: hf/model\.safetensors is missing"
+    with pytest.warns(UserWarning, match=told):
+        code, _ = damaged[1](lambda step: (step / "hf/model.safetensors").unlink())
+    assert code == 0
+
+
 def test_leftovers_of_saving_and_deleting_go_at_start(damaged):
     folder, run = damaged
 
@@ -172,31 +179,42 @@ def test_a_run_killed_while_it_saves_or_deletes_goes_on_from_a_whole_checkpoint(
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000004"]
 
 
+# Once the checkpoint after 2 steps is there, somebody else fills the disk, up to a share of another checkpoint.
+FILLING = """
+import os, pathlib, shutil
+here = pathlib.Path(__file__).parent
+
+def own(completions, samples):
+    if (here / "disk/run/checkpoints/step_000002").exists() and not (here / "filled").exists():
+        (here / "filled").touch()
+        ballast = bytes(shutil.disk_usage(here / "disk").free - {left})
+        (here / "disk/ballast").write_bytes(ballast)
+    return [float(i % 2) for i in range(len(completions))]
+"""
 FULL = """
-import sys, os
+import subprocess, sys
 from pathlib import Path
-from vogue.cli import main
-code = main(["train", *sys.argv[1:]])
-print("found", code, sorted(path.name for path in Path("disk/run/checkpoints").iterdir()))
-if code == 2:
-    Path("disk/ballast").unlink()
-    code = main(["train", *sys.argv[1:], "--resume"])
+for more in ([], ["--resume"]):
+    code = subprocess.run([*sys.argv[1:], *more]).returncode
     print("found", code, sorted(path.name for path in Path("disk/run/checkpoints").iterdir()))
+    Path("disk/ballast").unlink(missing_ok=True)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("free", [1.2, 1.6, 1.9])
-def test_a_disk_that_is_full_at_a_checkpoint_is_told_and_the_run_goes_on_from_the_one_before(finished, on_a_disk, free):
+@pytest.mark.parametrize(("ranks", "share"), [(1, 0.2), (1, 0.6), (1, 0.9), (2, 0.7)])
+def test_a_disk_that_is_full_is_told_once_and_the_run_goes_on_from_the_checkpoint_before(
+    finished, on_a_disk, tmp_path, ranks, share
+):
     settings, folder = finished
     size = sum(path.stat().st_size for path in (folder / "checkpoints/step_000002").rglob("*") if path.is_file())
-    ballast = f"open('disk/ballast', 'wb').write(bytes({int(size * (4 - free))}))\n"
-    done = on_a_disk(f"size={4 * size}", "-c", ballast + FULL, *settings, "trainer.output_dir=disk/run")
+    (tmp_path / "rewards.py").write_text(FILLING.format(left=int(share * size)))
+    own = (f"reward.function={tmp_path}/rewards.py:own", "trainer.output_dir=disk/run")
+    command = [sys.executable, "-m", "vogue", "train"] if ranks == 1 else [*launcher(2), "--module", "vogue.train"]
+    done = on_a_disk(f"size={8 * size}", "-c", FULL, *command, *settings, *own)
     assert "Traceback" not in done.stderr, done.stderr
-    told = [line for line in done.stderr.splitlines() if line.startswith("vogue train: ")]
-    assert told == [
-        "vogue train: the disk is full: the checkpoint after 4 steps can't be written to disk/run/checkpoints"
-    ]
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("vogue train: ")]
+    assert told.startswith("vogue train: the disk is full: the checkpoint after 4 steps can't be written to disk/run/")
     assert [line for line in done.stdout.splitlines() if line.startswith("found")] == [
         "found 2 ['step_000002']",
         "found 0 ['step_000002', 'step_000004']",

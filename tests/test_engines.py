@@ -56,7 +56,7 @@ def trainer(model_folder, digits_folder, tmp_path_factory):
     # Longer than a block of vLLM's prefix cache (128 tokens on a CPU), which so holds something.
     preprocessor = Preprocessor(load_processor(config.model.path), "Think. " * 60, 512)
     return Trainer(
-        config, check_samples(load_samples(config.data.train), preprocessor.lengths), preprocessor, resume=False
+        config, check_samples(load_samples(config.data.train), preprocessor.lengths), preprocessor, resume=None
     )
 
 
@@ -230,6 +230,7 @@ def train(model_folder, mixed_data, tmp_path_factory):
         folder = root / name
         settings = [*base_settings(model_folder, mixed_data, folder), f"rollout.engine={engine}", PARTITIONED]
         settings += ["branch.granularity=response", "trainer.micro_batch_tokens=200", "optimizer.lr=1e-4"]
+        settings += ["branch.probability=0.5"]  # else another number of steps is another run
         settings += [*overrides, *(["--resume"] if resume else [])]
         if ranks == 1:
             assert main(["train", *settings]) == 0

@@ -86,10 +86,10 @@ def test_a_run_that_stopped_before_its_first_step_starts_over(config):
 
 
 def test_a_new_run_refuses_a_folder_that_holds_one(config):
-    logs.check_folder(config(), resume=None)
+    logs.check_folder(config(), resume=False)
     log_steps(config(), 0, 1)
     with pytest.raises(ConfigError, match=r"run holds a run already: pass --resume, or another trainer\.output_dir"):
-        logs.check_folder(config(), resume=None)
+        logs.check_folder(config(), resume=False)
 
 
 def test_a_resumed_run_must_be_the_one_that_stopped(config):

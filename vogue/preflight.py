@@ -1,9 +1,10 @@
 """What every training does first, and `vogue train --check` alone: find all that is wrong before something slow begins.
 
-Nothing is started and no weight is read; what goes wrong is told together, in the order of a run. Every rank does it,
-each from the same files, so that all of them stop alike.
+Nothing slow is started and no weight is read; what goes wrong is told together, in the order of a run. Every rank does
+it, and all of them stop for what any of them found.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -47,7 +48,8 @@ class Preflight:
 def examine(config: Config, resume: bool) -> Preflight:
     """Look at folder, model, chat template, memory, DeepSpeed's settings and reward of a run; its data comes next."""
     found = Preflight()
-    found.of(logs.check_folder, config, resume)
+    if os.environ.get("RANK", "0") == "0":  # which writes there, and tries it
+        found.of(logs.check_folder, config, resume)
     if checkpoint := found.of(read_checkpoint, config.model.path):
         _examine_model(found, checkpoint, config)
         found.preprocessor = found.of(checked_preprocessor, config)
@@ -90,7 +92,7 @@ def check_vocabulary(preprocessor: Preprocessor, checkpoint: Checkpoint) -> None
 def check_disk(model: Any, config: Config) -> str:
     """What checkpoints take and what is free; raises `ConfigError` where two don't fit."""
     wanted = config.trainer.output_dir.absolute()
-    folder = next(path for path in (wanted, *wanted.parents) if path.exists())
+    folder = next(path for path in (wanted, *wanted.parents) if os.path.exists(path))  # too long a name is none
     one, free = checkpoint_bytes(model, config), shutil.disk_usage(folder).free
     if 2 * one > free:
         raise ConfigError(

@@ -77,14 +77,13 @@ def check(config: Config, resume: str | None) -> int:
 
 def _without_problems(found: preflight.Preflight, config: Config) -> tuple[Preprocessor, Checked, Sequence[Sample]]:
     """What a run goes on with; raises `ConfigError` with all problems of all ranks, those of the data last."""
-    preprocessor, data = found.preprocessor, None
-    if all(distributed.gather(preprocessor is not None)) and preprocessor:
-        data = found.of(load_data, config, preprocessor)
-    else:
-        found.of(training_samples, config.data)
-    problems = dict.fromkeys(problem for part in distributed.gather(found.problems) for problem in part)
-    if problems:
-        raise ConfigError("\n".join(problems))
+    preprocessor, problems = found.preprocessor, distributed.gather(found.problems)
+    found.problems = list(dict.fromkeys(text for part in problems for text in part))
+    usable = all(distributed.gather(preprocessor is not None))
+    data = found.of(load_data, config, preprocessor) if usable else found.of(training_samples, config.data)
+    with distributed.together(ConfigError):
+        if found.problems:
+            raise ConfigError("\n".join(found.problems))
     return cast(Preprocessor, preprocessor), *cast(tuple[Checked, Sequence[Sample]], data)
 
 

@@ -14,6 +14,7 @@ perturbation, branch draws, sampling) is a function of the seed and the step, so
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -206,6 +207,8 @@ def find(root: Path, wanted: str) -> tuple[Path, int] | None:
             f"--resume: {folder} was written by {state.ranks} ranks, this run has {dist.get_world_size()}; ZeRO-3's "
             "shards fit the number of ranks they were written by"
         )
+    if (unneeded := _damage(folder, (HF,))) and dist.get_rank() == 0:
+        warnings.warn(f"{folder} can be gone on from, but not used: {'; '.join(unneeded)}", stacklevel=2)
     return folder, state.step
 
 
