@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from vogue.data import Sample
 from vogue.rewards import Score, score, score_batch, verifier
+from vogue.rewards.checker import is_correct
 from vogue.rewards.equality import Verifier
-from vogue.rewards.verifiable import boxed, is_correct, is_formatted
+from vogue.rewards.verifiable import boxed, is_formatted
 from vogue.rewards.worker import Worker
 from vogue.sections import RewardConfig
 
@@ -35,6 +36,14 @@ def test_the_reward_is_nine_parts_accuracy_and_one_part_format():
         ("<think>a</think>\\boxed{8}", True),
         (" \n<think>a\nb</think>\n\nSo the answer is \\boxed{8}.\n", True),
         ("<think></think>\\boxed{\\frac{1}{2}}", True),
+        ("<think>a</think>\\boxed{>}", True),
+        ("<think>a</think>\\boxed{}", False),
+        ("<think>a</think>\\boxed{ }", False),
+        ("<think>a</think>\\boxed{?}", False),
+        ("<think>a</think>\\boxed{\\text{}}", False),
+        ("<think>a</think>\\boxed{\\ldots}", False),
+        ("<think>a</think>\\boxed{\u200b}", False),
+        ("<think>a</think>\\boxed{8} \\boxed{ ... }", False),
         ("Well, <think>a</think>\\boxed{8}", False),
         ("<think>a \\boxed{8}</think>", False),
         ("<think>a</think> 8", False),
@@ -59,6 +68,10 @@ def test_format_needs_one_thought_then_a_box(completion, formatted):
         ("\\boxed{1} and \\boxed{2", "1"),
         ("} { \\boxed {8}", "8"),
         ("\\boxed{}", ""),
+        ("<think>\\boxed{5}</think> \\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."),
+        ("\\boxed{x \\in \\left(0, 1\\right\\}}", "x \\in \\left(0, 1\\right\\}"),
+        ("\\boxed{\\{1, 2\\}} and \\{", "\\{1, 2\\}"),
+        ("a \\\\boxed{1} \\\\\\boxed{2}", "2"),
         ("\\boxed 8", None),
         ("\\boxed{8", None),
     ],
@@ -67,62 +80,11 @@ def test_the_last_closed_box_is_the_answer(completion, content):
     assert boxed(completion) == content
 
 
-@pytest.mark.parametrize(
-    ("parsed", "answer"),
-    [
-        ("8", "8"),
-        ("8.0", "8"),
-        ("1,000", "1000"),
-        ("+3", "3"),
-        (".5", "0.50"),
-        ("$8$", "8"),
-        ("8.", "8"),
-        ("a", "A"),
-        ("(B)", "B"),
-        ("\\text{yes}", "Yes"),
-        ("3:05", "03:05"),
-        ("1/2", "0.5"),
-        ("\\frac{1}{2}", "0.5"),
-        ("1\n+ x", "x+1"),
-        ("2\\sqrt{3}", "$\\sqrt{12}$"),
-        ("30^\\circ", "30"),
-        ("5 \\text{ cm}", "5"),
-        ("x = 5", "5"),
-    ],
-)
-def test_equal_answers_are_right_however_they_are_written(parsed, answer):
-    assert is_correct(parsed, answer)
-
-
-@pytest.mark.parametrize(
-    ("parsed", "answer"),
-    [
-        ("9", "8"),
-        ("-8", "8"),
-        ("1,00", "100"),
-        ("B", "A"),
-        ("on", "no"),  # n·o = o·n
-        ("12:15", "4:05"),  # 12/15 = 4/5
-        ("4/5", "12:15"),
-        ("5, 6, 7", "6"),
-        ("5 or 6", "6"),
-        ("5$ $6", "6"),
-        ("\\pm 5", "5"),
-        ("Yes or No", "Yes"),
-        ("", "8"),
-        ("\\frac{}{", "8"),
-        ("\ud800\x00", "8"),
-    ],
-)
-def test_other_answers_are_wrong(parsed, answer):
-    assert not is_correct(parsed, answer)
-
-
 def test_plain_answers_start_no_process():
     verifier.close()
     completions = ["\\boxed{8}", "\\boxed{B}", "\\boxed{3:05}", "\\boxed{no}", "no box"]
     score_batch(completions, asked("9", "A", "4:05", "yes", "8"))
-    assert verifier._worker is None
+    assert not verifier._workers
 
 
 def test_a_batch_is_scored_in_order_and_unequal_lengths_are_refused():
@@ -157,7 +119,7 @@ def test_the_limit_works_outside_the_main_thread():
 def test_the_process_that_compares_mathematics_may_take_4_gb():
     worker = Worker("equality_worker.py", "3.0")
     try:
-        assert worker.ask(["1/2", "0.5"]) is True
+        assert worker.ask(["x/2", "0.5x"]) == {"equal": True}
         assert psutil.Process(worker._process.pid).rlimit(psutil.RLIMIT_AS) == (4 << 30, 4 << 30)
     finally:
         worker.stop()
@@ -166,7 +128,7 @@ def test_the_process_that_compares_mathematics_may_take_4_gb():
 def test_a_closed_verifier_has_no_process_and_starts_again():
     fresh = Verifier()
     assert fresh.equal("x+1", "1+x")
-    process = fresh._worker._process
+    process = fresh._workers[0]._process
     fresh.close()
     fresh.close()
     assert process.poll() is not None
