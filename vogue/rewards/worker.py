@@ -18,7 +18,7 @@ class Worker:
 
     def __init__(self, script: str, *arguments: str):
         self._process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name(script), *arguments],
+            [sys.executable, "-u", Path(__file__).with_name(script), *arguments],  # -u: what it prints is seen at once
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
