@@ -4,9 +4,11 @@ A `Prompt` holds what all views of its images share: the text. T(x) keeps an ima
 ids and differ in a `View` alone.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from vogue.families import family_of_processor
 from vogue.settings import ConfigError
 
 RAW, NOISY = "raw", "noisy"  # names of views: x and T(x)
+OPENED = re.compile(r"<think>\s*(?:</think>\s*)?$")  # at the end of a prompt
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class View:
 class Prompt:
     """The text of a sample as token ids.
 
+    `opened` is what the chat template itself has written of the model's turn: "", "<think>", or, where thinking is
+    switched off, an empty thought.
+
     `token_ids` (P,) int64 has a placeholder for each token of an image; `image_spans` says where each image's lie,
     (first, how many); `token_types` (P,) is 1 at image tokens and 0 elsewhere.
     """
@@ -44,6 +50,7 @@ class Prompt:
     image_spans: tuple[tuple[int, int], ...]
     token_ids: Tensor
     token_types: Tensor
+    opened: str = ""
 
 
 class Preprocessor:
@@ -88,7 +95,15 @@ class Preprocessor:
     def prompt(self, sample: Sample, view: View) -> Prompt:
         """Tokenize `sample` for images of `view`'s size."""
         token_ids, spans = self._token_ids(sample, self.family.image_tokens(self.processor, view.images))
-        return Prompt(sample, spans, token_ids, (token_ids == self.image_token_id).long())
+        return Prompt(sample, spans, token_ids, (token_ids == self.image_token_id).long(), self.opened)
+
+    @cached_property
+    def opened(self) -> str:
+        """What the chat template writes of the model's turn: see `Prompt`."""
+        chat = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+        text = self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        found = OPENED.search(text)
+        return found.group() if found else ""
 
     def _token_ids(self, sample: Sample, counts: list[int]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
         """Token ids of `sample`, whose images take `counts` tokens, and where they lie."""
