@@ -106,6 +106,40 @@ def test_a_hostile_answer_scores_nothing_is_counted_and_stops_in_time(caplog):
     quick.close()
 
 
+def test_equal_pairs_are_asked_once_and_hostile_ones_are_counted_once():
+    verifier.take_failures()
+    began = time.monotonic()
+    scores = score_batch([f"\\boxed{{{HOSTILE}}}"] * 64 + ["\\boxed{1+x}"] * 8, asked(*["5"] * 64, *["x+1"] * 8))
+    assert time.monotonic() - began < 20
+    assert [score.accuracy for score in scores] == [0.0] * 64 + [1.0] * 8
+    assert (verifier.take_failures(), verifier.take_failures()) == (1, 0)
+
+
+def test_hostile_answers_take_no_time_from_others_and_not_more_than_all_may_take():
+    bounded = Verifier(cpu_seconds=0.5, seconds=1.0)
+    hostile = [(f"9^{{9^{{9^{number}}}}}", "5") for number in range(100, 140)]
+    honest = [(f"{number}x + 1", f"1 + {number}x") for number in range(40)]
+    began = time.monotonic()
+    found = bounded.equal_all([*hostile, *honest])
+    assert time.monotonic() - began < 40
+    assert [found[pair] for pair in honest] == [True] * 40
+    assert not any(found[pair] for pair in hostile)
+    assert bounded.failures == 40
+    bounded.close()
+
+
+def test_what_ends_a_worker_from_outside_is_no_fault_of_the_answer():
+    fresh = Verifier()
+    assert fresh.equal("x+1", "1+x")
+    worker = psutil.Process(fresh._workers[0]._process.pid)
+    worker.children()[0].kill()
+    assert fresh.equal("x+2", "2+x")
+    worker.kill()
+    assert fresh.equal("x+3", "3+x")
+    assert fresh.failures == 0
+    fresh.close()
+
+
 def test_the_limit_works_outside_the_main_thread():
     quick, replies = Verifier(cpu_seconds=0.5), []
     thread = threading.Thread(target=lambda: replies.append(quick.equal("5", HOSTILE)))
@@ -119,7 +153,7 @@ def test_the_limit_works_outside_the_main_thread():
 def test_the_process_that_compares_mathematics_may_take_4_gb():
     worker = Worker("equality_worker.py", "3.0")
     try:
-        assert worker.ask(["x/2", "0.5x"]) == {"equal": True}
+        assert worker.ask(["x/2", "0.5x"])["equal"] is True
         assert psutil.Process(worker._process.pid).rlimit(psutil.RLIMIT_AS) == (4 << 30, 4 << 30)
     finally:
         worker.stop()

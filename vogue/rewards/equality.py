@@ -17,8 +17,8 @@ from vogue.rewards.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-CPU_SECONDS = 1.0
-SECONDS = 8.0
+CPU_SECONDS = 1.0  # of a question
+SECONDS = 5.0  # of a worker, for the questions of one call
 A_WORKER = 8  # questions that another worker is started for
 TOO_LONG = -signal.SIGPROF  # a child's exit code
 Pair = tuple[str, str]
@@ -28,7 +28,7 @@ class Verifier:
     """A client that asks worker processes whether expressions are equal, and starts them when first asked.
 
     cpu_seconds  that a question may take
-    seconds      that the questions of one call may take together, on the wall
+    seconds      that a worker may take for all questions of one call
     failures     number of questions without an answer in time or memory since `take_failures`, all judged unequal
 
     Safe to use from several threads, which then wait for each other.
@@ -71,42 +71,35 @@ class Verifier:
             self._stop()
 
     def _asked(self, places: range, questions: Sequence[Pair]) -> dict[Pair, bool]:
-        """The answers that the workers at `places` give in time."""
+        """The answers that the workers at `places` give within `seconds` of processor time each."""
         found: dict[Pair, bool] = {}
         waiting, taking = iter(questions), threading.Lock()
-        expired = threading.Event()
 
         def serve(place: int) -> None:
-            while not expired.is_set():
+            spent = 0.0
+            while spent < self.seconds:
                 with taking:
                     pair = next(waiting, None)
                 if pair is None:
                     return
-                reply = self._reply(place, pair, expired)
+                reply = self._reply(place, pair)
+                spent += reply.get("seconds", self.cpu_seconds)
                 if "equal" in reply:
                     found[pair] = reply["equal"]
 
-        limit = threading.Timer(self.seconds, lambda: (expired.set(), [self._workers[i].kill() for i in places]))
-        limit.start()
-        try:
-            with ThreadPoolExecutor(len(places)) as pool:
-                list(pool.map(serve, places))
-        finally:
-            limit.cancel()
-            limit.join()
-        if expired.is_set():
-            self._stop()
+        with ThreadPoolExecutor(len(places)) as pool:
+            list(pool.map(serve, places))
         if unanswered := len(questions) - len(found):
             self.failures += unanswered
             logger.warning("%d of %d comparisons took too long: scored 0", unanswered, len(questions))
         return {pair: found.get(pair, False) for pair in questions}
 
-    def _reply(self, place: int, pair: Pair, expired: threading.Event) -> dict:
+    def _reply(self, place: int, pair: Pair) -> dict:
         """A worker's reply; what ended it, or its child, from outside is no fault of the question, asked once more."""
         reply: dict | None = None
         for _ in range(2):
             reply = self._workers[place].ask(pair)
-            if expired.is_set() or (reply and reply.get("failed", TOO_LONG) == TOO_LONG):
+            if reply and reply.get("failed", TOO_LONG) == TOO_LONG:
                 break
             if reply is None:
                 self._workers[place].stop()

@@ -3,12 +3,13 @@ r"""The process of `vogue.rewards.equality`: answers [given, right answer] with 
 A script that imports nothing of vogue, so that it starts soon. What is asked is answered in a child of this process:
 a question that takes too long ends the child, inside C code too, and another one is there at once.
 
-Two expressions are equal where their values are: exactly, or to 40 digits, at numbers in place of their variables. An
+Two expressions are equal where their values are: exactly, or to 30 digits, at numbers in place of their variables. An
 equation, or an inequality, is another one where both are the same multiple of their difference of sides. Sets and
 inequalities are compared by math-verify.
 """
 
 import functools
+import gc
 import json
 import logging
 import os
@@ -17,10 +18,11 @@ import re
 import resource
 import signal
 import sys
+import time
 
 MEMORY_BYTES = 4 << 30  # of address space: 10^(10^10) alone would take 4 GB
-DIGITS, AGREEING = 50, 40  # that values are computed to, and that must agree
-SIGNS = ((1, 1), (-1, -1), (1, 1), (-1, 1), (1, 1), (1, -1))  # of variables in turn, at each point of comparison
+DIGITS, AGREEING = 40, 30  # that values are computed to, and that must agree
+SIGNS = ((1, 1), (-1, 1), (1, -1), (1, 1), (-1, -1))  # of variables in turn, at each point of comparison
 FEWEST = 2  # of those, at which both must have a value
 DECIMAL = re.compile(r"[+-]?\s*([0-9]*)\.([0-9]+)")
 ROUNDED = 6  # significant digits of a decimal that may stand for a value that rounds to it
@@ -46,11 +48,14 @@ def work(cpu_seconds: float) -> None:
 
 def answer(cpu_seconds: float, replies) -> None:
     """Answer questions until there are no more, or one ends this process."""
+    gc.disable()  # what is made for an expression is let go with it, or kept in `parsed`
     for line in sys.stdin:
+        began = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # SIGPROF, unhandled, ends the process
         found = equal(*json.loads(line))
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps({"equal": bool(found)}), file=replies, flush=True)
+        spent = time.process_time() - began
+        print(json.dumps({"equal": bool(found), "seconds": spent}), file=replies, flush=True)
 
 
 def equal(given: str, right: str) -> bool:
@@ -159,7 +164,7 @@ def points(variables) -> list[dict]:
 def number(expression):
     """The value of an expression, None where it has none."""
     value = expression.evalf(DIGITS, maxn=DIGITS * 10)
-    return value if value.is_number and value.is_finite and not value.atoms(type(None)) else None
+    return value if value.is_number and value.is_finite else None
 
 
 def agree(given, right, near) -> bool:
