@@ -16,7 +16,7 @@ def lines(capsys, *arguments):
 def test_a_verdict_is_told_step_by_step(capsys):
     told = lines(capsys, "<think>5 + 7</think> \\boxed{5} or \\boxed{12 cm}", "12 m")
     assert told == {
-        "answer": "'12 cm', from the last finished \\boxed{}",
+        "given": "'12 cm', from the last finished \\boxed{}",
         "read as": "the number 12 with the unit cm",
         "right answer": "'12 m', read as the number 12 with the unit m",
         "verdict": "wrong: units differ: cm, m",
@@ -28,7 +28,7 @@ def test_a_verdict_is_told_step_by_step(capsys):
 
 def test_a_completion_without_an_answer_is_told_what_was_asked_for(capsys):
     told = lines(capsys, "\\boxed{3}", "3", "reward.design=vanilla")
-    assert told["answer"] == "none: nothing in a finished <answer>, which reward.design=vanilla asks for"
+    assert told["given"] == "none: nothing in a finished <answer>, which reward.design=vanilla asks for"
     assert told["reward"] == "0"
 
 

@@ -27,11 +27,11 @@ def steps(completion: str, answer: str, settings: RewardConfig) -> list[tuple[st
     where = "<answer>" if "answer" in DESIGNS[settings.design] else "\\boxed{}"
     parsed = find_answer(completion, settings.design)
     if parsed is None:
-        found = [("answer", f"none: nothing in a finished {where}, which reward.design={settings.design} asks for")]
+        found = [("given", f"none: nothing in a finished {where}, which reward.design={settings.design} asks for")]
     else:
         verdict = verdicts([(parsed, answer)])[0]
         found = [
-            ("answer", f"{parsed!r}, from the last finished {where}"),
+            ("given", f"{parsed!r}, from the last finished {where}"),
             ("read as", described(read(parsed))),
             ("right answer", f"{answer!r}, read as {described(read(answer))}"),
             ("verdict", f"{'right' if verdict.right else 'wrong'}: {verdict.rule}"),
