@@ -140,7 +140,7 @@ class RewardConfig(Section):
     """What a completion is asked for, and what it earns."""
 
     design: Literal[*DESIGNS] = Field(
-        "verifiable", description=f"system prompt and sum of weight * score, see docs/data.md: {', '.join(DESIGNS)}"
+        "verifiable", description=f"system prompt and sum of weight * score, see docs/rewards.md: {', '.join(DESIGNS)}"
     )
     accuracy: NonNegative | None = Field(
         None,
