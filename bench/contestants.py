@@ -72,6 +72,7 @@ def completions_of(task: Task, seed: int) -> list[list[int]]:
 def vogue_trainer(folder: Path, task: Task, *overrides: str):
     from vogue.config import load_config
     from vogue.data import load_samples
+    from vogue.data.dataset import check_samples
     from vogue.inputs import Preprocessor, load_processor
     from vogue.trainer import Trainer
 
@@ -93,7 +94,8 @@ def vogue_trainer(folder: Path, task: Task, *overrides: str):
     ]
     config = load_config(None, [*settings, *overrides])
     preprocessor = Preprocessor(load_processor(config.model.path), "", task.prompt)
-    return Trainer(config, load_samples(config.data.train), preprocessor, resume=False)
+    data = check_samples(load_samples(config.data.train), preprocessor.lengths)
+    return Trainer(config, data, preprocessor, resume=False)
 
 
 def given_groups(trainer, task: Task) -> list:

@@ -126,10 +126,13 @@ def config(settings):
 def new_trainer(config):
     """A function: a trainer of one rank, unpartitioned (stage 0), so that gradients are plain ones."""
     from vogue.data import load_samples
+    from vogue.data.dataset import check_samples
     from vogue.trainer import Trainer
 
     def build(*overrides):
         chosen = config("trainer.deepspeed.zero_optimization.stage=0", *overrides)
-        return Trainer(chosen, load_samples(chosen.data.train), Preprocessor.of(chosen), resume=False)
+        preprocessor = Preprocessor.of(chosen)
+        data = check_samples(load_samples(chosen.data.train), preprocessor.lengths)
+        return Trainer(chosen, data, preprocessor, resume=False)
 
     return build

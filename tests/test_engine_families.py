@@ -25,6 +25,7 @@ from transformers import (
 
 from vogue.config import load_config
 from vogue.data import Sample
+from vogue.data.dataset import check_samples
 from vogue.inputs import Preprocessor, load_processor
 from vogue.trainer import Trainer
 
@@ -115,7 +116,8 @@ def check(kind, processor, folder):
         Sample("How many?", "3", (images[0],)),
         Sample("Is <image> in <image>?", "no", (images[1], images[2])),
     ]
-    trainer = Trainer(config, samples, Preprocessor(load_processor(config.model.path), "", 512), resume=False)
+    preprocessor = Preprocessor(load_processor(config.model.path), "", 512)
+    trainer = Trainer(config, check_samples(samples, preprocessor.lengths), preprocessor, resume=False)
     assert disagreement(trainer) < 1e-4
     with torch.no_grad():
         for parameter in trainer.policy.model.parameters():

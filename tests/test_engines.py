@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText
 from vogue.cli import main
 from vogue.config import load_config
 from vogue.data import Sample, load_samples, write_parquet
+from vogue.data.dataset import check_samples
 from vogue.inputs import Preprocessor, load_processor
 from vogue.rollout.engine import Request, media_token_ids
 from vogue.rollout.hf import HfEngine
@@ -54,7 +55,9 @@ def trainer(model_folder, digits_folder, tmp_path_factory):
     config = load_config(None, [*settings, "rollout.engine=vllm", "rollout.temperature=0.7", stage, long])
     # Longer than a block of vLLM's prefix cache (128 tokens on a CPU), which so holds something.
     preprocessor = Preprocessor(load_processor(config.model.path), "Think. " * 60, 512)
-    return Trainer(config, load_samples(config.data.train), preprocessor, resume=False)
+    return Trainer(
+        config, check_samples(load_samples(config.data.train), preprocessor.lengths), preprocessor, resume=False
+    )
 
 
 @pytest.fixture(params=["vllm", "hf"])
@@ -325,6 +328,7 @@ from transformers import AutoModelForImageTextToText
 from vogue.model.checkpoint import gathered_weights
 from vogue.config import load_config
 from vogue.data import load_samples
+from vogue.data.dataset import check_samples
 from vogue.distributed import leave
 from vogue.inputs import Preprocessor, load_processor
 from vogue.trainer import Trainer
@@ -333,7 +337,8 @@ from vogue.trainer import Trainer
 budget, *settings = [text for text in sys.argv[1:] if not text.startswith("--")]
 config = load_config(None, settings)
 preprocessor = Preprocessor(load_processor(config.model.path), "Think.", 128)
-trainer = Trainer(config, load_samples(config.data.train), preprocessor, resume=False)
+data = check_samples(load_samples(config.data.train), preprocessor.lengths)
+trainer = Trainer(config, data, preprocessor, resume=False)
 expected = dict(AutoModelForImageTextToText.from_pretrained(config.model.path, dtype="float32").named_parameters())
 parameters = list(trainer.policy.model.parameters())
 largest = max(p.ds_numel * p.element_size() for p in parameters)
@@ -382,6 +387,7 @@ from dataclasses import replace
 from deepspeed.utils import safe_get_full_grad
 from vogue.config import load_config
 from vogue.data import load_samples
+from vogue.data.dataset import check_samples
 from vogue.distributed import leave
 from vogue.groups import generate
 from vogue.inputs import Preprocessor, load_processor
@@ -394,7 +400,8 @@ target, tied, untied, *settings = [text for text in sys.argv[1:] if not text.sta
 def gradients(path):
     config = load_config(None, [*settings, f"model.path={path}"])
     preprocessor = Preprocessor(load_processor(config.model.path), "Think.", 128)
-    trainer = Trainer(config, load_samples(config.data.train), preprocessor, resume=False)
+    data = check_samples(load_samples(config.data.train), preprocessor.lengths)
+    trainer = Trainer(config, data, preprocessor, resume=False)
     items = trainer.loader.items(trainer.step)
     groups = generate(trainer.engine, config, items, trainer.step)
     advantages = lambda prompt: tuple((-1.0) ** (prompt + i) * (1 + prompt) for i in range(4))

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vogue.data import DataError, load_samples
+from vogue.data.dataset import check_samples
 from vogue.inputs import Preprocessor
 from vogue.loader import Loader, sample_order
 from vogue.settings import ConfigError
@@ -22,7 +23,9 @@ def new_loader(config):
 
     def build(*overrides, rank=0, ranks=1):
         chosen = config(*overrides)
-        return Loader(chosen, load_samples(chosen.data.train), Preprocessor.of(chosen), RunState(), rank, ranks)
+        preprocessor = Preprocessor.of(chosen)
+        data = check_samples(load_samples(chosen.data.train), preprocessor.lengths)
+        return Loader(chosen, data, preprocessor, RunState(), rank, ranks)
 
     return build
 
@@ -36,7 +39,7 @@ def test_a_step_trains_on_what_was_loaded_ahead_and_that_is_what_it_would_load_i
         ahead, now = loader.load_ahead(step), loader.items(step)
         assert [item.number for item in ahead] == [item.number for item in now]
         for a, b in zip(ahead, now, strict=True):
-            assert a.prompt.sample is b.prompt.sample
+            assert a.prompt.sample == b.prompt.sample
             assert a.draws == b.draws
             assert a.views.keys() == b.views.keys()
             assert all(torch.equal(a.views[name].pixel_values, b.views[name].pixel_values) for name in a.views)
@@ -79,12 +82,28 @@ def test_loading_ahead_takes_one_thread_and_leaves_the_others_to_training(new_lo
 
 def test_an_image_that_goes_missing_stops_the_step_that_needs_it_with_its_samples_name(new_loader):
     loader = new_loader()
+    loader.samples = list(loader.samples)
     order = sample_order(len(loader.samples), 4, 4, 0)  # of step 1
     broken = loader.samples[order[2]]
     loader.samples[order[2]] = replace(broken, images=(Path("gone.png"),))
     loader.load_ahead(0)  # while step 1 is loaded
     with pytest.raises(DataError, match=f"{re.escape(broken.place)}: image 1 of 1 .*gone.png"):
         loader.load_ahead(1)
+
+
+def test_a_broken_image_is_replaced_by_the_next_sample_where_that_is_asked_for(new_loader):
+    loader = new_loader("data.broken=skip")
+    loader.samples = list(loader.samples)
+    order = sample_order(len(loader.samples), 0, 4, 0)
+    lost = order[2]
+    following = loader.samples[(lost + 1) % len(loader.samples)]
+    loader.samples[lost] = replace(loader.samples[lost], images=(b"not an image",))
+    items = loader.load_ahead(0)
+    assert [item.skipped for item in items] == [0, 0, 1, 0]
+    assert items[2].prompt.sample == following
+    loader.samples[:] = [replace(sample, images=(b"not an image",)) for sample in loader.samples]
+    with pytest.raises(DataError, match="no sample left that can be used"):
+        loader.items(0)
 
 
 # ----------------------------------------------------------------------------------------------------- data order

@@ -15,8 +15,10 @@ from rich.progress import track
 from vogue.benchmarks import Benchmark, Line, Problem, Share
 from vogue.benchmarks.answers import Answered, read_answers
 from vogue.config import Config
-from vogue.data import Sample, load_samples
+from vogue.data import Sample, Samples, load_samples
+from vogue.data.dataset import check_samples
 from vogue.data.prompts import with_view
+from vogue.data.shapes import shape_of
 from vogue.estimates import Estimate, estimate, pass_at_k, powers_of_two
 from vogue.inputs import Preprocessor
 from vogue.method.perturb import perturb
@@ -48,7 +50,7 @@ def generate(
     """`trainer.eval_samples` completions for each sample's raw image; `first` numbers the first one, and its draws."""
     requests: list[Request] = []
     for number, sample in enumerate(samples, first):
-        view = preprocessor.view(sample.load_images())
+        view = preprocessor.view(preprocessor.images(sample))
         seed = seed_for(config.seed, Purpose.EVALUATION, number)
         requests.append(Request(preprocessor.prompt(sample, view), view, seed))
     settings = config.trainer
@@ -105,7 +107,7 @@ def evaluate_model(config: Config, views: Sequence[str], console: Console) -> di
 
     Views are those of `with_view`; of "noisy" the images are perturbed by the settings of `perturb`.
     """
-    samples = load_samples(cast(str, config.data.test), config.data.test_limit)  # the command refuses None
+    samples = test_samples(config)
     shown = {view: [with_view(sample, view) for sample in samples] for view in views}
     check_function(config.reward)
     engine, preprocessor = _start(config, [sample for viewed in shown.values() for sample in viewed])
@@ -114,16 +116,21 @@ def evaluate_model(config: Config, views: Sequence[str], console: Console) -> di
         for start, chunk in _chunks(shown[view], view, console):
             seen = chunk
             if view == "noisy":  # made chunk by chunk, so that not all of them are in memory
-                seen = [_perturbed(sample, config, number) for number, sample in enumerate(chunk, start)]
+                seen = [_perturbed(preprocessor, sample, config, number) for number, sample in enumerate(chunk, start)]
             found = judge(engine, preprocessor, config, seen, start)
             judged[view] += [replace(item, sample=sample) for item, sample in zip(found, chunk, strict=True)]
     return judged
 
 
-def _perturbed(sample: Sample, config: Config, number: int) -> Sample:
+def test_samples(config: Config) -> Samples:
+    """The samples of `data.test`, which must be set."""
+    return load_samples(cast(str, config.data.test), config.data.test_limit, shape_of(config.data))
+
+
+def _perturbed(preprocessor: Preprocessor, sample: Sample, config: Config, number: int) -> Sample:
     """Sample `number` with T(x) of its images."""
     preset, sigma = config.perturb.preset, config.perturb.sigma
-    images = enumerate(sample.load_images())
+    images = enumerate(preprocessor.images(sample))
     noisy = (perturb(x, preset, sigma, seed_for(config.seed, Purpose.EVALUATION, number, i)) for i, x in images)
     return replace(sample, images=tuple(noisy))
 
@@ -158,7 +165,7 @@ def _estimates(line: Line | Share, pass_at: Sequence[int]) -> tuple[int, list[Es
 def _start(config: Config, samples: Sequence[Sample]) -> tuple[Engine, Preprocessor]:
     """What generates and what makes its prompts, once all `samples` are known to be good."""
     preprocessor = Preprocessor.of(config)
-    preprocessor.check(samples)
+    check_samples(samples, preprocessor.lengths)
     return create_engine(config, preprocessor.processor), preprocessor
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -24,12 +23,12 @@ class Family:
     patches: bool  # pixel_values are (patches, D) of all images; else (images, tiles, 3, height, width)
     grid_positions: bool  # positions (3, B, L) in time, height and width, by token types; else (B, L), counted
 
-    def image_tokens(self, processor: Any, images: Sequence[Image.Image]) -> list[int]:
-        """Tokens that each of a prompt's images takes, by a family's own processor."""
-        if not self.patches and len(images) > 1:  # each is one whole square, and a line end
-            return [processor.num_image_tokens + 1] * len(images)
-        sizes = [(image.height, image.width) for image in images]
-        return processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
+    def image_tokens(self, processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Tokens that each of a prompt's images takes, by their (width, height), by a family's own processor."""
+        if not self.patches and len(sizes) > 1:  # each is one whole square, and a line end
+            return [processor.num_image_tokens + 1] * len(sizes)
+        upright = [(height, width) for width, height in sizes]
+        return processor._get_num_multimodal_tokens(image_sizes=upright)["num_image_tokens"]
 
     def tower_inputs(self, sizes: Tensor, counts: Sequence[int]) -> dict[str, Tensor]:
         """What the vision tower takes beside `pixel_values`, of prompts with `counts` images."""

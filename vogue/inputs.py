@@ -5,25 +5,33 @@ ids and differ in a `View` alone.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, ProcessorMixin
 
 from vogue.config import Config
 from vogue.data import DataError, Sample
+from vogue.data.dataset import OverlongError
+from vogue.data.images import NO_LIMITS, PixelLimits
 from vogue.data.prompts import chat_messages, system_prompt
+from vogue.data.samples import PLACEHOLDER
 from vogue.families import family_of_processor
 from vogue.settings import ConfigError
 
 RAW, NOISY = "raw", "noisy"  # names of views: x and T(x)
-OPENED = re.compile(r"<think>\s*(?:</think>\s*)?$")  # at the end of a prompt
+OPENED = re.compile(r"<think>\s*(?:</think>\s*)?$")  # at the end of a prompt, behind the header of the model's turn
+MARKED, MARK_END = "\uf8f0", "\uf8f1"  # of a private area: around what is text although it reads like a special token
+MARKS = re.compile(f"{MARKED}(.*?){MARK_END}", re.DOTALL)
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -56,33 +64,88 @@ class Prompt:
 class Preprocessor:
     """Applies a model's own chat template and image processor.
 
-    Raises `DataError` for an image that can't be read, a prompt longer than `max_prompt_tokens`, and placeholders
-    that don't add up; `check` finds all of them before anything is generated or trained.
+    A special token that a question spells stays the text that it is: a question can't end its own turn.
+
+    system_prompt      of every prompt
+    max_prompt_tokens  of a prompt with its images; a longer one is refused
+    limits             of the images' sizes, before anything sees them
+    own_system         a row's own system message takes the place of `system_prompt`
+
+    Raises `DataError` for an image that can't be read and a prompt that is too long; `lengths` finds both, but for
+    what an image's header doesn't tell, before anything is generated or trained.
     """
 
-    def __init__(self, processor: ProcessorMixin, system_prompt: str, max_prompt_tokens: int):
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        system_prompt: str,
+        max_prompt_tokens: int,
+        limits: PixelLimits = NO_LIMITS,
+        own_system: bool = False,
+    ):
         self.processor: Any = processor  # has more than transformers' types say
         self.tokenizer = self.processor.tokenizer
         self.system_prompt = system_prompt
         self.max_prompt_tokens = max_prompt_tokens
+        self.limits = limits
+        self.own_system = own_system
         self.image_token_id: int = self.processor.image_token_id
         self.family = family_of_processor(processor)
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        special = [text for text in special if text != PLACEHOLDER]  # LLaVA-OneVision has one of the same name
+        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
 
     @classmethod
     def of(cls, config: Config) -> "Preprocessor":
         """The one of a run: its model's processor, and the system prompt of its settings or its reward's design."""
-        return cls(load_processor(config.model.path), system_prompt(config), config.data.max_prompt_tokens)
+        data = config.data
+        return cls(
+            load_processor(config.model.path),
+            system_prompt(config),
+            data.max_prompt_tokens,
+            PixelLimits(data.min_pixels, data.max_pixels),
+            own_system=data.system_prompt is None,
+        )
 
-    def check(self, samples: Iterable[Sample]) -> list[int]:
-        """The prompts' lengths in tokens; images are decoded, but not turned into features.
-
-        Raises what any of `samples` would raise later.
-        """
+    def lengths(self, samples: Sequence[Sample]) -> list[int | DataError]:
+        """The prompts' lengths in tokens, or what is wrong with one; of images only the headers are read."""
         with ThreadPoolExecutor() as pool:
-            return list(pool.map(self._length, samples))
+            counts = list(pool.map(_caught(self.image_tokens), samples))
+        texts = list(map(_caught(self.text), samples))
+        plain = [text for text in texts if isinstance(text, str) and MARKED not in text]
+        # Many at once, since the tokenizer shares them out over the cores.
+        tokenized = iter(self.tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else [])
+        found: list[int | DataError] = []
+        for sample, count, text in zip(samples, counts, texts, strict=True):
+            ids: list[int] = []
+            if isinstance(text, str):
+                ids = self._tokenize(text) if MARKED in text else next(tokenized)
+            if isinstance(text, DataError):
+                found.append(text)
+            elif isinstance(count, DataError):
+                found.append(count)
+            else:
+                found.append(_caught(self._length)(sample, ids, count))
+        return found
 
-    def _length(self, sample: Sample) -> int:
-        return len(self._token_ids(sample, self.family.image_tokens(self.processor, sample.load_images()))[0])
+    def image_tokens(self, sample: Sample) -> list[int]:
+        """Tokens that each of a sample's images takes, by their headers."""
+        return self._image_tokens(sample, sample.image_sizes(self.limits))
+
+    def images(self, sample: Sample) -> list[Image.Image]:
+        """A sample's images as everything after this sees them."""
+        return sample.load_images(self.limits)
+
+    def text(self, sample: Sample) -> str:
+        """The prompt's text by the model's chat template; special tokens of the sample's own stand in marks."""
+        own = self._special.sub(_marked, sample.system) if self.own_system else ""
+        quoted = replace(sample, problem=self._special.sub(_marked, sample.problem))
+        try:
+            return self.processor.apply_chat_template(
+                chat_messages(quoted, own or self.system_prompt), tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, ValueError) as error:  # a template that takes no system message, or none at all
+            raise DataError(f"{sample.place}: the model's chat template says: {error}") from error
 
     def view(self, images: Sequence[Image.Image]) -> View:
         """Turn PIL images into the vision tower's input."""
@@ -94,35 +157,47 @@ class Preprocessor:
 
     def prompt(self, sample: Sample, view: View) -> Prompt:
         """Tokenize `sample` for images of `view`'s size."""
-        token_ids, spans = self._token_ids(sample, self.family.image_tokens(self.processor, view.images))
-        return Prompt(sample, spans, token_ids, (token_ids == self.image_token_id).long(), self.opened)
-
-    @cached_property
-    def opened(self) -> str:
-        """What the chat template writes of the model's turn: see `Prompt`."""
-        chat = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-        text = self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        found = OPENED.search(text)
-        return found.group() if found else ""
-
-    def _token_ids(self, sample: Sample, counts: list[int]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
-        """Token ids of `sample`, whose images take `counts` tokens, and where they lie."""
-        text = self.processor.apply_chat_template(
-            chat_messages(sample, self.system_prompt), tokenize=False, add_generation_prompt=True
-        )
-        short_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if short_ids.count(self.image_token_id) != len(counts):
-            raise DataError(
-                f"{sample.place}: {len(counts)} images, but the prompt has {short_ids.count(self.image_token_id)} "
-                f"places for one; does the text hold {self.processor.image_token} itself?"
-            )
+        counts = self._image_tokens(sample, [image.size for image in view.images])
+        text = self.text(sample)
+        short_ids = self._tokenize(text)
+        self._length(sample, short_ids, counts)
         token_ids, spans = _expand(short_ids, self.image_token_id, counts)
-        if len(token_ids) > self.max_prompt_tokens:
-            raise DataError(
-                f"{sample.place}: the prompt has {len(token_ids)} tokens ({sum(counts)} of them of images), more "
-                f"than data.max_prompt_tokens={self.max_prompt_tokens}"
+        ids = torch.tensor(token_ids)
+        opened = OPENED.search(text)
+        return Prompt(sample, spans, ids, (ids == self.image_token_id).long(), opened.group() if opened else "")
+
+    def _tokenize(self, text: str) -> list[int]:
+        """Token ids of a prompt's text; what stands in marks is plain text."""
+        ids: list[int] = []
+        for number, piece in enumerate(MARKS.split(text)):
+            ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=number % 2 == 1)["input_ids"]
+        return ids
+
+    def _image_tokens(self, sample: Sample, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        try:
+            return self.family.image_tokens(self.processor, sizes)
+        except ValueError as error:  # of a shape that the model doesn't take; the processor doesn't say which image
+            for number, (width, height) in enumerate(sizes):
+                try:
+                    self.family.image_tokens(self.processor, [(width, height)])
+                except ValueError:
+                    where = f"{sample.image_place(number)} of {width} x {height} pixels"
+                    raise DataError(f"{where}: the model's processor says: {error}") from error
+            raise DataError(f"{sample.place}: the model's processor says: {error}") from error
+
+    def _length(self, sample: Sample, short_ids: list[int], counts: list[int]) -> int:
+        """Tokens of a prompt whose images take `counts`; raises DataError for one that is too long."""
+        places = short_ids.count(self.image_token_id)
+        if places != len(counts):
+            raise DataError(f"{sample.place}: {len(counts)} images, but the chat template gives {places} a place")
+        length = len(short_ids) - places + sum(counts)
+        if length > self.max_prompt_tokens:
+            raise OverlongError(
+                f"{sample.place}: the prompt has {length} tokens ({sum(counts)} of them of images), more "
+                f"than data.max_prompt_tokens={self.max_prompt_tokens}; a lower data.max_pixels makes images smaller, "
+                "data.overlong=drop leaves such samples out"
             )
-        return torch.tensor(token_ids), spans
+        return length
 
 
 def cat_images(pixel_values: Sequence[Tensor]) -> Tensor:
@@ -142,6 +217,22 @@ def load_processor(path: str) -> ProcessorMixin:
         return AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={path}: {str(error).splitlines()[0]}") from None
+
+
+def _marked(match: re.Match[str]) -> str:
+    return f"{MARKED}{match[0]}{MARK_END}"
+
+
+def _caught(function: Callable[Arguments, Result]) -> Callable[Arguments, Result | DataError]:
+    """The function, except that it returns a `DataError` that it would raise."""
+
+    def call(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result | DataError:
+        try:
+            return function(*arguments, **named)
+        except DataError as error:
+            return error
+
+    return call
 
 
 def _expand(ids: list[int], placeholder: int, counts: list[int]) -> tuple[list[int], tuple[tuple[int, int], ...]]:

@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from vogue.config import Config
 from vogue.data import DataError, Sample
+from vogue.data.dataset import Checked
 from vogue.inputs import NOISY, RAW, Preprocessor, Prompt, View
 from vogue.method import branch
 from vogue.method.perturb import annealed, perturb
@@ -33,6 +34,7 @@ class Item:
     views: Mapping[str, View]
     draws: tuple[bool, ...]  # (G,) z of each completion
     update: int = 0  # which of the step's optimizer updates trains on it
+    skipped: int = 0  # samples before it that were to be here and are broken
 
 
 class Loader:
@@ -41,15 +43,15 @@ class Loader:
     def __init__(
         self,
         config: Config,
-        samples: Sequence[Sample],
+        data: Checked,
         preprocessor: Preprocessor,
         state: RunState,
         rank: int = 0,
         ranks: int = 1,
     ):
-        self.config, self.samples, self.preprocessor, self.state = config, samples, preprocessor, state
+        self.config, self.preprocessor, self.state = config, preprocessor, state
+        self.samples, self.lengths = data.samples, data.lengths
         self.rank, self.ranks = rank, ranks
-        self.lengths = preprocessor.check(samples)
         _check_split(config, ranks)
         self._background = ThreadPoolExecutor(max_workers=1, initializer=_one_openmp_thread)
         self._ahead: tuple[int, Future[list[Item]]] | None = None
@@ -84,12 +86,23 @@ class Loader:
             for start in range(0, rollout.prompts, size)  # an update's prompts, shared by all ranks
             for i in deal(costs[start : start + size], self.ranks)[self.rank]
         ]
-        items = (self.item(self.samples[order[i]], step, first + i, tuple(draws[i].tolist())) for i in mine)
+        items = (self._usable_item(order[i], step, first + i, tuple(draws[i].tolist())) for i in mine)
         return [replace(item, update=i // size) for i, item in zip(mine, items, strict=True)]
+
+    def _usable_item(self, position: int, step: int, number: int, draws: tuple[bool, ...]) -> Item:
+        """The item of a sample, or with `data.broken=skip` of the first behind it that can be used."""
+        for skipped in range(len(self.samples)):
+            try:
+                sample = self.samples[(position + skipped) % len(self.samples)]
+                return replace(self.item(sample, step, number, draws), skipped=skipped)
+            except DataError:
+                if self.config.data.broken == "refuse":
+                    raise
+        raise DataError("data.broken=skip: there is no sample left that can be used")
 
     def item(self, sample: Sample, step: int, number: int, draws: tuple[bool, ...]) -> Item:
         """Prompt `number` of the step, perturbed where a draw, NoisyRollout or a measuring step reads T(x)."""
-        images, settings = sample.load_images(), self.config.perturb
+        images, settings = self.preprocessor.images(sample), self.config.perturb
         reads_noisy = any(draws) or self.config.rollout.noisy_count or self.config.trainer.measures(step)
         try:
             views = {RAW: self.preprocessor.view(images)}

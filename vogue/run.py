@@ -3,7 +3,7 @@
 Everything that can be wrong with settings or data is looked for before the first step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,8 +13,10 @@ from rich.table import Table
 
 from vogue import distributed, logs
 from vogue.config import Config
-from vogue.data import Sample, load_samples
-from vogue.evaluate import evaluation_row, headline
+from vogue.data import Sample, Samples, load_samples
+from vogue.data.dataset import Checked, check_samples
+from vogue.data.shapes import shape_of
+from vogue.evaluate import evaluation_row, headline, test_samples
 from vogue.groups import Group
 from vogue.inputs import Preprocessor
 from vogue.records import records
@@ -33,11 +35,10 @@ def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> 
     the run's folder.
     """
     logs.check_folder(config, resume)
-    samples, held_out = _samples(config)
     preprocessor = Preprocessor.of(config)
-    preprocessor.check(held_out)  # the trainer checks the others
+    data, held_out = load_data(config, preprocessor)
     check_function(config.reward)
-    trainer = Trainer(config, samples, preprocessor, resume)
+    trainer = Trainer(config, data, preprocessor, resume)
     with Stop() as stop:
         events = _events(trainer, held_out, profile, stop)
         if trainer.rank > 0:
@@ -86,7 +87,7 @@ class Evaluation:
 
 
 def _events(
-    trainer: Trainer, held_out: list[Sample], profile: frozenset[int], stop: Stop
+    trainer: Trainer, held_out: Sequence[Sample], profile: frozenset[int], stop: Stop
 ) -> Iterator[Step | Evaluation]:
     """The run: steps, evaluations before, between and after them, and checkpoints, one more where it stops."""
     settings, saved = trainer.config.trainer, trainer.step
@@ -122,14 +123,33 @@ def _traced(trainer: Trainer, wanted: bool) -> Iterator[None]:
     trace.export_chrome_trace(str(path))
 
 
-def _samples(config: Config) -> tuple[list[Sample], list[Sample]]:
-    """Training samples, and held-out ones where they are evaluated during the run."""
+def load_data(config: Config, preprocessor: Preprocessor) -> tuple[Checked, Sequence[Sample]]:
+    """Checked training samples, and held-out ones where they are evaluated during the run.
+
+    Each rank looks at its share of them. Raises DataError that names all that can't be used.
+    """
     if config.data.train is None:
         raise ConfigError("data.train is not set: the samples to train on")
-    samples = load_samples(config.data.train, config.data.limit)
-    if not (config.trainer.eval_every and config.data.test):
-        return samples, []
-    return samples, load_samples(config.data.test, config.data.test_limit)
+    rank, ranks, _ = distributed.start()
+    console = Console(quiet=rank > 0)
+    settings = config.data
+    samples = load_samples(config.data.train, settings.limit, shape_of(settings), settings.skip)
+    with console.status(f"looking at {len(samples)} samples"):
+        data = _checked(samples, config, preprocessor, rank, ranks, console)
+    if not (config.trainer.eval_every and settings.test):
+        return data, []
+    held_out = _checked(test_samples(config), config, preprocessor, rank, ranks, console)
+    both = len(set(data.digests) & set(held_out.digests))
+    if both:
+        console.print(f"warning: {both} of {len(held_out.samples)} samples of data.test are in data.train too")
+    return data, held_out.samples
+
+
+def _checked(
+    samples: Samples, config: Config, preprocessor: Preprocessor, rank: int, ranks: int, console: Console
+) -> Checked:
+    drop = config.data.overlong == "drop"
+    return check_samples(samples, preprocessor.lengths, drop, console.print, distributed.gather, rank, ranks)
 
 
 def _show(config: Config, console: Console) -> None:

@@ -35,16 +35,60 @@ class DataConfig(Section):
     """Samples to train and evaluate on, and their prompts."""
 
     train: str | None = Field(
-        None, description="samples to train on, see docs/data.md: parquet, JSON, JSONL, folder, or hub:owner/name@split"
+        None,
+        description="samples to train on, see docs/data.md: parquet, JSON, JSONL, CSV, folder, folder@split, or "
+        "hub:owner/name@split",
     )
     test: str | None = Field(
         None, description="samples to evaluate on, during training and in `vogue eval`; of the same kinds as data.train"
     )
     test_limit: Count | None = Field(None, description="use only the first so many samples of data.test")
     limit: Count | None = Field(None, description="use only the first so many samples of data.train")
-    system_prompt: str | None = Field(None, description="system prompt; unset: the one of reward.design; empty: none")
-    max_prompt_tokens: Count = Field(
-        2048, description="most tokens of a prompt with its images; a longer one is refused, never cut"
+    skip: str | None = Field(
+        None, description="file of row numbers of data.train to leave out, one a line, as `vogue data check` writes it"
+    )
+    problem_key: str | None = Field(
+        None, description="column of the question: text or messages; unset: found by its name, see docs/data.md"
+    )
+    answer_key: str | None = Field(
+        None,
+        description="column of the right answer, with dots into a record (reward_model.ground_truth); unset: found by "
+        "its name",
+    )
+    images_key: str | None = Field(
+        None, description="column of the image or images; empty: there are none; unset: found by its name"
+    )
+    image_folder: Path | None = Field(
+        None, description="folder that images' relative paths start from; unset: the one of the data file"
+    )
+    format_prompt: str | None = Field(
+        None,
+        description="Jinja template, or path of one, that makes the problem of {{ content }}, the question, and the "
+        "row's other columns; unset: the question is the problem",
+    )
+    system_prompt: str | None = Field(
+        None,
+        description="system prompt of every sample; empty: none; unset: the row's own system message, else the one of "
+        "reward.design, or none with data.format_prompt",
+    )
+    min_pixels: Count | None = Field(
+        None, description="least pixels of an image, smaller ones are enlarged; unset: what the model's processor does"
+    )
+    max_pixels: Count | None = Field(
+        None,
+        description="most pixels of an image, larger ones are made smaller for trainer, engine and evaluation alike; "
+        "unset: what the model's processor does",
+    )
+    max_prompt_tokens: Count = Field(2048, description="most tokens of a prompt with its images; none is ever cut")
+    overlong: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="samples of more than data.max_prompt_tokens end the run before its start (refuse), or are left "
+        "out and counted (drop)",
+    )
+    broken: Literal["refuse", "skip"] = Field(
+        "refuse",
+        description="an image that turns out broken in the middle of a run ends it, with a checkpoint (refuse), or the "
+        "next sample takes its place and it is counted (skip)",
     )
 
 
@@ -177,7 +221,7 @@ class RewardConfig(Section):
         None,
         pattern=r"^.+\.py:[A-Za-z_]\w*$",
         description="path/to/file.py:name of a reward function of your own, in place of the design's sum: "
-        "def name(completions: list[str], samples: list[dict[str, str]]) -> list[float]",
+        "def name(completions: list[str], samples: list[dict]) -> list[float]",
     )
     overlong_buffer: Share = Field(
         0.0,

@@ -20,6 +20,7 @@ new prompts (`Trainer.roll_out`); NoisyRollout's groups hold completions of both
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
 from typing import NamedTuple
@@ -28,7 +29,8 @@ import torch
 
 from vogue import distributed
 from vogue.config import Config
-from vogue.data import Sample
+from vogue.data import DataError, Sample
+from vogue.data.dataset import Checked
 from vogue.evaluate import CHUNK, Judged, judge
 from vogue.groups import (
     Group,
@@ -62,6 +64,7 @@ from vogue.rollout.engine import media_token_ids
 from vogue.state import RunState
 from vogue_kernels import GuidanceConfig
 
+DATA = "data"  # the run's state under this name: the fingerprint of what it is trained on
 MOST_SKIPPED = 3  # updates in a row whose gradient isn't finite
 
 
@@ -73,11 +76,11 @@ class StepResult(NamedTuple):
 class Trainer:
     """What lives through a run: policy, DeepSpeed's engine, rollout engine, data and state. `step` is the next one."""
 
-    def __init__(self, config: Config, samples: list[Sample], preprocessor: Preprocessor, resume: bool):
+    def __init__(self, config: Config, data: Checked, preprocessor: Preprocessor, resume: bool):
         self.config = config
         self.rank, self.ranks, self.device = distributed.start()
         self.state = RunState()
-        self.loader = Loader(config, samples, preprocessor, self.state, self.rank, self.ranks)
+        self.loader = Loader(config, data, preprocessor, self.state, self.rank, self.ranks)
         found = checkpoint.latest(self.checkpoints, self.ranks) if resume else None
         self.preprocessor = preprocessor
         self.processor = preprocessor.processor
@@ -97,7 +100,12 @@ class Trainer:
         if found:
             folder, self.step = found
             checkpoint.load(self.deepspeed, self.state, folder)
+            if self.state.current.get(DATA, data.fingerprint) != data.fingerprint:
+                raise DataError(
+                    f"--resume: data.train={config.data.train} has other samples than when {folder} was saved"
+                )
             self.sync()
+        self.state.current[DATA] = data.fingerprint
 
     @property
     def checkpoints(self):
@@ -140,6 +148,7 @@ class Trainer:
         for number in range(rollout.rounds):
             with clock("data"):
                 items = self.loader.items(self.step, number) if number else self.loader.load_ahead(self.step)
+                means.add("broken", sum(item.skipped for item in items), 0)
             with clock("rollout"):
                 generated = generate(self.engine, self.config, items, self.step)
             with clock("reward"):
@@ -249,7 +258,7 @@ class Trainer:
         if self.engine.version != self.step:
             raise RuntimeError(f"the rollout engine has weights of step {self.engine.version}, not of {self.step}")
 
-    def evaluate(self, samples: list[Sample]) -> list[Judged]:
+    def evaluate(self, samples: Sequence[Sample]) -> list[Judged]:
         """Judge `samples` with the rollout engine's weights, shared over the ranks; every rank gets all results."""
         size = -(-len(samples) // self.ranks)
         numbers = range(len(samples))[self.rank * size : (self.rank + 1) * size]

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Qwen2_5_VLProcessor
 
 from vogue.data import DataError, Sample, load_samples
+from vogue.data.dataset import check_samples
 from vogue.data.digits import QUESTIONS, DigitPair, digit_pairs
 from vogue.data.digits import SYSTEM_PROMPT as DIGITS_SYSTEM_PROMPT
 from vogue.data.prompts import SYSTEM_PROMPT, with_view
@@ -121,17 +122,17 @@ def warmstart_on(
     of it: an answer is a few tokens behind many of the state. Each stage has AdamW's `lr`, as in `warmstart`.
 
     Raises `ConfigError` if `folder` exists, and `DataError` for a sample without a state or an image, and as
-    `Preprocessor.check` does.
+    `check_samples` does.
     """
     _check_new(folder)
-    samples = load_samples(data)
+    samples = list(load_samples(data))
     for sample in samples:
         if not sample.images or not sample.state:
             missing = "'state'" if sample.images else "image"
             raise DataError(f"{sample.place}: has no {missing}: a warm start learns to read the state off the images.")
     processor = build_processor(_sample_corpus(samples[:1000]), VOCAB_SIZE)
     preprocessor = Preprocessor(processor, SYSTEM_PROMPT, MAX_PROMPT_TOKENS)
-    preprocessor.check([*samples, *(with_view(sample, "text") for sample in samples if printed)])
+    check_samples([*samples, *(with_view(sample, "text") for sample in samples if printed)], preprocessor.lengths)
     unasked = [replace(sample, problem=PLACEHOLDER * len(sample.images)) for sample in samples]
     alone = Preprocessor(processor, "", MAX_PROMPT_TOKENS)
     model = _new_model(processor, seed)
@@ -156,7 +157,7 @@ def warmstart_on(
 
 def demonstrate(preprocessor: Preprocessor, sample: Sample) -> Demonstration:
     """The sample's question, images, and its state and answer in the reward's format."""
-    view = preprocessor.view(sample.load_images())
+    view = preprocessor.view(preprocessor.images(sample))
     text = f"<think>{sample.state}{THOUGHT_END}\n\\boxed{{{sample.answer}}}"
     return Demonstration(preprocessor.prompt(sample, view), view, text)
 

@@ -507,7 +507,7 @@ def test_what_is_no_data_of_the_benchmark_is_refused_with_its_place(tmp_path):
         chartqa.load(str(tmp_path))
     with pytest.raises(DataError, match=r"test_human.json, row 0: no column 'label' \(it has: query\)"):
         chartqa.load(write(tmp_path, "test_human.json", [{"query": "?"}]))
-    with pytest.raises(DataError, match=r"test_human.json: neither JSON nor a JSON object a line"):
+    with pytest.raises(DataError, match=r"test_human.json, row 0: not valid JSON"):
         chartqa.load(write(tmp_path, "test_human.json", "{"))
     with pytest.raises(DataError, match=r"test_human.json, row 0: must be a record, but is a int"):
         chartqa.load(write(tmp_path, "test_human.json", [5]))

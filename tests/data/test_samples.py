@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageDraw
 
-from vogue.data import DataError, Sample, check_images, load_samples, write_parquet
+from vogue.data import DataError, Sample, load_samples, write_parquet
+from vogue.data.dataset import broken_images
 
 RED = Image.new("RGB", (4, 3), (255, 0, 0))
 
@@ -104,7 +105,8 @@ def test_every_way_of_storing_an_image_gives_the_same_rgb_image(tmp_path):
 def test_loading_opens_no_image(tmp_path):
     path = tmp_path / "train.parquet"
     pd.DataFrame([record(images=[{"bytes": b"not an image", "path": None}])]).to_parquet(path)
-    assert load_samples(path)[0].images == (b"not an image",)
+    (image,) = load_samples(path)[0].images
+    assert bytes(image) == b"not an image"
 
 
 def test_transparent_pixels_become_white_and_keep_black_lines_visible():
@@ -158,7 +160,8 @@ def test_the_hub_is_asked_for_the_named_split_and_images_stay_encoded(monkeypatc
         ("owner/geometry", "train"),
         ("owner/geometry", "angles", "test"),
     ]
-    assert isinstance(sample.images[0], bytes)
+    assert bytes(sample.images[0]) == encoded(RED)
+    assert sample.columns == {"level": 5}
     assert pixels(sample.load_images()[0]) == pixels(RED)
     assert sample.place == "hub:owner/geometry@test, row 0"
 
@@ -188,20 +191,23 @@ def test_what_the_hub_cannot_give_is_told_with_its_name(monkeypatch, error):
             r"row 1: the problem has 2 <image> but the row has 1 image\(s\): '<image>",
         ),
         ({"images": ["red.png"] * 2}, r"row 1: the problem has 1 <image> but the row has 2 image\(s\)"),
-        ({"images": "red.png"}, r"row 1: 'images' must be a list, but is a str"),
-        ({"images": [7]}, r"row 1: an image must be bytes, a path or \{bytes, path\}, but is 7"),
+        ({"images": [7]}, r"row 1: an image must be encoded bytes, \{bytes, path\}, a file's path, .*, but is 7\."),
+        ({"answer": "\u200b"}, r"row 1: 'answer' must be text and not empty, but is '\\u200b'"),
     ],
 )
 def test_an_unusable_row_is_named_with_its_value(tmp_path, changes, message):
     path = write_json(tmp_path, record(), record(**changes))
+    samples = load_samples(path)
     with pytest.raises(DataError, match=f"train.json, {message}"):
-        load_samples(path)
+        samples[1]
 
 
 def test_a_missing_column_is_named_with_those_there_are(tmp_path):
     path = tmp_path / "train.parquet"
-    pd.DataFrame([{"question": "How many?", "answer": "3", "images": []}]).to_parquet(path)
-    with pytest.raises(DataError, match=r"train.parquet: no column 'problem' \(it has: question, answer, images\)"):
+    pd.DataFrame([{"asked": "How many?", "answer": "3", "images": []}]).to_parquet(path)
+    with pytest.raises(
+        DataError, match=r"train.parquet: no column 'problem' \(it has: asked, answer, images\); data.problem_key names"
+    ):
         load_samples(path)
 
 
@@ -218,17 +224,17 @@ def test_unusable_files_are_named(tmp_path):
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "empty").mkdir()
     refused("absent.json", r"absent.json: no such file \(looked in ")
-    refused("train.csv", r"train.csv: a data set is a folder, .* or a file in .parquet, .json, .jsonl")
+    refused("train.txt", r"train.txt: a data set is a folder, .* or a file in .parquet, .json, .jsonl, .csv, .tsv")
     refused("broken.parquet", "broken.parquet: not a readable parquet file")
     refused("broken.json", "broken.json: not valid JSON")
     refused("broken.jsonl", "broken.jsonl, row 1: not valid JSON")
     refused("object.json", "object.json: must hold a list of records, but holds a dict")
-    refused("numbers.json", "numbers.json, row 0: must be a record, but is a int: '5'")
+    refused("numbers.json", r"numbers.json, row 0: must be a record, but is a int: 5\.")
     refused("empty.json", "empty.json: no samples")
     refused("empty", "empty: no samples")
 
 
-def test_a_missing_and_a_broken_image_are_named_before_training(tmp_path):
+def test_a_missing_and_a_broken_image_are_all_named(tmp_path):
     noise = Image.effect_noise((64, 64), 80).convert("RGB")
     truncated = encoded(noise, "JPEG")[:-500]
     good = Sample("How many?", "3", (RED,))
@@ -236,6 +242,7 @@ def test_a_missing_and_a_broken_image_are_named_before_training(tmp_path):
         bad = Sample("Which?", "3", (RED, reference), place="train.json, row 4")
         with pytest.raises(DataError, match=r"train.json, row 4: image 2 of 2 \(.*\) cannot be read"):
             bad.load_images()
-        with pytest.raises(DataError, match=r"row 4: image 2 of 2 .* \(1 other sample\(s\) have broken images too.\)"):
-            check_images([good, bad, good, bad])
-    check_images([good, good])
+        found = broken_images([good, bad, good, bad])
+        assert [offender.position for offender in found] == [1, 3]
+        assert found[0].message.startswith("train.json, row 4: image 2 of 2 ")
+    assert broken_images([good, good]) == []

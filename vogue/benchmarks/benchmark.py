@@ -1,6 +1,5 @@
 """What a benchmark is: rows in its own schema, and its own rules for asking, reading, scoring and summing up."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -8,7 +7,8 @@ from pathlib import Path
 
 from vogue.benchmarks.extract import Form
 from vogue.data import DataError, Sample
-from vogue.data.samples import read_records, reference, require_columns
+from vogue.data.images import ImageError, Reference, reference
+from vogue.data.rows import Row, as_record, decoded, each, open_rows, parse_json, require_columns
 
 IMAGE_FOLDERS = ("", "images", "png", "hallusion_bench")  # where the benchmarks' repositories keep them
 
@@ -71,52 +71,57 @@ class Benchmark:
         Raises DataError for missing files and columns, and for a row that can't be used.
         """
         spec = spec or self.hub
-        problems = [self._problem(*record) for record in islice(self._records(spec), limit)]
+        problems = [self._problem(row) for row in islice(self._rows(spec), limit)]
         if not problems:
             raise DataError(f"{spec}: no problems in it.")
         return problems
 
-    def _problem(self, row: dict, place: str, folder: Path) -> Problem:
-        require_columns(row, self.columns, place)
-        cells = [row[name] for name in self.images if row.get(name)]
-        images = (_image(cells[0], place, folder),) if cells else ()
-        return Problem(Sample(self.prompt(row), self.answer(row), images, place=place), row)
+    def _problem(self, row: Row) -> Problem:
+        values, place = row.values, row.place
+        require_columns(values, self.columns, place)
+        cells = [values[name] for name in self.images if values.get(name)]
+        try:
+            images = (_image(cells[0], row.folder),) if cells else ()
+        except ImageError as error:
+            raise DataError(f"{place}: {error}.") from error
+        return Problem(Sample(self.prompt(values), self.answer(values), images, place=place), values)
 
-    def _records(self, spec: str) -> Iterator[tuple[dict, str, Path]]:
+    def _rows(self, spec: str) -> Iterator[Row]:
         path = Path(spec)
         if path.is_dir():
             found = [file for name in self.files for file in sorted(path.glob(name))]
             if found:
-                return chain.from_iterable(map(_read_json, found))
-            if not any(path.glob("*.parquet")):
+                return chain.from_iterable(map(_json_rows, found))
+            if not any(path.rglob("*.parquet")):
                 raise DataError(f"{spec}: holds neither {' nor '.join(self.files)} nor *.parquet.")
         elif path.suffix == ".json" and path.is_file():
-            return _read_json(path)
-        return read_records(spec, self.columns)
+            return _json_rows(path)
+        rows = open_rows(spec)
+        require_columns(rows.columns, self.columns, spec)
+        return each(rows)
 
 
-def _read_json(path: Path) -> Iterator[tuple[dict, str, Path]]:
+def _json_rows(path: Path) -> Iterator[Row]:
     """Read a .json file, which may hold a list of rows, an object of rows by key, or a row a line."""
-    text = path.read_text(encoding="utf-8")
+    text = decoded(path.read_bytes(), str(path))
     try:
-        rows = json.loads(text)
-    except json.JSONDecodeError:
-        try:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}: neither JSON nor a JSON object a line: {error}.") from error
+        rows = parse_json(text, str(path))
+    except DataError:
+        lines = [line for line in text.split("\n") if line.strip()]
+        rows = [parse_json(line, f"{path}, row {number}") for number, line in enumerate(lines)]
     if isinstance(rows, dict):
         keyed = all(isinstance(row, dict) for row in rows.values())
         rows = list(rows.values()) if keyed else [rows]
     if not isinstance(rows, list):
         raise DataError(f"{path}: must hold rows, but holds a {type(rows).__name__}.")
     for number, row in enumerate(rows):
-        yield row, f"{path}, row {number}", path.parent
+        place = f"{path}, row {number}"
+        yield Row(as_record(row, place), place, path.parent)
 
 
-def _image(cell, place: str, folder: Path) -> bytes | Path:
-    found = reference(cell, place, Path())
-    if isinstance(found, bytes):
+def _image(cell, folder: Path) -> Reference:
+    found = reference(cell, Path())
+    if not isinstance(found, Path):
         return found
     places = [folder / name / found for name in IMAGE_FOLDERS]
     return next((path for path in places if path.is_file()), places[0])

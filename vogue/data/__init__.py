@@ -1,5 +1,8 @@
-"""Samples and where they come from: files in the EasyR1 schema, the hub, handwritten digits, puzzles."""
+"""Samples and where they come from: files in everybody's shapes, the hub, handwritten digits, puzzles."""
 
-from vogue.data.samples import DataError, Sample, check_images, load_samples, write_parquet
+from vogue.data.dataset import Samples, load_samples
+from vogue.data.rows import DataError
+from vogue.data.samples import Sample, write_parquet
+from vogue.data.shapes import Shape
 
-__all__ = ["DataError", "Sample", "check_images", "load_samples", "write_parquet"]
+__all__ = ["DataError", "Sample", "Samples", "Shape", "load_samples", "write_parquet"]

@@ -3,7 +3,8 @@ r"""A sample becomes the chat that a Hugging Face processor renders."""
 from dataclasses import replace
 
 from vogue.config import Config
-from vogue.data.samples import PLACEHOLDER, DataError, Sample
+from vogue.data.rows import DataError
+from vogue.data.samples import PLACEHOLDER, Sample
 
 VIEWS = ("image", "noisy", "text", "both")
 ANSWER = "Then give the final answer, and nothing else, inside <answer></answer>."
@@ -30,8 +31,13 @@ SYSTEM_PROMPT = SYSTEM_PROMPTS["verifiable"]
 
 
 def system_prompt(config: Config) -> str:
-    """The system prompt: `data.system_prompt` where it is set, even to nothing, and the reward design's otherwise."""
+    """The system prompt: `data.system_prompt` where it is set, even to nothing, and the reward design's otherwise.
+
+    With `data.format_prompt`, which says in the question itself what is asked for, it is none unless it is set.
+    """
     asked = config.data.system_prompt
+    if asked is None and config.data.format_prompt is not None:
+        return ""
     return SYSTEM_PROMPTS[config.reward.design] if asked is None else asked
 
 

@@ -1,9 +1,10 @@
 """A reward of the user's own, `reward.function: path/to/file.py:name`, in a process of its own.
 
-    def name(completions: list[str], samples: list[dict[str, str]]) -> list[float]
+    def name(completions: list[str], samples: list[dict]) -> list[float]
 
 completions  texts as generated, without the end token: a step's of this rank, or some of an evaluation's
-samples      the sample of each: {"problem", "answer", "source", "category", "state"}; images stay behind
+samples      the sample of each: {"problem", "answer", "source", "category", "state"} and its row's further columns;
+             images stay behind
 returns      a finite number for each, on any scale: advantages are relative to their group
 
 The file is imported once, with its own folder first on the path; what it prints goes to standard error. Another
@@ -51,7 +52,7 @@ class RewardFunction:
         """
         if not completions:
             return []
-        rows = [{name: getattr(sample, name) for name in COLUMNS} for sample in samples]
+        rows = [{**sample.columns} | {name: getattr(sample, name) for name in COLUMNS} for sample in samples]
         reply = self._call(completions, rows)
         if "failed" in reply:
             raise RewardError(f"reward.function={self.spec} {self._located(reply, completions, rows)}")
