@@ -28,7 +28,7 @@ DIVERGED, USAGE_ERROR = 1, 2
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     arguments = parse(argv)
-    from vogue.benchmarks import ExtractorError
+    from vogue.benchmarks import EndpointError
     from vogue.data import DataError
     from vogue.rewards import RewardError
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     except RewardError as error:  # of one rank, maybe not the first
         print(f"vogue {arguments.command}: {error}", file=sys.stderr)
         return USAGE_ERROR
-    except (ConfigError, DataError, ExtractorError, ImportError, FloatingPointError, KeyboardInterrupt) as error:
+    except (ConfigError, DataError, EndpointError, ImportError, FloatingPointError, KeyboardInterrupt) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"vogue {arguments.command}: {str(error) or 'interrupted'}", file=sys.stderr)
         return {FloatingPointError: DIVERGED, KeyboardInterrupt: STOPPED}.get(type(error), USAGE_ERROR)

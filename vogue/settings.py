@@ -1,7 +1,7 @@
 """How settings are read and refused, whatever they are: YAML under `key=value` overrides, checked by pydantic."""
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -61,6 +61,6 @@ def _sentence(item: ErrorDetails, model: type[Section], command: str) -> str:
 
 
 def _description(location: tuple, model: Any) -> str:
-    for name in location[:-1]:
-        model = model.model_fields[name].annotation
+    for name in location[:-1]:  # of a section, or a name of the user's own in a table of sections
+        model = model.model_fields[name].annotation if hasattr(model, "model_fields") else get_args(model)[1]
     return model.model_fields[location[-1]].description

@@ -4,7 +4,7 @@ r"""Rules find the answer that a completion gives.
                └─ nothing stated ─▶ search the text behind the thinking for something of that form
 
 `stated` is what stands in the last <answer> or \boxed{}, or else behind the last "the answer is" or "Answer:". The
-benchmarks leave this step to a language model (`endpoint.py`); these rules are ours. They find no answer rather than
+benchmarks leave this step to a language model (`extractor.py`); these rules are ours. They find no answer rather than
 guess one: the letter A of "A triangle" is no option, and a text that says yes and no says neither.
 """
 

@@ -23,13 +23,14 @@ partial credit.
 
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import tanh
 
 from vogue.data import Sample
 from vogue.presets import DESIGNS
 from vogue.rewards.checker import verdicts
-from vogue.rewards.function import reward_function
+from vogue.rewards.function import Earned, RewardError, own_rewards
 from vogue.rewards.reading import Number, Time, read
 from vogue.rewards.verifiable import boxed, is_formatted
 from vogue.rewards.writing import is_blank
@@ -76,16 +77,40 @@ def score_batch(
     settings: RewardConfig = DEFAULT,
     blind: Sequence[str | None] | None = None,
 ) -> list[Score]:
-    """The scores of completions, each for the sample at its position; `settings.function` gives the reward, if set.
+    """The scores of completions, each for the sample at its position, with the functions of the user's own.
 
-    Raises ValueError where the lengths differ and RewardError where the function fails.
+    Raises ValueError where the lengths differ and RewardError where such a function fails.
     """
     blind = [None] * len(completions) if blind is None else blind
     scores = _scores(completions, [sample.answer for sample in samples], settings, blind)
-    if settings.function:
-        rewards = reward_function(settings.function, settings.timeout)(completions, samples)
-        scores = [replace(score, reward=reward) for score, reward in zip(scores, rewards, strict=True)]
-    return scores
+    own = own_rewards(settings)
+    if not own:
+        return scores
+    with ThreadPoolExecutor(len(own)) as pool:  # each waits for a process of its own
+        found = pool.map(lambda each: each[0](completions, samples), own.values())
+        earned = dict(zip(own, found, strict=True))
+    weights = {name: weight for name, (_, weight) in own.items()}
+    rows = [dict(zip(earned, row, strict=True)) for row in zip(*earned.values(), strict=True)]
+    return [_with_own(score, row, weights) for score, row in zip(scores, rows, strict=True)]
+
+
+def _with_own(score: Score, earned: dict[str, Earned], weights: dict[str, float]) -> Score:
+    """A design's score with what functions of the user's own add to it, and with their accuracy where one judges.
+
+    A component has the function's name, or name/component; without a name there is only the latter.
+
+    Raises RewardError where two functions judge.
+    """
+    judging = [name for name, one in earned.items() if one.judged]
+    if len(judging) > 1:
+        raise RewardError(f"reward.functions: both {judging[0]} and {judging[1]} give accuracy or parsed; one may")
+    judged = earned[judging[0]].judged if judging else {}
+    components = dict(score.components)
+    for name, one in earned.items():
+        components |= {name: one.reward} if name else {}
+        components |= {f"{name}/{part}".lstrip("/"): value for part, value in one.components.items()}
+    reward = score.reward + sum(weights[name] * one.reward for name, one in earned.items())
+    return replace(score, reward=reward, components=components, **judged)
 
 
 def _scores(
@@ -125,9 +150,8 @@ def _score(
 
 
 def check_function(settings: RewardConfig) -> None:
-    """Import `settings.function`, if it is set; raises RewardError where that fails, before anything is trained."""
-    if settings.function:
-        reward_function(settings.function, settings.timeout)
+    """Import the functions of `settings`; raises RewardError where that fails, before anything is trained."""
+    own_rewards(settings)
 
 
 def find_answer(completion: str, design: str) -> str | None:
