@@ -61,6 +61,46 @@ def test_a_wrong_setting_is_told_by_key_and_value_in_one_line(override, told):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("- a\n- b\n", "FILE: expected settings, name: value, but found a list"),
+        ("hello\n", "FILE: expected settings, name: value, but found a str"),
+        ("true\n", "FILE: expected settings, name: value, but found a bool"),
+        ("", "FILE is empty: expected settings, name: value"),
+        ("# nothing\n", "FILE is empty: expected settings, name: value"),
+        ("seed: 1\nseed: 2\n", "FILE, line 2: found duplicate key seed"),
+        ("trainer:\n  steps: 1\n  steps: 2\n", "FILE, line 3: found duplicate key steps"),
+        ("trainer:\n\tsteps: 3\n", "FILE, line 2: a tab, where YAML takes spaces"),
+        ("trainer: {steps: 3\n", "FILE, line 2: expected ',' or '}', but got '<stream end>'"),
+        ("seed: !!python/object:os.system x\n", "FILE, line 1: could not determine a constructor for the tag"),
+        ("seed: ${nowhere}\n", "FILE: Interpolation key 'nowhere' not found"),
+        ("data: [1]\n", "FILE: data=[1], but key=value settings set data={'train': 'train.parquet'}"),
+        ("trainer: [1, 2]\n", "trainer=[1, 2]: input should be a valid dictionary"),
+        ("trainer: 3\n", "trainer=3: input should be a valid dictionary"),
+        ("trainer:\n", "trainer=None: input should be a valid dictionary"),
+        ("1: 2\n", "1=1: keys should be strings"),
+        ("method: [a]\n", "method=['a']: input should be 'vogue'"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_told_by_its_line_in_one_sentence(text, told, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load(path=path)
+    message = str(error.value).replace(str(path), "FILE")
+    assert message.startswith(told)
+    assert "\n" not in message
+
+
+def test_a_folder_or_no_text_in_place_of_a_configuration_file(tmp_path):
+    with pytest.raises(ConfigError, match="can't be read: Is a directory"):
+        load(path=tmp_path)
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"run\.yaml: 'utf-8' codec can't decode byte 0xff"):
+        load(path=tmp_path / "run.yaml")
+
+
 def test_evaluations_sample_as_the_rollout_does_unless_told_otherwise():
     assert load().trainer.eval_temperature == 1.0
     assert load("rollout.temperature=0.7").trainer.eval_temperature == 0.7

@@ -1,6 +1,7 @@
 """vLLM against the policy in the families of models that `test_engines` doesn't train."""
 
 import copy
+import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -27,6 +28,8 @@ from vogue.config import load_config
 from vogue.data import Sample
 from vogue.data.dataset import check_samples
 from vogue.inputs import Preprocessor, load_processor
+from vogue.model import loading
+from vogue.settings import ConfigError
 from vogue.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -137,3 +140,71 @@ def test_vllm_follows_the_policy(kind, processor, tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with ProcessPoolExecutor(1, get_context("spawn")) as alone:
         alone.submit(check, kind, processor, tmp_path).result()
+
+
+def with_tying(outer, inner, head, folder):
+    """Let the configuration and its text part say this of tying (None: nothing), with a head of its own or without."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    for part, value in ((config, outer), (config["text_config"], inner)):
+        part.pop("tie_word_embeddings", None)
+        part |= {} if value is None else {"tie_word_embeddings": value}
+    file.write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    (name,) = [name for name in weights if name.endswith("lm_head.weight")]
+    if head:
+        weights[name] = 0.3 * torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(1))
+    else:
+        del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def tied_disagreement(kind, processor, tying, folder, refuse):
+    """How far apart policy and engine are at the start; `refuse`=False trains on a model that would be refused."""
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    processor_of(kind, tokenizer, processor.chat_template).save_pretrained(folder)
+    save_as_published(kind, model_of(kind, tokenizer), folder)
+    with_tying(*tying, folder)
+    if not refuse:
+        loading.misfit = lambda *_: ""
+    settings = ["model.dtype=float32", "rollout.prompts=3", "rollout.n=3", "rollout.max_tokens=8"]
+    settings += ["rollout.kv_cache_gb=0.1", "trainer.deepspeed.zero_optimization.stage=0"]
+    config = load_config(None, [f"model.path={folder}", *settings])
+    preprocessor = Preprocessor(load_processor(config.model.path), "", 512)
+    data = check_samples([Sample("How many?", "3", ())] * 3, preprocessor.lengths)
+    return disagreement(Trainer(config, data, preprocessor, resume=False))
+
+
+@pytest.fixture
+def apart(processor, tmp_path, monkeypatch):
+    """A function: `tied_disagreement` in a process of its own."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(kind, tying, refuse=True):
+        folder = tmp_path / str(refuse)
+        with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+            return alone.submit(tied_disagreement, kind, processor, tying, folder, refuse).result()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("kind", "tying"),
+    [
+        ("qwen3_vl", (True, False, False)),
+        ("qwen3_vl", (False, True, True)),
+        ("qwen3_vl", (None, None, True)),
+        ("qwen2_vl", (False, True, False)),  # transformers takes the text part's word in older families
+        ("llava_onevision", (False, True, False)),
+    ],
+)
+def test_where_the_weights_bear_out_the_configuration_policy_and_engine_tie_alike(kind, tying, apart):
+    assert apart(kind, tying) < 1e-4
+
+
+@pytest.mark.parametrize("tying", [(None, True, False), (None, None, False)])
+def test_a_model_without_a_head_that_is_not_tied_is_refused_and_would_have_differed(tying, apart):
+    with pytest.raises(ConfigError, match=r"the checkpoint lacks lm_head\.weight; tie_word_embeddings isn't true"):
+        apart("qwen3_vl", tying)
+    assert apart("qwen3_vl", tying, refuse=False) > 1

@@ -16,6 +16,7 @@ from vogue.families import FAMILIES
 from vogue.model.checkpoint import gathered_weights
 from vogue.model.loading import load_model
 from vogue.model.optimizer import deepspeed_settings
+from vogue.settings import ConfigError
 
 CPU = torch.device("cpu")
 
@@ -105,29 +106,88 @@ def test_a_model_of_another_stage_is_whole(stage, new_model, tmp_path):
 
 
 NORM, SAVED_NORM = "model.language_model.norm.weight", "model.norm.weight"  # here, and as Qwen2.5-VL's files have it
+STAGES = ["trainer.deepspeed.zero_optimization.stage=3", "trainer.deepspeed.zero_optimization.stage=0"]
 
 
-def test_a_weight_of_another_shape_is_refused_with_its_name(new_model, tmp_path, caplog):
+def edit(folder, **changes):
+    """Save the model's weights again, some of them changed, or dropped where they become None."""
+    weights = load_file(folder / "model.safetensors") | {name.replace("__", "."): w for name, w in changes.items()}
+    kept = {name: weight for name, weight in weights.items() if weight is not None}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_nan(folder, name, index):
+    weight = load_file(folder / "model.safetensors")[name]
+    weight.view(-1)[index] = float("nan")
+    return {name.replace(".", "__"): weight}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model__norm__weight": torch.ones(63)}, f"of config.json: {NORM} [63], not [64]"),
+        ({"model__norm__weight": None}, f"the checkpoint lacks {NORM}"),
+        ({"model__extra__lora_A": torch.ones(3)}, "has no place for: model.language_model.extra.lora_A"),
+        ({"model__norm__weight": torch.full((64,), float("inf"))}, f"NaN or infinity in {NORM}"),
+    ],
+)
+def test_a_checkpoint_that_is_not_the_models_is_refused_with_the_weights_name(change, told, stage, new_model, tmp_path):
     distributed.start()
     new_model().save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    save_file(weights | {SAVED_NORM: torch.ones(63)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        load_model(settings(tmp_path), CPU)
-    assert f"{NORM} | MISMATCH" in caplog.text
+    edit(tmp_path, **change)
+    with pytest.raises(ConfigError) as error:
+        load_model(settings(tmp_path, stage), CPU)
+    assert str(error.value).startswith(f"model.path={tmp_path}: ")
+    assert str(error.value).endswith(told)
 
 
-def test_a_missing_weight_is_initialised_and_told(new_model, tmp_path, caplog):
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("index", [0, -1])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "visual.patch_embed.proj.weight"])
+def test_one_element_that_is_nan_is_found_in_trained_and_frozen_weights(name, index, stage, new_model, tmp_path):
     distributed.start()
-    expected = new_model()
-    expected.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    del weights[SAVED_NORM]
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    loaded = dict(gathered_weights(load_model(settings(tmp_path), CPU)))
-    assert f"{NORM} | MISSING" in caplog.text
-    assert torch.equal(loaded.pop(NORM), torch.ones(64))
-    assert all(torch.equal(weight, expected.get_parameter(name)) for name, weight in loaded.items())
+    new_model().save_pretrained(tmp_path)
+    edit(tmp_path, **with_nan(tmp_path, name, index))
+    with pytest.raises(ConfigError, match=f"NaN or infinity in model.*{name.partition('.')[2]}$"):
+        load_model(settings(tmp_path, stage, "model.freeze_vision=true"), CPU)
+
+
+def test_of_many_missing_weights_a_few_are_named_and_the_others_counted(new_model, tmp_path):
+    distributed.start()
+    new_model().save_pretrained(tmp_path)
+    names = [name for name in load_file(tmp_path / "model.safetensors") if "layers.0" in name]
+    edit(tmp_path, **{name.replace(".", "__"): None for name in names})
+    with pytest.raises(ConfigError, match=f", .*, .* and {len(names) - 3} more$"):
+        load_model(settings(tmp_path), CPU)
+
+
+RANKS_NAN = """
+import sys
+from vogue import distributed
+from vogue.config import load_config
+from vogue.model.loading import load_model
+from vogue.settings import ConfigError
+
+(folder,) = [text for text in sys.argv[1:] if not text.startswith("--")]
+rank, _, device = distributed.start()
+try:
+    load_model(load_config(None, [f"model.path={folder}", "model.dtype=float32"]), device)
+except ConfigError as error:
+    print(f"rank {rank}: {error}", flush=True)
+distributed.leave(0)
+"""
+
+
+@pytest.mark.slow
+def test_all_ranks_refuse_what_one_of_them_holds_and_none_the_padding_of_its_share(new_model, tmp_path):
+    script, folder = tmp_path / "nan.py", tmp_path / "model"
+    script.write_text(RANKS_NAN)
+    new_model().save_pretrained(folder)
+    assert "NaN" not in launch(3, script, folder)  # 64 elements in three shares: the last one is padded
+    edit(folder, **with_nan(folder, SAVED_NORM, -1))
+    told = launch(3, script, folder)
+    assert all(f"rank {rank}: model.path={folder}: NaN or infinity in {NORM}" in told for rank in range(3))
 
 
 PEAK = """

@@ -71,6 +71,19 @@ its tokens coloured by u_per or entropy. Runs that differ in their seed alone ar
 
   vogue report runs/demo/vogue
   vogue report runs/sweeps/digits/*/seed_? --out runs/sweeps/digits/report.html"""
+SHOW_HELP = """\
+the chat text with its special tokens, token counts, images' sizes before and after, what the reward reads. It is the
+first thing to run on data of your own; without model.path it shows what takes no model.
+
+  vogue data show photos.csv
+  vogue data show train.parquet model.path=MODEL --row 7 --count 20 --html samples.html
+  vogue data show run.yaml data.max_pixels=500000"""
+CHECK_HELP = """\
+with model.path prompts that are too long are found, too. Exit code 1: some can't be used; data.skip=FILE leaves them
+out of a training.
+
+  vogue data check train.parquet
+  vogue data check run.yaml --out broken.txt && vogue train run.yaml || vogue train run.yaml data.skip=broken.txt"""
 PUZZLES_HELP = """\
 kinds: clock, maze, move_box, n_queens, water_jugs, tower_of_hanoi, number_slide, checker_move, board_tiling
 
@@ -133,6 +146,11 @@ def _add_train(commands) -> None:
     command = _add(commands, "train", "train a model", epilog=_settings_help())
     _add_config(command)
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint of trainer.output_dir")
+    command.add_argument(
+        "--check",
+        action="store_true",
+        help="look for all that is wrong with settings, model, data and this machine, and train nothing",
+    )
     command.add_argument(
         "--profile",
         type=_steps,
@@ -234,9 +252,25 @@ def _add_warmstart(commands) -> None:
         command.add_argument(flag, type=type(default), default=default, help=f"{help} (default {default})")
 
 
+def _add_inspection(kinds, name: str, help: str, epilog: str) -> argparse.ArgumentParser:
+    command = _add(kinds, name, help, epilog)
+    command.add_argument("file", metavar="DATA", help="a data set, as data.train takes it, or a run's settings, .yaml")
+    command.add_argument("settings", nargs="*", metavar="key=value", help="settings of data, model.path and others")
+    return command
+
+
 def _add_data(commands) -> None:
-    command = commands.add_parser("data", help="write a data set in the EasyR1 schema (problem, answer, images)")
-    kinds = command.add_subparsers(dest="kind", required=True, metavar="KIND")
+    command = commands.add_parser("data", help="look at a data set (show, check), or write one (digits, puzzles)")
+    kinds = command.add_subparsers(dest="kind", required=True, metavar="COMMAND")
+    command = _add_inspection(
+        kinds, "show", "samples as the model will see them, and what looks odd about them", SHOW_HELP
+    )
+    command.add_argument("--row", type=_whole_number, default=0, metavar="N", help="the first row shown (default 0)")
+    command.add_argument("--count", type=_count, default=1, metavar="N", help="samples shown from there on (default 1)")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with the images, too")
+    command = _add_inspection(kinds, "check", "find all samples that can't be used; each image is decoded", CHECK_HELP)
+    command.add_argument("--out", type=Path, metavar="FILE", help="write their row numbers, as data.skip takes them")
+
     command = _add(kinds, "digits", "two handwritten digits and a question: train, validation, test .parquet")
     command.add_argument("out", type=Path, help="folder to write to")
     for name, count in {"train": 8000, "validation": 500, "test": 1000}.items():

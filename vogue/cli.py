@@ -9,6 +9,10 @@ import os
 import shlex
 import sys
 import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vogue.inputs import Preprocessor
 
 try:
     from rich.console import Console
@@ -22,7 +26,8 @@ try:
 except ImportError as missing:  # only `vogue_kernels` was installed
     sys.exit(f"vogue: {missing.name} isn't installed: pip install 'vogue[cpu]' or 'vogue[gpu]' for training")
 
-DIVERGED, USAGE_ERROR = 1, 2
+DIVERGED = FOUND = 1  # a run whose gradients were not finite; a check that found something
+USAGE_ERROR = 2
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,8 +54,10 @@ def main(argv: list[str] | None = None) -> int:
 def train(arguments: argparse.Namespace) -> int:
     _quiet()
     config = load_config(*_file_and_overrides(arguments.settings))
-    from vogue.run import run
+    from vogue.run import check, run
 
+    if arguments.check:
+        return check(config, arguments.resume)
     return run(config, arguments.resume, arguments.profile)
 
 
@@ -67,8 +74,6 @@ def evaluate(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--out {arguments.out}: there is no folder {arguments.out.parent}")
     if arguments.benchmark:
         return _evaluate_benchmark(config, arguments, pass_at)
-    if config.data.test is None:
-        raise ConfigError("data.test is not set: the samples to evaluate on")
     if arguments.extractor or arguments.extract_all:
         raise ConfigError("--extractor needs --benchmark: other answers are read and scored by reward.design")
     from vogue.evaluate import by_category, evaluate_model, summary, write_judged
@@ -202,7 +207,62 @@ def _refuse(given: dict[str, float], defaults: dict[str, tuple], why: str) -> No
 
 
 def data(arguments: argparse.Namespace) -> int:
-    return {"digits": digits, "puzzles": puzzles}[arguments.kind](arguments)
+    return {"digits": digits, "puzzles": puzzles, "check": check_data, "show": show_data}[arguments.kind](arguments)
+
+
+def check_data(arguments: argparse.Namespace) -> int:
+    _quiet()
+    config, preprocessor = _inspected(arguments)
+    from vogue.data.dataset import training_samples
+    from vogue.inspection import find_offenders, print_offenders, write_rows
+
+    samples, console = training_samples(config.data), Console()
+    offenders = find_offenders(samples, preprocessor, console)
+    if offenders:
+        print_offenders(samples, offenders, console)
+    else:
+        console.print(f"{samples.spec}: all {len(samples)} samples can be used")
+    if arguments.out:
+        write_rows(samples, offenders, arguments.out)
+        console.print(f"their row numbers, for data.skip={arguments.out}")
+    return FOUND if offenders else 0
+
+
+def show_data(arguments: argparse.Namespace) -> int:
+    _quiet()
+    config, preprocessor = _inspected(arguments)
+    from vogue.data.dataset import training_samples
+    from vogue.inspection import print_shown, show, write_page
+
+    samples, console = training_samples(config.data), Console()
+    if arguments.row not in samples.rows:
+        raise ConfigError(
+            f"--row {arguments.row}: {samples.spec} has no such row; they go from 0 to {samples.rows[-1]}"
+        )
+    first = samples.rows.index(arguments.row)
+    shown = [show(sample, config, preprocessor) for sample in samples[first : first + arguments.count]]
+    special = preprocessor.special_tokens if preprocessor else ()
+    for item in shown:
+        print_shown(item, special, console)
+    if preprocessor is None:
+        console.print("model.path=MODEL shows the chat text and its tokens too")
+    if arguments.html:
+        write_page(shown, f"{samples.spec}: {len(samples)} samples", special, arguments.html)
+        console.print(f"page: {arguments.html}")
+    return 0
+
+
+def _inspected(arguments: argparse.Namespace) -> tuple[Config, "Preprocessor | None"]:
+    """The settings of `vogue data check` and `show`, and a preprocessor where they name a model."""
+    is_settings = arguments.file.endswith((".yaml", ".yml"))
+    overrides = [*([] if is_settings else [f"data.train={arguments.file}"]), *arguments.settings]
+    has_model = is_settings or any(text.startswith("model.path=") for text in overrides)
+    config = load_config(
+        arguments.file if is_settings else None, [*([] if has_model else ["model.path=none"]), *overrides]
+    )
+    from vogue.inputs import Preprocessor
+
+    return config, Preprocessor.of(config) if has_model else None
 
 
 def digits(arguments: argparse.Namespace) -> int:

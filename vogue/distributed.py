@@ -45,6 +45,11 @@ def start() -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def rank_count() -> int:
+    """Number of ranks, which the launcher has said before they meet."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _keep_freed_memory() -> None:
     """Let glibc, where that is the C library, keep what is freed: every step needs as much memory as the one before.
 

@@ -7,18 +7,17 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 from rich.console import Console
 from rich.progress import track
 
 from vogue.benchmarks import Benchmark, Line, Problem, Share
 from vogue.benchmarks.answers import Answered, read_answers
+from vogue.chat_template import checked_preprocessor
 from vogue.config import Config
-from vogue.data import Sample, Samples, load_samples
-from vogue.data.dataset import check_samples
+from vogue.data import Sample
+from vogue.data.dataset import check_samples, test_samples
 from vogue.data.prompts import with_view
-from vogue.data.shapes import shape_of
 from vogue.estimates import Estimate, estimate, pass_at_k, powers_of_two
 from vogue.inputs import Preprocessor
 from vogue.method.perturb import perturb
@@ -107,7 +106,7 @@ def evaluate_model(config: Config, views: Sequence[str], console: Console) -> di
 
     Views are those of `with_view`; of "noisy" the images are perturbed by the settings of `perturb`.
     """
-    samples = test_samples(config)
+    samples = test_samples(config.data)
     shown = {view: [with_view(sample, view) for sample in samples] for view in views}
     check_function(config.reward)
     engine, preprocessor = _start(config, [sample for viewed in shown.values() for sample in viewed])
@@ -120,11 +119,6 @@ def evaluate_model(config: Config, views: Sequence[str], console: Console) -> di
             found = judge(engine, preprocessor, config, seen, start)
             judged[view] += [replace(item, sample=sample) for item, sample in zip(found, chunk, strict=True)]
     return judged
-
-
-def test_samples(config: Config) -> Samples:
-    """The samples of `data.test`, which must be set."""
-    return load_samples(cast(str, config.data.test), config.data.test_limit, shape_of(config.data))
 
 
 def _perturbed(preprocessor: Preprocessor, sample: Sample, config: Config, number: int) -> Sample:
@@ -164,7 +158,7 @@ def _estimates(line: Line | Share, pass_at: Sequence[int]) -> tuple[int, list[Es
 
 def _start(config: Config, samples: Sequence[Sample]) -> tuple[Engine, Preprocessor]:
     """What generates and what makes its prompts, once all `samples` are known to be good."""
-    preprocessor = Preprocessor.of(config)
+    preprocessor = checked_preprocessor(config)
     check_samples(samples, preprocessor.lengths)
     return create_engine(config, preprocessor.processor), preprocessor
 

@@ -92,8 +92,9 @@ class Preprocessor:
         self.image_token_id: int = self.processor.image_token_id
         self.family = family_of_processor(processor)
         special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        special = [text for text in special if text != PLACEHOLDER]  # LLaVA-OneVision has one of the same name
-        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+        # Longest first; LLaVA-OneVision has one that reads like the placeholder.
+        self.special_tokens = sorted((text for text in special if text != PLACEHOLDER), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, self.special_tokens)) or "(?!)")
 
     @classmethod
     def of(cls, config: Config) -> "Preprocessor":

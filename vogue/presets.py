@@ -62,6 +62,8 @@ def with_method(values: dict[str, Any]) -> dict[str, Any]:
     Raises `ConfigError` for a setting that contradicts the method.
     """
     method = values.get("method", "vogue")
+    if not isinstance(method, str):
+        return values  # as the check of all settings will say
     for key, value in (STARTS.get(method, {}) | METHODS.get(method, {})).items():
         section, name = key.split(".")
         if not isinstance(values.setdefault(section, {}), dict):

@@ -3,29 +3,31 @@
 Everything that can be wrong with settings or data is looked for before the first step.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from vogue import distributed, logs
+from vogue import distributed, logs, preflight
 from vogue.config import Config
-from vogue.data import Sample, Samples, load_samples
-from vogue.data.dataset import Checked, check_samples
-from vogue.data.shapes import shape_of
-from vogue.evaluate import evaluation_row, headline, test_samples
+from vogue.data import Sample, Samples
+from vogue.data.dataset import Checked, check_samples, test_samples, training_samples, was_decoded
+from vogue.evaluate import evaluation_row, headline
 from vogue.groups import Group
 from vogue.inputs import Preprocessor
 from vogue.records import records
 from vogue.report import plot_curves
-from vogue.rewards import check_function
 from vogue.run_folder import read_rows
 from vogue.settings import ConfigError
 from vogue.stopping import STOPPED, Stop
 from vogue.trainer import Trainer
+
+LOOKED_AT = 10  # samples that tell whether there are images
 
 
 def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> int:
@@ -34,10 +36,8 @@ def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> 
     Every rank calls it, rank 0 shows and writes. `profile`: steps whose torch profiler trace, of each rank, goes into
     the run's folder.
     """
-    logs.check_folder(config, resume)
-    preprocessor = Preprocessor.of(config)
-    data, held_out = load_data(config, preprocessor)
-    check_function(config.reward)
+    found = preflight.examine(config, resume)
+    preprocessor, data, held_out = _without_problems(found, config)
     trainer = Trainer(config, data, preprocessor, resume)
     with Stop() as stop:
         events = _events(trainer, held_out, profile, stop)
@@ -47,6 +47,25 @@ def run(config: Config, resume: bool, profile: frozenset[int] = frozenset()) -> 
         else:
             _log(events, trainer)
     return 0 if trainer.step >= config.trainer.steps else STOPPED
+
+
+def check(config: Config, resume: bool) -> int:
+    """Look for all that is wrong and show what isn't, without training; returns the exit code."""
+    found = preflight.examine(config, resume)
+    _, data, held_out = _without_problems(found, config)
+    found.fine["data"] = f"{len(data.samples)} samples to train on, {len(held_out)} held out"
+    if os.environ["RANK"] == "0":
+        preflight.show(found, Console())
+    return 0
+
+
+def _without_problems(found: preflight.Preflight, config: Config) -> tuple[Preprocessor, Checked, Sequence[Sample]]:
+    """What a run goes on with; raises `ConfigError` with all problems, those of the data last."""
+    preprocessor = found.preprocessor
+    data = found.of(load_data, config, preprocessor) if preprocessor else found.of(training_samples, config.data)
+    if found.problems:
+        raise ConfigError("\n".join(found.problems))
+    return cast(Preprocessor, preprocessor), *cast(tuple[Checked, Sequence[Sample]], data)
 
 
 def _log(events: Iterator["Step | Evaluation"], trainer: Trainer) -> None:
@@ -128,17 +147,17 @@ def load_data(config: Config, preprocessor: Preprocessor) -> tuple[Checked, Sequ
 
     Each rank looks at its share of them. Raises DataError that names all that can't be used.
     """
-    if config.data.train is None:
-        raise ConfigError("data.train is not set: the samples to train on")
+    samples = training_samples(config.data)
     rank, ranks, _ = distributed.start()
     console = Console(quiet=rank > 0)
     settings = config.data
-    samples = load_samples(config.data.train, settings.limit, shape_of(settings), settings.skip)
     with console.status(f"looking at {len(samples)} samples"):
         data = _checked(samples, config, preprocessor, rank, ranks, console)
+    if any(sample.images for sample in data.samples[:LOOKED_AT]) and not was_decoded(data.fingerprint):
+        console.print("images of data.train are decoded as they are met; `vogue data check` finds broken ones before")
     if not (config.trainer.eval_every and settings.test):
         return data, []
-    held_out = _checked(test_samples(config), config, preprocessor, rank, ranks, console)
+    held_out = _checked(test_samples(config.data), config, preprocessor, rank, ranks, console)
     both = len(set(data.digests) & set(held_out.digests))
     if both:
         console.print(f"warning: {both} of {len(held_out.samples)} samples of data.test are in data.train too")

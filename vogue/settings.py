@@ -1,10 +1,10 @@
 """How settings are read and refused, whatever they are: YAML under `key=value` overrides, checked by pydantic."""
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, cast, get_args
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -29,22 +29,51 @@ Checked = TypeVar("Checked", bound=Section)
 def read_settings(path: str | Path | None, overrides: list[str]) -> dict[str, Any]:
     """A YAML file's settings (optional) under `key=value` overrides, unchecked; raises `ConfigError`."""
     try:
-        parts = [OmegaConf.load(path)] if path else []
-        merged = OmegaConf.merge(*parts, OmegaConf.from_dotlist(overrides))
-        values: Any = OmegaConf.to_container(merged, resolve=True)
+        # Nothing behind the = is text, too: OmegaConf would take it for null, and so for unset.
+        given = OmegaConf.from_dotlist([text + "''" if text.endswith("=") else text for text in overrides])
+        parts = [_read_file(path, given)] if path else []
+        values: Any = OmegaConf.to_container(OmegaConf.merge(*parts, given), resolve=True)
+    except ConfigError:
+        raise
+    except yaml.YAMLError as error:
+        raise ConfigError(_yaml_sentence(error, path)) from None
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError(f"{path or 'overrides'}: {str(error).splitlines()[0]}") from None
+    return values
+
+
+def _read_file(path: str | Path, overrides: DictConfig) -> DictConfig:
+    """A YAML file's settings, of which none is in the way of the overrides' sections."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
         raise ConfigError(f"configuration file {path} does not exist") from None
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path or 'overrides'}: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected settings, found a {type(values).__name__}")
-    return values
+    except OSError as error:
+        raise ConfigError(f"configuration file {path} can't be read: {error.strerror}") from None
+    if not content:
+        raise ConfigError(f"{path} is empty: expected settings, name: value")
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected settings, name: value, but found a {type(content).__name__}")
+    for key in overrides:
+        if content.get(key) is not None and isinstance(content[key], dict) != isinstance(overrides[key], DictConfig):
+            raise ConfigError(f"{path}: {key}={content[key]!r}, but key=value settings set {key}={overrides[key]}")
+    return cast(DictConfig, OmegaConf.load(path))  # which, unlike yaml's own reader, refuses a key that stands twice
+
+
+def _yaml_sentence(error: yaml.YAMLError, path: str | Path | None) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f"{path or 'overrides'}: {error}"
+    line = error.problem_mark.line
+    if path and any("\t" in text for text in Path(path).read_text().splitlines()[line : line + 1]):
+        return f"{path}, line {line + 1}: a tab, where YAML takes spaces"
+    place = f"{path}, line {line + 1}" if path else "overrides"
+    return f"{place}: {error.problem}"
 
 
 def check(model: type[Checked], values: dict[str, Any], command: str) -> Checked:
     """`values` as a `model`; raises `ConfigError` with one line per wrong setting of `command`."""
     try:
-        return model(**values)
+        return model.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_sentence(item, model, command) for item in error.errors())) from None
 

@@ -148,7 +148,7 @@ class Trainer:
         for number in range(rollout.rounds):
             with clock("data"):
                 items = self.loader.items(self.step, number) if number else self.loader.load_ahead(self.step)
-                means.add("broken", sum(item.skipped for item in items), 0)
+                means.add("broken_share", sum(item.skipped for item in items), len(items))
             with clock("rollout"):
                 generated = generate(self.engine, self.config, items, self.step)
             with clock("reward"):

@@ -1,16 +1,19 @@
 """A data set as a sequence of samples, each made of its row when it is asked for, and what a run has to know of it."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 from vogue.data.rows import DataError, Rows, open_rows
 from vogue.data.samples import Sample
-from vogue.data.shapes import Reader, Shape
+from vogue.data.shapes import Reader, Shape, shape_of
+from vogue.settings import ConfigError
 
 CHUNK = 256  # samples whose prompts are tokenized together
+DECODED = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vogue" / "decoded"
 LISTED = 20  # offenders that a message names
 
 
@@ -91,6 +94,20 @@ def load_samples(
     return Samples(source, Reader(shape or Shape(), source.columns, source[rows[0]], spec), rows, spec)
 
 
+def training_samples(settings: Any) -> Samples:
+    """The samples of `data.train`; `settings` are those under `data`. Raises ConfigError where it isn't set."""
+    if settings.train is None:
+        raise ConfigError("data.train is not set: the samples to train on")
+    return load_samples(settings.train, settings.limit, shape_of(settings), settings.skip)
+
+
+def test_samples(settings: Any) -> Samples:
+    """The samples of `data.test`; raises ConfigError where it isn't set."""
+    if settings.test is None:
+        raise ConfigError("data.test is not set: the samples to evaluate on")
+    return load_samples(settings.test, settings.test_limit, shape_of(settings))
+
+
 def read_skip(path: str | Path, count: int) -> frozenset[int]:
     """The row numbers that a file names, one a line, what follows a # aside; raises DataError for others."""
     try:
@@ -140,8 +157,28 @@ def check_samples(
         positions = [i for i, _, _ in good]
         samples = samples.at(positions) if isinstance(samples, Samples) else [samples[i] for i in positions]
     digests = [digest for _, _, digest in good]
-    fingerprint = hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
-    return Checked(samples, [length for _, length, _ in good], fingerprint, digests)
+    return Checked(samples, [length for _, length, _ in good], fingerprint_of(digests), digests)
+
+
+def offenders_of(samples: Sequence[Sample], measure: Measure) -> list[Offender]:
+    """All samples that can't be used, as far as texts and images' headers tell."""
+    chunks = (_looked_at(samples, start, measure) for start in range(0, len(samples), CHUNK))
+    return [item for chunk in chunks for item in chunk if isinstance(item, Offender)]
+
+
+def fingerprint_of(digests: Iterable[bytes]) -> str:
+    """What tells a data set from others: all of its samples' digests in their order."""
+    return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
+
+
+def remember_decoded(fingerprint: str) -> None:
+    """Note, for this user on this machine, that all images of a data set were decoded."""
+    DECODED.mkdir(parents=True, exist_ok=True)
+    (DECODED / fingerprint).touch()
+
+
+def was_decoded(fingerprint: str) -> bool:
+    return (DECODED / fingerprint).exists()
 
 
 def listed(offenders: Sequence[Offender]) -> str:

@@ -7,6 +7,7 @@ A row is numbered from 0, as pandas and `datasets` number it.
 
 import csv
 import io
+import itertools
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -60,7 +62,8 @@ class ArrowRows:
         return len(self.table)
 
     def __getitem__(self, row: int) -> Row:
-        values = {name: _value(self.table.column(name)[row]) for name in self.columns}
+        cells = self.table.slice(row, 1)
+        values = {name: _values(cells.column(name).chunk(0))[0] for name in self.columns}
         return Row(values, f"{self.name}, row {row}", self.folder)
 
 
@@ -268,7 +271,7 @@ def _mapped(path: Path, size: int) -> pa.Table:
 
 def _arrow(rows) -> pa.Table:
     """All rows of a `datasets.Dataset`, as they are stored: images stay encoded, files mapped."""
-    return rows.flatten_indices().with_format("arrow")[:]
+    return rows.with_format("arrow")[:]
 
 
 def _hub(spec: str) -> Rows:
@@ -327,17 +330,27 @@ def _chosen(folder: Path, split: str | None, found: list[str]) -> str:
     return split
 
 
-def _value(scalar: Any) -> Any:
-    """A cell as Python has it, except that binary ones stay where they are, as buffers."""
-    if not scalar.is_valid:
-        return None
-    if isinstance(scalar, pa.BinaryScalar) and not isinstance(scalar, pa.StringScalar | pa.LargeStringScalar):
-        return scalar.as_buffer()
-    if isinstance(scalar, pa.StructScalar):
-        return {name: _value(value) for name, value in scalar.items()}
-    if isinstance(scalar, pa.ListScalar):
-        return [_value(value) for value in scalar.values]
-    return scalar.as_py()
+def _values(array: Any) -> list[Any]:
+    """An array's cells as Python has them, except that binary ones are views of the array's memory.
+
+    Arrow's own conversion copies those, and so reads them from the file, whether they are looked at or not.
+    """
+    kind, valid = array.type, array.is_valid().to_pylist()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        inner, ends = _values(array.flatten()), [0, *accumulate(array.value_lengths().fill_null(0).to_pylist())]
+        cells = [inner[start:end] for start, end in itertools.pairwise(ends)]
+    elif pa.types.is_struct(kind):
+        names = [field.name for field in kind]
+        columns = [_values(array.field(number)) for number in range(len(names))]
+        cells = [dict(zip(names, cell, strict=True)) for cell in zip(*columns, strict=True)]
+    elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        _, offsets, content = array.buffers()
+        wide = np.dtype(np.int64 if pa.types.is_large_binary(kind) else np.int32)
+        ends = np.frombuffer(offsets, wide, len(array) + 1, array.offset * wide.itemsize).tolist()
+        cells = [content.slice(start, end - start) if content else b"" for start, end in itertools.pairwise(ends)]
+    else:
+        cells = array.to_pylist()
+    return [cell if there else None for cell, there in zip(cells, valid, strict=True)]
 
 
 def _once(pairs: list[tuple[str, Any]], place: str) -> dict[str, Any]:

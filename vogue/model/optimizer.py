@@ -7,22 +7,27 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from vogue import distributed
 from vogue.config import Config
 from vogue.model.policy import Policy
 
 
 def deepspeed_settings(config: Config) -> dict:
-    """What `deepspeed.initialize` takes: vogue's own settings with `trainer.deepspeed` merged into them.
+    """What `deepspeed.initialize` takes: vogue's own settings with `trainer.deepspeed` merged into them."""
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(own_settings(config), config.trainer.deepspeed))
+    return merged
+
+
+def own_settings(config: Config) -> dict[str, Any]:
+    """vogue's own settings of DeepSpeed.
 
     ZeRO's stage is 3, and 1 for a single rank that asks for nothing else: there is nothing to partition then, and stage
     3's hooks take a quarter of a small model's step.
     """
-    chosen = config.trainer.deepspeed
-    partitions = dist.get_world_size() > 1 or "zero_optimization" in chosen
-    own: dict[str, Any] = {
+    partitions = distributed.rank_count() > 1 or "zero_optimization" in config.trainer.deepspeed
+    return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optimizer.max_grad_norm,
@@ -30,8 +35,6 @@ def deepspeed_settings(config: Config) -> dict:
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
     }
-    merged: Any = OmegaConf.to_container(OmegaConf.merge(own, chosen))
-    return merged
 
 
 def start_deepspeed(policy: Policy, config: Config) -> deepspeed.DeepSpeedEngine:

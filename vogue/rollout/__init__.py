@@ -6,15 +6,20 @@
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vogue.config import Config
+from vogue.memory import check_engine, check_length
+from vogue.model.files import check_finite, read_checkpoint
 from vogue.rollout.engine import Engine
 
 
 def create_engine(config: Config, processor: ProcessorMixin, model: PreTrainedModel | None = None) -> Engine:
     """Start the engine `config.rollout.engine` with the weights of `config.model.path`.
 
-    `model` is the one whose weights it is to follow, if any. Raises `ImportError` naming the extra where the engine
-    isn't installed.
+    `model` is the one whose weights it is to follow, if any; without one, what loading the model would check is
+    checked here, on its files, and raises `ConfigError`. Raises `ImportError` naming the extra where the engine isn't
+    installed.
     """
+    if model is None:
+        _check_model(config)
     if config.rollout.engine == "vllm":
         from vogue.rollout.vllm import VllmEngine
 
@@ -22,3 +27,11 @@ def create_engine(config: Config, processor: ProcessorMixin, model: PreTrainedMo
     from vogue.rollout.hf import HfEngine
 
     return HfEngine(config, processor)
+
+
+def _check_model(config: Config) -> None:
+    checkpoint = read_checkpoint(config.model.path)
+    check_length(checkpoint.model.config.get_text_config(), config)
+    if config.rollout.engine == "vllm":
+        check_engine(checkpoint.model, config)
+    check_finite(config.model.path, checkpoint.files)

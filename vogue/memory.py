@@ -1,0 +1,86 @@
+"""What a run needs of memory and disk, by arithmetic from its model's configuration, before anything is loaded.
+
+    a token's keys and values    2 layers kv_heads head_dim bytes         of the layers with full attention
+    a checkpoint                 2 weights bytes + 12 trained weights     hf and DeepSpeed's copy; AdamW in float32
+
+`bytes` is what a weight of `model.dtype` takes: 2 or 4.
+"""
+
+import os
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from vogue.config import Config
+from vogue.families import family_of
+from vogue.settings import ConfigError
+
+GB = 1e9
+
+
+def weight_count(model: torch.nn.Module) -> int:
+    """Weights of a model, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def checkpoint_bytes(model: PreTrainedModel, config: Config) -> int:
+    """Size of a checkpoint: `hf`, and DeepSpeed's weights, master weights and AdamW's two moments."""
+    weights, whole = weight_count(model), model.model
+    frozen = weight_count(getattr(whole, family_of(model).tower)) if config.model.freeze_vision else 0
+    return 2 * weights * weight_bytes(config) + 12 * (weights - frozen)
+
+
+def weight_bytes(config: Config) -> int:
+    return getattr(torch, config.model.dtype).itemsize
+
+
+def sequence_bytes(text: Any, config: Config) -> int:
+    """Size of one longest sequence's keys and values in the engine; `text` is the model's text configuration."""
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    token = 2 * kinds.count("full_attention") * text.num_key_value_heads * head * weight_bytes(config)
+    return longest_sequence(config) * token
+
+
+def longest_sequence(config: Config) -> int:
+    """Most tokens of a prompt and its completion."""
+    return config.data.max_prompt_tokens + config.rollout.max_tokens
+
+
+def check_length(text: Any, config: Config) -> str:
+    """How long sequences may be; raises `ConfigError` where one is longer than the model has positions for."""
+    longest, positions = longest_sequence(config), text.max_position_embeddings
+    scaled = (getattr(text, "rope_parameters", None) or {}).get("factor")
+    if longest > positions * (scaled or 1):
+        raise ConfigError(
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} and rollout.max_tokens="
+            f"{config.rollout.max_tokens} are {longest} together, but the model has {positions} positions"
+        )
+    return f"at most {longest} with the completion; the model has {positions} positions"
+
+
+def check_engine(model: PreTrainedModel, config: Config) -> str:
+    """What vLLM needs and has; raises `ConfigError` where one longest sequence doesn't fit beside the weights."""
+    cache = sequence_bytes(model.config.get_text_config(), config)
+    if not torch.cuda.is_available():
+        given = config.rollout.kv_cache_gb * GB
+        if cache > given:
+            raise ConfigError(
+                f"rollout.kv_cache_gb={config.rollout.kv_cache_gb} is less than one longest sequence takes, "
+                f"{shown(cache)}"
+            )
+        return f"a longest sequence takes {shown(cache)} of vLLM's {shown(given)}"
+    weights = weight_count(model) * weight_bytes(config)
+    total = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory
+    given = config.rollout.memory * total
+    if weights + cache > given:
+        raise ConfigError(
+            f"rollout.memory={config.rollout.memory} of the GPU's {shown(total)} is {shown(given)}: less than vLLM "
+            f"needs for the weights, {shown(weights)}, and one longest sequence, {shown(cache)}"
+        )
+    return f"weights {shown(weights)} and a longest sequence {shown(cache)} of vLLM's {shown(given)}"
+
+
+def shown(size: float) -> str:
+    return f"{size / GB:.3g} GB" if size >= GB / 10 else f"{size / 1e6:.3g} MB"

@@ -1,0 +1,100 @@
+"""What every training does first, and `vogue train --check` alone: find all that is wrong before something slow begins.
+
+Nothing is started and no weight is read; what goes wrong is told together, in the order of a run. Every rank does it,
+each from the same files, so that all of them stop alike.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from vogue import logs
+from vogue.chat_template import checked_preprocessor
+from vogue.config import Config
+from vogue.data import DataError
+from vogue.inputs import Preprocessor
+from vogue.memory import check_engine, check_length, checkpoint_bytes, shown, weight_count
+from vogue.model.deepspeed_check import deepspeed_problems
+from vogue.model.files import Checkpoint, read_checkpoint
+from vogue.model.optimizer import own_settings
+from vogue.rewards import RewardError, check_function
+from vogue.settings import ConfigError
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Preflight:
+    """What was found: `problems`, a sentence each; `fine`, by part; and what makes prompts."""
+
+    problems: list[str] = field(default_factory=list)
+    fine: dict[str, str] = field(default_factory=dict)
+    preprocessor: Preprocessor | None = None
+
+    def of(self, function: Callable[..., Result], *given: Any) -> Result | None:
+        """What `function` returns; None where it finds a problem, which is kept."""
+        try:
+            return function(*given)
+        except (ConfigError, DataError, RewardError) as error:
+            self.problems += str(error).splitlines()
+            return None
+
+
+def examine(config: Config, resume: bool) -> Preflight:
+    """Look at folder, model, chat template, memory, DeepSpeed's settings and reward of a run; its data comes next."""
+    found = Preflight()
+    found.of(logs.check_folder, config, resume)
+    if checkpoint := found.of(read_checkpoint, config.model.path):
+        _examine_model(found, checkpoint, config)
+        found.preprocessor = found.of(checked_preprocessor, config)
+        if found.preprocessor:
+            found.of(check_vocabulary, found.preprocessor, checkpoint)
+    found.problems += deepspeed_problems(config.trainer.deepspeed, own_settings(config))
+    found.of(check_function, config.reward)
+    return found
+
+
+def show(found: Preflight, console: Console) -> None:
+    """Print what was found fine."""
+    table = Table("checked", "", show_edge=False)
+    for part, text in found.fine.items():
+        table.add_row(part, text)
+    console.print(table)
+
+
+def _examine_model(found: Preflight, checkpoint: Checkpoint, config: Config) -> None:
+    model: Any = checkpoint.model
+    head = "tied" if model.config.tie_word_embeddings else "its own"
+    kind, count = model.config.model_type, weight_count(model)
+    found.fine["model"] = f"{kind}, {count / 1e6:.3g} million weights, {config.model.dtype}; head: {head}"
+    checks = {"tokens": (check_length, model.config.get_text_config()), "disk": (check_disk, model)}
+    if config.rollout.engine == "vllm":
+        checks["engine"] = (check_engine, model)
+    for part, (check, given) in checks.items():
+        if text := found.of(check, given, config):
+            found.fine[part] = text
+
+
+def check_vocabulary(preprocessor: Preprocessor, checkpoint: Checkpoint) -> None:
+    """Raise `ConfigError` where the tokenizer has tokens that the model has no embedding of."""
+    embedding: Any = checkpoint.model.get_input_embeddings()
+    tokens, rows = len(preprocessor.tokenizer), len(embedding.weight)
+    if tokens > rows:
+        raise ConfigError(f"model.path={checkpoint.folder}: the tokenizer has {tokens} tokens, the model {rows}")
+
+
+def check_disk(model: Any, config: Config) -> str:
+    """What checkpoints take and what is free; raises `ConfigError` where two don't fit."""
+    wanted = config.trainer.output_dir.absolute()
+    folder = next(path for path in (wanted, *wanted.parents) if path.exists())
+    one, free = checkpoint_bytes(model, config), shutil.disk_usage(folder).free
+    if 2 * one > free:
+        raise ConfigError(
+            f"trainer.output_dir={config.trainer.output_dir}: {shown(free)} are free there, less than two checkpoints "
+            f"of {shown(one)} each"
+        )
+    return f"a checkpoint takes {shown(one)}; {shown(free)} are free"
