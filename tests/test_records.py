@@ -28,6 +28,7 @@ KEYS = (
         "paid",
         "reward",
         "accuracy",
+        "parsed",
         "components",
         "advantage",
     ),

@@ -1,5 +1,4 @@
 import logging
-import signal
 import threading
 import time
 
@@ -10,8 +9,9 @@ from hypothesis import strategies as st
 
 from vogue.data import Sample
 from vogue.rewards import Score, score, score_batch, verifier
+from vogue.rewards.checker import is_correct
 from vogue.rewards.equality import Verifier
-from vogue.rewards.verifiable import boxed, is_correct, is_formatted
+from vogue.rewards.verifiable import boxed, is_formatted
 from vogue.rewards.worker import Worker
 from vogue.sections import RewardConfig
 
@@ -36,6 +36,14 @@ def test_the_reward_is_nine_parts_accuracy_and_one_part_format():
         ("<think>a</think>\\boxed{8}", True),
         (" \n<think>a\nb</think>\n\nSo the answer is \\boxed{8}.\n", True),
         ("<think></think>\\boxed{\\frac{1}{2}}", True),
+        ("<think>a</think>\\boxed{>}", True),
+        ("<think>a</think>\\boxed{}", False),
+        ("<think>a</think>\\boxed{ }", False),
+        ("<think>a</think>\\boxed{?}", False),
+        ("<think>a</think>\\boxed{\\text{}}", False),
+        ("<think>a</think>\\boxed{\\ldots}", False),
+        ("<think>a</think>\\boxed{\u200b}", False),
+        ("<think>a</think>\\boxed{8} \\boxed{ ... }", False),
         ("Well, <think>a</think>\\boxed{8}", False),
         ("<think>a \\boxed{8}</think>", False),
         ("<think>a</think> 8", False),
@@ -60,6 +68,10 @@ def test_format_needs_one_thought_then_a_box(completion, formatted):
         ("\\boxed{1} and \\boxed{2", "1"),
         ("} { \\boxed {8}", "8"),
         ("\\boxed{}", ""),
+        ("<think>\\boxed{5}</think> \\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."),
+        ("\\boxed{x \\in \\left(0, 1\\right\\}}", "x \\in \\left(0, 1\\right\\}"),
+        ("\\boxed{\\{1, 2\\}} and \\{", "\\{1, 2\\}"),
+        ("a \\\\boxed{1} \\\\\\boxed{2}", "2"),
         ("\\boxed 8", None),
         ("\\boxed{8", None),
     ],
@@ -68,62 +80,11 @@ def test_the_last_closed_box_is_the_answer(completion, content):
     assert boxed(completion) == content
 
 
-@pytest.mark.parametrize(
-    ("parsed", "answer"),
-    [
-        ("8", "8"),
-        ("8.0", "8"),
-        ("1,000", "1000"),
-        ("+3", "3"),
-        (".5", "0.50"),
-        ("$8$", "8"),
-        ("8.", "8"),
-        ("a", "A"),
-        ("(B)", "B"),
-        ("\\text{yes}", "Yes"),
-        ("3:05", "03:05"),
-        ("1/2", "0.5"),
-        ("\\frac{1}{2}", "0.5"),
-        ("1\n+ x", "x+1"),
-        ("2\\sqrt{3}", "$\\sqrt{12}$"),
-        ("30^\\circ", "30"),
-        ("5 \\text{ cm}", "5"),
-        ("x = 5", "5"),
-    ],
-)
-def test_equal_answers_are_right_however_they_are_written(parsed, answer):
-    assert is_correct(parsed, answer)
-
-
-@pytest.mark.parametrize(
-    ("parsed", "answer"),
-    [
-        ("9", "8"),
-        ("-8", "8"),
-        ("1,00", "100"),
-        ("B", "A"),
-        ("on", "no"),  # n·o = o·n
-        ("12:15", "4:05"),  # 12/15 = 4/5
-        ("4/5", "12:15"),
-        ("5, 6, 7", "6"),
-        ("5 or 6", "6"),
-        ("5$ $6", "6"),
-        ("\\pm 5", "5"),
-        ("Yes or No", "Yes"),
-        ("", "8"),
-        ("\\frac{}{", "8"),
-        ("\ud800\x00", "8"),
-    ],
-)
-def test_other_answers_are_wrong(parsed, answer):
-    assert not is_correct(parsed, answer)
-
-
 def test_plain_answers_start_no_process():
     verifier.close()
     completions = ["\\boxed{8}", "\\boxed{B}", "\\boxed{3:05}", "\\boxed{no}", "no box"]
     score_batch(completions, asked("9", "A", "4:05", "yes", "8"))
-    assert verifier._worker is None
+    assert not verifier._workers
 
 
 def test_a_batch_is_scored_in_order_and_unequal_lengths_are_refused():
@@ -145,25 +106,38 @@ def test_a_hostile_answer_scores_nothing_is_counted_and_stops_in_time(caplog):
     quick.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGSEGV])
-def test_a_right_answer_stays_right_where_the_worker_is_killed_from_outside(number):
-    asked = Verifier()
-    assert asked.equal("0.5", "\\frac{1}{2}")
-    worker = asked._worker._process
-    worker.send_signal(number)
-    worker.wait()
-    assert asked.equal("0.5", "\\frac{1}{2}")
-    assert asked.failures == 0
-    asked.close()
+def test_equal_pairs_are_asked_once_and_hostile_ones_are_counted_once():
+    verifier.take_failures()
+    began = time.monotonic()
+    scores = score_batch([f"\\boxed{{{HOSTILE}}}"] * 64 + ["\\boxed{1+x}"] * 8, asked(*["5"] * 64, *["x+1"] * 8))
+    assert time.monotonic() - began < 20
+    assert [score.accuracy for score in scores] == [0.0] * 64 + [1.0] * 8
+    assert (verifier.take_failures(), verifier.take_failures()) == (1, 0)
 
 
-@pytest.mark.parametrize("hostile", [HOSTILE, "10^{10^{10}}"])  # out of CPU time, out of memory
-def test_an_answer_that_ends_the_worker_by_itself_is_asked_once(hostile, monkeypatch):
-    asked, started = Verifier(cpu_seconds=1.0), []
-    monkeypatch.setattr(asked, "_start", lambda start=asked._start: started.append(1) or start())
-    assert not asked.equal("5", hostile)
-    assert (asked.failures, len(started)) == (1, 1)
-    asked.close()
+def test_hostile_answers_take_no_time_from_others_and_not_more_than_all_may_take():
+    bounded = Verifier(cpu_seconds=0.5, seconds=1.0)
+    hostile = [(f"9^{{9^{{9^{number}}}}}", "5") for number in range(100, 140)]
+    honest = [(f"{number}x + 1", f"1 + {number}x") for number in range(40)]
+    began = time.monotonic()
+    found = bounded.equal_all([*hostile, *honest])
+    assert time.monotonic() - began < 40
+    assert [found[pair] for pair in honest] == [True] * 40
+    assert not any(found[pair] for pair in hostile)
+    assert bounded.failures == 40
+    bounded.close()
+
+
+def test_what_ends_a_worker_from_outside_is_no_fault_of_the_answer():
+    fresh = Verifier()
+    assert fresh.equal("x+1", "1+x")
+    worker = psutil.Process(fresh._workers[0]._process.pid)
+    worker.children()[0].kill()
+    assert fresh.equal("x+2", "2+x")
+    worker.kill()
+    assert fresh.equal("x+3", "3+x")
+    assert fresh.failures == 0
+    fresh.close()
 
 
 def test_the_limit_works_outside_the_main_thread():
@@ -179,7 +153,7 @@ def test_the_limit_works_outside_the_main_thread():
 def test_the_process_that_compares_mathematics_may_take_4_gb():
     worker = Worker("equality_worker.py", "3.0")
     try:
-        assert worker.ask(["1/2", "0.5"]) is True
+        assert worker.ask(["x/2", "0.5x"])["equal"] is True
         assert psutil.Process(worker._process.pid).rlimit(psutil.RLIMIT_AS) == (4 << 30, 4 << 30)
     finally:
         worker.stop()
@@ -188,7 +162,7 @@ def test_the_process_that_compares_mathematics_may_take_4_gb():
 def test_a_closed_verifier_has_no_process_and_starts_again():
     fresh = Verifier()
     assert fresh.equal("x+1", "1+x")
-    process = fresh._worker._process
+    process = fresh._workers[0]._process
     fresh.close()
     fresh.close()
     assert process.poll() is not None

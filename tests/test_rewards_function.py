@@ -18,6 +18,13 @@ SAMPLES = [Sample("<image>How many?", answer, (b"never opened",), category="dots
 TEXTS = ["\\boxed{3}", "good", "\\boxed{5} \ud800"]
 
 
+class Rewards(RewardFunction):
+    """A function of which the rewards alone are looked at."""
+
+    def __call__(self, completions, samples):
+        return [earned.reward for earned in super().__call__(completions, samples)]
+
+
 @pytest.fixture
 def function(tmp_path):
     """A function: the reward `own` of a file with this body, with a limit of `seconds` a call."""
@@ -26,7 +33,7 @@ def function(tmp_path):
     def build(body, seconds=30.0, before=""):
         lines = "\n".join(f"    {line}" for line in body.splitlines())
         (tmp_path / "rewards.py").write_text(f"{before}\ndef own(completions, samples):\n{lines}\n")
-        made.append(RewardFunction(f"{tmp_path}/rewards.py:own", seconds))
+        made.append(Rewards(f"{tmp_path}/rewards.py:own", seconds))
         return made[-1]
 
     yield build

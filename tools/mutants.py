@@ -133,7 +133,17 @@ MUTANTS = (
     ),
     Mutant("vogue/method/perturb.py", "(255 * pixels).round()", "(255 * pixels)", "tests/test_perturb.py"),
     # Rewards.
-    Mutant("vogue/rewards/verifiable.py", "isinstance(expected, tuple) or (", "(", "tests/test_rewards.py"),
+    Mutant(
+        "vogue/rewards/reading.py", "return apart and not joined", "return not apart", "tests/test_rewards_answers.py"
+    ),
+    Mutant("vogue/rewards/checker.py", "and given.unit != answer.unit", "and False", "tests/test_rewards_answers.py"),
+    Mutant(
+        "vogue/rewards/equality_worker.py",
+        "1e-{AGREEING}",
+        "1e-6",
+        "tests/test_rewards_answers.py",
+    ),
+    Mutant("vogue/rewards/designs.py", "weights[name] * one", "one", "tests/test_rewards_own.py"),
     Mutant(
         "vogue/rewards/designs.py",
         "min(difference % circle, -difference % circle)",
@@ -146,11 +156,11 @@ MUTANTS = (
         "1, config.rollout.max_tokens, 1.0)",
         "tests/test_rewards_groups.py",
     ),
-    Mutant("vogue/rewards/function_worker.py", "or not _is_finite(reward)", "", "tests/test_rewards_function.py"),
+    Mutant("vogue/rewards/function_worker.py", "and math.isfinite(reward)", "", "tests/test_rewards_function.py"),
     Mutant(
         "vogue/rewards/function_worker.py",
-        "len(rewards) != len(c",
-        "len(rewards) < len(c",
+        "len(values) != len(c",
+        "len(values) < len(c",
         "tests/test_rewards_function.py",
     ),
     Mutant(

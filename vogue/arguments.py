@@ -60,6 +60,13 @@ question, then in --batches of whole samples, behind the default system prompt.
 
   vogue data puzzles --kind checker_move --size 112 --out data
   vogue warmstart base --data data/train.parquet --vision-batches 800 --lr 2e-3 --printed 0.2"""
+SCORE_HELP = """\
+docs/rewards.md has the rules. Nothing is loaded and no reward function is called. With --file the settings are those of
+config.yaml beside the file.
+
+  vogue score '<think>5 + 7</think> \\boxed{12 cm}' 12
+  vogue score '<think></think><answer>3:05</answer>' 3:10 reward.design=continuous
+  vogue score --file runs/demo/vogue/completions.jsonl"""
 REPORT_HELP = """\
 learning curves, pass@k before and after, exploration, guidance, times, and every logged completion with its images and
 its tokens coloured by u_per or entropy. Runs that differ in their seed alone are one method: their mean with a band.
@@ -131,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_sweep(commands)
     _add_eval(commands)
+    _add_score(commands)
     _add_report(commands)
     _add_warmstart(commands)
     _add_data(commands)
@@ -221,6 +229,16 @@ def _add_eval(commands) -> None:
         "image)",
     )
     command.add_argument("--out", type=Path, metavar="FILE", help="write every completion with its score, JSONL")
+
+
+def _add_score(commands) -> None:
+    command = _add(commands, "score", "why a completion earns what it earns, step by step", SCORE_HELP)
+    command.add_argument(
+        "settings", nargs="*", metavar="COMPLETION ANSWER | key=value", help="a completion, the right answer, settings"
+    )
+    command.add_argument(
+        "--file", type=Path, metavar="FILE", help="score a run's completions.jsonl again, and show what has changed"
+    )
 
 
 def _add_report(commands) -> None:

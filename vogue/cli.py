@@ -1,4 +1,4 @@
-"""The command `vogue`: warmstart, train, sweep, eval, report, data, doctor.
+"""The command `vogue`: warmstart, train, sweep, eval, score, report, data, doctor.
 
 A wrong setting or sample ends a command with one message on standard error and exit code 2, before anything is
 trained or overwritten.
@@ -20,6 +20,7 @@ try:
 
     from vogue.arguments import WARMSTART, WARMSTART_DATA, WARMSTART_DIGITS, parse
     from vogue.config import Config, load_config
+    from vogue.sections import RewardConfig
     from vogue.settings import ConfigError
     from vogue.stopping import STOPPED
 except ImportError as missing:  # only `vogue_kernels` was installed
@@ -32,7 +33,7 @@ USAGE_ERROR = 2
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     arguments = parse(argv)
-    from vogue.benchmarks import ExtractorError
+    from vogue.benchmarks import EndpointError
     from vogue.data import DataError
     from vogue.rewards import RewardError
     from vogue.run_folder import FolderError
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"vogue {arguments.command}: {error}", file=sys.stderr)
         return USAGE_ERROR
     except (
-        *(ConfigError, DataError, RewardError, ExtractorError, FolderError),
+        *(ConfigError, DataError, RewardError, EndpointError, FolderError),
         *(ImportError, FloatingPointError, KeyboardInterrupt),
     ) as error:
         if os.environ.get("RANK", "0") == "0":
@@ -133,6 +134,44 @@ def _evaluate_benchmark(config: Config, arguments: argparse.Namespace, pass_at: 
         write_answered(answered, arguments.out)
         console.print(f"completions, answers and scores: {arguments.out}")
     return 0
+
+
+def score(arguments: argparse.Namespace) -> int:
+    if arguments.file:
+        return _score_again(arguments)
+    if len(arguments.settings) < 2:
+        raise ConfigError("COMPLETION and ANSWER are missing: what the model wrote, and the right answer")
+    completion, answer, *overrides = arguments.settings
+    from vogue.rewards.explain import steps
+
+    for name, told in steps(completion, answer, _reward(None, overrides)):
+        print(f"{name:13} {told}")
+    return 0
+
+
+def _score_again(arguments: argparse.Namespace) -> int:
+    from vogue.rewards.explain import changes
+    from vogue.run_folder import read_rows
+
+    rows, beside = read_rows(arguments.file), arguments.file.with_name("config.yaml")
+    for number, row in enumerate(rows, 1):
+        for name in ("completion", "answer", "accuracy"):
+            if name not in row:
+                raise ConfigError(f"{arguments.file}, line {number}: no {name!r}; it has {', '.join(row)}")
+    if not rows:
+        raise ConfigError(f"{arguments.file}: no completions in it")
+    settings = _reward(str(beside) if beside.is_file() else None, arguments.settings)
+    found = changes(rows, settings)
+    for change in found:
+        print(f"line {change.row}: {change.before:g} is now {float(change.verdict.right):g}")
+        print(f"  {change.parsed!r} for {change.answer!r}: {change.verdict.rule}")
+    up = sum(change.verdict.right for change in found)
+    print(f"{len(rows)} completions: {up} more are right, {len(found) - up} fewer")
+    return 0
+
+
+def _reward(path: str | None, overrides: list[str]) -> RewardConfig:
+    return load_config(path, ["model.path=none", *overrides]).reward
 
 
 def sweep(arguments: argparse.Namespace) -> int:
@@ -271,6 +310,7 @@ COMMANDS = {
     "train": train,
     "sweep": sweep,
     "eval": evaluate,
+    "score": score,
     "report": report,
     "warmstart": warmstart,
     "data": data,

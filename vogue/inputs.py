@@ -26,6 +26,7 @@ from vogue.families import family_of_processor
 from vogue.settings import ConfigError
 
 RAW, NOISY = "raw", "noisy"  # names of views: x and T(x)
+OPENED = re.compile(r"<think>\s*(?:</think>\s*)?$")  # at the end of a prompt, behind the header of the model's turn
 MARKED, MARK_END = "\uf8f0", "\uf8f1"  # of a private area: around what is text although it reads like a special token
 MARKS = re.compile(f"{MARKED}(.*?){MARK_END}", re.DOTALL)
 
@@ -46,6 +47,9 @@ class View:
 class Prompt:
     """The text of a sample as token ids.
 
+    `opened` is what the chat template itself has written of the model's turn: "", "<think>", or, where thinking is
+    switched off, an empty thought.
+
     `token_ids` (P,) int64 has a placeholder for each token of an image; `image_spans` says where each image's lie,
     (first, how many); `token_types` (P,) is 1 at image tokens and 0 elsewhere.
     """
@@ -54,6 +58,7 @@ class Prompt:
     image_spans: tuple[tuple[int, int], ...]
     token_ids: Tensor
     token_types: Tensor
+    opened: str = ""
 
 
 class Preprocessor:
@@ -154,11 +159,13 @@ class Preprocessor:
     def prompt(self, sample: Sample, view: View) -> Prompt:
         """Tokenize `sample` for images of `view`'s size."""
         counts = self._image_tokens(sample, [image.size for image in view.images])
-        short_ids = self._tokenize(self.text(sample))
+        text = self.text(sample)
+        short_ids = self._tokenize(text)
         self._length(sample, short_ids, counts)
         token_ids, spans = _expand(short_ids, self.image_token_id, counts)
         ids = torch.tensor(token_ids)
-        return Prompt(sample, spans, ids, (ids == self.image_token_id).long())
+        opened = OPENED.search(text)
+        return Prompt(sample, spans, ids, (ids == self.image_token_id).long(), opened.group() if opened else "")
 
     def _tokenize(self, text: str) -> list[int]:
         """Token ids of a prompt's text; what stands in marks is plain text."""

@@ -38,6 +38,7 @@ def completion_record(step: int, group: Group, i: int, tokenizer: PreTrainedToke
         "paid": group.paid[i],
         "reward": score.reward,
         "accuracy": score.accuracy,
+        "parsed": score.parsed,
         "components": score.components,
         "advantage": group.advantages[i],
         "tokens": pieces(group.completions[i].token_ids, tokenizer),

@@ -11,6 +11,8 @@ from pydantic import Field, model_validator
 from vogue.presets import COMPONENTS, DESIGNS
 from vogue.settings import Count, NonNegative, Positive, Section, Share
 
+FUNCTION = r"^(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*$"
+
 
 class ModelConfig(Section):
     """The model that is trained."""
@@ -180,11 +182,21 @@ class AdvantageConfig(Section):
     k: Count = Field(4, description="k of Pass@k Training, with advantage.kind=passk; at most rollout.n")
 
 
+class OwnReward(Section):
+    """A reward function of your own: one of `reward.functions`."""
+
+    function: str = Field(
+        pattern=FUNCTION, description="path/to/file.py:name or an importable package.module:name, see docs/rewards.md"
+    )
+    weight: Annotated[float, Field(allow_inf_nan=False)] = Field(1.0, description="weight of what it returns")
+    options: dict[str, Any] = Field({}, description="further arguments of the function, by their names")
+
+
 class RewardConfig(Section):
     """What a completion is asked for, and what it earns."""
 
     design: Literal[*DESIGNS] = Field(
-        "verifiable", description=f"system prompt and sum of weight * score, see docs/data.md: {', '.join(DESIGNS)}"
+        "verifiable", description=f"system prompt and sum of weight * score, see docs/rewards.md: {', '.join(DESIGNS)}"
     )
     accuracy: NonNegative | None = Field(
         None,
@@ -219,9 +231,14 @@ class RewardConfig(Section):
     )
     function: str | None = Field(
         None,
-        pattern=r"^.+\.py:[A-Za-z_]\w*$",
-        description="path/to/file.py:name of a reward function of your own, in place of the design's sum: "
-        "def name(completions: list[str], samples: list[dict]) -> list[float]",
+        pattern=FUNCTION,
+        description="path/to/file.py:name, or an importable package.module:name, of a reward function of your own, in "
+        "place of the design's sum: def name(completions: list[str], samples: list[dict]) -> list[float]",
+    )
+    functions: dict[str, OwnReward] = Field(
+        {},
+        description="reward functions of your own by name, each {function: FILE.py:NAME, weight: 1.0, options: {}}, "
+        "whose values times their weights are added to the design's sum; see docs/rewards.md",
     )
     overlong_buffer: Share = Field(
         0.0,
@@ -230,7 +247,7 @@ class RewardConfig(Section):
     )
     timeout: Positive = Field(
         60.0,
-        description="seconds that a call of reward.function may take, and importing its file; a call is of all "
+        description="seconds that a call of a reward function may take, and importing its file; a call is of all "
         "completions of a step",
     )
 
@@ -238,6 +255,15 @@ class RewardConfig(Section):
     def weights(self) -> dict[str, float]:
         """Weight of each component of the design; empty where a function takes the place of the sum."""
         return {} if self.function else {name: getattr(self, name) for name in DESIGNS[self.design]}
+
+    @model_validator(mode="after")
+    def _names_of_functions(self) -> "RewardConfig":
+        if self.function and self.functions:
+            raise ValueError(f"reward.function={self.function}: it takes the place of the sum of reward.functions")
+        for name in self.functions:
+            if name in (*COMPONENTS, "accuracy", "format", "overlong"):
+                raise ValueError(f"reward.functions.{name}: this is the name of a component of the designs")
+        return self
 
     @model_validator(mode="before")
     @classmethod

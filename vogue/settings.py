@@ -1,7 +1,7 @@
 """How settings are read and refused, whatever they are: YAML under `key=value` overrides, checked by pydantic."""
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -90,6 +90,6 @@ def _sentence(item: ErrorDetails, model: type[Section], command: str) -> str:
 
 
 def _description(location: tuple, model: Any) -> str:
-    for name in location[:-1]:
-        model = model.model_fields[name].annotation
+    for name in location[:-1]:  # of a section, or a name of the user's own in a table of sections
+        model = model.model_fields[name].annotation if hasattr(model, "model_fields") else get_args(model)[1]
     return model.model_fields[location[-1]].description

@@ -138,9 +138,9 @@ class Trainer:
 
     def step_metrics(self, means: Means, clock: Clock) -> dict[str, float]:
         """The step's means over all ranks, this rank's seconds a phase, and all ranks' tokens in those seconds."""
-        means.add("verifier_failures", verifier.failures)
         metrics = means.over_ranks() | {"lr": self.deepspeed.get_lr()[0], "memory_gb": peak_memory()}
         metrics |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
+        metrics |= distributed.total({"verifier_failures": float(verifier.take_failures())}, self.device)
         mine = {"rollout": means["tokens"].total, "train": means["trained_share"].total}
         for phase, tokens in distributed.total(mine, self.device).items():
             metrics[f"throughput/{phase}"] = tokens / clock.seconds[phase]

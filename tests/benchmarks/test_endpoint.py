@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from rich.console import Console
 
-from vogue.benchmarks import BENCHMARKS, Extractor, ExtractorError, Problem
+from vogue.benchmarks import BENCHMARKS, EndpointError, Extractor, Problem
 from vogue.benchmarks.answers import ask_extractor, read_answers
 from vogue.benchmarks.extract import NUMERIC, options
 from vogue.data import Sample
@@ -89,34 +89,34 @@ def test_what_may_pass_is_tried_again(serve):
 
 def test_what_does_not_pass_is_an_error_that_names_the_endpoint(serve):
     server = serve(lambda *_: (503, "loading still"))
-    with pytest.raises(ExtractorError, match=rf"{server.url}: 503 .*: loading still"):
+    with pytest.raises(EndpointError, match=rf"{server.url}: 503 .*: loading still"):
         Extractor(server.url, "m", pauses=(0.01, 0.01)).extract("?", "?", NUMERIC)
     assert len(server.got) == 3
 
 
 def test_a_refusal_is_not_tried_again(serve):
     server = serve(lambda *_: (404, "no model 'm'"))
-    with pytest.raises(ExtractorError, match=r"404 Not Found: no model 'm'"):
+    with pytest.raises(EndpointError, match=r"404 Not Found: no model 'm'"):
         Extractor(server.url, "m").check()
     assert len(server.got) == 1
 
 
 def test_an_endpoint_that_answers_too_late_is_an_error(serve):
     server = serve(lambda *_: (time.sleep(1), (200, reply("4")))[1])
-    with pytest.raises(ExtractorError, match="timed out"):
+    with pytest.raises(EndpointError, match="timed out"):
         Extractor(server.url, "m", timeout=0.1, pauses=()).check()
 
 
 def test_an_endpoint_that_is_not_there_is_an_error():
-    with pytest.raises(ExtractorError, match=r"http://127.0.0.1:9/v1: .*refused"):
+    with pytest.raises(EndpointError, match=r"http://127.0.0.1:9/v1: .*refused"):
         Extractor("http://127.0.0.1:9/v1", "m", pauses=()).check()  # the port of a service that nobody runs
-    with pytest.raises(ExtractorError, match=r"file:///etc: an endpoint is http://HOST:PORT/v1"):
+    with pytest.raises(EndpointError, match=r"file:///etc: an endpoint is http://HOST:PORT/v1"):
         Extractor("file:///etc", "m")
 
 
 @pytest.mark.parametrize("body", ["<html>", "[]", '{"choices": []}', '{"error": "x"}'])
 def test_what_is_no_chat_completion_is_an_error_that_shows_it(serve, body):
-    with pytest.raises(ExtractorError, match="not the reply of a chat completion"):
+    with pytest.raises(EndpointError, match="not the reply of a chat completion"):
         Extractor(serve(lambda *_: (200, body)).url, "m").check()
 
 

@@ -3,12 +3,13 @@
 from vogue.benchmarks.algopuzzlevqa import ALGOPUZZLEVQA
 from vogue.benchmarks.benchmark import Average, Benchmark, Line, Problem, Share
 from vogue.benchmarks.chartqa import CHARTQA
-from vogue.benchmarks.endpoint import Extractor, ExtractorError
+from vogue.benchmarks.extractor import Extractor
 from vogue.benchmarks.hallusionbench import HALLUSIONBENCH
 from vogue.benchmarks.logicvista import LOGICVISTA
 from vogue.benchmarks.mathverse import MATHVERSE
 from vogue.benchmarks.mathvista import MATHVISTA
 from vogue.benchmarks.wemath import WEMATH
+from vogue.endpoint import EndpointError
 
 BENCHMARKS = {
     "mathverse": MATHVERSE,
@@ -20,4 +21,4 @@ BENCHMARKS = {
     "algopuzzlevqa": ALGOPUZZLEVQA,
 }
 
-__all__ = ["BENCHMARKS", "Average", "Benchmark", "Extractor", "ExtractorError", "Line", "Problem", "Share"]
+__all__ = ["BENCHMARKS", "Average", "Benchmark", "EndpointError", "Extractor", "Line", "Problem", "Share"]

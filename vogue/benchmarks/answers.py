@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import track
 
 from vogue.benchmarks.benchmark import Benchmark, Problem
-from vogue.benchmarks.endpoint import Extractor
 from vogue.benchmarks.extract import extract
+from vogue.benchmarks.extractor import Extractor
 from vogue.rollout.engine import Completion
 
 ParsedBy = Literal["rules", "extractor"]
@@ -55,7 +55,7 @@ def ask_extractor(
 ) -> list[Answered]:
     """Ask a language model for the answers that rules didn't find, or, with `everything`, for all answers.
 
-    Raises ExtractorError where the endpoint fails.
+    Raises EndpointError where the endpoint fails.
     """
 
     def is_asked(answer: Answer) -> bool:

@@ -4,7 +4,7 @@ r"""Rules find the answer that a completion gives.
                └─ nothing stated ─▶ search the text behind the thinking for something of that form
 
 `stated` is what stands in the last <answer> or \boxed{}, or else behind the last "the answer is" or "Answer:". The
-benchmarks leave this step to a language model (`endpoint.py`); these rules are ours. They find no answer rather than
+benchmarks leave this step to a language model (`extractor.py`); these rules are ours. They find no answer rather than
 guess one: the letter A of "A triangle" is no option, and a text that says yes and no says neither.
 """
 
@@ -12,8 +12,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from vogue.rewards.checker import verdicts
 from vogue.rewards.designs import tagged_answer
-from vogue.rewards.verifiable import TEXT, boxed, is_correct
+from vogue.rewards.reading import option
+from vogue.rewards.verifiable import boxed
+from vogue.rewards.writing import TEXT, tidy
 
 MARK = re.compile(
     r"\b(?:answer|option|choice)(?:\s+(?:is|are|would be|should be|must be)\b|\W{0,4}:)[\s:*]*", re.IGNORECASE
@@ -74,19 +77,20 @@ def plain(text: str) -> str:
 def options(choices: Mapping[str, str]) -> Form:
     """The form of one of `choices` (text by letter): "B", "(b)", "B. 12", "option B", or a choice's text alone."""
     letters = "".join(choices)
-    letter = rf"[{letters}]"
-    leading = re.compile(rf"\(({letter})\)|({letter})(?:$|[.:,)]|\s+[(=:–-])")
-    named = re.compile(rf"\(({letter})\)|\b(?:option|choice)\s+({letter})\b", re.IGNORECASE)
+    leading = re.compile(rf"([{letters}])\s+[(=:–-]")
+    named = re.compile(rf"\(([{letters}])\)|\b(?:option|choice)\s+([{letters}])\b", re.IGNORECASE)
 
     def read(statement: str) -> str | None:
+        chosen = option(tidy(statement))
+        if chosen and chosen.letter in choices:
+            return chosen.letter
         text = plain(statement)
-        if re.fullmatch(rf"\(?{letter}\)?", text, re.IGNORECASE):
-            return text.strip("()").upper()
         if start := leading.match(text):
-            return start[1] or start[2]
+            return start[1]
         same = [key for key, choice in choices.items() if choice and _begins(text.casefold(), plain(choice).casefold())]
-        if not same and len(text) <= LONGEST_VALUE and re.search(r"[0-9\\]", text):  # words are no mathematics
-            same = [key for key, choice in choices.items() if choice and is_correct(text, choice)]
+        if not same and len(text) <= LONGEST_VALUE:
+            found = verdicts([(statement, choice) for choice in choices.values()])
+            same = [key for key, verdict in zip(choices, found, strict=True) if verdict.right]
         return same[0] if len(same) == 1 else last(text)
 
     def last(text: str) -> str | None:

@@ -10,15 +10,11 @@ import re
 from collections.abc import Sequence
 
 from vogue.benchmarks.benchmark import Benchmark, Line, Problem, Right, by_group
-from vogue.benchmarks.extract import EXPRESSION, Form, options, plain
-from vogue.rewards.verifiable import is_correct
+from vogue.benchmarks.extract import EXPRESSION, Form, options
+from vogue.rewards.checker import is_correct
 
 CHOICE = re.compile(r"^\s*\(?([A-H])\s*[:.)]\s*(.*?)\s*$", re.MULTILINE)
 LETTER = re.compile(r"\(?([A-H])\)?")
-NAME = re.compile(r"^[A-Za-z.][A-Za-z. ]*=(?!.*=)")
-UNIT = re.compile(
-    r"\s*(?:\^\s*\{?\\circ\}?|°|\\(?:mathrm|text)\{[^{}]*\}|(?<=[0-9}])\s+[A-Za-z]+)(?:\^\{?[23]\}?)?\s*$"
-)
 
 
 def _letter(row: dict) -> str | None:
@@ -37,15 +33,7 @@ def _form(row: dict) -> Form:
 def _is_right(answer: str, row: dict) -> bool:
     if letter := _letter(row):
         return answer == letter
-    return is_correct(answer, row["answer"]) or is_correct(_value(answer), _value(row["answer"]))
-
-
-def _value(text: str) -> str:
-    text = NAME.sub(
-        "",
-        text.replace("$", "").strip(),
-    ).strip()
-    return plain(UNIT.sub("", UNIT.sub("", text)))
+    return is_correct(answer, row["answer"])
 
 
 def _groups(problem: Problem) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Rewards say what a completion earns: by one of several designs, or by a function of the user's own."""
 
+from vogue.rewards.checker import verifier
 from vogue.rewards.designs import Score, check_function, score, score_batch
 from vogue.rewards.function import RewardError
-from vogue.rewards.verifiable import verifier
 
 __all__ = ["RewardError", "Score", "check_function", "score", "score_batch", "verifier"]

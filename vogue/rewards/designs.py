@@ -23,14 +23,17 @@ partial credit.
 
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
 from math import tanh
 
 from vogue.data import Sample
 from vogue.presets import DESIGNS
-from vogue.rewards.function import reward_function
-from vogue.rewards.verifiable import boxed, is_correct, is_formatted, normalise, plain
+from vogue.rewards.checker import verdicts
+from vogue.rewards.function import Earned, RewardError, own_rewards
+from vogue.rewards.reading import Number, Time, read
+from vogue.rewards.verifiable import boxed, is_formatted
+from vogue.rewards.writing import is_blank
 from vogue.sections import RewardConfig
 
 DEFAULT = RewardConfig()  # pyright: ignore[reportCallIssue]
@@ -58,28 +61,14 @@ class Score:
 
 
 def score(completion: str, answer: str, settings: RewardConfig = DEFAULT, blind: str | None = None) -> Score:
-    """The score of a completion by `settings.design`.
+    """The score of a completion by `settings.design`; for several completions, `score_batch` is faster.
 
     blind  what the policy answered from the completion's description without the image, where its weight isn't 0;
            None without a description
 
     Never raises for what a model wrote: what cannot be parsed is wrong.
     """
-    asked = DESIGNS[settings.design]
-    parsed = tagged_answer(completion) if "answer" in asked else boxed(completion)
-    accuracy = float(parsed is not None and is_correct(parsed, answer))
-    components = {tag: sentence_score(content(completion, tag) or "") for tag in TAGS if tag in asked}
-    if settings.design == "continuous":
-        components["answer"] = accuracy or partial_credit(parsed or "", answer)
-    elif settings.design == "no_accuracy":
-        components["answer"] = float(parsed is not None)
-    elif "answer" in asked:
-        components["answer"] = accuracy
-    if settings.weights.get("blind"):
-        components["blind"] = score(blind or "", answer).accuracy
-    scores = {"accuracy": accuracy, "format": float(has_format(completion, settings.design))} | components
-    reward = sum(weight * scores[name] for name, weight in settings.weights.items() if weight)
-    return Score(reward, accuracy, scores["format"], parsed, components)
+    return _scores([completion], [answer], settings, [blind])[0]
 
 
 def score_batch(
@@ -88,23 +77,86 @@ def score_batch(
     settings: RewardConfig = DEFAULT,
     blind: Sequence[str | None] | None = None,
 ) -> list[Score]:
-    """The scores of completions, each for the sample at its position; `settings.function` gives the reward, if set.
+    """The scores of completions, each for the sample at its position, with the functions of the user's own.
 
-    Raises ValueError where the lengths differ and RewardError where the function fails.
+    Raises ValueError where the lengths differ and RewardError where such a function fails.
     """
     blind = [None] * len(completions) if blind is None else blind
-    rows = zip(completions, samples, blind, strict=True)
-    scores = [score(completion, sample.answer, settings, again) for completion, sample, again in rows]
-    if settings.function:
-        rewards = reward_function(settings.function, settings.timeout)(completions, samples)
-        scores = [replace(score, reward=reward) for score, reward in zip(scores, rewards, strict=True)]
-    return scores
+    scores = _scores(completions, [sample.answer for sample in samples], settings, blind)
+    own = own_rewards(settings)
+    if not own:
+        return scores
+    with ThreadPoolExecutor(len(own)) as pool:  # each waits for a process of its own
+        found = pool.map(lambda each: each[0](completions, samples), own.values())
+        earned = dict(zip(own, found, strict=True))
+    weights = {name: weight for name, (_, weight) in own.items()}
+    rows = [dict(zip(earned, row, strict=True)) for row in zip(*earned.values(), strict=True)]
+    return [_with_own(score, row, weights) for score, row in zip(scores, rows, strict=True)]
+
+
+def _with_own(score: Score, earned: dict[str, Earned], weights: dict[str, float]) -> Score:
+    """A design's score with what functions of the user's own add to it, and with their accuracy where one judges.
+
+    A component has the function's name, or name/component; without a name there is only the latter.
+
+    Raises RewardError where two functions judge.
+    """
+    judging = [name for name, one in earned.items() if one.judged]
+    if len(judging) > 1:
+        raise RewardError(f"reward.functions: both {judging[0]} and {judging[1]} give accuracy or parsed; one may")
+    judged = earned[judging[0]].judged if judging else {}
+    components = dict(score.components)
+    for name, one in earned.items():
+        components |= {name: one.reward} if name else {}
+        components |= {f"{name}/{part}".lstrip("/"): value for part, value in one.components.items()}
+    reward = score.reward + sum(weights[name] * one.reward for name, one in earned.items())
+    return replace(score, reward=reward, components=components, **judged)
+
+
+def _scores(
+    completions: Sequence[str], answers: Sequence[str], settings: RewardConfig, blind: Sequence[str | None]
+) -> list[Score]:
+    """The scores of completions by their design; all their answers are checked together."""
+    parsed = [find_answer(completion, settings.design) for completion in completions]
+    again = [boxed(text or "") for text in blind] if settings.weights.get("blind") else []
+    found = verdicts([*_pairs(parsed, answers), *_pairs(again, answers if again else [])])
+    right = [verdict.right for verdict in found]
+    again = right[len(parsed) :] or [None] * len(parsed)
+    rows = zip(completions, answers, parsed, right[: len(parsed)], again, strict=True)
+    return [_score(*row, settings) for row in rows]
+
+
+def _pairs(parsed: Sequence[str | None], answers: Sequence[str]) -> list[tuple[str, str]]:
+    return [(given or "", answer) for given, answer in zip(parsed, answers, strict=True)]
+
+
+def _score(
+    completion: str, answer: str, parsed: str | None, right: bool, again: bool | None, settings: RewardConfig
+) -> Score:
+    """The score of a completion whose answer `parsed` is `right`, as is, or isn't, the one given without the image."""
+    asked, accuracy = DESIGNS[settings.design], float(right)
+    components = {tag: sentence_score(content(completion, tag) or "") for tag in TAGS if tag in asked}
+    if settings.design == "continuous":
+        components["answer"] = accuracy or partial_credit(parsed or "", answer)
+    elif settings.design == "no_accuracy":
+        components["answer"] = float(not is_blank(parsed or ""))
+    elif "answer" in asked:
+        components["answer"] = accuracy
+    if again is not None:
+        components["blind"] = float(again)
+    scores = {"accuracy": accuracy, "format": float(has_format(completion, settings.design))} | components
+    reward = sum(weight * scores[name] for name, weight in settings.weights.items() if weight)
+    return Score(reward, accuracy, scores["format"], parsed, components)
 
 
 def check_function(settings: RewardConfig) -> None:
-    """Import `settings.function`, if it is set; raises RewardError where that fails, before anything is trained."""
-    if settings.function:
-        reward_function(settings.function, settings.timeout)
+    """Import the functions of `settings`; raises RewardError where that fails, before anything is trained."""
+    own_rewards(settings)
+
+
+def find_answer(completion: str, design: str) -> str | None:
+    r"""What a completion answers where its design asks for it: in \boxed{} or in <answer>; None without that."""
+    return tagged_answer(completion) if "answer" in DESIGNS[design] else boxed(completion)
 
 
 def content(completion: str, tag: str) -> str | None:
@@ -127,7 +179,8 @@ def has_format(completion: str, design: str) -> bool:
     """Whether a completion has all that the design asks for; VOGUE and Vision-SR1 ask for it in an order."""
     asked = DESIGNS[design]
     if "answer" in asked:
-        return all(content(completion, tag) is not None for tag in asked)
+        found = all(content(completion, tag) is not None for tag in asked)
+        return found and not is_blank(tagged_answer(completion) or "")
     if "blind" not in asked:
         return is_formatted(completion)
     _, _, rest = completion.partition("</description>")
@@ -162,11 +215,11 @@ def partial_credit(parsed: str, answer: str) -> float:
 
     h and m are the distances of the hours on a circle of 12 and of the minutes on one of 60, d is that of the numbers.
     """
-    match plain(normalise(parsed)), plain(normalise(answer)):
-        case (hour, minute), (right_hour, right_minute) if {hour, right_hour} <= set(range(1, 13)):
+    match read(parsed), read(answer):
+        case Time(hour, minute), Time(right_hour, right_minute) if {hour, right_hour} <= set(range(1, 13)):
             h, m = _around(hour - right_hour, 12), _around(minute - right_minute, 60)
             return ((1 - h / 5 if h <= 2 else 0) + (1 - m / 20 if m <= 10 else 0)) / 2
-        case Decimal() as value, Decimal() as expected:
+        case Number(value, unit=None), Number(expected, unit=None):
             d = abs(value - expected)
             return float(1 / (1 + d)) if d <= 5 else 0.0
     return 0.0

@@ -1,11 +1,13 @@
-"""A reward of the user's own, `reward.function: path/to/file.py:name`, in a process of its own.
+"""A reward of the user's own, `path/to/file.py:name` or `package.module:name`, in a process of its own.
 
-    def name(completions: list[str], samples: list[dict]) -> list[float]
+    def name(completions: list[str], samples: list[dict]) -> list[float | dict]
+    def name(completion: str, sample: dict) -> float | dict                          either one may be async
 
-completions  texts as generated, without the end token: a step's of this rank, or some of an evaluation's
+completions  the model's turns, without the end token: a step's of this rank, or some of an evaluation's
 samples      the sample of each: {"problem", "answer", "source", "category", "state"} and its row's further columns;
              images stay behind
-returns      a finite number for each, on any scale: advantages are relative to their group
+returns      a finite number for each, on any scale: advantages are relative to their group; or a dict with such a
+             "reward", and, if wanted, "accuracy" from 0 to 1, "parsed", the answer as text, and components to log
 
 The file is imported once, with its own folder first on the path; what it prints goes to standard error. Another
 process can be ended in the middle of C code, and can't disturb the trainer's threads, signals and GPU. Nothing that
@@ -14,13 +16,17 @@ goes wrong becomes a score: an exception, a time-out, a wrong length or a number
 
 import atexit
 import functools
+import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vogue.rewards.worker import Worker
+from vogue.sections import RewardConfig
 
 COLUMNS = ("problem", "answer", "source", "category", "state")
 LAST_SECONDS = 5.0  # that a worker whose replies have ended has for its exit code
@@ -31,32 +37,51 @@ class RewardError(RuntimeError):
     """A user's reward function that failed; the message names file and function and shows the completion."""
 
 
+@dataclass(frozen=True)
+class Earned:
+    """What a function of the user's own says of a completion.
+
+    judged      "accuracy" and "parsed", if it gives them, in place of the checker's
+    components  whatever else it gives
+    """
+
+    reward: float
+    judged: dict[str, Any]
+    components: dict[str, float]
+
+
 class RewardFunction:
-    """The user's function `path/to/file.py:name`, called in a worker process for at most `seconds` each time.
+    """The user's function of setting `key`, called in a worker process for at most `seconds` each time.
+
+    spec     path/to/file.py:name or package.module:name
+    options  further arguments
 
     Raises RewardError where there is no such file or function, or the file cannot be imported in that time.
     """
 
-    def __init__(self, spec: str, seconds: float):
+    def __init__(self, spec: str, seconds: float, options: dict[str, Any] | None = None, key: str = "reward.function"):
         self.spec = spec
         self.seconds = seconds
+        self.options = options or {}
+        self.name = f"{key}={spec}"
         self._worker: Worker | None = None
         self._start()
         atexit.register(self.close)
 
-    def __call__(self, completions: Sequence[str], samples: Sequence) -> list[float]:
-        """The rewards of completions, each for the Sample at its position.
+    def __call__(self, completions: Sequence[str], samples: Sequence) -> list[Earned]:
+        """What completions earn, each for the Sample at its position.
 
         Raises RewardError where the function raises, takes too long, ends its process, or returns anything else than a
-        finite number for each completion. It is then called on one after the other, to show where it fails.
+        finite number, or a dict with one, for each completion. It is then called on one after the other, to show where
+        it fails.
         """
         if not completions:
             return []
         rows = [{**sample.columns} | {name: getattr(sample, name) for name in COLUMNS} for sample in samples]
         reply = self._call(completions, rows)
         if "failed" in reply:
-            raise RewardError(f"reward.function={self.spec} {self._located(reply, completions, rows)}")
-        return reply["rewards"]
+            raise RewardError(f"{self.name} {self._located(reply, completions, rows)}")
+        return [_earned(values) for values in reply["earned"]]
 
     def close(self) -> None:
         """End the worker; the next call starts another."""
@@ -71,31 +96,34 @@ class RewardFunction:
             if "failed" in alone:
                 reply = alone | {"at": tried}
             tried += 1
-        where = f"{reply['failed']} on completion {{}} of {len(completions)}, answer {{!r}}:\n{{}}"
         if "at" in reply:
             at = int(reply["at"])
-            return where.format(at + 1, rows[at]["answer"], _cut(completions[at]))
+            where = f"on completion {at + 1} of {len(completions)}, answer {rows[at]['answer']!r}"
+            return f"{reply['failed']} {where}:\n{_cut(completions[at])}"
         return (
             f"{reply['failed']} on {len(completions)} completions at once, but on none of the first {tried} alone; "
             f"the first:\n{_cut(completions[0])}"
         )
 
     def _start(self) -> Worker:
-        file, name = self.spec.rsplit(":", 1)
-        path = Path(file).absolute()
-        if not path.is_file():
-            raise RewardError(f"reward.function={self.spec}: there is no file {path}")
-        worker = self._worker = Worker("function_worker.py", str(path), name)
+        target, name = self.spec.rsplit(":", 1)
+        if target.endswith(".py"):
+            target = str(Path(target).absolute())
+            if not Path(target).is_file():
+                raise RewardError(f"{self.name}: there is no file {target}")
+        search = [place or str(Path.cwd()) for place in sys.path]
+        given = (json.dumps(self.options), json.dumps(search))
+        worker = self._worker = Worker("function_worker.py", target, name, *given)
         reply, expired = self._in_time(worker, worker.read)
         if expired or reply is None or "failed" in reply:
             code = self._stop(0.0 if expired else LAST_SECONDS)
             told = f"exit code {code}" if reply is None else reply["failed"]
             told = f"it took longer than reward.timeout={self.seconds:g} s" if expired else told
-            raise RewardError(f"reward.function={self.spec} cannot be imported: {told}")
+            raise RewardError(f"{self.name} cannot be imported: {told}")
         return worker
 
     def _call(self, completions: Sequence[str], rows: list[dict]) -> dict:
-        """Call the function; returns {"rewards": [...]}, or {"failed": "raised …"} and maybe its position "at"."""
+        """Call the function; returns {"earned": [...]}, or {"failed": "raised …"} and maybe its position "at"."""
         worker = self._worker or self._start()
         reply, expired = self._in_time(worker, lambda: worker.ask([list(completions), rows]))
         if reply is not None and not expired:
@@ -122,10 +150,31 @@ class RewardFunction:
         return worker.stop(patience) if worker else 0
 
 
+def own_rewards(settings: RewardConfig) -> dict[str, tuple[RewardFunction, float]]:
+    """The functions of `settings` with their weights, by name; that of `reward.function` has the name "".
+
+    Each is started once in this process. Raises RewardError where one can't be.
+    """
+    if settings.function:
+        return {"": (_started(settings.function, settings.timeout, "{}", "reward.function"), 1.0)}
+    return {
+        name: (
+            _started(own.function, settings.timeout, json.dumps(own.options), f"reward.functions.{name}"),
+            own.weight,
+        )
+        for name, own in settings.functions.items()
+    }
+
+
 @functools.cache
-def reward_function(spec: str, seconds: float) -> RewardFunction:
-    """The one `RewardFunction` of this process for these settings; raises what its constructor raises."""
-    return RewardFunction(spec, seconds)
+def _started(spec: str, seconds: float, options: str, key: str) -> RewardFunction:
+    return RewardFunction(spec, seconds, json.loads(options), key)
+
+
+def _earned(values: dict[str, Any]) -> Earned:
+    judged = {name: values[name] for name in ("accuracy", "parsed") if name in values}
+    components = {name: value for name, value in values.items() if name not in ("reward", *judged)}
+    return Earned(values["reward"], judged, components)
 
 
 def _cut(text: str) -> str:

@@ -31,7 +31,8 @@ class Request:
 class Completion:
     """One sampled completion of a prompt.
 
-    `token_ids` end with the end token if it `finished`; `logprobs` (nats) are of the distribution sampled from.
+    `token_ids` end with an end token if it `finished`; `logprobs` (nats) are of the distribution sampled from. `text`
+    is the model's whole turn: it begins with what the chat template has opened of it.
     """
 
     token_ids: tuple[int, ...]

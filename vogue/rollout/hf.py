@@ -28,6 +28,7 @@ class HfEngine:
         self.model.to(self.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
         self.tokenizer = processor.tokenizer
         self.family = family_of(self.model)
+        self.ends = _end_tokens(self.model, self.tokenizer)
         self._bias = torch.zeros(self.model.config.text_config.vocab_size, device=self.device)
         self._bias[media_token_ids(processor)] = BAN
         self.version = 0
@@ -40,7 +41,7 @@ class HfEngine:
     @torch.no_grad()
     def _generate(self, requests: list[Request], n: int, max_tokens: int, temperature: float) -> list[list[Completion]]:
         uniform = torch.cat([_uniform(request.seed, n, max_tokens) for request in requests]).to(self.device)
-        tokens, logprobs = [], []
+        tokens, logprobs, ends = [], [], torch.tensor(sorted(self.ends), device=self.device)
         finished = torch.zeros(len(uniform), dtype=torch.bool, device=self.device)
         steps = self._logits(requests, n)
         logits = next(steps)
@@ -49,12 +50,13 @@ class HfEngine:
             drawn = _draw(logp, uniform[:, at : at + 1]) if temperature else logp.argmax(-1, keepdim=True)
             tokens.append(drawn)
             logprobs.append(logp.gather(1, drawn))
-            finished |= drawn[:, 0] == self.tokenizer.eos_token_id
+            finished |= torch.isin(drawn[:, 0], ends)
             if finished.all() or at == max_tokens - 1:
                 break
             logits = steps.send(drawn)
         rows = zip(torch.cat(tokens, dim=1).tolist(), torch.cat(logprobs, dim=1).tolist(), strict=True)
-        completions = [self._completion(*row) for row in rows]
+        opened = [request.prompt.opened for request in requests for _ in range(n)]
+        completions = [self._completion(*row, start) for row, start in zip(rows, opened, strict=True)]
         return [completions[start : start + n] for start in range(0, len(completions), n)]
 
     def _logits(self, requests: list[Request], n: int) -> Generator[Tensor, Tensor, None]:
@@ -97,11 +99,11 @@ class HfEngine:
         inputs["pixel_values"] = cat_images([view.pixel_values for view in views])
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
-    def _completion(self, token_ids: list[int], logprobs: list[float]) -> Completion:
-        end = self.tokenizer.eos_token_id
-        finished = end in token_ids
-        length = token_ids.index(end) + 1 if finished else len(token_ids)
-        text = self.tokenizer.decode(token_ids[:length], skip_special_tokens=True)
+    def _completion(self, token_ids: list[int], logprobs: list[float], opened: str) -> Completion:
+        ended = next((place for place, token in enumerate(token_ids) if token in self.ends), None)
+        finished = ended is not None
+        length = ended + 1 if finished else len(token_ids)
+        text = opened + self.tokenizer.decode(token_ids[:length], skip_special_tokens=True)
         return Completion(tuple(token_ids[:length]), tuple(logprobs[:length]), text, finished)
 
     @torch.no_grad()
@@ -111,6 +113,12 @@ class HfEngine:
         for name, tensor in weights:
             parameters[name].copy_(tensor)
         self.version = version
+
+
+def _end_tokens(model, tokenizer) -> frozenset[int]:
+    """The tokens that end a completion: the tokenizer's, and all of the checkpoint's generation_config.json."""
+    known = model.generation_config.eos_token_id
+    return frozenset([tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])]) - {None}
 
 
 def _draw(logp: Tensor, uniform: Tensor) -> Tensor:

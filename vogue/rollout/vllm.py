@@ -105,7 +105,10 @@ class VllmEngine:
             for request, parameters in zip(requests, sampling, strict=True):
                 self.llm.llm_engine.add_request(next(self._request_ids), self._input(request), parameters)
             outputs: list[Any] = self.llm.wait_for_completion(use_tqdm=False)  # vLLM's RequestOutput
-        return [[self._completion(item) for item in output.outputs] for output in outputs]
+        return [
+            [self._completion(item, request.prompt.opened) for item in output.outputs]
+            for request, output in zip(requests, outputs, strict=True)
+        ]
 
     def _input(self, request: Request) -> EngineInput:
         """Make vLLM's input: the prompt with its images' features, as vLLM's own preprocessing would give them.
@@ -127,12 +130,12 @@ class VllmEngine:
         spans = [PlaceholderRange(*span) for span in prompt.image_spans]
         return mm_input(token_ids, features, {"image": digests}, {"image": spans})
 
-    def _completion(self, output: Any) -> Completion:
+    def _completion(self, output: Any, opened: str) -> Completion:
         # vLLM's CompletionOutput. Flat: of each position the sampled token's alone, since no other was asked for.
         token_ids, logprobs = tuple(output.token_ids), output.logprobs
         if logprobs.token_ids != list(token_ids):
             raise RuntimeError("vLLM's log-probabilities are of other tokens than it sampled")
-        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        text = opened + self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return Completion(token_ids, tuple(logprobs.logprobs), text, output.finish_reason == "stop")
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
