@@ -10,7 +10,7 @@ from ranks import environment, launcher
 from safetensors.torch import load_file
 
 from vogue.cli import main
-from vogue.logs import RunLog
+from vogue.run.logs import RunLog
 
 # Fails when the step and rank are those that a file names; which step it is, the file of the metrics says.
 REWARD = """
@@ -167,7 +167,7 @@ def test_logs_that_cannot_be_written_stop_the_run_with_a_checkpoint(settings, tm
                 file.write("x")
         own(self, name, records)
 
-    monkeypatch.setattr("vogue.logs.RunLog._append", full)
+    monkeypatch.setattr("vogue.run.logs.RunLog._append", full)
     assert main(["train", *settings, "trainer.save_every=0"]) == 2
     err = capsys.readouterr().err
     assert f"vogue train: the disk is full: the logs can't be written to {tmp_path}/run" in err

@@ -233,7 +233,7 @@ def test_a_rows_own_system_message_is_used_unless_one_is_set(processor):
 
 
 def test_a_run_is_told_of_test_samples_that_it_trains_on(config, digits_folder, capsys):
-    from vogue.run import load_data
+    from vogue.run.training import load_data
 
     chosen = config("trainer.eval_every=1", f"data.test={digits_folder}/train.parquet", "data.test_limit=5")
     load_data(chosen, Preprocessor.of(chosen))
@@ -241,7 +241,7 @@ def test_a_run_is_told_of_test_samples_that_it_trains_on(config, digits_folder, 
 
 
 def test_a_run_says_that_images_were_not_looked_at_until_they_were(settings, digits_folder, capsys, config):
-    from vogue.run import load_data
+    from vogue.run.training import load_data
 
     chosen = config()
     load_data(chosen, Preprocessor.of(chosen))

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vogue import logs
 from vogue.config import load_config
+from vogue.run import logs
 from vogue.settings import ConfigError
 
 FIXED = "branch.probability=0.5"
@@ -182,7 +182,7 @@ def test_a_run_that_is_killed_while_it_rewrites_a_log_loses_nothing(config):
     script = """
 import os, sys
 from pathlib import Path
-from vogue import logs
+from vogue.run import logs
 from vogue.config import load_config
 Path.rename = lambda *_: os.kill(os.getpid(), 9)  # the moment before the new file takes the old one's place
 logs.prepare(load_config(sys.argv[1], []), 1)

@@ -9,11 +9,11 @@ import torch
 from ranks import environment, launcher
 from safetensors.torch import load_file, save_file
 
-from vogue import memory
 from vogue.cli import main
 from vogue.config import load_config
-from vogue.memory import check_engine, checkpoint_bytes, sequence_bytes
 from vogue.model.files import read_checkpoint
+from vogue.run import memory
+from vogue.run.memory import check_engine, checkpoint_bytes, sequence_bytes
 from vogue.settings import ConfigError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

@@ -12,9 +12,9 @@ from vogue.data import Sample
 from vogue.groups import Trace
 from vogue.inputs import Prompt, View
 from vogue.loader import Item
-from vogue.records import pieces, records
 from vogue.rewards import Score
 from vogue.rollout.engine import Completion
+from vogue.run.records import pieces, records
 
 PIXELS = np.random.default_rng(0)
 KEYS = (

@@ -9,12 +9,12 @@ import pytest
 from ranks import environment
 
 from vogue.cli import main
-from vogue.run_folder import FolderError, check_writable, locked, remove, writing
+from vogue.run.folder import FolderError, check_writable, locked, remove, writing
 from vogue.settings import ConfigError
 
 HOLD = """
 import sys, pathlib
-from vogue.run_folder import locked
+from vogue.run.folder import locked
 with locked(pathlib.Path(sys.argv[1])):
     print(1, flush=True)
     input()
@@ -43,7 +43,7 @@ def test_a_folder_that_cannot_be_made_or_is_none_is_told_at_once(settings, tmp_p
 
 
 def test_a_folder_that_is_read_only_is_told(on_a_disk):
-    done = on_a_disk("size=1m,ro", "-c", "from vogue.run_folder import *; check_writable(Path('disk/run'))")
+    done = on_a_disk("size=1m,ro", "-c", "from vogue.run.folder import *; check_writable(Path('disk/run'))")
     assert "no run can be written there: Read-only file system" in done.stderr
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from vogue.cli import main
-from vogue.stalled import STEPS, Stalled
+from vogue.run.stalled import STEPS, Stalled
 
 NORMAL = {"differing_share": 0.0, "alike_share": 0.0, "finished": 1.0, "accuracy": 0.5, "answered": 1.0}
 NORMAL |= {"format": 1.0, "reward": 0.5}

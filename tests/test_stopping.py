@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_engines import metrics
 
 from vogue.cli import main
-from vogue.stopping import Stop
+from vogue.run.stopping import Stop
 
 # The schedule depends on the number of steps, which differs here.
 CHOSEN = ("trainer.save_every=0", "branch.probability=0.5")
@@ -61,7 +61,7 @@ def test_a_stop_before_the_first_step_leaves_nothing_in_the_way(settings, monkey
 
     chosen = [*settings, "trainer.steps=1", "trainer.eval_every=1", "data.test_limit=2"]
     with monkeypatch.context() as patch:
-        patch.setattr("vogue.run.Stop", Asked)
+        patch.setattr("vogue.run.training.Stop", Asked)
         assert main(["train", *chosen]) == 130
     assert "stopped before the first step; the same command starts anew" in capsys.readouterr().out
     assert main(["train", *chosen]) == 0

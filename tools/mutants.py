@@ -196,7 +196,7 @@ MUTANTS = (
         "tests/data/test_samples.py",
     ),
     Mutant(
-        "vogue/run.py",
+        "vogue/run/training.py",
         "distributed.largest([int(stop.asked)], trainer.device)[0]",
         "stop.asked",
         "tests/test_stopping.py",

@@ -20,9 +20,9 @@ try:
 
     from vogue.arguments import WARMSTART, WARMSTART_DATA, WARMSTART_DIGITS, parse
     from vogue.config import Config, load_config
+    from vogue.run.stopping import STOPPED
     from vogue.sections import RewardConfig
     from vogue.settings import ConfigError
-    from vogue.stopping import STOPPED
 except ImportError as missing:  # only `vogue_kernels` was installed
     sys.exit(f"vogue: {missing.name} isn't installed: pip install 'vogue[cpu]' or 'vogue[gpu]' for training")
 
@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     from vogue.benchmarks import EndpointError
     from vogue.data import DataError
     from vogue.rewards import RewardError
-    from vogue.run_folder import FolderError
-    from vogue.stacks import LostRank
+    from vogue.run.folder import FolderError
+    from vogue.run.stacks import LostRank
 
     try:
         return COMMANDS[arguments.command](arguments)
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 def train(arguments: argparse.Namespace) -> int:
     _quiet()
     config = load_config(*_file_and_overrides(arguments.settings))
-    from vogue.run import check, run
+    from vogue.run.training import check, run
 
     if arguments.check:
         return check(config, arguments.resume)
@@ -151,7 +151,7 @@ def score(arguments: argparse.Namespace) -> int:
 
 def _score_again(arguments: argparse.Namespace) -> int:
     from vogue.rewards.explain import changes
-    from vogue.run_folder import read_rows
+    from vogue.run.folder import read_rows
 
     rows, beside = read_rows(arguments.file), arguments.file.with_name("config.yaml")
     for number, row in enumerate(rows, 1):
@@ -265,7 +265,7 @@ def _inspected(arguments: argparse.Namespace) -> tuple[Config, "Preprocessor | N
     config = load_config(
         arguments.file if is_settings else None, [*([] if has_model else ["model.path=none"]), *overrides]
     )
-    from vogue.chat_template import checked_preprocessor
+    from vogue.run.chat_template import checked_preprocessor
 
     return config, checked_preprocessor(config) if has_model else None
 

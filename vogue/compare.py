@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vogue.estimates import Estimate, interval, pass_at_k, sign_flip
-from vogue.run_folder import PHASES, read_rows
+from vogue.run.folder import PHASES, read_rows
 
 PASS_AT = (1, 4)
 TAIL = 0.2  # share of the steps that training is judged by, the last ones

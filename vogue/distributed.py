@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from vogue.stacks import LostRank
+from vogue.run.stacks import LostRank
 
 TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
 LOST = re.compile(rf"gloo|NCCL|Connection (closed|reset) by peer|Broken pipe|{TIMED_OUT.pattern}", re.IGNORECASE)

@@ -14,7 +14,6 @@ from rich.progress import track
 
 from vogue.benchmarks import Average, Benchmark, Line, Problem, Share
 from vogue.benchmarks.answers import Answered, read_answers
-from vogue.chat_template import checked_preprocessor
 from vogue.config import Config
 from vogue.data import Sample
 from vogue.data.dataset import check_samples, test_samples
@@ -26,6 +25,7 @@ from vogue.rewards import Score, check_function
 from vogue.rewards.groups import score_groups
 from vogue.rollout import create_engine
 from vogue.rollout.engine import Completion, Engine, Request
+from vogue.run.chat_template import checked_preprocessor
 from vogue.seeds import Purpose, seed_for
 
 CHUNK = 64  # problems generated at a time, so that the progress bar moves and their images fit into memory

@@ -28,12 +28,13 @@ from pydantic import Field, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vogue import compare, doctor, logs
+from vogue import compare, doctor
 from vogue.config import Config, load_config
 from vogue.model.checkpoint import checkpoints
-from vogue.run_folder import read_rows
+from vogue.run import logs
+from vogue.run.folder import read_rows
+from vogue.run.stopping import STOPPED
 from vogue.settings import ConfigError, Count, Section, check, read_settings
-from vogue.stopping import STOPPED
 
 OWN = ("seed", "trainer.output_dir")  # settings that the sweep gives each run
 SHARED = (  # else nothing could be paired

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from vogue import distributed
 from vogue.model import checksums
-from vogue.run_folder import FolderError, remove, replace, sync, writing
+from vogue.run.folder import FolderError, remove, replace, sync, writing
 from vogue.settings import ConfigError
 from vogue.state import RunState
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xxhash
 
-from vogue.run_folder import sync
+from vogue.run.folder import sync
 
 Sums = Mapping[str, tuple[int, str]]  # by a file's path in the checkpoint: bytes, xxh3 as hexadecimal
 

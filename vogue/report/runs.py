@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vogue.config import Config, flatten, load_config
-from vogue.run_folder import read_rows
+from vogue.run.folder import read_rows
 from vogue.settings import ConfigError
 
 PER_SEED = ("seed", "trainer.output_dir", "model.path")  # every seed may have a warm start of its own

@@ -6,9 +6,9 @@
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vogue.config import Config
-from vogue.memory import check_engine, check_length
 from vogue.model.files import check_finite, read_checkpoint
 from vogue.rollout.engine import Engine
+from vogue.run.memory import check_engine, check_length
 
 
 def create_engine(config: Config, processor: ProcessorMixin, model: PreTrainedModel | None = None) -> Engine:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vogue import distributed, logs, preflight
+from vogue import distributed
 from vogue.config import Config
 from vogue.data import DataError, Sample, Samples
 from vogue.data.dataset import Checked, check_samples, test_samples, training_samples, was_decoded
@@ -20,13 +20,14 @@ from vogue.evaluate import evaluation_row, headline
 from vogue.groups import Group
 from vogue.inputs import Preprocessor
 from vogue.model import checkpoint
-from vogue.records import records
 from vogue.report import plot_curves
-from vogue.run_folder import FolderError, locked, read_rows, writing
+from vogue.run import logs, preflight
+from vogue.run.folder import FolderError, locked, read_rows, writing
+from vogue.run.records import records
+from vogue.run.stacks import Stacks
+from vogue.run.stalled import Stalled
+from vogue.run.stopping import STOPPED, Stop
 from vogue.settings import ConfigError
-from vogue.stacks import Stacks
-from vogue.stalled import Stalled
-from vogue.stopping import STOPPED, Stop
 from vogue.trainer import FAILURES, Trainer
 
 LOOKED_AT = 10  # samples that tell whether there are images

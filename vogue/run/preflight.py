@@ -13,16 +13,16 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from vogue import logs
-from vogue.chat_template import checked_preprocessor
 from vogue.config import Config
 from vogue.data import DataError
 from vogue.inputs import Preprocessor
-from vogue.memory import check_engine, check_length, checkpoint_bytes, shown, weight_count
 from vogue.model.deepspeed_check import deepspeed_problems
 from vogue.model.files import Checkpoint, read_checkpoint
 from vogue.model.optimizer import own_settings
 from vogue.rewards import RewardError, check_function
+from vogue.run import logs
+from vogue.run.chat_template import checked_preprocessor
+from vogue.run.memory import check_engine, check_length, checkpoint_bytes, shown, weight_count
 from vogue.settings import ConfigError
 
 Result = TypeVar("Result")

@@ -2,7 +2,7 @@
 
 metrics.jsonl       one object a step
 evaluations.jsonl   held-out pass@k as [mean, low, high], after so many steps, and what every problem got
-completions.jsonl   sampled completions token by token, with their reward, branch and advantage (`vogue.records`)
+completions.jsonl   sampled completions token by token, with their reward, branch and advantage (`vogue.run.records`)
 completions/        their images
 tensorboard/        the same metrics as events
 config.yaml         the resolved configuration
@@ -18,8 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vogue.config import Config, dumped, flatten, load_config
 from vogue.evaluate import headline
-from vogue.records import FOLDER
-from vogue.run_folder import check_writable, read_rows, replace
+from vogue.run.folder import check_writable, read_rows, replace
+from vogue.run.records import FOLDER
 from vogue.settings import ConfigError
 
 SHOWN = {"reward": "reward", "accuracy": "acc", "entropy": "H", "u_per": "u_per", "throughput/rollout": "tok/s"}
