@@ -95,7 +95,7 @@ def vogue_trainer(folder: Path, task: Task, *overrides: str):
     config = load_config(None, [*settings, *overrides])
     preprocessor = Preprocessor(load_processor(config.model.path), "", task.prompt)
     data = check_samples(load_samples(config.data.train), preprocessor.lengths)
-    return Trainer(config, data, preprocessor, resume=False)
+    return Trainer(config, data, preprocessor, resume=None)
 
 
 def given_groups(trainer, task: Task) -> list:

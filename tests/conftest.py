@@ -4,7 +4,10 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model folder that is missing must not be looked for elsewhere
 
+import subprocess
+
 import pytest
+import ranks
 import torch
 from hypothesis import settings
 
@@ -117,6 +120,14 @@ def settings(model_folder, digits_folder, tmp_path):
 
 
 @pytest.fixture
+def on_a_disk(tmp_path):
+    """A function: run Python beside a small or read-only `disk`; skips where no file system may be mounted."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    return lambda options, *arguments: ranks.on_a_disk(tmp_path, options, *arguments)
+
+
+@pytest.fixture
 def config(settings):
     """A function: the configuration of a small run, with overrides."""
     return lambda *overrides: load_config(None, [*settings, *overrides])
@@ -133,6 +144,6 @@ def new_trainer(config):
         chosen = config("trainer.deepspeed.zero_optimization.stage=0", *overrides)
         preprocessor = Preprocessor.of(chosen)
         data = check_samples(load_samples(chosen.data.train), preprocessor.lengths)
-        return Trainer(chosen, data, preprocessor, resume=False)
+        return Trainer(chosen, data, preprocessor, resume=None)
 
     return build

@@ -30,3 +30,11 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def on_a_disk(folder, options, *arguments):
+    """Run Python in `folder`, where `disk` is a file system in memory with these options; what it holds is lost."""
+    mounted = 'mount -t tmpfs -o "$0" none disk && exec "$@"'
+    command = ["unshare", "-rm", "sh", "-c", mounted, options, sys.executable, *arguments]
+    (folder / "disk").mkdir(exist_ok=True)
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)

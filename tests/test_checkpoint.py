@@ -1,37 +1,32 @@
-import json
-
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from vogue import distributed
 from vogue.model import checkpoint
-from vogue.model.checkpoint import complete, latest
+from vogue.model.checkpoint import checkpoints, clear, find
 from vogue.settings import ConfigError
 
 
-def write(root, name, step, ranks=1):
-    (root / name).mkdir(parents=True)
-    (root / name / "state.json").write_text(json.dumps({"step": step, "ranks": ranks}))
+def test_checkpoints_are_in_the_order_of_their_steps_without_those_in_the_making(tmp_path):
+    for name in ("step_1000000", "step_000002", "step_000010", ".step_000012.partial", ".step_000001.old", "step_x"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_000002", "step_000010", "step_1000000"]
+    clear(tmp_path)
+    assert not list(tmp_path.glob(".*"))
 
 
-def test_the_newest_whole_checkpoint_is_found_and_a_partial_one_ignored(tmp_path):
-    write(tmp_path, "step_000002", 2)
-    write(tmp_path, "step_000010", 10)
-    write(tmp_path, ".step_000012.partial", 12)  # stopped before it was renamed
-    (tmp_path / "step_000014").mkdir()  # no state: not whole
-    assert [path.name for path in complete(tmp_path)] == ["step_000002", "step_000010"]
-    assert latest(tmp_path, ranks=1) == (tmp_path / "step_000010", 10)
-
-
-def test_nothing_to_resume_is_told_with_the_folder(tmp_path):
-    with pytest.raises(ConfigError, match=f"--resume: there is no checkpoint in {tmp_path}/checkpoints"):
-        latest(tmp_path / "checkpoints", ranks=1)
+def test_no_checkpoint_is_found_where_there_is_none(tmp_path):
+    distributed.start()
+    assert find(tmp_path / "nowhere", "") is None
 
 
 def test_another_number_of_ranks_is_told_with_both_numbers(tmp_path):
-    write(tmp_path, "step_000002", 2, ranks=4)
-    with pytest.raises(ConfigError, match=r"step_000002 was written by 4 ranks, this run has 2"):
-        latest(tmp_path, ranks=2)
+    distributed.start()
+    (tmp_path / "step_000002").mkdir()
+    (tmp_path / "step_000002" / "state.json").write_text('{"step": 2, "ranks": 4, "sums": {}}')
+    with pytest.raises(ConfigError, match=r"step_000002 was written by 4 ranks, this run has 1"):
+        find(tmp_path, "")
 
 
 def test_a_saved_checkpoint_is_a_folder_of_transformers_and_old_ones_go(new_trainer):

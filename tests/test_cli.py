@@ -87,13 +87,16 @@ def test_an_output_folder_that_holds_a_run(fails, settings, tmp_path):
     assert "run holds a run already: pass --resume" in fails("train", *settings)
 
 
-def test_resume_with_nothing_to_resume(fails, settings):
-    assert "--resume: there is no checkpoint in " in fails("train", *settings, "--resume")
+def test_a_checkpoint_that_is_not_there(fails, settings, tmp_path):
+    told = f"--resume=step_000009: there is no such checkpoint in {tmp_path}/run/checkpoints; there are none"
+    assert told in fails("train", *settings, "--resume=step_000009")
 
 
 def test_settings_may_stand_on_both_sides_of_an_option(fails, settings):
-    assert "--resume: there is no checkpoint in " in fails("train", "--resume", *settings)
-    assert "--resume: there is no checkpoint in " in fails("train", settings[0], "--resume", *settings[1:])
+    unknown = "unknown setting nothing;"
+    assert unknown in fails("train", "--resume", *settings, "nothing.like=1")
+    assert unknown in fails("train", settings[0], "--resume", *settings[1:], "nothing.like=1")
+    assert unknown in fails("train", settings[0], "--resume=step_000002", *settings[1:], "nothing.like=1")
 
 
 def test_prompts_that_updates_do_not_divide(fails, settings):
@@ -213,7 +216,7 @@ def test_a_run_leaves_what_it_promises_and_goes_on_as_if_it_had_not_stopped(sett
     assert main(["train", *settings]) == 0
     assert str(run / "curves.png") in capsys.readouterr().out.replace("\n", "")
     files = {"metrics.jsonl", "completions.jsonl", "evaluations.jsonl", "config.yaml", "curves.png"}
-    assert {path.name for path in run.iterdir()} == files | {"tensorboard", "checkpoints", "completions"}
+    assert {path.name for path in run.iterdir()} == files | {*("tensorboard", "checkpoints", "completions", ".lock")}
     shutil.copytree(run, straight)
 
     shutil.rmtree(run / "checkpoints" / "step_000004")  # as if it had stopped before that was whole

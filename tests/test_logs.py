@@ -1,4 +1,8 @@
 import json
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
 
 import pytest
 from rich.console import Console
@@ -8,6 +12,7 @@ from vogue import logs
 from vogue.config import load_config
 from vogue.settings import ConfigError
 
+FIXED = "branch.probability=0.5"
 EVALUATION = {"pass@1": [0.5, 0.4, 0.6], "pass@2": [0.75, 0.7, 0.8], "pass@4": [1.0, 1.0, 1.0]}
 EVALUATION |= {"n": 4, "right": [3, 1], "distinct": [2, 4]}
 
@@ -81,16 +86,109 @@ def test_a_run_that_stopped_before_its_first_step_starts_over(config):
 
 
 def test_a_new_run_refuses_a_folder_that_holds_one(config):
-    logs.check_folder(config(), resume=False)
+    logs.check_folder(config(), resume=None)
     log_steps(config(), 0, 1)
     with pytest.raises(ConfigError, match=r"run holds a run already: pass --resume, or another trainer\.output_dir"):
-        logs.check_folder(config(), resume=False)
+        logs.check_folder(config(), resume=None)
 
 
 def test_a_resumed_run_must_be_the_one_that_stopped(config):
     log_steps(config(), 0, 1)
-    logs.check_folder(config("trainer.steps=9"), resume=True)
+    logs.check_folder(config("trainer.keep=9"), resume=True)
     with pytest.raises(ConfigError) as error:
         logs.check_folder(config("rollout.n=3", "seed=5"), resume=True)
     assert "seed was 0 and is 5" in str(error.value)
     assert "rollout.n was 2 and is 3" in str(error.value)
+
+
+@pytest.mark.parametrize("schedule", [(), ("perturb.anneal_at=0.5", FIXED), ("guidance.sign_transition=[0,1]", FIXED)])
+def test_other_steps_are_another_run_where_a_schedule_ends_with_them(config, schedule):
+    log_steps(config(*schedule), 0, 1)
+    with pytest.raises(ConfigError, match=r"trainer.steps was 4 and is 9 \(the end of .*model.path=the hf folder"):
+        logs.check_folder(config("trainer.steps=9", *schedule), resume=True)
+
+
+def test_other_steps_are_the_same_run_where_no_schedule_ends_with_them(config):
+    log_steps(config(FIXED), 0, 1)
+    logs.check_folder(config("trainer.steps=9", FIXED), resume=True)
+
+
+def test_a_folder_that_was_moved_is_the_same_run(config, tmp_path):
+    log_steps(config(), 0, 1)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    logs.check_folder(config(f"trainer.output_dir={tmp_path}/moved"), resume=True)
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 2, "rew', b"\0\0\0\0", b"\xff\xfe", b"["])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl", "evaluations.jsonl"])
+def test_a_torn_last_line_is_dropped_and_the_next_one_is_whole(config, name, torn):
+    log_steps(config(), 0, 2)
+    with open(config().trainer.output_dir / name, "ab") as file:
+        file.write(torn)
+    logs.check_folder(config(), resume=True)
+    log_steps(config(), 2, 3)
+    assert len(lines(config(), name)) == 3
+
+
+def test_a_last_line_that_only_lacks_its_end_is_kept(config):
+    log_steps(config(), 0, 2)
+    path = config().trainer.output_dir / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-1])
+    log_steps(config(), 2, 3)
+    assert [row["step"] for row in lines(config(), "metrics.jsonl")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("broken", [b'{"step": 0', b"\0\0\0", b"\xff", b"[1]", b"{}", b""])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl", "evaluations.jsonl"])
+def test_any_other_broken_line_is_told_with_file_and_line(config, name, broken):
+    log_steps(config(), 0, 3)
+    path = config().trainer.output_dir / name
+    rows = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([rows[0], broken, *rows[2:]]))
+    with pytest.raises(ConfigError, match=rf"{name}, line 2: "):
+        logs.check_folder(config(), resume=True)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\0" * 300, "model:\n  path: [a", "model: 3", "- a", "seed: x", "word", "model:\n"]
+)
+def test_settings_that_are_damaged_are_told_with_the_way_on(config, text):
+    log_steps(config(), 0, 1)
+    path = config().trainer.output_dir / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"{path} can't be read, .* delete that file"):
+        logs.check_folder(config(), resume=True)
+    path.unlink()
+    logs.check_folder(config(), resume=True)
+
+
+def test_nothing_is_written_again_that_has_not_changed(config):
+    log_steps(config(), 0, 3)
+    folder = config().trainer.output_dir
+    paths = [folder / name for name in ("config.yaml", "metrics.jsonl", "completions.jsonl", "evaluations.jsonl")]
+    with ExitStack() as held:  # else a new file may get an old one's number
+        before = [os.fstat(held.enter_context(open(path)).fileno()).st_ino for path in paths]
+        logs.prepare(config(), 3)
+        assert [path.stat().st_ino for path in paths] == before
+        logs.prepare(config("trainer.keep=7"), 2)  # written beside and renamed: another file each
+        assert not {path.stat().st_ino for path in paths} & set(before)
+    assert not list(folder.glob(".*"))
+
+
+def test_a_run_that_is_killed_while_it_rewrites_a_log_loses_nothing(config):
+    log_steps(config(), 0, 3)
+    folder = config().trainer.output_dir
+    before = {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
+    script = """
+import os, sys
+from pathlib import Path
+from vogue import logs
+from vogue.config import load_config
+Path.rename = lambda *_: os.kill(os.getpid(), 9)  # the moment before the new file takes the old one's place
+logs.prepare(load_config(sys.argv[1], []), 1)
+"""
+    done = subprocess.run([sys.executable, "-c", script, folder / "config.yaml"], check=False)
+    assert done.returncode == -9
+    assert {path.name: path.read_bytes() for path in folder.glob("*.jsonl")} == before
+    log_steps(config(), 1, 2)
+    assert [row["step"] for row in lines(config(), "metrics.jsonl")] == [0, 1]

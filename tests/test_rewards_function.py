@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -235,3 +236,51 @@ def test_a_run_ends_with_the_message_and_no_traceback(settings, tmp_path, capsys
     )
     assert main(["train", *settings, f"reward.function={tmp_path}/nowhere.py:own"]) == 2
     assert "there is no file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("hang", ["import time; time.sleep(600)", "9 ** 9 ** 9 ** 9"])
+def test_a_file_that_hangs_at_import_is_bounded_and_told(tmp_path, hang):
+    (tmp_path / "rewards.py").write_text(hang)
+    began = time.monotonic()
+    with pytest.raises(RewardError, match=r"own cannot be imported: it took longer than reward\.timeout=2 s"):
+        RewardFunction(f"{tmp_path}/rewards.py:own", 2)
+    assert time.monotonic() - began < 30
+
+
+KILLED = """
+import os, sys, threading
+from vogue.rewards.function import RewardFunction
+spec, how = sys.argv[1:]
+own = RewardFunction(spec, 600)
+threading.Timer(1, lambda: os.kill(os.getpid(), 9)).start()
+own(["hang in " + how], [type("Sample", (), dict.fromkeys(("problem", "answer", "source", "category", "state"), ""))])
+"""
+
+
+@pytest.mark.parametrize("how", ["Python", "C"])
+def test_a_worker_that_hangs_dies_with_a_trainer_that_is_killed(tmp_path, how):
+    (tmp_path / "rewards.py").write_text(
+        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        "def own(completions, samples):\n"
+        "    return 9 ** 9 ** 9 ** 9 if completions == ['hang in C'] else time.sleep(600)\n"
+    )
+    script = [sys.executable, "-c", KILLED, f"{tmp_path}/rewards.py:own", how]
+    assert subprocess.run(script, check=False).returncode == -9
+    pid = (tmp_path / "pid").read_text()
+    deadline = time.monotonic() + 10
+    while (
+        state := subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True).stdout[:1]
+    ) not in ("", "Z"):
+        assert time.monotonic() < deadline, state
+        time.sleep(0.1)
+
+
+def test_a_worker_outlives_the_thread_that_started_it(tmp_path):
+    (tmp_path / "rewards.py").write_text("def own(completions, samples):\n    return [1.0] * len(completions)\n")
+    made = []
+    thread = threading.Thread(target=lambda: made.append(Rewards(f"{tmp_path}/rewards.py:own", 30)))
+    thread.start()
+    thread.join()
+    time.sleep(0.2)
+    assert made[0](TEXTS, SAMPLES) == [1.0] * 3
+    made[0].close()

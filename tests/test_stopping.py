@@ -125,3 +125,28 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_from_there(settings, tmp_
         weights = [load_file(path) for path in paths]
         assert len(weights) == 2
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("who", ["the command", "its launcher"])
+def test_ranks_whose_launcher_is_gone_stop_with_a_checkpoint(settings, tmp_path, number, who):
+    if (who, number) == ("its launcher", signal.SIGTERM):
+        pytest.skip("it passes that on")
+    ranks = []
+
+    def tell(process):
+        below = psutil.Process(process.pid).children(recursive=True)
+        ranks.extend(
+            p for p in below if "vogue.train" in p.cmdline() and "deepspeed.launcher.launch" not in p.cmdline()
+        )
+        (launched,) = [p for p in below if "deepspeed.launcher.launch" in p.cmdline()]
+        (process if who == "the command" else launched).send_signal(number)
+
+    folder = tmp_path / "run"
+    _, _, err = told_in_the_middle([*launcher(2), "--module", "vogue.train", *settings], folder, tell)
+    assert len(ranks) == 2
+    assert not psutil.wait_procs(ranks, timeout=60)[1]
+    assert "vogue: the launcher has ended: stopping after this step" in err
+    done = len(metrics(folder))
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{done:06d}"]

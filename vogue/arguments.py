@@ -1,6 +1,7 @@
 """What may be said to the command `vogue`: its commands, their options and their help."""
 
 import argparse
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from vogue.config import Config
 
+RESUME = "--resume"
 HELP_WIDTH = 100  # columns of a setting's description
 WARMSTART = {
     "vision_batches": (60, "batches that teach the model to see"),
@@ -115,7 +117,9 @@ that stopped. Exit code 1: a run failed."""
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Settings may stand on both sides of an option; argparse ends a list of them at the first one."""
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    # Alone it stands for "", not for the setting behind it.
+    given = [f"{RESUME}=" if text == RESUME else text for text in (sys.argv[1:] if argv is None else argv)]
+    arguments, rest = parser.parse_known_args(given)
     if any(text.startswith("-") for text in rest) or (rest and not hasattr(arguments, "settings")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -145,7 +149,14 @@ def _parser() -> argparse.ArgumentParser:
 def _add_train(commands) -> None:
     command = _add(commands, "train", "train a model", epilog=_settings_help())
     _add_config(command)
-    command.add_argument("--resume", action="store_true", help="go on from the last checkpoint of trainer.output_dir")
+    command.add_argument(
+        RESUME,
+        metavar="CHECKPOINT",
+        nargs="?",
+        const="",
+        help="go on from the last checkpoint of trainer.output_dir, or from the one with this name: "
+        "--resume=step_000020; without any checkpoint the run begins anew",
+    )
     command.add_argument(
         "--check",
         action="store_true",

@@ -36,13 +36,18 @@ def main(argv: list[str] | None = None) -> int:
     from vogue.benchmarks import EndpointError
     from vogue.data import DataError
     from vogue.rewards import RewardError
+    from vogue.run_folder import FolderError
+    from vogue.stacks import LostRank
 
     try:
         return COMMANDS[arguments.command](arguments)
-    except RewardError as error:  # of one rank, maybe not the first
+    except LostRank as error:  # of one rank, maybe not the first
         print(f"vogue {arguments.command}: {error}", file=sys.stderr)
         return USAGE_ERROR
-    except (ConfigError, DataError, EndpointError, ImportError, FloatingPointError, KeyboardInterrupt) as error:
+    except (
+        *(ConfigError, DataError, RewardError, EndpointError, FolderError),
+        *(ImportError, FloatingPointError, KeyboardInterrupt),
+    ) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"vogue {arguments.command}: {str(error) or 'interrupted'}", file=sys.stderr)
         return {FloatingPointError: DIVERGED, KeyboardInterrupt: STOPPED}.get(type(error), USAGE_ERROR)
@@ -260,9 +265,9 @@ def _inspected(arguments: argparse.Namespace) -> tuple[Config, "Preprocessor | N
     config = load_config(
         arguments.file if is_settings else None, [*([] if has_model else ["model.path=none"]), *overrides]
     )
-    from vogue.inputs import Preprocessor
+    from vogue.chat_template import checked_preprocessor
 
-    return config, Preprocessor.of(config) if has_model else None
+    return config, checked_preprocessor(config) if has_model else None
 
 
 def digits(arguments: argparse.Namespace) -> int:

@@ -95,6 +95,15 @@ class Config(Section):
             raise ValueError("trainer.eval_every is set, but data.test is not")
         return self
 
+    def uses_steps(self) -> list[str]:
+        """The settings whose schedule ends with `trainer.steps`, so that another number of steps is another run."""
+        schedules = {
+            "branch.probability's schedule": self.branch.probability is None,
+            "perturb.anneal_at": self.perturb.anneal_at is not None and self.perturb.sigma > 0,
+            "guidance.sign_transition": self.guidance.sign_transition is not None and self.guidance.alpha_per > 0,
+        }
+        return [name for name, used in schedules.items() if used]
+
 
 def load_config(path: str | Path | None, overrides: list[str]) -> Config:
     """Read a YAML file (optional), apply `key=value` overrides, check everything.
@@ -107,7 +116,12 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML that `load_config` reads back."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    path.write_text(dumped(config))
+
+
+def dumped(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -1,21 +1,32 @@
-"""The ranks of a run: start, and the few sums and maxima that the trainer takes over them."""
+"""The ranks of a run: start, what all of them agree on, and the few sums that the trainer takes over them."""
 
 import atexit
 import ctypes
 import os
+import re
 import socket
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
+from vogue.stacks import LostRank
+
+TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
+LOST = re.compile(rf"gloo|NCCL|Connection (closed|reset) by peer|Broken pipe|{TIMED_OUT.pattern}", re.IGNORECASE)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
-def start() -> tuple[int, int, torch.device]:
-    """Join the run that the launcher set up, or be the only rank; returns rank, number of ranks and device."""
+def start(seconds: float = 1800.0) -> tuple[int, int, torch.device]:
+    """Join the run that the launcher set up, or be the only rank; returns rank, number of ranks and device.
+
+    A rank waits for the others for at most so many seconds.
+    """
     import deepspeed
 
     if "RANK" not in os.environ:
@@ -36,7 +47,7 @@ def start() -> tuple[int, int, torch.device]:
         # An all-reduce for inference that nothing here uses; DeepSpeed would compile it for minutes first.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     is_first = not dist.is_initialized()
-    deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False, timeout=timedelta(seconds=seconds))
     if is_first and not on_gpu:
         # Else gloo's threads may let go of a tensor when the interpreter is already gone, which aborts the process.
         # Finalizers run at exit, the last made first: after vLLM's, which ends groups of its own.
@@ -78,6 +89,19 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+@contextmanager
+def heeding_losses() -> Iterator[None]:
+    """What the back ends of torch.distributed raise in the block for want of another rank becomes a `LostRank`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        waited = TIMED_OUT.search(str(error)) is not None
+        why = "has hung for trainer.timeout: see stacks_rank*.txt of trainer.output_dir" if waited else "has ended"
+        raise LostRank(f"rank {dist.get_rank()}: another rank {why} ({str(error).splitlines()[0]})") from error
+
+
 def total(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """Sum of each value over the ranks; every rank gives the same keys."""
     names = sorted(values)
@@ -98,3 +122,20 @@ def gather(value) -> list:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def together(*kinds: type[Exception]) -> Iterator[None]:
+    """Where the block raises one of `kinds` on some ranks, all ranks raise it: the first such rank's.
+
+    Every rank calls, and waits for the others at the end of the block, which may have no collective of its own before
+    what can fail. The errors are of one text each.
+    """
+    mine = None
+    try:
+        yield
+    except kinds as error:
+        mine = error
+    failed = [error for error in gather(mine) if error is not None]
+    if failed:
+        raise failed[0] from mine

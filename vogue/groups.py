@@ -212,6 +212,11 @@ def kept_lengths(groups: Iterable[Group]) -> list[int]:
     return [len(completion.token_ids) for group in groups for completion in compress(group.completions, group.kept)]
 
 
+def has_signal(group: Group) -> bool:
+    """Whether the group's completions are worth different things, so that one is learned and another unlearned."""
+    return len(set(group.advantages)) > 1
+
+
 def tally(groups: Iterable[Group], means: Means) -> None:
     """Add the metrics of all groups and completions that were generated."""
     for group in groups:
@@ -219,6 +224,8 @@ def tally(groups: Iterable[Group], means: Means) -> None:
         right = sum(score.accuracy == 1 for score in scores)
         means.add("solved_share", right == len(scores))
         means.add("mixed_share", 0 < right < len(scores))
+        means.add("differing_share", has_signal(group))
+        means.add("alike_share", len({completion.token_ids for completion in group.completions}) == 1)
         means.add("distinct_answers", len({score.parsed for score in scores}))
         means.add("pass_at_n", pass_at_k(len(scores), right, len(scores)))
         completions = zip(scores, group.completions, group.kept, group.sources, group.paid, strict=True)
@@ -228,6 +235,7 @@ def tally(groups: Iterable[Group], means: Means) -> None:
             means.add("format", score.format)
             for name, value in score.components.items():
                 means.add(f"reward/{name}", value)
+            means.add("answered", score.parsed is not None)
             means.add("finished", completion.finished)
             means.add("tokens", len(completion.token_ids))
             if kept:

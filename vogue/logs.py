@@ -9,44 +9,71 @@ config.yaml         the resolved configuration
 """
 
 import json
+import os
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from vogue.config import Config, flatten, load_config, save_config
+from vogue.config import Config, dumped, flatten, load_config
 from vogue.evaluate import headline
 from vogue.records import FOLDER
+from vogue.run_folder import check_writable, read_rows, replace
 from vogue.settings import ConfigError
 
 SHOWN = {"reward": "reward", "accuracy": "acc", "entropy": "H", "u_per": "u_per", "throughput/rollout": "tok/s"}
-
-
+# How far the last row's step is behind the number of steps: steps are counted from 0, evaluations come after a step.
+STEPS_BEHIND = {"metrics.jsonl": 1, "completions.jsonl": 1, "evaluations.jsonl": 0}
 # Settings that leave what a run computes as it is.
-HARMLESS = ("trainer.save_every", "trainer.keep", "trainer.log_completions", "trainer.wandb", "rollout.memory")
-# Settings that a resumed run may change: those, and what is asked for, like more steps.
-RESUMABLE = (
-    *HARMLESS,
-    *("trainer.steps", "trainer.eval_every", "trainer.eval_samples", "data.test", "data.test_limit"),
+HARMLESS = (
+    *("trainer.output_dir", "trainer.save_every", "trainer.keep", "trainer.log_completions", "trainer.wandb"),
+    *("trainer.timeout", "rollout.memory"),
 )
+# Settings that a resumed run may change: those, and what is asked for. So is trainer.steps where no schedule reads it.
+RESUMABLE = (*HARMLESS, "trainer.eval_every", "trainer.eval_samples", "data.test", "data.test_limit")
 
 
 def check_folder(config: Config, resume: bool) -> None:
-    """Raise `ConfigError` where a new run would overwrite another one, or a resumed one be another than it was."""
+    """Raise `ConfigError` where a new run would overwrite another one, or a resumed one be another than it was.
+
+    So it does for a folder that can't be written to, and where the resumed run's logs or settings are damaged.
+    """
     folder = config.trainer.output_dir
+    check_writable(folder)
     if not resume:
-        if (folder / "metrics.jsonl").exists():
+        if (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("step_*")):
             raise ConfigError(f"{folder} holds a run already: pass --resume, or another trainer.output_dir")
-    elif (folder / "config.yaml").exists() and (told := changes(config, RESUMABLE)):
-        raise ConfigError(f"--resume: this would be another run than the one in {folder}: {told}")
+        return
+    for name in STEPS_BEHIND:
+        read_rows(folder / name)
+    if (folder / "config.yaml").exists():
+        scheduled = config.uses_steps()
+        if told := changes(config, RESUMABLE if scheduled else (*RESUMABLE, "trainer.steps")):
+            if "trainer.steps was" in told:
+                told += f" (the end of {' and '.join(scheduled)})"
+            raise ConfigError(
+                f"--resume: this would be another run than the one in {folder}: {told}. Leave that as it was, or begin "
+                "a new run: another trainer.output_dir, and model.path=the hf folder of a checkpoint"
+            )
 
 
 def changes(config: Config, allowed: tuple[str, ...]) -> str:
     """What `config` sets otherwise than the run in its output folder did, `allowed` settings aside; empty for nothing.
 
-    Raises `ConfigError` where there is no run.
+    Raises `ConfigError` where there is no run, or its settings can't be read.
     """
-    before, now = flatten(load_config(config.trainer.output_dir / "config.yaml", [])), flatten(config)
+    path = config.trainer.output_dir / "config.yaml"
+    try:
+        if not path.read_bytes().strip(b"\0 \n"):
+            raise ConfigError("it is empty")
+        before, now = flatten(load_config(path, [])), flatten(config)
+    except (ConfigError, OSError, TypeError) as error:  # of YAML that holds no settings, OmegaConf raises any of them
+        why = " ".join(str(error).removeprefix(f"{path}: ").split())
+        raise ConfigError(
+            f"{path} can't be read, so that nothing says whether this is the same run: {why}. Where you know that it "
+            "is, delete that file"
+        ) from None
     changed = [key for key in now if now[key] != before[key] and key not in allowed]
     return "; ".join(f"{key} was {before[key]} and is {now[key]}" for key in changed)
 
@@ -58,18 +85,20 @@ def prepare(config: Config, step: int) -> None:
     """
     folder = config.trainer.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    for name, last in {
-        "metrics.jsonl": step - 1,
-        "completions.jsonl": step - 1,
-        "evaluations.jsonl": step or -1,
-    }.items():
-        if (folder / name).exists():
-            kept = [line for line in (folder / name).read_text().splitlines() if json.loads(line)["step"] <= last]
-            (folder / name).write_text("".join(line + "\n" for line in kept))
+    for name, behind in STEPS_BEHIND.items():
+        last = step - behind if step else -1  # the evaluation before the first step runs again with it
+        kept = [row for row in read_rows(folder / name) if row["step"] <= last]
+        _rewrite(folder / name, "".join(json.dumps(row) + "\n" for row in kept))
     for image in (folder / FOLDER).glob("step_*.webp"):
         if int(image.name.split("_")[1]) >= step:
             image.unlink()
-    save_config(config, folder / "config.yaml")
+    _rewrite(folder / "config.yaml", dumped(config))
+
+
+def _rewrite(path: Path, text: str) -> None:
+    """Give a file another text where it has another one; there is no file for nothing."""
+    if (path.read_bytes() if path.exists() else b"") != text.encode():
+        replace(path, text)
 
 
 class RunLog:
@@ -108,6 +137,9 @@ class RunLog:
         shown = ", ".join(f"{name} {e}" for name, e in headline(record).items())
         self.progress.console.print(f"after {step} steps: held-out {shown}")
 
+    def warn(self, text: str) -> None:
+        self.progress.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
     def _scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
@@ -117,6 +149,8 @@ class RunLog:
     def _append(self, name: str, records: list[dict]) -> None:
         with open(self.folder / name, "a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that comes after it relies on it
 
 
 def _wandb(config: Config):

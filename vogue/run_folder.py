@@ -1,6 +1,18 @@
-"""How a run's folder is read, and the names of a step's phases in its metrics; nothing slow is imported."""
+"""A run's folder: whether it can be one, whose it is, and how its files are read and replaced.
 
+The names of a step's phases in its metrics are here too. Nothing slow is imported.
+"""
+
+import errno
+import fcntl
 import json
+import os
+import shutil
+import socket
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +20,131 @@ from vogue.settings import ConfigError
 
 PHASES = ("data", "rollout", "reward", "train", "sync")  # of a step, one after the other
 TRAIN_PHASES = ("pack", "old", "forward", "backward", "update")  # within "train"
+LOCK = ".lock"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+LEAST_FREE = 1 << 20  # bytes; a disk with less is full, whatever the library that failed to write says
+
+
+class FolderError(RuntimeError):
+    """A run's folder that can't be written to any more; the message says why, and what was to be written."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, none where there is no file; a last line that is still being written is left out.
+    """The objects of a run's JSONL file, none where there is no file; a torn last line is left out.
 
-    Raises `ConfigError` for a line that is no JSON.
+    Such a line is still being written, or was when the disk was full or the power went. Raises `ConfigError` for any
+    other line that is no object with a step.
     """
     if not path.exists():
         return []
-    *lines, _ = path.read_text().split("\n")
-    records = []
-    for number, line in enumerate(lines, 1):
+    *lines, last = path.read_bytes().split(b"\n")
+    rows = [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    with suppress(ConfigError):
+        rows.append(_row(last, str(path)))
+    return rows
+
+
+def _row(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode())
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ConfigError(f"{place}: expected an object with a step")
+    return row
+
+
+def replace(path: Path, text: str) -> None:
+    """Give the file this text, so that whoever reads it, after a power cut too, finds the old or the new one whole."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        with open(new, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename(path)
+    finally:
+        new.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until what was written to a file, or renamed in a folder, is on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder, which has another name before anything in it is gone: what is left of it can't look whole."""
+    if not folder.exists():
+        return
+    old = folder.with_name(f".{folder.name.removeprefix('.')}.old")
+    if old != folder:
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        sync(folder.parent)
+    shutil.rmtree(old)
+
+
+@contextmanager
+def writing(what: str, folder: Path, *others: type[Exception]) -> Iterator[None]:
+    """The block writes `what` to `folder`; an OSError, or one of `others`, becomes a `FolderError` that says so."""
+    try:
+        yield
+    except (OSError, *others) as error:
+        if is_full(error, folder):
+            raise FolderError(f"the disk is full: {what} can't be written to {folder}") from error
+        raise FolderError(f"{what} can't be written to {folder}: {error}") from error
+
+
+def is_full(error: Exception, folder: Path) -> bool:
+    """Whether the disk is the reason for the error; libraries tell that in words, or not at all."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in FULL
+    return os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(folder).free < LEAST_FREE
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `ConfigError` where no run can write to `folder`; tries it, and leaves nothing behind."""
+    made: list[Path] = []
+    try:
+        for part in reversed([folder, *folder.parents]):
+            if not part.exists():
+                part.mkdir()
+                made.append(part)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(4096))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except (OSError, ValueError) as error:  # ValueError of a name that no file can have
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"trainer.output_dir={folder}: no run can be written there: {why}") from None
+    finally:
+        for part in reversed(made):
+            with suppress(OSError):  # somebody else is in it by now
+                part.rmdir()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder, made where it is missing, belongs to this process in the block.
+
+    Raises `ConfigError` where it belongs to another one, which may be on another machine that shares the disk.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+") as lock:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}, line {number}: {error}") from None
-    return records
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            who = lock.read().strip() or "it has just started"
+            raise ConfigError(f"{folder}: another run works there ({who}); wait for its end, or end it") from None
+        except OSError as error:  # a network's file system may have no locks
+            warnings.warn(f"{folder} can't be locked ({error}): start no second run there", stacklevel=3)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        yield

@@ -246,7 +246,9 @@ class RewardConfig(Section):
         "(DAPO); 0: none",
     )
     timeout: Positive = Field(
-        60.0, description="seconds that a call of a reward function may take; a call is of all completions of a step"
+        60.0,
+        description="seconds that a call of a reward function may take, and importing its file; a call is of all "
+        "completions of a step",
     )
 
     @property
@@ -388,6 +390,11 @@ class TrainerConfig(Section):
         description="every so many steps both branches of every group are computed, to log measured/...; 0: never",
     )
     log_completions: int = Field(8, ge=0, description="completions a step that are written to completions.jsonl")
+    timeout: Positive = Field(
+        1800.0,
+        description="seconds that a rank waits for the others before the run ends; what each was doing is then in "
+        "stacks_rank*.txt of trainer.output_dir",
+    )
     wandb: str | None = Field(None, description="Weights & Biases project to log to; unset: none")
     deepspeed: dict[str, Any] = Field(
         {}, description="DeepSpeed settings, merged into vogue's own (ZeRO-3, or ZeRO-1 for a single rank)"

@@ -3,35 +3,84 @@
 SIGINT (Ctrl-C) and SIGTERM (of a scheduler, a launcher, `vogue sweep`) are wishes that wait for the end of the step or
 the evaluation. All ranks stop at the same one, whichever of them was told. A second SIGINT ends a rank where it is. Who
 sends SIGTERM may have less patience: DeepSpeed's launcher, which sends it after Ctrl-C too, kills a rank 30 s later.
+
+DeepSpeed's command passes no signal on, and neither it nor the launcher that it starts can when it is killed. Ranks
+that have lost either of them stop as if they had been told.
 """
 
 import os
 import signal
+from itertools import takewhile
+from pathlib import PurePath
+
+import psutil
 
 STOPPED = 128 + signal.SIGINT  # exit code
 TOLD = b"\nvogue: stopping after this step or evaluation; Ctrl-C again stops at once\n"
+ORPHANED = b"\nvogue: the launcher has ended: stopping after this step or evaluation\n"
+LAUNCHERS = ("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch")  # in their command lines
 
 
 class Stop:
     """Takes note of SIGINT and SIGTERM while its block runs, in the main thread; what is ignored stays so."""
 
     def __init__(self):
-        self.asked = self._interrupted = False
+        self._asked = self._interrupted = False
+        self._launched_by = _launchers()
+
+    @property
+    def asked(self) -> bool:
+        """Whether the run is to stop: by a signal, by the end of its launcher, or since it was set."""
+        if not self._asked and _launchers() != self._launched_by:
+            self._ask_once(ORPHANED)
+        return self._asked
+
+    @asked.setter
+    def asked(self, value: bool) -> None:
+        self._asked = value
 
     def __enter__(self) -> "Stop":
         heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._ask) for number in heeded}
+        self._before = {number: signal.signal(number, self._heed) for number in heeded}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, _) -> None:
+    def _heed(self, number: int, _) -> None:
         if number == signal.SIGINT:
             if self._interrupted:
                 raise KeyboardInterrupt
             self._interrupted = True
-        if not self.asked and os.environ.get("RANK", "0") == "0":
-            os.write(2, TOLD)  # a stream may be in the middle of a write of its own
-        self.asked = True
+        self._ask_once(TOLD)
+
+    def _ask_once(self, message: bytes) -> None:
+        if not self._asked and os.environ.get("RANK", "0") == "0":
+            _tell(message)
+        self._asked = True
+
+
+def _tell(message: bytes) -> None:
+    try:
+        os.write(2, message)  # a stream may be in the middle of a write of its own
+    except OSError:  # who read it has ended
+        return
+
+
+def _launchers() -> list[psutil.Process]:
+    """DeepSpeed's launcher of this process and the command that started that, as far as they are alive.
+
+    A process whose parent has ended has another one, also where nobody has waited for the parent.
+    """
+    try:
+        return list(takewhile(_is_launcher, psutil.Process().parents()))
+    except psutil.NoSuchProcess:  # it ends right now
+        return []
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    try:
+        return any(PurePath(part).name in LAUNCHERS for part in process.cmdline())
+    except psutil.Error:
+        return False

@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vogue import compare, doctor, logs
 from vogue.config import Config, load_config
-from vogue.model.checkpoint import complete
+from vogue.model.checkpoint import checkpoints
 from vogue.run_folder import read_rows
 from vogue.settings import ConfigError, Count, Section, check, read_settings
 from vogue.stopping import STOPPED
@@ -100,7 +100,7 @@ class Run:
 
     @property
     def resumable(self) -> bool:
-        return bool(complete(self.folder / "checkpoints"))
+        return bool(checkpoints(self.folder / "checkpoints"))
 
 
 def load_sweep(path: str, jobs: int | None = None) -> Sweep:

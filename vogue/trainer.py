@@ -57,13 +57,14 @@ from vogue.model.optimizer import start_deepspeed
 from vogue.model.packing import Batch, Place, collate, pack, spread
 from vogue.model.policy import Policy
 from vogue.objective import objective, uncertainties
-from vogue.rewards import verifier
+from vogue.rewards import RewardError, verifier
 from vogue.rewards.groups import score_groups
 from vogue.rollout import create_engine
 from vogue.rollout.engine import media_token_ids
 from vogue.state import RunState
 from vogue_kernels import GuidanceConfig
 
+FAILURES = (DataError, RewardError)  # that end a run between two steps, with a checkpoint
 DATA = "data"  # the run's state under this name: the fingerprint of what it is trained on
 MOST_SKIPPED = 3  # updates in a row whose gradient isn't finite
 
@@ -76,12 +77,13 @@ class StepResult(NamedTuple):
 class Trainer:
     """What lives through a run: policy, DeepSpeed's engine, rollout engine, data and state. `step` is the next one."""
 
-    def __init__(self, config: Config, data: Checked, preprocessor: Preprocessor, resume: bool):
+    def __init__(self, config: Config, data: Checked, preprocessor: Preprocessor, resume: str | None):
+        """`resume`: the checkpoint to go on from, by its name, the newest one for ""; None for a new run."""
         self.config = config
-        self.rank, self.ranks, self.device = distributed.start()
+        self.rank, self.ranks, self.device = distributed.start(config.trainer.timeout)
         self.state = RunState()
         self.loader = Loader(config, data, preprocessor, self.state, self.rank, self.ranks)
-        found = checkpoint.latest(self.checkpoints, self.ranks) if resume else None
+        found = None if resume is None else checkpoint.find(self.checkpoints, resume)
         self.preprocessor = preprocessor
         self.processor = preprocessor.processor
         self.policy = Policy(
@@ -112,9 +114,16 @@ class Trainer:
         return self.config.trainer.output_dir / "checkpoints"
 
     def run_step(self) -> StepResult:
-        """One pass of the algorithm."""
-        clock, means = Clock(), Means()
-        groups = self.roll_out(means, clock)  # x' = T(x), z, o_1..o_G, r, A
+        """One pass of the algorithm.
+
+        Raises, on all ranks, what one rank's data or reward raises. The trainer is then as it was before the step.
+        """
+        clock, means, settled = Clock(), Means(), self.state.settled
+        try:
+            groups = self.roll_out(means, clock)  # x' = T(x), z, o_1..o_G, r, A
+        except FAILURES:
+            self.state.settled = settled
+            raise
         with clock("train"):
             traces = self.update(groups, means, clock)  # u_out, u_per, A^, the clipped surrogate
         groups = [
@@ -146,13 +155,14 @@ class Trainer:
         rollout = self.config.rollout
         groups: list[Group] = []
         for number in range(rollout.rounds):
-            with clock("data"):
-                items = self.loader.items(self.step, number) if number else self.loader.load_ahead(self.step)
-                means.add("broken_share", sum(item.skipped for item in items), len(items))
-            with clock("rollout"):
-                generated = generate(self.engine, self.config, items, self.step)
-            with clock("reward"):
-                groups += self.judge(generated)
+            with distributed.together(*FAILURES):
+                with clock("data"):
+                    items = self.loader.items(self.step, number) if number else self.loader.load_ahead(self.step)
+                    means.add("broken_share", sum(item.skipped for item in items), len(items))
+                with clock("rollout"):
+                    generated = generate(self.engine, self.config, items, self.step)
+                with clock("reward"):
+                    groups += self.judge(generated)
             if rollout.rounds == 1:
                 return groups
             found = {k: v for part in distributed.gather(found_mixed(groups)) for k, v in part.items()}
@@ -263,10 +273,11 @@ class Trainer:
         size = -(-len(samples) // self.ranks)
         numbers = range(len(samples))[self.rank * size : (self.rank + 1) * size]
         mine: list[Judged] = []
-        for start in range(0, len(numbers), CHUNK):
-            chunk = numbers[start : start + CHUNK]
-            part = [samples[i] for i in chunk]
-            mine += judge(self.engine, self.preprocessor, self.config, part, chunk[0])
+        with distributed.together(*FAILURES):
+            for start in range(0, len(numbers), CHUNK):
+                chunk = numbers[start : start + CHUNK]
+                part = [samples[i] for i in chunk]
+                mine += judge(self.engine, self.preprocessor, self.config, part, chunk[0])
         return [judged for part in distributed.gather(mine) for judged in part]
 
     def save(self) -> None:

@@ -1,7 +1,7 @@
 """Published benchmarks with their own schemas, prompts, scoring and tables: `vogue eval --benchmark NAME`."""
 
 from vogue.benchmarks.algopuzzlevqa import ALGOPUZZLEVQA
-from vogue.benchmarks.benchmark import Benchmark, Line, Problem, Share
+from vogue.benchmarks.benchmark import Average, Benchmark, Line, Problem, Share
 from vogue.benchmarks.chartqa import CHARTQA
 from vogue.benchmarks.extractor import Extractor
 from vogue.benchmarks.hallusionbench import HALLUSIONBENCH
@@ -21,4 +21,4 @@ BENCHMARKS = {
     "algopuzzlevqa": ALGOPUZZLEVQA,
 }
 
-__all__ = ["BENCHMARKS", "Benchmark", "EndpointError", "Extractor", "Line", "Problem", "Share"]
+__all__ = ["BENCHMARKS", "Average", "Benchmark", "EndpointError", "Extractor", "Line", "Problem", "Share"]

@@ -3,29 +3,46 @@
     output_dir/checkpoints/step_000020/hf          config, tokenizer, image processor, model.safetensors
     output_dir/checkpoints/step_000020/deepspeed   optimizer and master weights of every rank
     output_dir/checkpoints/step_000020/run/0.pt    the run's state of rank 0, of each rank one
-    output_dir/checkpoints/step_000020/state.json  step and number of ranks
+    output_dir/checkpoints/step_000020/state.json  step, number of ranks, size and checksum of every file
 
-A checkpoint is written beside its place and renamed when it is whole, so that a stop in the middle leaves the one
-before it. Everything random in a run (order of data, perturbation, branch draws, sampling) is a function of the seed
-and the step, so no generator's state needs saving; `vogue.state` holds what isn't.
+A checkpoint is written beside its place, and renamed when all of it is on the disk, so that a stop in the middle leaves
+the one before it. An old one is renamed before it is deleted. Everything random in a run (order of data,
+perturbation, branch draws, sampling) is a function of the seed and the step, so no generator's state needs saving;
+`vogue.state` holds what isn't.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vogue import distributed
+from vogue.model import checksums
+from vogue.run_folder import FolderError, remove, replace, sync, writing
 from vogue.settings import ConfigError
 from vogue.state import RunState
 
 STATE = "state.json"
-RUN = "run"
+HF, DEEPSPEED, RUN = "hf", "deepspeed", "run"
+UNFINISHED = (".step_*.partial", ".step_*.old")
+
+
+class State(NamedTuple):
+    """What state.json says."""
+
+    step: int
+    ranks: int
+    sums: checksums.Sums
 
 
 def gathered_weights(model: torch.nn.Module, byte_budget: int = 256 << 20) -> Iterator[tuple[str, Tensor]]:
@@ -51,63 +68,177 @@ def _gather(chunk: list[tuple[str, torch.nn.Parameter]]) -> Iterator[tuple[str, 
             yield name, parameter.detach()
 
 
-def save_hf(model: PreTrainedModel, processor, folder: Path) -> None:
-    """Write a folder that `from_pretrained` and vLLM load; every rank calls, rank 0 writes."""
-    state = {}
-    for name, tensor in gathered_weights(model):
-        if dist.get_rank() == 0:
-            state[name] = tensor.to("cpu", copy=True)
-    if dist.get_rank() == 0:
-        model.save_pretrained(folder, state_dict=state)
-        processor.save_pretrained(folder)
-    dist.barrier()
+def save(engine, model: PreTrainedModel, processor, state: RunState, root: Path, step: int, keep: int) -> Path:
+    """Save everything after `step` steps under `root`, and delete all but the newest `keep` checkpoints.
 
-
-def save(engine, model, processor, state: RunState, root: Path, step: int, keep: int) -> Path:
-    """Save everything after `step` steps under `root`, and delete all but the newest `keep` checkpoints."""
+    Raises `FolderError` on every rank where one of them can't write its part; nothing of it is left then.
+    """
     final = root / f"step_{step:06d}"
     partial = root / f".{final.name}.partial"
-    if dist.get_rank() == 0:
-        for unfinished in root.glob(".step_*.partial"):
-            shutil.rmtree(unfinished)
-        (partial / RUN).mkdir(parents=True)
-    dist.barrier()
-    state.save(partial / RUN / f"{dist.get_rank()}.pt")
-    save_hf(model, processor, partial / "hf")
-    engine.save_checkpoint(str(partial / "deepspeed"), tag="state")
-    dist.barrier()
-    if dist.get_rank() == 0:
-        (partial / STATE).write_text(json.dumps({"step": step, "ranks": dist.get_world_size()}))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in complete(root)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+    try:
+        _write(engine, model, processor, state, partial, step)
+        with _together(root, step):
+            if dist.get_rank() == 0:
+                remove(final)
+                partial.rename(final)
+                sync(root)
+                for old in checkpoints(root)[:-keep]:
+                    remove(old)
+    except FolderError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return final
 
 
-def complete(root: Path) -> list[Path]:
-    """Whole checkpoints under `root`, oldest first."""
-    return sorted(path.parent for path in root.glob(f"step_*/{STATE}"))
+def _write(engine, model: PreTrainedModel, processor, state: RunState, partial: Path, step: int) -> None:
+    """Write the whole checkpoint to `partial`; raises `FolderError` on every rank where one of them can't."""
+    root, rank = partial.parent, dist.get_rank()
+    with _together(root, step):
+        if rank == 0:
+            clear(root)
+            (partial / RUN).mkdir(parents=True)
+    with _together(root, step):
+        state.save(partial / RUN / f"{rank}.pt")
+    weights = _weights(model)
+    with _together(root, step):
+        if rank == 0:
+            model.save_pretrained(partial / HF, state_dict=weights)
+            processor.save_pretrained(partial / HF)
+    with _together(root, step), _failing_late(engine):
+        engine.save_checkpoint(str(partial / DEEPSPEED), tag="state", save_latest=False)
+    with _together(root, step):
+        sums = checksums.written(partial, rank)
+    sums = {name: entry for part in distributed.gather(sums) for name, entry in part.items()}
+    with _together(root, step):
+        if rank == 0:
+            replace(partial / STATE, json.dumps(State(step, dist.get_world_size(), sums)._asdict()))
+            for folder, _, _ in os.walk(partial, topdown=False):
+                sync(Path(folder))
 
 
-def latest(root: Path, ranks: int) -> tuple[Path, int]:
-    """The newest checkpoint and its step; raises `ConfigError` where there is none for so many ranks."""
-    found = complete(root)
+@contextmanager
+def _together(root: Path, step: int) -> Iterator[None]:
+    """All ranks write in the block; where one can't, all raise its `FolderError` at its end."""
+    what = f"the checkpoint after {step} steps"
+    with distributed.together(FolderError), writing(what, root, RuntimeError, SafetensorError):
+        yield
+
+
+@contextmanager
+def _failing_late(engine) -> Iterator[None]:
+    """What DeepSpeed's engine can't write fails at the end of the block: the other ranks wait for this one within."""
+    failed: list[Exception] = []
+
+    def noting(write):
+        def noted(*arguments, **named):
+            try:
+                return write(*arguments, **named)
+            except (OSError, RuntimeError) as error:
+                failed.append(error)
+
+        return noted
+
+    writers = ((engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script"))
+    for owner, name in writers:
+        setattr(owner, name, noting(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        for owner, name in writers:
+            delattr(owner, name)
+    if failed:
+        raise failed[0]
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every parameter whole, on the first rank's CPU; every rank calls."""
+    weights = {}
+    for name, tensor in gathered_weights(model):
+        if dist.get_rank() == 0:
+            weights[name] = tensor.to("cpu", copy=True)
+    return weights
+
+
+def clear(root: Path) -> None:
+    """Delete what saving and deleting left behind where they were stopped in the middle."""
+    for pattern in UNFINISHED:
+        for path in root.glob(pattern):
+            shutil.rmtree(path)
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The checkpoints under `root` by their step, whole or damaged."""
+    found = (path for path in root.glob("step_*") if path.name.removeprefix("step_").isdecimal())
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def forget_after(root: Path, step: int) -> None:
+    """Delete the checkpoints after `step`, whose steps run again."""
+    for path in checkpoints(root):
+        if _step(path) > step:
+            remove(path)
+
+
+def find(root: Path, wanted: str) -> tuple[Path, int] | None:
+    """The checkpoint with the `wanted` name, the newest one for "", and its step; None where there is none at all.
+
+    All ranks call, and share the checking of its files. Raises `ConfigError` for one that isn't there, was written by
+    another number of ranks, or is damaged, with the way on.
+    """
+    found = {path.name: path for path in checkpoints(root)}
+    if wanted and wanted not in found:
+        there = f"there are: {', '.join(found)}" if found else "there are none"
+        raise ConfigError(f"--resume={wanted}: there is no such checkpoint in {root}; {there}")
     if not found:
-        raise ConfigError(f"--resume: there is no checkpoint in {root}")
-    state = json.loads((found[-1] / STATE).read_text())
-    if state["ranks"] != ranks:
+        return None
+    folder = found[wanted or [*found][-1]]
+    damage = _damage(folder, (RUN, DEEPSPEED))
+    if damage:
+        raise ConfigError(f"--resume: {folder} is damaged: {'; '.join(damage)}. {_way_on(folder, [*found.values()])}")
+    state = _state(folder)
+    if state.ranks != dist.get_world_size():
         raise ConfigError(
-            f"--resume: {found[-1]} was written by {state['ranks']} ranks, this run has {ranks}; ZeRO-3's shards fit "
-            "the number of ranks they were written by"
+            f"--resume: {folder} was written by {state.ranks} ranks, this run has {dist.get_world_size()}; ZeRO-3's "
+            "shards fit the number of ranks they were written by"
         )
-    return found[-1], state["step"]
+    return folder, state.step
+
+
+def _damage(folder: Path, parts: tuple[str, ...]) -> list[str]:
+    """What is wrong with these folders of a checkpoint; all ranks share the work and know the result."""
+    try:
+        state = _state(folder)
+    except (OSError, ValueError, TypeError, KeyError):
+        return [f"{STATE} is missing, empty or cut"]
+    sums = {name: entry for name, entry in state.sums.items() if name.split("/")[0] in parts}
+    mine = checksums.damage(folder, sums, dist.get_rank(), dist.get_world_size())
+    return sorted(text for part in distributed.gather(mine) for text in part)
+
+
+def _state(folder: Path) -> State:
+    values = json.loads((folder / STATE).read_text())
+    return State(values["step"], values["ranks"], {name: tuple(entry) for name, entry in values["sums"].items()})
+
+
+def _way_on(damaged: Path, found: list[Path]) -> str:
+    """What can be done without a damaged checkpoint: the newest whole one before it, or its weights in a new run."""
+    before = [path for path in reversed(found) if _step(path) < _step(damaged)]
+    whole = next((path for path in before if not _damage(path, (RUN, DEEPSPEED))), None)
+    ways = [f"--resume={whole.name} goes on from the whole one before it"] if whole else []
+    weights = next((path for path in (damaged, *before) if not _damage(path, (HF,))), None)
+    if weights:
+        ways.append(f"model.path={weights / HF} with another trainer.output_dir begins a new run from its weights")
+    return "; ".join(ways) or "There is no whole one before it"
 
 
 def load(engine, state: RunState, checkpoint: Path) -> None:
     """Put weights, optimizer, its schedule and the run's state back."""
     state.load(checkpoint / RUN / f"{dist.get_rank()}.pt")
-    path, _ = engine.load_checkpoint(str(checkpoint / "deepspeed"), tag="state")
+    path, _ = engine.load_checkpoint(str(checkpoint / DEEPSPEED), tag="state")
     if path is None:
         raise ConfigError(f"--resume: DeepSpeed found nothing to load in {checkpoint}")

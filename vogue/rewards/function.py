@@ -20,7 +20,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class RewardFunction:
     spec     path/to/file.py:name or package.module:name
     options  further arguments
 
-    Raises RewardError where there is no such file or function, or the file cannot be imported.
+    Raises RewardError where there is no such file or function, or the file cannot be imported in that time.
     """
 
     def __init__(self, spec: str, seconds: float, options: dict[str, Any] | None = None, key: str = "reward.function"):
@@ -114,30 +114,36 @@ class RewardFunction:
         search = [place or str(Path.cwd()) for place in sys.path]
         given = (json.dumps(self.options), json.dumps(search))
         worker = self._worker = Worker("function_worker.py", target, name, *given)
-        reply = worker.read()
-        if reply is None or "failed" in reply:
-            code = self._stop(LAST_SECONDS)
+        reply, expired = self._in_time(worker, worker.read)
+        if expired or reply is None or "failed" in reply:
+            code = self._stop(0.0 if expired else LAST_SECONDS)
             told = f"exit code {code}" if reply is None else reply["failed"]
+            told = f"it took longer than reward.timeout={self.seconds:g} s" if expired else told
             raise RewardError(f"{self.name} cannot be imported: {told}")
         return worker
 
     def _call(self, completions: Sequence[str], rows: list[dict]) -> dict:
         """Call the function; returns {"earned": [...]}, or {"failed": "raised …"} and maybe its position "at"."""
         worker = self._worker or self._start()
+        reply, expired = self._in_time(worker, lambda: worker.ask([list(completions), rows]))
+        if reply is not None and not expired:
+            return reply
+        if expired:
+            self._stop()
+            return {"failed": f"took longer than reward.timeout={self.seconds:g} s"}
+        return {"failed": f"ended its process (exit code {self._stop(LAST_SECONDS)})"}
+
+    def _in_time(self, worker: Worker, reply: Callable[[], Any]) -> tuple[Any, bool]:
+        """The worker's reply, and whether it was killed because `seconds` were over."""
         expired = threading.Event()
         timer = threading.Timer(self.seconds, lambda: (expired.set(), worker.kill()))
         timer.start()
         try:
-            reply = worker.ask([list(completions), rows])
+            replied = reply()
         finally:  # after Ctrl-C, too: the process would wait for the timer
             timer.cancel()
             timer.join()
-        if reply is not None and not expired.is_set():
-            return reply
-        if expired.is_set():
-            self._stop()
-            return {"failed": f"took longer than reward.timeout={self.seconds:g} s"}
-        return {"failed": f"ended its process (exit code {self._stop(LAST_SECONDS)})"}
+        return replied, expired.is_set()
 
     def _stop(self, patience: float = 0.0) -> int:
         worker, self._worker = self._worker, None

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 
@@ -13,12 +14,18 @@ class Worker:
     """A process of a script of this folder, which answers each line of JSON on its input with a line on its output.
 
     Not multiprocessing: spawning imports the trainer's main module again, forking copies its threads and GPU. The
-    process leads a session: Ctrl-C is for the trainer to handle, and what the process starts can be ended with it.
+    process leads a session: Ctrl-C is for the trainer to handle, and what the process starts can be ended with it. On
+    Linux it dies with the trainer, whatever it is doing.
     """
 
     def __init__(self, script: str, *arguments: str):
+        here = Path(__file__).parent
+        command = [str(here / script), *arguments]
+        # It would die with the thread that starts it: another one than the main thread may end before the trainer.
+        if sys.platform == "linux" and threading.current_thread() is threading.main_thread():
+            command = [str(here / "mortal.py"), str(os.getpid()), *command]
         self._process = subprocess.Popen(
-            [sys.executable, "-u", Path(__file__).with_name(script), *arguments],  # -u: what it prints is seen at once
+            [sys.executable, "-u", *command],  # -u: what it prints is seen at once
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
