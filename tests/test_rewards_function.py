@@ -278,7 +278,7 @@ def test_a_worker_that_hangs_dies_with_a_trainer_that_is_killed(tmp_path, how):
 def test_a_worker_outlives_the_thread_that_started_it(tmp_path):
     (tmp_path / "rewards.py").write_text("def own(completions, samples):\n    return [1.0] * len(completions)\n")
     made = []
-    thread = threading.Thread(target=lambda: made.append(RewardFunction(f"{tmp_path}/rewards.py:own", 30)))
+    thread = threading.Thread(target=lambda: made.append(Rewards(f"{tmp_path}/rewards.py:own", 30)))
     thread.start()
     thread.join()
     time.sleep(0.2)

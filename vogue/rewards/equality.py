@@ -32,8 +32,6 @@ class Verifier:
     seconds      that a worker may take for the slow questions of one call
     failures     number of questions without an answer in time or memory since `take_failures`, all judged unequal
 
-    A question whose worker was killed from outside is asked once more.
-
     Safe to use from several threads, which then wait for each other.
     """
 
