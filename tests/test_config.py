@@ -24,7 +24,7 @@ def load(*overrides, path=None):
         ("trainer.steps=0", "trainer.steps=0: input should be greater than or equal to 1"),
         ("trainer.steps=many", "trainer.steps='many': input should be a valid integer"),
         ("trainer.steps=1.5", "trainer.steps=1.5: input should be a valid integer"),
-        ("trainer.steps=", "trainer.steps=None: input should be a valid integer"),
+        ("trainer.steps=", "trainer.steps='': input should be a valid integer"),
         ("rollout.n=1", "rollout.n=1: input should be greater than or equal to 2"),
         ("rollout.temperature=0", "rollout.temperature=0: input should be greater than 0"),
         ("rollout.engine=sglang", "rollout.engine='sglang': input should be 'vllm' or 'hf'"),
@@ -36,7 +36,7 @@ def load(*overrides, path=None):
         ("optimizer.lr=-1e-6", "optimizer.lr=-1e-06: input should be greater than 0"),
         ("optimizer.betas=[0.9,2]", "optimizer.betas.1=2: input should be less than or equal to 1"),
         ("model=7b", "model='7b': input should be a valid dictionary"),
-        ("model.path=", "model.path=None: input should be a valid string"),
+        ("model.path=", "model.path='': string should have at least 1 character"),
         (
             "method=ppo",
             "method='ppo': input should be 'vogue', 'grpo', 'dapo', 'noisy_rollout', 'entropy', 'passk' or 'dupl'",

@@ -130,6 +130,7 @@ def with_nan(folder, name, index):
         ({"model__norm__weight": None}, f"the checkpoint lacks {NORM}"),
         ({"model__extra__lora_A": torch.ones(3)}, "has no place for: model.language_model.extra.lora_A"),
         ({"model__norm__weight": torch.full((64,), float("inf"))}, f"NaN or infinity in {NORM}"),
+        ({"lm_head__weight": torch.ones(320, 64)}, "lm_head.weight differs from it: set tie_word_embeddings=false"),
     ],
 )
 def test_a_checkpoint_that_is_not_the_models_is_refused_with_the_weights_name(change, told, stage, new_model, tmp_path):

@@ -180,7 +180,7 @@ def test_a_fixed_branch_probability_replaces_the_schedule_and_nothing_else(new_t
     share = sum(item.draws[0] for item in half) / 16
     assert 0.2 < share < 0.8
     for a, b in zip(scheduled, half, strict=True):
-        assert a.prompt.sample is b.prompt.sample
+        assert a.prompt.sample == b.prompt.sample
         assert "noisy" not in b.views or torch.equal(a.views["noisy"].pixel_values, b.views["noisy"].pixel_values)
     trainer.step = 4  # of 4: the schedule has ended
     assert not any(any(item.draws) for item in trainer.loader.items(trainer.step))

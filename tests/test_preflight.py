@@ -190,7 +190,7 @@ def test_a_chat_template_is_tried_out(told, folder):
     template = file.read_text()
     file.write_text(REFUSES + template)
     assert told().startswith("its chat template refuses a system message (no system role): set data.system_prompt=''")
-    assert told("data.system_prompt=''") == ""
+    assert told("data.system_prompt=''") == told("data.system_prompt=") == ""
     file.write_text(DROPS)
     assert told().startswith("its chat template leaves the system prompt out: set data.system_prompt=''")
     file.write_text(template.replace("<|image_pad|>", ""))

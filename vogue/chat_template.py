@@ -17,7 +17,7 @@ NEEDED = (  # of each, one
     ("tokenizer.json", "vocab.json", "tokenizer.model"),
     ("preprocessor_config.json", "processor_config.json"),
 )
-NONE = "set data.system_prompt='' (in a shell \"data.system_prompt=''\")"
+NONE = "set data.system_prompt=''"
 ASKED = Sample("<image>Which?", "1", (b"",))  # of which the text alone is looked at
 
 

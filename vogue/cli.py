@@ -226,9 +226,9 @@ def _inspected(arguments: argparse.Namespace) -> tuple[Config, "Preprocessor | N
     config = load_config(
         arguments.file if is_settings else None, [*([] if has_model else ["model.path=none"]), *overrides]
     )
-    from vogue.inputs import Preprocessor
+    from vogue.chat_template import checked_preprocessor
 
-    return config, Preprocessor.of(config) if has_model else None
+    return config, checked_preprocessor(config) if has_model else None
 
 
 def digits(arguments: argparse.Namespace) -> int:

@@ -5,13 +5,14 @@ A benchmark (`vogue.benchmarks`) has its own data, scoring and table; its comple
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 from rich.console import Console
 from rich.progress import track
 
-from vogue.benchmarks import Benchmark, Line, Problem, Share
+from vogue.benchmarks import Average, Benchmark, Line, Problem, Share
 from vogue.benchmarks.answers import Answered, read_answers
 from vogue.chat_template import checked_preprocessor
 from vogue.config import Config
@@ -149,7 +150,12 @@ def benchmark_table(
     return [(line.name, *_estimates(line, pass_at)) for line in lines]
 
 
-def _estimates(line: Line | Share, pass_at: Sequence[int]) -> tuple[int, list[Estimate]]:
+def _estimates(line: Line | Share | Average, pass_at: Sequence[int]) -> tuple[int, list[Estimate]]:
+    if isinstance(line, Average):
+        counts, found = zip(*(_estimates(part, pass_at) for part in line.lines), strict=True)
+        return counts[0], [
+            Estimate(*map(mean, zip(*map(astuple, column), strict=True))) for column in zip(*found, strict=True)
+        ]
     if isinstance(line, Share):
         return len(line.parts), [estimate(*zip(*line.parts, strict=True))]
     n = len(line.attempts[0])

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from vogue import distributed, logs, preflight
 from vogue.config import Config
-from vogue.data import Sample, Samples
+from vogue.data import DataError, Sample, Samples
 from vogue.data.dataset import Checked, check_samples, test_samples, training_samples, was_decoded
 from vogue.evaluate import evaluation_row, headline
 from vogue.groups import Group
@@ -209,8 +209,9 @@ def load_data(config: Config, preprocessor: Preprocessor) -> tuple[Checked, Sequ
 
     Each rank looks at its share of them. Raises DataError that names all that can't be used.
     """
-    samples = training_samples(config.data)
-    rank, ranks, _ = distributed.start()
+    rank, ranks, _ = distributed.start(config.trainer.timeout)
+    with distributed.together(ConfigError, DataError):
+        samples = training_samples(config.data)
     console = Console(quiet=rank > 0)
     settings = config.data
     with console.status(f"looking at {len(samples)} samples"):
@@ -219,7 +220,9 @@ def load_data(config: Config, preprocessor: Preprocessor) -> tuple[Checked, Sequ
         console.print("images of data.train are decoded as they are met; `vogue data check` finds broken ones before")
     if not (config.trainer.eval_every and settings.test):
         return data, []
-    held_out = _checked(test_samples(config.data), config, preprocessor, rank, ranks, console)
+    with distributed.together(ConfigError, DataError):
+        held_out = test_samples(config.data)
+    held_out = _checked(held_out, config, preprocessor, rank, ranks, console)
     both = len(set(data.digests) & set(held_out.digests))
     if both:
         console.print(f"warning: {both} of {len(held_out.samples)} samples of data.test are in data.train too")

@@ -30,7 +30,7 @@ def read_settings(path: str | Path | None, overrides: list[str]) -> dict[str, An
     """A YAML file's settings (optional) under `key=value` overrides, unchecked; raises `ConfigError`."""
     try:
         # Nothing behind the = is text, too: OmegaConf would take it for null, and so for unset.
-        given = OmegaConf.from_dotlist([text + "''" if text.endswith("=") else text for text in overrides])
+        given = OmegaConf.from_dotlist([text + "''" if text.find("=") == len(text) - 1 else text for text in overrides])
         parts = [_read_file(path, given)] if path else []
         values: Any = OmegaConf.to_container(OmegaConf.merge(*parts, given), resolve=True)
     except ConfigError:

@@ -5,6 +5,7 @@ The rows are made up; their columns, keys and codes are the benchmarks'.
 
 import io
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -190,6 +191,33 @@ def test_mathvista_takes_the_nearest_choice_for_what_is_no_letter(mathvista):
     assert scores("mathvista", choice, *completions) == [True, True, True, False, False, False]
 
 
+def test_a_letter_is_of_the_choice_that_mathvistas_query_lists_by_it(tmp_path):
+    query = "Hint: a letter.\nQuestion: How much is it?\nChoices:\n(A) quarter\n(B) half"
+    row = mathvista_row("1", "half", "text", choices=["half", "quarter"]) | {"query": query}
+    (problem,) = BENCHMARKS["mathvista"].load(write(tmp_path, "testmini.json", {"1": row}, row["image"]))
+    assert scores("mathvista", problem, "\\boxed{A}", "\\boxed{B}", "\\boxed{half}") == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"precision": None}, "'precision' of a float must be a whole number, but is None"),
+        ({"precision": float("nan")}, "'precision' of a float must be a whole number, but is nan"),
+        ({"precision": "two"}, "'precision' of a float must be a whole number, but is 'two'"),
+        ({"question_type": "multi_choice"}, "'answer' '1.2' is none of 'choices', None"),
+        ({"question_type": "multi_choice", "choices": ["1", "2"]}, "'answer' '1.2' is none of 'choices', ['1', '2']"),
+        (
+            {"question_type": "multi_choice", "choices": ["1.2", "2"], "query": "Which?\n(A) 1.2\n(B) 3"},
+            "'query' lists ['1.2', '3'], but 'choices' are ['1.2', '2']",
+        ),
+    ],
+)
+def test_a_mathvista_row_that_no_answer_can_be_scored_by_is_told_before_any_is_generated(change, told, tmp_path):
+    row = mathvista_row("1", "1.2", "float", precision=1) | change
+    with pytest.raises(DataError, match=re.escape(f"testmini.json, row 0: {told}.")):
+        BENCHMARKS["mathvista"].load(write(tmp_path, "testmini.json", {"1": row}, row["image"]))
+
+
 def test_the_edit_distance_counts_changed_letters():
     assert edit_distance("kitten", "sitting") == 3
     assert edit_distance("", "abc") == edit_distance("abc", "") == 3
@@ -335,6 +363,7 @@ def test_hallusionbench_counts_questions_pairs_and_figures(hallusion):
         "aAcc": (6, round(5 / 6, 4)),
         "qAcc": (3, round(2 / 3, 4)),  # VD 0: both right; VD 1: one wrong; VS 0: both right
         "fAcc": (3, round(2 / 3, 4)),  # VD 0; not VD 1; VS 1; the question without a figure has none
+        "mean": (6, round((5 / 6 + 2 / 3 + 2 / 3) / 3, 4)),
         "aAcc VD": (4, 0.75),
         "aAcc VS": (2, 1.0),
         "aAcc easy": (4, 1.0),  # what isn't an edited figure

@@ -1,7 +1,7 @@
 """Published benchmarks with their own schemas, prompts, scoring and tables: `vogue eval --benchmark NAME`."""
 
 from vogue.benchmarks.algopuzzlevqa import ALGOPUZZLEVQA
-from vogue.benchmarks.benchmark import Benchmark, Line, Problem, Share
+from vogue.benchmarks.benchmark import Average, Benchmark, Line, Problem, Share
 from vogue.benchmarks.chartqa import CHARTQA
 from vogue.benchmarks.endpoint import Extractor, ExtractorError
 from vogue.benchmarks.hallusionbench import HALLUSIONBENCH
@@ -20,4 +20,4 @@ BENCHMARKS = {
     "algopuzzlevqa": ALGOPUZZLEVQA,
 }
 
-__all__ = ["BENCHMARKS", "Benchmark", "Extractor", "ExtractorError", "Line", "Problem", "Share"]
+__all__ = ["BENCHMARKS", "Average", "Benchmark", "Extractor", "ExtractorError", "Line", "Problem", "Share"]

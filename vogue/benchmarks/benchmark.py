@@ -37,6 +37,14 @@ class Share:
     parts: list[tuple[float, float]]
 
 
+@dataclass(frozen=True)
+class Average:
+    """A line that is the mean of others. So is its interval, which is the widest: as if all of them erred together."""
+
+    name: str
+    lines: list[Line]
+
+
 Right = list[tuple[bool, ...]]  # of each problem, which of its n attempts are right
 
 
@@ -48,7 +56,8 @@ class Benchmark:
     files     the names, or patterns, of its data files where `data.test` is a folder
     columns   that every row must have
     images    columns for the image, of which the first that holds something is taken
-    prompt    the question as the policy is asked it, behind the system prompt of `reward.design`
+    prompt    the question as the policy is asked it, behind the system prompt of `reward.design`; raises ValueError
+              for a row that no answer could be scored by
     answer    the right answer as text
     form      what an answer looks like, and so how it is found in a completion
     is_right  whether an answer in that form is right
@@ -63,7 +72,7 @@ class Benchmark:
     answer: Callable[[dict], str]
     form: Callable[[dict], Form]
     is_right: Callable[[str, dict], bool]
-    table: Callable[[Sequence[Problem], Right], Sequence[Line | Share]]
+    table: Callable[[Sequence[Problem], Right], Sequence[Line | Share | Average]]
 
     def load(self, spec: str | None, limit: int | None = None) -> list[Problem]:
         """The first `limit` problems of `spec`: folder or file in the benchmark's own schema, or hub:owner/name@split.
@@ -84,7 +93,11 @@ class Benchmark:
             images = (_image(cells[0], row.folder),) if cells else ()
         except ImageError as error:
             raise DataError(f"{place}: {error}.") from error
-        return Problem(Sample(self.prompt(values), self.answer(values), images, place=place), values)
+        try:
+            prompt, answer = self.prompt(values), self.answer(values)
+        except ValueError as error:
+            raise DataError(f"{place}: {error}.") from None
+        return Problem(Sample(prompt, answer, images, place=place), values)
 
     def _rows(self, spec: str) -> Iterator[Row]:
         path = Path(spec)

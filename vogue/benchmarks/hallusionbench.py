@@ -3,6 +3,7 @@
     aAcc  questions that are answered rightly
     qAcc  question pairs: one question about several figures, or with and without one, all answered rightly
     fAcc  figures of which all questions are answered rightly
+    mean  of the three, which leaderboards show
 
 easy: the original figure, or none; hard: an edited one. VD: no answer without a figure; VS: a figure adds to it. To a
 VS question without a figure "uncertain" is right too. The benchmark lets GPT-4 compare an answer with the reference;
@@ -13,7 +14,7 @@ repository's HallusionBench.json has all questions.
 
 from collections.abc import Sequence
 
-from vogue.benchmarks.benchmark import Benchmark, Line, Problem, Right, by_group, together
+from vogue.benchmarks.benchmark import Average, Benchmark, Line, Problem, Right, by_group, together
 from vogue.benchmarks.extract import YES_OR_NO
 
 
@@ -37,12 +38,16 @@ def _groups(problem: Problem) -> tuple[str, str]:
     return "hard" if str(problem.row["visual_input"]) == "2" else "easy", problem.row["category"]
 
 
-def _table(problems: Sequence[Problem], right: Right) -> list[Line]:
+def _table(problems: Sequence[Problem], right: Right) -> list[Line | Average]:
     everything, *groups = by_group(problems, right, _groups)
-    return [
+    figures = [
         Line("aAcc", everything.attempts),
         together("qAcc", problems, right, lambda row: _key(row, "question_id")),
         together("fAcc", problems, right, lambda row: None if _is_blind(row) else _key(row, "figure_id")),
+    ]
+    return [
+        *figures,
+        Average("mean", [line for line in figures if line.attempts]),
         *(Line(f"aAcc {line.name}", line.attempts) for line in groups),
     ]
 

@@ -9,8 +9,10 @@ there, once an answer is found:
     list           the answer, as text, equals the right answer
 
 An answer that isn't found is wrong (the benchmark's --ignore_empty_extractions), not the choice nearest to no text.
+A letter is of the choice that the policy was shown by it: the query's own order counts, not that of `choices`.
 """
 
+import re
 from collections.abc import Sequence
 
 from vogue.benchmarks.benchmark import Benchmark, Line, Problem, Right, by_group, letter_choices
@@ -18,6 +20,7 @@ from vogue.benchmarks.extract import LIST, NUMERIC, Form, options, plain
 
 
 def _prompt(row: dict) -> str:
+    _check(row)
     if row.get("query"):
         return row["query"]
     unit = f" (Unit: {row['unit']})" if row["unit"] else ""
@@ -25,9 +28,29 @@ def _prompt(row: dict) -> str:
     return "\n".join([row["question"] + unit, *choices, f"Answer with {_form(row).wanted}."])
 
 
+def _check(row: dict) -> None:
+    """Raise ValueError for a row that no answer to it could be scored by."""
+    if row["question_type"] == "multi_choice":
+        choices = row["choices"]
+        if not isinstance(choices, Sequence) or row["answer"] not in choices:
+            raise ValueError(f"'answer' {row['answer']!r} is none of 'choices', {choices!r}")
+        if sorted(_choices(row).values()) != sorted(choices):
+            raise ValueError(f"'query' lists {list(_choices(row).values())}, but 'choices' are {choices!r}")
+    elif row["answer_type"] == "float":
+        precision = row["precision"]
+        if not isinstance(precision, int | float) or not float(precision).is_integer():
+            raise ValueError(f"'precision' of a float must be a whole number, but is {precision!r}")
+
+
+def _choices(row: dict) -> dict[str, str]:
+    """The choices by letter, as the query lists them; where it lists none, in the row's order."""
+    listed = re.findall(r"^\(([A-Z])\) (.*)$", row.get("query") or "", re.MULTILINE)
+    return {letter: choice.strip() for letter, choice in listed} or letter_choices(row["choices"])
+
+
 def _form(row: dict) -> Form:
     if row["question_type"] == "multi_choice":
-        choice = options(letter_choices(row["choices"]))
+        choice = options(_choices(row))
         return Form(choice.wanted, lambda statement: choice.read(statement) or plain(statement), choice.search)
     if row["answer_type"] == "list":
         return LIST
@@ -37,7 +60,7 @@ def _form(row: dict) -> Form:
 
 def _is_right(answer: str, row: dict) -> bool:
     if row["question_type"] == "multi_choice":
-        choices = letter_choices(row["choices"])
+        choices = _choices(row)
         chosen = choices.get(answer) or min(row["choices"], key=lambda choice: edit_distance(answer, choice))
         return chosen == row["answer"]
     if row["answer_type"] == "list":

@@ -30,6 +30,9 @@ FETCHED = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]  # of a mod
 LFS = b"version https://git-lfs"
 SHOWN = 3  # names of a list that a message says in full
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+TIED_BUT_DIFFERENT = (
+    f"config.json ties the head to the embedding, but {HEAD} differs from it: set tie_word_embeddings=false"
+)
 
 
 @dataclass(frozen=True)
@@ -233,6 +236,4 @@ def _check_tied(model: PreTrainedModel, files: tuple[Path, ...]) -> None:
     if set(found) == {HEAD}:  # transformers would take it for the embedding, vLLM wouldn't
         raise ConfigError(f"the checkpoint lacks {EMBEDDING}, though it has {HEAD}")
     if len(found) == 2 and not torch.equal(found[HEAD], found[EMBEDDING]):
-        raise ConfigError(
-            f"config.json ties the head to the embedding, but {HEAD} differs from it: set tie_word_embeddings=false"
-        )
+        raise ConfigError(TIED_BUT_DIFFERENT)

@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from vogue import distributed
 from vogue.config import Config
-from vogue.model.files import is_finite, listed, misfit
+from vogue.model.files import TIED_BUT_DIFFERENT, is_finite, listed, misfit
 from vogue.model.optimizer import deepspeed_settings
 from vogue.settings import ConfigError
 
@@ -43,7 +43,9 @@ def load_model(config: Config, device: torch.device) -> PreTrainedModel:
         output_loading_info=True,
     )
     loaded, info = found
-    if told := misfit(info, loaded.config):
+    is_tied = loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    told = misfit(info, loaded.config) or (TIED_BUT_DIFFERENT if loaded.config.tie_word_embeddings > is_tied else "")
+    if told:
         raise ConfigError(f"model.path={model.path}: {told}")
     settings = deepspeed_settings(config)
     if settings["zero_optimization"]["stage"] == 3:
