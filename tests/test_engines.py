@@ -210,7 +210,7 @@ def test_nothing_is_generated_for_no_prompts(trainer, engine):
 @pytest.fixture(scope="module")
 def mixed_data(digits_folder, tmp_path_factory):
     """Digits, and problems without an image between them: often one rank has images and the other none."""
-    samples = load_samples(digits_folder / "train.parquet")
+    samples = list(load_samples(digits_folder / "train.parquet"))
     for i in range(0, len(samples), 3):
         samples[i] = Sample(f"What is {i} + 1?", str(i + 1), ())
     path = tmp_path_factory.mktemp("mixed") / "train.parquet"
