@@ -75,6 +75,12 @@ def test_the_file_is_imported_once_beside_its_neighbours_and_may_print_and_use_n
     assert printed.err.split() == ["loud", "seen", "seen"]
 
 
+def test_all_columns_of_a_row_reach_the_function(function):
+    own = function("return [sample['level'] + sample['box'][1] for sample in samples]")
+    samples = [Sample("Where?", "there", (), columns={"level": n, "box": [0, n / 4], "answer": "no"}) for n in (1, 2)]
+    assert own(["a", "b"], samples) == [1.25, 2.5]
+
+
 def test_an_exception_is_told_with_its_line_and_the_completion_it_came_from(function):
     own = function("return [float(text.removeprefix('\\\\boxed{').removesuffix('}')) for text in completions]")
     message = told(own)

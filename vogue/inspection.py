@@ -1,13 +1,14 @@
 """What `vogue data check` and `vogue data show` find out about a data set before a run does."""
 
 import base64
-import html
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment
+from markupsafe import Markup
+from markupsafe import escape as escape_html
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
@@ -148,14 +149,13 @@ def print_shown(shown: Shown, special: Sequence[str], console: Console) -> None:
 def write_page(shown: Sequence[Shown], title: str, special: Sequence[str], path: Path) -> None:
     """Write one page with the samples and their images, which needs nothing else."""
 
-    def marked(text: str) -> str:
-        text = html.escape(MARKS.sub(r"\1", text))
-        for token in map(html.escape, special):
-            text = text.replace(token, f"<mark>{token}</mark>")
+    def marked(text: str) -> Markup:
+        text = escape_html(MARKS.sub(r"\1", text))
+        for token in map(escape_html, special):
+            text = text.replace(token, Markup("<mark>{}</mark>").format(token))
         return text
 
-    environment = Environment(autoescape=True)
-    template = environment.from_string(PAGE.replace("marked(shown.text)", "marked(shown.text) | safe"))
+    template = Environment(autoescape=True).from_string(PAGE)
     path.write_text(template.render(samples=shown, title=title, marked=marked), encoding="utf-8")
 
 
