@@ -153,7 +153,7 @@ def _score_again(arguments: argparse.Namespace) -> int:
     from vogue.rewards.explain import changes
     from vogue.run.folder import read_rows
 
-    rows, beside = read_rows(arguments.file), arguments.file.with_name("config.yaml")
+    rows, beside = read_rows(arguments.file, steps=False), arguments.file.with_name("config.yaml")
     for number, row in enumerate(rows, 1):
         for name in ("completion", "answer", "accuracy"):
             if name not in row:

@@ -29,28 +29,28 @@ class FolderError(RuntimeError):
     """A run's folder that can't be written to any more; the message says why, and what was to be written."""
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a run's JSONL file, none where there is no file; a torn last line is left out.
+def read_rows(path: Path, *, steps: bool = True) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, each of a step as a run writes them, none where there is no file; a torn last line is left out.
 
     Such a line is still being written, or was when the disk was full or the power went. Raises `ConfigError` for any
-    other line that is no object with a step.
+    other line that is no object, or has no step where `steps` are expected.
     """
     if not path.exists():
         return []
     *lines, last = path.read_bytes().split(b"\n")
-    rows = [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    rows = [_row(line, f"{path}, line {number}", steps) for number, line in enumerate(lines, 1)]
     with suppress(ConfigError):
-        rows.append(_row(last, str(path)))
+        rows.append(_row(last, str(path), steps))
     return rows
 
 
-def _row(line: bytes, place: str) -> dict[str, Any]:
+def _row(line: bytes, place: str, steps: bool) -> dict[str, Any]:
     try:
         row = json.loads(line.decode())
     except ValueError as error:
         raise ConfigError(f"{place}: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise ConfigError(f"{place}: expected an object with a step")
+    if not isinstance(row, dict) or (steps and not isinstance(row.get("step"), int)):
+        raise ConfigError(f"{place}: expected an object{' with a step' if steps else ''}")
     return row
 
 
