@@ -30,7 +30,7 @@ class FolderError(RuntimeError):
 
 
 def read_rows(path: Path, *, steps: bool = True) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, each of a step as a run writes them, none where there is no file; a torn last line is left out.
+    """The objects of a JSONL file, of a step each as a run writes them; a torn last line is left out, and no file has none.
 
     Such a line is still being written, or was when the disk was full or the power went. Raises `ConfigError` for any
     other line that is no object, or has no step where `steps` are expected.
