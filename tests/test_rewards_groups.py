@@ -68,13 +68,12 @@ def test_without_a_description_that_can_be_read_nothing_is_asked(engine, config,
         "<think>a</think>\\boxed{3}",
         "<description> </description>\\boxed{3}",
         f"<description>{'word ' * 500}</description>",  # longer than data.max_prompt_tokens
-        "<description>See <|image_pad|>.</description>",
     ]
-    asked = [*unreadable, DESCRIBED]
+    asked = [*unreadable, DESCRIBED, "<description>See <|image_pad|>.</description>"]  # a special token's text is text
     answers = blind_answers(engine, preprocessor, config(*DESIGN), asked, samples[:1] * 5, range(5), 1.0)
-    assert answers[:4] == [None] * 4
-    assert answers[4] is not None
-    assert len(engine.asked) == 1
+    assert answers[:3] == [None] * 3
+    assert None not in answers[3:]
+    assert len(engine.asked) == 2
     assert blind_answers(engine, preprocessor, config(*DESIGN), asked[:1], samples[:1], [0], 1.0) == [None]
 
 

@@ -68,7 +68,7 @@ def blind_answers(
             shown = with_view(replace(sample, state=description), "text")
             try:
                 prompt = blindfolded.prompt(shown, nothing)
-            except DataError:  # the sample is known to be good: its description is too long, or spells special tokens
+            except DataError:  # the sample is known to be good: its description is too long
                 continue
             requests[number] = Request(prompt, nothing, seed)
     outputs = engine.generate([*requests.values()], 1, config.rollout.max_tokens, temperature) if requests else []

@@ -30,7 +30,7 @@ class FolderError(RuntimeError):
 
 
 def read_rows(path: Path, *, steps: bool = True) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, of a step each as a run writes them; a torn last line is left out, and no file has none.
+    """The objects of a JSONL file, of a step each as a run writes them; none of no file, and without a torn last line.
 
     Such a line is still being written, or was when the disk was full or the power went. Raises `ConfigError` for any
     other line that is no object, or has no step where `steps` are expected.
