@@ -1,6 +1,6 @@
 """How long a step's completions take to be scored, by the kind of their answers.
 
-    python bench/rewards.py
+    python bench/scoring.py
 
 2,560 completions of about 1,000 tokens, 8 of each of 320 problems; no two of them give the same answer in the same
 words, so that nothing is saved by asking once. Hostile ones are no numbers that a computer can hold.
