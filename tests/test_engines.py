@@ -46,6 +46,9 @@ def base_settings(model_folder, data, folder):
     ]
 
 
+KEPT = []  # vLLM ends all process groups, other trainers' too, when an engine of it is collected
+
+
 @pytest.fixture(scope="module")
 def trainer(model_folder, digits_folder, tmp_path_factory):
     """A trainer with vLLM, sampling at another temperature than 1."""
@@ -55,9 +58,9 @@ def trainer(model_folder, digits_folder, tmp_path_factory):
     config = load_config(None, [*settings, "rollout.engine=vllm", "rollout.temperature=0.7", stage, long])
     # Longer than a block of vLLM's prefix cache (128 tokens on a CPU), which so holds something.
     preprocessor = Preprocessor(load_processor(config.model.path), "Think. " * 60, 512)
-    return Trainer(
-        config, check_samples(load_samples(config.data.train), preprocessor.lengths), preprocessor, resume=None
-    )
+    data = check_samples(load_samples(config.data.train), preprocessor.lengths)
+    KEPT.append(Trainer(config, data, preprocessor, resume=None))
+    return KEPT[-1]
 
 
 @pytest.fixture(params=["vllm", "hf"])
