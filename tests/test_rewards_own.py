@@ -211,6 +211,7 @@ def test_a_run_trains_resumes_evaluates_and_chooses_groups_by_its_own_accuracy(s
         "rollout.n=4",
         "trainer.eval_every=2",
         "trainer.log_completions=100",
+        "branch.probability=0.5",  # its schedule would end with trainer.steps, which might not change then
     ]
     run = tmp_path / "run"
     assert main(["train", *settings, *own, "trainer.steps=2"]) == 0
