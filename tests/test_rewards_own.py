@@ -6,12 +6,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from vogue.boxed import boxed
 from vogue.cli import main
 from vogue.config import load_config
 from vogue.data import Sample
 from vogue.rewards import RewardError, Score, score_batch
 from vogue.rewards.library import box, choice, iou, judge, point, text
-from vogue.rewards.verifiable import boxed, is_formatted
+from vogue.rewards.verifiable import is_formatted
 from vogue.sections import RewardConfig
 from vogue.settings import ConfigError
 

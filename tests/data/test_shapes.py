@@ -104,6 +104,19 @@ def test_ms_swift(read):
     assert of_assistant.answer == "\\frac{1}{2}"
 
 
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("3", "3"),
+        ("So \\boxed{1}, no, \\boxed{\\left\\{2, 3\\right.}", "\\left\\{2, 3\\right."),
+        ("\\boxed{4} and \\boxed{5", "4"),
+        ("<answer>6</answer> or <answer>\\boxed{7}</answer>", "7"),
+    ],
+)
+def test_a_worked_solution_answers_with_its_last_finished_box(read, solution, answer):
+    assert read({"problem": "a", "solution": solution, "images": []})[0].answer == answer
+
+
 @pytest.mark.parametrize("image", ["red.png", ["red.png"]])
 def test_llava(read, image):
     turns = [{"from": "human", "value": "<image>\nHow many?"}, {"from": "gpt", "value": "3"}]

@@ -4,12 +4,14 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple, overload
 
 from vogue.data.rows import DataError, Rows, open_rows
 from vogue.data.samples import Sample
 from vogue.data.shapes import Reader, Shape, shape_of
+from vogue.sections import DataConfig
 from vogue.settings import ConfigError
 
 CHUNK = 256  # samples whose prompts are tokenized together
@@ -94,14 +96,14 @@ def load_samples(
     return Samples(source, Reader(shape or Shape(), source.columns, source[rows[0]], spec), rows, spec)
 
 
-def training_samples(settings: Any) -> Samples:
+def training_samples(settings: DataConfig) -> Samples:
     """The samples of `data.train`; `settings` are those under `data`. Raises ConfigError where it isn't set."""
     if settings.train is None:
         raise ConfigError("data.train is not set: the samples to train on")
     return load_samples(settings.train, settings.limit, shape_of(settings), settings.skip)
 
 
-def test_samples(settings: Any) -> Samples:
+def test_samples(settings: DataConfig) -> Samples:
     """The samples of `data.test`; raises ConfigError where it isn't set."""
     if settings.test is None:
         raise ConfigError("data.test is not set: the samples to evaluate on")
@@ -173,8 +175,9 @@ def fingerprint_of(digests: Iterable[bytes]) -> str:
 
 def remember_decoded(fingerprint: str) -> None:
     """Note, for this user on this machine, that all images of a data set were decoded."""
-    DECODED.mkdir(parents=True, exist_ok=True)
-    (DECODED / fingerprint).touch()
+    with suppress(OSError):  # a home that can't be written to costs a hint at the start of a run
+        DECODED.mkdir(parents=True, exist_ok=True)
+        (DECODED / fingerprint).touch()
 
 
 def was_decoded(fingerprint: str) -> bool:

@@ -9,7 +9,6 @@ import binascii
 import hashlib
 import io
 import re
-import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -116,11 +115,6 @@ def identity(found: Reference | str) -> str:
     if isinstance(found, Image.Image):
         return hashlib.blake2b(found.tobytes(), digest_size=16).hexdigest()
     return "/".join(Path(found).parts[-2:]) if isinstance(found, str | Path) else name_of(found)
-
-
-def is_visible(text: str) -> bool:
-    """Whether there is more in a text than spaces, control characters and such of no width."""
-    return any(unicodedata.category(character)[0] not in "CZ" for character in text)
 
 
 def short(value) -> str:

@@ -15,6 +15,7 @@ That is EasyR1's schema; how others are read stands in `vogue.data.shapes`.
 import hashlib
 import os
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,7 @@ class Sample:
     def __post_init__(self):
         for name in ("problem", "answer"):
             text = getattr(self, name)
-            if not isinstance(text, str) or not images.is_visible(text):
+            if not isinstance(text, str) or not is_visible(text):
                 raise DataError(f"{self.place}: '{name}' must be text and not empty, but is {text!r}.")
         placeholders = self.problem.count(PLACEHOLDER)
         if placeholders not in (0, len(self.images)):
@@ -110,6 +111,11 @@ class Sample:
         """16 bytes that tell this sample from others: by its texts, and its images' file names, lengths or pixels."""
         parts = [self.problem, self.answer, self.system, *(images.identity(found) for found in self.images)]
         return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def is_visible(text: str) -> bool:
+    """Whether there is more in a text than spaces, control characters and such of no width."""
+    return any(unicodedata.category(character)[0] not in "CZ" for character in text)
 
 
 def write_parquet(samples: Iterable[Sample], path: str | Path) -> None:

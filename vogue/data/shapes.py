@@ -26,9 +26,11 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 
-from vogue.data.images import ImageError, Reference, is_visible, reference, short
+from vogue.boxed import boxed
+from vogue.data.images import ImageError, Reference, reference, short
 from vogue.data.rows import DataError, Row
-from vogue.data.samples import OPTIONAL, PLACEHOLDER, Sample
+from vogue.data.samples import OPTIONAL, PLACEHOLDER, Sample, is_visible
+from vogue.sections import DataConfig
 
 # What a column may be called, the names of vogue's own (and EasyR1's) schema first: where one of those is there, it is
 # meant; of the others exactly one may be.
@@ -59,7 +61,7 @@ class Shape:
     format_prompt: str | None = None
 
 
-def shape_of(settings: Any) -> Shape:
+def shape_of(settings: DataConfig) -> Shape:
     """The shape that the settings under `data` describe."""
     return Shape(*(getattr(settings, field.name) for field in fields(Shape)))
 
@@ -270,23 +272,10 @@ def _answer(value: Any, key: str, place: str) -> str:
 
 
 def _unwrapped(answer: str) -> str:
-    r"""What a worked solution answers: the inside of its last <answer>…</answer>, else of its last \boxed{…}."""
-    tagged = ANSWER_TAGS.findall(answer)
-    if tagged:
-        return _boxed(tagged[-1]).strip()
-    return _boxed(answer).strip()
-
-
-def _boxed(text: str) -> str:
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return text
-    depth, first = 0, start + len("\\boxed{")
-    for end in range(first - 1, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[first:end]
-    return text
+    r"""What a worked solution answers: the inside of its last <answer>…</answer>, and of the last \boxed{…} in that."""
+    *_, inner = [answer, *ANSWER_TAGS.findall(answer)]
+    found = boxed(inner)
+    return (inner if found is None else found).strip()
 
 
 def _string(value: Any, key: str, place: str) -> str:

@@ -27,12 +27,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import tanh
 
+from vogue.boxed import boxed
 from vogue.data import Sample
 from vogue.presets import DESIGNS
 from vogue.rewards.checker import verdicts
 from vogue.rewards.function import Earned, RewardError, own_rewards
 from vogue.rewards.reading import Number, Time, read
-from vogue.rewards.verifiable import boxed, is_formatted
+from vogue.rewards.verifiable import is_formatted
 from vogue.rewards.writing import is_blank
 from vogue.sections import RewardConfig
 

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import dist
 
+from vogue.boxed import boxed
 from vogue.endpoint import PARALLEL, Endpoint
 from vogue.rewards.designs import tagged_answer
 from vogue.rewards.reading import Option, read
-from vogue.rewards.verifiable import boxed
 from vogue.rewards.writing import is_blank, tidy
 
 NUMBER = re.compile(r"(?<![\w.])-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?![\w.])")

@@ -1,22 +1,7 @@
-r"""Where a completion gives its answer, and whether it has the form  <think> … </think>  …  \boxed{answer}"""
+r"""Whether a completion has the form  <think> … </think>  …  \boxed{answer}"""
 
-import re
-
+from vogue.boxed import boxed
 from vogue.rewards.writing import is_blank
-
-BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # an escaped brace opens and closes nothing
-
-
-def boxed(completion: str) -> str | None:
-    r"""The content of the last \boxed{…} whose braces close, or None."""
-    found, open_braces = (-1, ""), []
-    for brace in BRACE.finditer(completion):
-        if brace.group() == "}":
-            if open_braces and (opening := open_braces.pop()).group() != "{":
-                found = max(found, (opening.start(), completion[opening.end() : brace.start()]))
-        elif brace.group().endswith("{") and brace.group() != "\\{":
-            open_braces.append(brace)
-    return found[1].strip() if found[0] >= 0 else None
 
 
 def is_formatted(completion: str) -> bool:
