@@ -49,8 +49,8 @@ def test_what_deepspeed_knows_is_fine(override):
             "stage3_max_live_parameters?",
         ),
         ("zero_optimization.offload_param.devise=cpu", "zero_optimization.offload_param.devise: DeepSpeed has no such"),
-        ("zero_optimization.stage=9", "zero_optimization.stage=9: input should be 0, 1, 2"),
-        ("zero_optimization.stage=three", "zero_optimization.stage='three': input should be 0, 1, 2"),
+        ("zero_optimization.stage=9", "zero_optimization.stage=9: input should be one of 0, 1, 2, 3"),
+        ("zero_optimization.stage=three", "zero_optimization.stage='three': input should be one of 0, 1, 2, 3"),
         ("zero_optimization.offload_param.device=gpu", "zero_optimization.offload_param.device='gpu': input should be"),
         ("zero_optimization=3", "zero_optimization=3: must be a section"),
         (
@@ -78,6 +78,12 @@ def test_what_deepspeed_would_ignore_or_refuse_is_one_sentence(override, told):
 
 def test_all_misspelt_settings_are_told_at_once():
     assert len(problems("zero_optimisation.stage=3", "wall_clock_brakedown=true", "flops_profiler.enabledd=true")) == 3
+    refused = problems("zero_optimization.stage=9", "zero_optimization.stagee=3", "wall_clock_brakedown=true")
+    assert [text.split(":")[0].removeprefix("trainer.deepspeed.") for text in refused] == [
+        "zero_optimization.stage=9",
+        "zero_optimization.stagee",
+        "wall_clock_brakedown",
+    ]
 
 
 def test_what_deepspeed_has_dropped_is_told_in_its_own_words():

@@ -62,10 +62,10 @@ class Shown:
 
     @property
     def pictures(self) -> list[tuple[str, str]]:
-        """Each image as the page holds it, and the line below it."""
+        """Each image with no more detail than the model sees, as the page holds it, and the line below it."""
         small = [image.copy() for image in self.sample.load_images()]
-        for image in small:
-            image.thumbnail((SIDE, SIDE))
+        for image, (_, (width, height), _) in zip(small, self.images, strict=True):
+            image.thumbnail((min(SIDE, width), min(SIDE, height)))
         content = [base64.b64encode(png(image)).decode() for image in small]
         return list(zip(content, map(image_line, self.images), strict=True))
 

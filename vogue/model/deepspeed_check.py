@@ -4,7 +4,10 @@ DeepSpeed's own configuration reads the settings here. Its sections of pydantic 
 others it ignores a key that it never asks for, which is how such a key is found.
 """
 
+import copy
 import difflib
+import functools
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -59,7 +62,9 @@ def deepspeed_problems(chosen: dict[str, Any], own: dict[str, Any]) -> list[str]
     try:
         DeepSpeedConfig(asked)
     except ValidationError as error:
-        return [_refused(item, error.title, chosen) for item in error.errors()]
+        told = [_refused(item, error.title, chosen) for item in error.errors()]
+        rest = _without(chosen, [item["loc"] for item in error.errors()])
+        return told + (deepspeed_problems(rest, own) if rest != chosen else [])  # DeepSpeed stops at the first section
     except (DeepSpeedConfigError, ValueError, AssertionError, TypeError, AttributeError, KeyError) as error:
         return [f"{PREFIX}={chosen}: DeepSpeed says: {str(error).splitlines()[0]}"]
     return list(_ignored(asked, PREFIX))
@@ -87,7 +92,20 @@ def _refused(item: Any, model: str, chosen: dict[str, Any]) -> str:
     key = f"{PREFIX}.{section}.{place}"
     if item["type"] == "extra_forbidden":
         return f"{key}: DeepSpeed has no such setting{_similar(place.rpartition('.')[2], _fields(model))}"
+    if item["type"] == "enum":  # DeepSpeed's has a value twice
+        allowed = dict.fromkeys(re.split(", | or ", item["ctx"]["expected"]))
+        return f"{key}={item['input']!r}: input should be one of {', '.join(allowed)}"
     return f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _without(chosen: dict[str, Any], locations: list[tuple]) -> dict[str, Any]:
+    """The settings without what stands at these places of any of their sections."""
+    left = copy.deepcopy(chosen)
+    for section in left.values():
+        for location in locations:
+            if _has(section, location):
+                functools.reduce(dict.__getitem__, location[:-1], section).pop(location[-1])
+    return left
 
 
 def _has(settings: Any, location: tuple) -> bool:
