@@ -84,6 +84,11 @@ class Trainer:
         self.state = RunState()
         self.loader = Loader(config, data, preprocessor, self.state, self.rank, self.ranks)
         found = None if resume is None else checkpoint.find(self.checkpoints, resume)
+        if found:
+            checkpoint.load_state(self.state, found[0])
+            if self.state.current[DATA] != data.fingerprint:
+                raise DataError(f"--resume: data.train={config.data.train} isn't what the run in {found[0]} trained on")
+        self.state.current[DATA] = data.fingerprint
         self.preprocessor = preprocessor
         self.processor = preprocessor.processor
         self.policy = Policy(
@@ -101,13 +106,8 @@ class Trainer:
         self.step = 0
         if found:
             folder, self.step = found
-            checkpoint.load(self.deepspeed, self.state, folder)
-            if self.state.current.get(DATA, data.fingerprint) != data.fingerprint:
-                raise DataError(
-                    f"--resume: data.train={config.data.train} has other samples than when {folder} was saved"
-                )
+            checkpoint.load(self.deepspeed, folder)
             self.sync()
-        self.state.current[DATA] = data.fingerprint
 
     @property
     def checkpoints(self):

@@ -291,7 +291,7 @@ def _folder(folder: Path, split: str | None) -> Rows:
         return _saved(folder, split)
     files = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
     if not files:
-        others = sorted(path.name for path in folder.rglob("*") if path.suffix in SUFFIXES)
+        others = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in SUFFIXES)
         told = f"; name one of its files: {', '.join(others[:5])}" if others else ""
         raise DataError(f"{folder}: no samples in it: it holds no *.parquet{told}.")
     splits: dict[str, list[Path]] = {}

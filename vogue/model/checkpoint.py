@@ -239,9 +239,13 @@ def _way_on(damaged: Path, found: list[Path]) -> str:
     return "; ".join(ways) or "There is no whole one before it"
 
 
-def load(engine, state: RunState, checkpoint: Path) -> None:
-    """Put weights, optimizer, its schedule and the run's state back."""
+def load_state(state: RunState, checkpoint: Path) -> None:
+    """Put this rank's part of the run's state back."""
     state.load(checkpoint / RUN / f"{dist.get_rank()}.pt")
+
+
+def load(engine, checkpoint: Path) -> None:
+    """Put weights, optimizer and its schedule back."""
     path, _ = engine.load_checkpoint(str(checkpoint / DEEPSPEED), tag="state")
     if path is None:
         raise ConfigError(f"--resume: DeepSpeed found nothing to load in {checkpoint}")
