@@ -214,12 +214,11 @@ def load_data(config: Config, preprocessor: Preprocessor) -> tuple[Checked, Sequ
     with distributed.together(ConfigError, DataError):
         samples = training_samples(config.data)
     console = Console(quiet=rank > 0)
-    settings = config.data
     with console.status(f"looking at {len(samples)} samples"):
         data = _checked(samples, config, preprocessor, rank, ranks, console)
     if any(sample.images for sample in data.samples[:LOOKED_AT]) and not was_decoded(data.fingerprint):
         console.print("images of data.train are decoded as they are met; `vogue data check` finds broken ones before")
-    if not (config.trainer.eval_every and settings.test):
+    if not (config.trainer.eval_every and config.data.test):
         return data, []
     with distributed.together(ConfigError, DataError):
         held_out = test_samples(config.data)
@@ -233,8 +232,11 @@ def load_data(config: Config, preprocessor: Preprocessor) -> tuple[Checked, Sequ
 def _checked(
     samples: Samples, config: Config, preprocessor: Preprocessor, rank: int, ranks: int, console: Console
 ) -> Checked:
+    def tell(text: str) -> None:
+        console.print(f"{samples.spec}: {text}", soft_wrap=True)
+
     drop = config.data.overlong == "drop"
-    return check_samples(samples, preprocessor.lengths, drop, console.print, distributed.gather, rank, ranks)
+    return check_samples(samples, preprocessor.lengths, drop, tell, distributed.gather, rank, ranks)
 
 
 def _show(config: Config, console: Console) -> None:
