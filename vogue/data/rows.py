@@ -266,6 +266,7 @@ def _mapped(path: Path, size: int) -> pa.Table:
     finally:
         if shown:
             datasets.enable_progress_bars()
+    pa.default_memory_pool().release_unused()  # what copying took, which Arrow would keep for later
     return _arrow(rows)
 
 
