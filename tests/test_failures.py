@@ -97,12 +97,17 @@ def test_a_failure_before_the_first_step_leaves_nothing_and_resume_begins_anew(f
 @pytest.mark.slow
 @pytest.mark.parametrize("where", [[(2, 0)], [(2, 1)], [(2, 0), (2, 1)]], ids=["first", "second", "both"])
 def test_a_reward_that_fails_on_some_rank_ends_all_with_one_checkpoint_and_one_message(failing, tmp_path, where):
-    folder = tmp_path / "run"
     code, told, _ = on_two_ranks(*failing(*where))
     assert code == 2
     assert len(told) == 1
     assert "raised ValueError: not this time" in told[0]
-    assert saved(folder) == ["step_000002"]
+    assert saved(tmp_path / "run") == ["step_000002"]
+
+
+@pytest.mark.slow
+def test_two_ranks_of_which_one_failed_end_as_if_it_had_not(failing, tmp_path):
+    folder = tmp_path / "run"
+    assert on_two_ranks(*failing((2, 1)))[0] == 2
     assert on_two_ranks(*failing(), "--resume")[0] == 0
     shutil.move(folder, tmp_path / "failed")
     assert on_two_ranks(*failing())[0] == 0

@@ -76,7 +76,7 @@ def test_everything_that_is_wrong_is_told_at_once(settings, capsys):
             "vogue train: data.max_prompt_tokens=128 and rollout.max_tokens=9000 are 9128 together"
         )
         assert "the model has 4096 positions" in lines[0]
-        assert lines[1].startswith("trainer.deepspeed.zero_optimization.stage=9: input should be 0, 1, 2")
+        assert lines[1].startswith("trainer.deepspeed.zero_optimization.stage=9: input should be one of 0, 1, 2")
         assert lines[2].startswith("reward.function=nowhere.py:f: there is no file ")
         assert lines[3].startswith("nowhere.parquet: no such file")
         assert len(lines) == 4
