@@ -102,3 +102,10 @@ def test_a_run_of_an_ended_process_holds_nothing(tmp_path, settings):
     run = [sys.executable, "-m", "vogue", "train", *settings, "trainer.steps=1"]
     assert subprocess.run(run, env=environment(), capture_output=True, check=False).returncode == 0
     assert main(["train", *settings, "trainer.steps=1", "--resume"]) == 0
+
+
+def test_a_folder_in_which_another_run_works_is_told_before_anything_else(settings, tmp_path, capsys):
+    with locked(tmp_path / "run"):
+        assert main(["train", "--check", *settings]) == 2
+    assert "another run works there (process " in capsys.readouterr().err
+    assert main(["train", "--check", *settings]) == 0

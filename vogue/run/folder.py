@@ -128,6 +128,13 @@ def check_writable(folder: Path) -> None:
                 part.rmdir()
 
 
+def check_unlocked(folder: Path) -> None:
+    """Raise `ConfigError` where another run works in the folder."""
+    if (folder / LOCK).exists():
+        with locked(folder):
+            pass
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """The folder, made where it is missing, belongs to this process in the block.

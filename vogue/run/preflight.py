@@ -22,6 +22,7 @@ from vogue.model.optimizer import own_settings
 from vogue.rewards import RewardError, check_function
 from vogue.run import logs
 from vogue.run.chat_template import checked_preprocessor
+from vogue.run.folder import check_unlocked
 from vogue.run.memory import check_engine, check_length, checkpoint_bytes, shown, weight_count
 from vogue.settings import ConfigError
 
@@ -50,6 +51,7 @@ def examine(config: Config, resume: bool) -> Preflight:
     found = Preflight()
     if os.environ.get("RANK", "0") == "0":  # which writes there, and tries it
         found.of(logs.check_folder, config, resume)
+        found.of(check_unlocked, config.trainer.output_dir)
     if checkpoint := found.of(read_checkpoint, config.model.path):
         _examine_model(found, checkpoint, config)
         found.preprocessor = found.of(checked_preprocessor, config)
