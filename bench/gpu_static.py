@@ -57,7 +57,7 @@ VARIANTS = {
 }
 
 MATRICES = {
-    **dict.fromkeys(("hidden_raw", "hidden_noisy", "hidden_a", "hidden_b"), "tokens"),
+    **dict.fromkeys(("hidden_p", "hidden_q", "hidden_a", "hidden_b"), "tokens"),
     "weight": "vocab",
 }
 IN_DTYPE = (*MATRICES, "bias", "gradient_a", "gradient_b")

@@ -59,7 +59,7 @@ def test_it_is_vogue_loss_on_any_batch(rollout, divergence, aggregation, seed, c
 
     alone = linear_logprob(own, weight, targets, temperature=0.8)
     both = linear_branch_stats(own[:COMPARED], other[:COMPARED], weight, targets[:COMPARED], temperature=0.8)
-    compared = (both.logprob_noisy, both.entropy_noisy, both.kl_raw_noisy, both.kl_noisy_raw, both.symmetric_kl)
+    compared = (both.logprob_q, both.entropy_q, both.kl_pq, both.kl_qp, both.symmetric_kl)
     stats = TokenStats(alone.logprob, alone.entropy, (OtherBranch(*(value.detach() for value in compared)),))
     batch = batch_of(advantages, paid, paid & (rollout == "drawn"), aggregation == "token-mean")
     signals = read_signals(stats, batch.noisy, paid, "exact", divergence, "drawn")

@@ -20,10 +20,8 @@ def everything(request):
     both = linear_branch_stats(
         own.repeat_interleave(V, 0), other.repeat_interleave(V, 0), weight, torch.arange(V).repeat(5)
     )
-    compared = OtherBranch(
-        both.logprob_noisy, both.entropy_noisy, both.kl_raw_noisy, both.kl_noisy_raw, both.symmetric_kl
-    )
-    stats = TokenStats(both.logprob_raw, both.entropy_raw, (compared,))
+    compared = OtherBranch(both.logprob_q, both.entropy_q, both.kl_pq, both.kl_qp, both.symmetric_kl)
+    stats = TokenStats(both.logprob_p, both.entropy_p, (compared,))
     p, q = ((hidden @ weight.T).softmax(-1) for hidden in (raw, noisy))
     return q if request.param else p, p, q, stats, torch.full((5 * V,), request.param)
 

@@ -60,23 +60,23 @@ def one_branch(grads, hidden, saved, temperature) -> list[Branch]:
     return [Branch(hidden, maximum, logsum, entropy, None, g_logprob, g_entropy, None, None)]
 
 
-def two_branches(grads, hidden_raw, hidden_noisy, saved, temperature) -> list[Branch]:
+def two_branches(grads, hidden_p, hidden_q, saved, temperature) -> list[Branch]:
     """Collect what the backward pass of `linear_branch_stats` needs of both branches.
 
     grads: gradients that arrive at the seven results, each (N,) or None.
-    saved: (entropy_raw, entropy_noisy, kl_raw_noisy, kl_noisy_raw, then maximum and logsum of raw and of noisy).
+    saved: (entropy_p, entropy_q, kl_pq, kl_qp, then maximum and logsum of p and of q).
     """
-    g_logp_raw, g_logp_noisy, g_ent_raw, g_ent_noisy, g_forward, g_reverse, g_symmetric = _over(grads, temperature)
-    ent_raw, ent_noisy, kl_forward, kl_reverse, max_raw, logsum_raw, max_noisy, logsum_noisy = saved
+    g_logp_p, g_logp_q, g_ent_p, g_ent_q, g_forward, g_reverse, g_symmetric = _over(grads, temperature)
+    ent_p, ent_q, kl_forward, kl_reverse, max_p, logsum_p, max_q, logsum_q = saved
     if g_symmetric is not None:
         half = g_symmetric / 2
         g_forward = half if g_forward is None else g_forward + half
         g_reverse = half if g_reverse is None else g_reverse + half
-    of_raw = (g_logp_raw, g_ent_raw, g_forward, g_reverse)
-    of_noisy = (g_logp_noisy, g_ent_noisy, g_reverse, g_forward)
+    of_p = (g_logp_p, g_ent_p, g_forward, g_reverse)
+    of_q = (g_logp_q, g_ent_q, g_reverse, g_forward)
     return [
-        Branch(hidden_raw, max_raw, logsum_raw, ent_raw, kl_forward, *of_raw),
-        Branch(hidden_noisy, max_noisy, logsum_noisy, ent_noisy, kl_reverse, *of_noisy),
+        Branch(hidden_p, max_p, logsum_p, ent_p, kl_forward, *of_p),
+        Branch(hidden_q, max_q, logsum_q, ent_q, kl_reverse, *of_q),
     ]
 
 

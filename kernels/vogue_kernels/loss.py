@@ -27,7 +27,7 @@ ENTROPIES = ("trained", "drawn")
 ORDERS = ("parallel", "sequential")
 
 # What `linear_branch_stats` calls them.
-DIVERGENCES = {"symmetric": "symmetric_kl", "forward": "kl_raw_noisy", "reverse": "kl_noisy_raw"}
+DIVERGENCES = {"symmetric": "symmetric_kl", "forward": "kl_pq", "reverse": "kl_qp"}
 
 
 def _one_of(name: str, value: str, known) -> None:
@@ -249,11 +249,11 @@ class VogueLoss(nn.Module):
         other = hidden_other.detach()
         if self.rollout == "raw":
             stats = linear_branch_stats(hidden, other, *rest)
-            entropy = torch.where(noisy, stats.entropy_noisy, stats.entropy_raw) if entropy_drawn else stats.entropy_raw
-            logprob = stats.logprob_raw
+            entropy = torch.where(noisy, stats.entropy_q, stats.entropy_p) if entropy_drawn else stats.entropy_p
+            logprob = stats.logprob_p
         else:
             stats = linear_branch_stats(other, hidden, *rest)
-            logprob, entropy = stats.logprob_noisy, stats.entropy_noisy
+            logprob, entropy = stats.logprob_q, stats.entropy_q
         return logprob, entropy.detach(), getattr(stats, DIVERGENCES[self.divergence]).detach()
 
     def _weights(self, kept, sequence_ids):

@@ -29,20 +29,20 @@ class LogprobStats(NamedTuple):
 
 
 class BranchStats(NamedTuple):
-    """Per-token statistics of two branches, p raw and q noisy, each (N,), in nats."""
+    """Per-token statistics of two branches, p and q, each (N,), in nats."""
 
-    logprob_raw: Tensor
-    logprob_noisy: Tensor
-    entropy_raw: Tensor
-    entropy_noisy: Tensor
-    kl_raw_noisy: Tensor  # KL(p‖q)
-    kl_noisy_raw: Tensor  # KL(q‖p)
+    logprob_p: Tensor
+    logprob_q: Tensor
+    entropy_p: Tensor
+    entropy_q: Tensor
+    kl_pq: Tensor  # KL(p‖q)
+    kl_qp: Tensor  # KL(q‖p)
     symmetric_kl: Tensor  # ½ (KL(p‖q) + KL(q‖p))
 
 
 def linear_branch_stats(
-    hidden_raw: Tensor,
-    hidden_noisy: Tensor,
+    hidden_p: Tensor,
+    hidden_q: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None = None,
@@ -51,9 +51,9 @@ def linear_branch_stats(
 ) -> BranchStats:
     """Log-probabilities, entropies and both KL directions of two branches in one pass over the vocabulary.
 
-    With p = softmax((W h_raw + bias) / τ) and q the same of h_noisy; exact, with no (N, V) tensor.
+    With p = softmax((W h_p + bias) / τ) and q the same of h_q; exact, with no (N, V) tensor.
 
-    hidden_raw, hidden_noisy: (N, D); weight: (V, D), bias: (V,), all of one dtype and device. targets: (N,) int64; at
+    hidden_p, hidden_q: (N, D); weight: (V, D), bias: (V,), all of one dtype and device. targets: (N,) int64; at
     -100 every result is 0 and no gradient flows. temperature: τ, divides the logits.
     backend: "auto" (the fastest that can run), "torch", "cpu" or "triton".
 
@@ -63,7 +63,7 @@ def linear_branch_stats(
 
     Raises TypeError for a dtype, ValueError for a shape, device, temperature, target or backend that can't be used.
     """
-    args = (hidden_raw, hidden_noisy, weight, targets, bias, float(temperature), backend)
+    args = (hidden_p, hidden_q, weight, targets, bias, float(temperature), backend)
     return BranchStats(*torch.ops.vogue.linear_branch_stats(*args)[:7])
 
 
@@ -308,31 +308,31 @@ _linear_logprob.register_autograd(_linear_logprob_autograd, setup_context=_linea
 
 @torch.library.custom_op("vogue::linear_branch_stats", mutates_args=())
 def _linear_branch_stats(
-    hidden_raw: Tensor,
-    hidden_noisy: Tensor,
+    hidden_p: Tensor,
+    hidden_q: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
     temperature: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_shapes({"hidden_raw": hidden_raw, "hidden_noisy": hidden_noisy}, weight, targets, bias, temperature)
+    _check_shapes({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
     _check_targets(targets, len(weight))
-    results = _forward(backend, [hidden_raw, hidden_noisy], weight, targets, bias, temperature)
+    results = _forward(backend, [hidden_p, hidden_q], weight, targets, bias, temperature)
     return results  # pyright: ignore[reportReturnType]
 
 
 @_linear_branch_stats.register_fake
-def _(hidden_raw, hidden_noisy, weight, targets, bias, temperature, backend):
-    _check_shapes({"hidden_raw": hidden_raw, "hidden_noisy": hidden_noisy}, weight, targets, bias, temperature)
+def _(hidden_p, hidden_q, weight, targets, bias, temperature, backend):
+    _check_shapes({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
     return _empty_rows(weight, targets.shape[0], 11)
 
 
 @torch.library.custom_op("vogue::linear_branch_stats_backward", mutates_args=())
 def _linear_branch_stats_backward(
     grads: Sequence[Tensor | None],
-    hidden_raw: Tensor,
-    hidden_noisy: Tensor,
+    hidden_p: Tensor,
+    hidden_q: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
@@ -341,26 +341,26 @@ def _linear_branch_stats_backward(
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    branches = two_branches(grads, hidden_raw, hidden_noisy, saved, temperature)
+    branches = two_branches(grads, hidden_p, hidden_q, saved, temperature)
     return _backward(backend, branches, weight, targets, bias, temperature, needs)
 
 
 @_linear_branch_stats_backward.register_fake
-def _(grads, hidden_raw, hidden_noisy, weight, targets, bias, temperature, backend, saved, needs):
-    return _empty_gradients(needs, (hidden_raw, hidden_noisy, weight, bias))
+def _(grads, hidden_p, hidden_q, weight, targets, bias, temperature, backend, saved, needs):
+    return _empty_gradients(needs, (hidden_p, hidden_q, weight, bias))
 
 
 def _linear_branch_stats_setup(ctx, inputs, output):
-    hidden_raw, hidden_noisy, weight, targets, bias, ctx.temperature, ctx.backend = inputs
+    hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden_raw, hidden_noisy, weight, targets, bias, *output[2:6], *output[7:])
+    ctx.save_for_backward(hidden_p, hidden_q, weight, targets, bias, *output[2:6], *output[7:])
 
 
 def _linear_branch_stats_autograd(ctx, *grads):
-    hidden_raw, hidden_noisy, weight, targets, bias, *saved = ctx.saved_tensors
+    hidden_p, hidden_q, weight, targets, bias, *saved = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
     gradients = torch.ops.vogue.linear_branch_stats_backward(
-        grads[:7], hidden_raw, hidden_noisy, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
+        grads[:7], hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
     )
     grad_raw, grad_noisy, grad_weight, grad_bias = _spread(needs, gradients)
     return grad_raw, grad_noisy, grad_weight, None, grad_bias, None, None

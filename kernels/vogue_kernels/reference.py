@@ -1,6 +1,6 @@
 """The mathematics of the operators in plain PyTorch: the truth for tests, the fallback everywhere.
 
-With logits a = (W h_raw + bias) / τ and b = (W h_noisy + bias) / τ, p = softmax(a), q = softmax(b), keep per token and
+With logits a = (W h_p + bias) / τ and b = (W h_q + bias) / τ, p = softmax(a), q = softmax(b), keep per token and
 branch, over tiles of the vocabulary, the running maximum m and
 
     s = Σ e^(a−m)      t = Σ e^(a−m) (a−m)      x = Σ e^(a−m) ((a−m_a) − (b−m_b))
@@ -100,36 +100,36 @@ def _one_branch(hiddens, weight, targets, bias, temperature):
 
 
 def _two_branches(hiddens, weight, targets, bias, temperature):
-    hidden_raw, hidden_noisy = hiddens
-    raw, noisy = _RunningSoftmax(hidden_raw, targets), _RunningSoftmax(hidden_noisy, targets)
-    cross_raw, cross_noisy = torch.zeros_like(raw.sum), torch.zeros_like(raw.sum)  # Σ e^(·−m) (a − b), shifted
+    hidden_p, hidden_q = hiddens
+    p, q = _RunningSoftmax(hidden_p, targets), _RunningSoftmax(hidden_q, targets)
+    cross_p, cross_q = torch.zeros_like(p.sum), torch.zeros_like(p.sum)  # Σ e^(·−m) (a − b), shifted
     for tile in _tiles(weight):
-        a = _logits(hidden_raw, weight, bias, temperature, tile)
-        b = _logits(hidden_noisy, weight, bias, temperature, tile)
-        shift_a, shift_b = raw.shift(a, tile), noisy.shift(b, tile)
+        a = _logits(hidden_p, weight, bias, temperature, tile)
+        b = _logits(hidden_q, weight, bias, temperature, tile)
+        shift_a, shift_b = p.shift(a, tile), q.shift(b, tile)
         exp_a, exp_b, difference, moved = a.exp(), b.exp(), a - b, shift_a - shift_b
         weighted_a, weighted_b = a.mul_(exp_a).sum(1), b.mul_(exp_b).sum(1)
-        tile_raw = torch.mul(difference, exp_a, out=a).sum(1)
-        tile_noisy = torch.mul(difference, exp_b, out=b).sum(1)
-        cross_raw = shift_a.exp() * (cross_raw + raw.sum * moved) + tile_raw
-        cross_noisy = shift_b.exp() * (cross_noisy + noisy.sum * moved) + tile_noisy
-        raw.accumulate(shift_a, exp_a, weighted_a)
-        noisy.accumulate(shift_b, exp_b, weighted_b)
-    expected_raw, expected_noisy = cross_raw / raw.sum, cross_noisy / noisy.sum
-    logsum_raw, logsum_noisy = raw.sum.log(), noisy.sum.log()
+        tile_p = torch.mul(difference, exp_a, out=a).sum(1)
+        tile_q = torch.mul(difference, exp_b, out=b).sum(1)
+        cross_p = shift_a.exp() * (cross_p + p.sum * moved) + tile_p
+        cross_q = shift_b.exp() * (cross_q + q.sum * moved) + tile_q
+        p.accumulate(shift_a, exp_a, weighted_a)
+        q.accumulate(shift_b, exp_b, weighted_b)
+    expected_p, expected_q = cross_p / p.sum, cross_q / q.sum
+    logsum_p, logsum_q = p.sum.log(), q.sum.log()
     # A divergence below zero is rounding. Only the value is clamped: the gradient's formula holds there all the same.
     return (
-        raw.logprob(),
-        noisy.logprob(),
-        raw.entropy(),
-        noisy.entropy(),
-        (expected_raw - logsum_raw + logsum_noisy).clamp_(min=0),
-        (logsum_raw - logsum_noisy - expected_noisy).clamp_(min=0),
-        (expected_raw - expected_noisy).div_(2).clamp_(min=0),
-        raw.maximum,
-        logsum_raw,
-        noisy.maximum,
-        logsum_noisy,
+        p.logprob(),
+        q.logprob(),
+        p.entropy(),
+        q.entropy(),
+        (expected_p - logsum_p + logsum_q).clamp_(min=0),
+        (logsum_p - logsum_q - expected_q).clamp_(min=0),
+        (expected_p - expected_q).div_(2).clamp_(min=0),
+        p.maximum,
+        logsum_p,
+        q.maximum,
+        logsum_q,
     )
 
 

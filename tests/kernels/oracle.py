@@ -19,17 +19,17 @@ def linear_logprob(hidden, weight, targets, bias=None, temperature=1.0):
     return LogprobStats(*_skip(targets, _pick(logp, targets), _entropy(logp)))
 
 
-def linear_branch_stats(hidden_raw, hidden_noisy, weight, targets, bias=None, temperature=1.0):
-    logp = log_softmax(hidden_raw, weight, bias, temperature)
-    logq = log_softmax(hidden_noisy, weight, bias, temperature)
+def linear_branch_stats(hidden_p, hidden_q, weight, targets, bias=None, temperature=1.0):
+    logp = log_softmax(hidden_p, weight, bias, temperature)
+    logq = log_softmax(hidden_q, weight, bias, temperature)
     forward, reverse = (logp.exp() * (logp - logq)).sum(-1), (logq.exp() * (logq - logp)).sum(-1)
     results = (_pick(logp, targets), _pick(logq, targets), _entropy(logp), _entropy(logq), forward, reverse)
     return BranchStats(*_skip(targets, *results, (forward + reverse) / 2))
 
 
-def divergence_terms(hidden_raw, hidden_noisy, weight, bias, temperature):
+def divergence_terms(hidden_p, hidden_q, weight, bias, temperature):
     """Σ p |log p − log q| in float64, (N,): the size of what cancels in KL(p‖q)."""
-    raw, noisy, weight = hidden_raw.double(), hidden_noisy.double(), weight.double()
+    raw, noisy, weight = hidden_p.double(), hidden_q.double(), weight.double()
     bias = None if bias is None else bias.double()
     logp, logq = log_softmax(raw, weight, bias, temperature), log_softmax(noisy, weight, bias, temperature)
     return (logp.exp() * (logp - logq).abs()).sum(-1)

@@ -140,8 +140,8 @@ def check_forward(launch, branches, n, size, biased):
     assert launch.grid == (-(-n // arguments["TOKENS"]) * splits,)
     assert splits * tiles * arguments["VOCAB"] >= vocab > (splits - 1) * tiles * arguments["VOCAB"]
     shapes = {
-        "hidden_raw": (n, depth),
-        "hidden_noisy": (n, depth),
+        "hidden_p": (n, depth),
+        "hidden_q": (n, depth),
         "weight": size[::-1],
         "targets": (n,),
         "partial": (branches, 2 + branches, splits, n),

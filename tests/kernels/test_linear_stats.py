@@ -33,7 +33,7 @@ class Case:
         return name + (f"-T{self.temperature}" if self.temperature != 1 else "") + ("-bias" if self.bias else "")
 
     def inputs(self):
-        """(hidden_raw, hidden_noisy, weight, targets, bias), of a model's scale unless `rows` says otherwise."""
+        """(hidden_p, hidden_q, weight, targets, bias), of a model's scale unless `rows` says otherwise."""
         generator = torch.Generator(torch.get_default_device()).manual_seed(self.n * self.v + self.d)
 
         def normal(*shape):
@@ -156,9 +156,9 @@ def test_flat_rows_have_the_entropy_of_the_uniform_distribution(backend):
 def test_identical_branches_diverge_by_exactly_zero(dtype, scale, backend):
     hidden, weight = (scale * torch.randn(9, 40)).to(DTYPES[dtype]), torch.randn(3001, 40).to(DTYPES[dtype])
     stats = linear_branch_stats(hidden, hidden.clone(), weight, torch.randint(3001, (9,)), backend=backend)
-    for divergence in (stats.kl_raw_noisy, stats.kl_noisy_raw, stats.symmetric_kl):
+    for divergence in (stats.kl_pq, stats.kl_qp, stats.symmetric_kl):
         assert torch.equal(divergence, torch.zeros(9))
-    assert torch.equal(stats.logprob_raw, stats.logprob_noisy)
+    assert torch.equal(stats.logprob_p, stats.logprob_q)
 
 
 def test_divergences_and_entropies_are_never_negative(backend):

@@ -226,19 +226,19 @@ def test_vogue_loss_equals_the_equations_on_full_logits(divergence, backend):
     kept = mask & (targets != IGNORE)
     stats = oracle.linear_branch_stats(hidden, other, weight, targets, temperature=0.9)
     # The behaviour branch of a noisy token is q, so raw ‖ noisy is other ‖ behaviour.
-    forward, reverse = stats.kl_noisy_raw.detach(), stats.kl_raw_noisy.detach()
+    forward, reverse = stats.kl_qp.detach(), stats.kl_pq.detach()
     perception = {"forward": forward, "reverse": reverse, "symmetric": (forward + reverse) / 2}[divergence]
-    g_out = torch.minimum(advantage.abs() / 2, 0.4 * stats.entropy_raw.detach())
+    g_out = torch.minimum(advantage.abs() / 2, 0.4 * stats.entropy_p.detach())
     g_per = torch.minimum(advantage.abs() / 2, perception) * noisy
     shaped = advantage + g_out + g_per
-    ratio = (stats.logprob_raw - old).exp()
+    ratio = (stats.logprob_p - old).exp()
     per_token = -torch.minimum(ratio * shaped, ratio.clamp(0.8, 1.28) * shaped)
     expected = per_token[kept].sum() / 8
     torch.testing.assert_close(loss, expected)
     leaves = (hidden, weight)
     torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
 
-    torch.testing.assert_close(metrics["entropy"], stats.entropy_raw[kept].mean().detach())
+    torch.testing.assert_close(metrics["entropy"], stats.entropy_p[kept].mean().detach())
     torch.testing.assert_close(metrics["u_per"], perception[kept & noisy].mean())
     torch.testing.assert_close(metrics["ratio_mean"], ratio[kept].mean().detach())
     torch.testing.assert_close(metrics["ratio_max"], ratio[kept].max().detach())
@@ -256,14 +256,14 @@ def test_with_raw_rollouts_the_draw_decides_where_the_divergence_of_raw_tokens_i
 
     stats = oracle.linear_branch_stats(raw, other, weight, targets)
     perception = {
-        "forward": stats.kl_raw_noisy,
-        "reverse": stats.kl_noisy_raw,
-        "symmetric": (stats.kl_raw_noisy + stats.kl_noisy_raw) / 2,
+        "forward": stats.kl_pq,
+        "reverse": stats.kl_qp,
+        "symmetric": (stats.kl_pq + stats.kl_qp) / 2,
     }[divergence].detach()
-    u_out = stats.entropy_raw if entropy == "trained" else torch.where(drawn, stats.entropy_noisy, stats.entropy_raw)
+    u_out = stats.entropy_p if entropy == "trained" else torch.where(drawn, stats.entropy_q, stats.entropy_p)
     g_out = torch.minimum(advantage.abs() / 2, 0.4 * u_out.detach())
     shaped = advantage + g_out + torch.minimum(advantage.abs() / 2, perception) * drawn
-    ratio = (stats.logprob_raw - old).exp()
+    ratio = (stats.logprob_p - old).exp()
     objective = torch.minimum(ratio * shaped, ratio.clamp(0.8, 1.2) * shaped)
     expected = -torch.where(shaped < 0, objective.maximum(3 * shaped), objective).mean()
     torch.testing.assert_close(loss, expected)

@@ -31,7 +31,7 @@ def test_they_compile_without_a_graph_break(backend):
     def loss(raw, noisy, weight):
         stats = linear_branch_stats(raw, noisy, weight, targets, backend=backend)
         alone = linear_logprob(noisy, weight, targets, backend=backend)
-        return (stats.logprob_raw + stats.symmetric_kl + alone.entropy).sum()
+        return (stats.logprob_p + stats.symmetric_kl + alone.entropy).sum()
 
     eager = torch.autograd.grad(loss(raw, noisy, weight), (raw, noisy, weight))
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -68,9 +68,9 @@ def count_matrix_products(function):
 @pytest.mark.parametrize(
     "result, needs, expected",
     [
-        ("logprob_raw", "raw", 2),  # logits of raw again, its hidden states' gradient
-        ("logprob_raw", "raw weight", 3),
-        ("logprob_raw", "noisy", 0),  # the log-probability of raw doesn't depend on noisy
+        ("logprob_p", "raw", 2),  # logits of raw again, its hidden states' gradient
+        ("logprob_p", "raw weight", 3),
+        ("logprob_p", "noisy", 0),  # the log-probability of raw doesn't depend on noisy
         ("symmetric_kl", "raw", 3),  # logits of both
         ("symmetric_kl", "raw noisy weight", 6),
     ],
@@ -113,7 +113,7 @@ def test_a_bad_input_is_named(change, error, message):
 
 
 def test_a_mismatch_of_the_two_branches_is_named():
-    with pytest.raises(ValueError, match=r"hidden_noisy must be \(3, 8\), got \(4, 8\)"):
+    with pytest.raises(ValueError, match=r"hidden_q must be \(3, 8\), got \(4, 8\)"):
         linear_branch_stats(torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(50, 8), torch.tensor([0, 1, 2]))
 
 

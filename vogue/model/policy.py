@@ -48,14 +48,14 @@ class PolicyHead(nn.Module):
         both = [self._both(others[0], hidden[:m], targets[:m])]
         # The trained branch's statistics are the first comparison's; further ones send no second gradient.
         both += [self._both(other, hidden[: len(other)].detach(), targets[: len(other)]) for other in others[1:]]
-        logprob, entropy = both[0].logprob_noisy, both[0].entropy_noisy
+        logprob, entropy = both[0].logprob_q, both[0].entropy_q
         if m < len(hidden):
             alone = self._alone(hidden[m:], targets[m:])
             logprob, entropy = torch.cat([logprob, alone.logprob]), torch.cat([entropy, alone.entropy])
         return TokenStats(logprob, entropy, tuple(map(_other_branch, both)))
 
     def _both(self, other: Tensor, hidden: Tensor, targets: Tensor) -> BranchStats:
-        """The operator's "raw" is the other branch here and its "noisy" the trained one, whichever they are."""
+        """Branch p is the other view, q the one that is trained."""
         return linear_branch_stats(other, hidden, self.weight, targets, self.bias, self.temperature)
 
     def _alone(self, hidden: Tensor, targets: Tensor) -> LogprobStats:
@@ -129,7 +129,7 @@ class Policy(nn.Module):
 
 
 def _other_branch(both: BranchStats) -> OtherBranch:
-    values = (both.logprob_raw, both.entropy_raw, both.kl_noisy_raw, both.kl_raw_noisy, both.symmetric_kl)
+    values = (both.logprob_p, both.entropy_p, both.kl_qp, both.kl_pq, both.symmetric_kl)
     return OtherBranch(*(value.detach() for value in values))
 
 

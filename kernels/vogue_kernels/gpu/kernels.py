@@ -1,6 +1,6 @@
 """The two Triton kernels. A program takes one block of tokens; a tile of the weight is read once for both branches.
 
-With l = h Wᵀ + bias, and a = log2(e) / τ · (l − m) of the raw branch and b of the noisy one, the logits below their
+With l = h Wᵀ + bias, and a = log2(e) / τ · (l − m) of branch p and b of branch q, the logits below their
 maximum in bits, the forward kernel keeps, per token and branch, over its share of the vocabulary
 
     m = max l      s = Σ 2^a      t = Σ 2^a a      x = Σ 2^a (a − b)
@@ -29,8 +29,8 @@ LOWEST = tl.constexpr(-1e30)
 
 @triton.jit(do_not_specialize=["N", "splits", "tiles"])
 def forward_kernel(
-    hidden_raw,  # (N, D); with TMA descriptors of blocks (TOKENS, DEPTH)
-    hidden_noisy,  # (N, D); unused unless BOTH
+    hidden_p,  # (N, D); with TMA descriptors of blocks (TOKENS, DEPTH)
+    hidden_q,  # (N, D); unused unless BOTH
     weight,  # (V, D); with TMA a descriptor of blocks (VOCAB, DEPTH)
     bias,  # (V,); unused unless BIAS
     targets,  # (N,) int64
@@ -61,7 +61,7 @@ def forward_kernel(
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(V, VOCAB))):
         columns = tile * VOCAB + tl.arange(0, VOCAB)
         a, b = _products(
-            hidden_raw, hidden_noisy, weight, block * TOKENS, tile * VOCAB, N, V, D,
+            hidden_p, hidden_q, weight, block * TOKENS, tile * VOCAB, N, V, D,
             BOTH, TOKENS, VOCAB, DEPTH, WHOLE_DEPTH, TMA,
         )  # fmt: skip
         target = tl.load(targets + rows, inside, -1).to(tl.int32)
