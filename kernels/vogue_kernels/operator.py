@@ -21,7 +21,7 @@ from .branches import Branch, compute_dtype, one_branch, two_branches
 
 IGNORE = -100  # the target of a position to skip, as in torch.nn.functional.cross_entropy
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
-_LOWEST_TEMPERATURE = 1e-30  # below it 1 / τ times a difference of logits leaves float32
+_LOWEST_TEMPERATURE = 1e-6  # below it the rounding of a float32 logit is worth more than a nat
 
 
 class LogprobStats(NamedTuple):
