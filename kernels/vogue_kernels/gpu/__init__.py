@@ -260,7 +260,7 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         return a.float() @ b.float() if total is None else total.addmm_(a.float(), b.float())
     if total is None:
         return torch.mm(a, b, out_dtype=torch.float32)
-    if torch.__version__ < (2, 10):  # there addmm refuses a total of another dtype than a's
+    if torch.__version__ < "2.10":  # there addmm refuses a total of another dtype than a's
         return total.add_(torch.mm(a, b, out_dtype=torch.float32))
     return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
