@@ -56,10 +56,10 @@ def test_the_sums_follow_the_maximum_from_tile_to_tile_of_a_share(case, monkeypa
 @pytest.mark.skipif(not INTERPRETING, reason="runs in the interpreter")
 @pytest.mark.parametrize(
     "case, described",
-    [
-        (Case("normal", 37, 72, 1500, "bf16", 1.3, True), True),
-        (Case("negative", 33, 72, 2051, "bf16"), True),  # what is read as 0 outside the matrices would win
-        (Case("negative", 33, 72, 2051, "f32"), True),
+    [  # 80 elements: the interpreter of triton 3.4 demands a multiple of 16 of them, where a GPU does of bytes
+        (Case("normal", 37, 80, 1500, "bf16", 1.3, True), True),
+        (Case("negative", 33, 80, 2051, "bf16"), True),  # what is read as 0 outside the matrices would win
+        (Case("negative", 33, 80, 2051, "f32"), True),
         (Case("normal", 7, 33, 515, "bf16"), False),  # rows of 66 bytes
     ],
     ids=str,
