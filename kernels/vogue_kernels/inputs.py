@@ -62,7 +62,8 @@ def as_rows(
 def _as_linear_casts(weight: Tensor, *others: Any) -> list[Any]:
     """The tensors as torch.nn.functional.linear takes them: in autocast's dtype where it is on, but for float64."""
     device = weight.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # While it compiles, torch before 2.13 can't ask whether a device has autocast at all; meta is the one without.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return [weight, *others]
     dtype = torch.get_autocast_dtype(device)
     return [x.to(dtype) if x is not None and mix(x) else x for x in (weight, *others)]
