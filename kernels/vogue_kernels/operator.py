@@ -28,6 +28,8 @@ class LogprobStats(NamedTuple):
 
     logprob: Tensor
     entropy: Tensor
+    lse: Tensor  # log Σ e^logits
+    top_logprob: Tensor  # that of the likeliest token, which the target is where logprob equals it; without gradient
 
 
 class BranchStats(NamedTuple):
@@ -40,6 +42,10 @@ class BranchStats(NamedTuple):
     kl_pq: Tensor  # KL(p‖q)
     kl_qp: Tensor  # KL(q‖p)
     symmetric_kl: Tensor  # ½ (KL(p‖q) + KL(q‖p))
+    lse_p: Tensor  # log Σ e^logits
+    lse_q: Tensor
+    top_logprob_p: Tensor  # that of the likeliest token, which the target is where logprob equals it; without gradient
+    top_logprob_q: Tensor
 
 
 def linear_branch_stats(
@@ -76,7 +82,7 @@ def linear_branch_stats(
     """
     rows = as_rows({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, ignore_index, shift)
     args = (*rows.hiddens, rows.weight, rows.targets, rows.bias, float(temperature), backend)
-    return BranchStats(*rows.restore(torch.ops.vogue.linear_branch_stats(*args)[:7]))
+    return BranchStats(*rows.restore(torch.ops.vogue.linear_branch_stats(*args)[: len(BranchStats._fields)]))
 
 
 def linear_logprob(
@@ -96,7 +102,7 @@ def linear_logprob(
     """
     rows = as_rows({"hidden": hidden}, weight, targets, bias, ignore_index, shift)
     args = (*rows.hiddens, rows.weight, rows.targets, rows.bias, float(temperature), backend)
-    return LogprobStats(*rows.restore(torch.ops.vogue.linear_logprob(*args)[:2]))
+    return LogprobStats(*rows.restore(torch.ops.vogue.linear_logprob(*args)[: len(LogprobStats._fields)]))
 
 
 # ---------------------------------------------------------------------------------------------------- backends
@@ -176,7 +182,7 @@ def _forward(backend: str, hiddens: list[Tensor], weight, targets, bias, tempera
     if kept is not None:
         hiddens, targets = [hidden[kept] for hidden in hiddens], targets[kept]
     if len(targets) == 0:
-        return tuple(torch.zeros_like(x) for x in _empty_rows(weight, length, 4 if len(hiddens) == 1 else 11))
+        return tuple(torch.zeros_like(x) for x in _empty_rows(weight, length, 6 if len(hiddens) == 1 else 15))
     with _as_it_is(weight):
         results = _implementation(backend, weight).forward(hiddens, weight, targets, bias, temperature)
     return tuple(_restore(kept, result.to(compute_dtype(weight)), length) for result in results)
@@ -303,7 +309,7 @@ def _spread(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor |
 @torch.library.custom_op("vogue::linear_logprob", mutates_args=(), tags=_TAGS)
 def _linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
     return _forward(backend, [hidden], weight, targets, bias, temperature)  # pyright: ignore[reportReturnType]
 
@@ -311,7 +317,7 @@ def _linear_logprob(
 @_linear_logprob.register_fake
 def _(hidden, weight, targets, bias, temperature, backend):
     _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
-    return _empty_rows(weight, targets.shape[0], 4)
+    return _empty_rows(weight, targets.shape[0], 6)
 
 
 @torch.library.custom_op("vogue::linear_logprob_backward", mutates_args=(), tags=_TAGS)
@@ -338,14 +344,15 @@ def _(grads, hidden, weight, targets, bias, temperature, backend, saved, needs):
 def _linear_logprob_setup(ctx, inputs, output):
     hidden, weight, targets, bias, ctx.temperature, ctx.backend = inputs
     ctx.set_materialize_grads(False)  # None is how a result says that nobody asks for its gradient
-    ctx.save_for_backward(hidden, weight, targets, bias, *output[1:])
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.save_for_backward(hidden, weight, targets, bias, output[1], *output[4:])
 
 
 def _linear_logprob_autograd(ctx, *grads):
     hidden, weight, targets, bias, *saved = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     gradients = torch.ops.vogue.linear_logprob_backward(
-        grads[:2], hidden, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
+        grads[:3], hidden, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
     )
     grad_hidden, grad_weight, grad_bias = _spread(needs, gradients)
     return grad_hidden, grad_weight, None, grad_bias, None, None
@@ -366,7 +373,10 @@ def _linear_branch_stats(
     bias: Tensor | None,
     temperature: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+]:  # fmt: skip
     _check_shapes({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
     results = _forward(backend, [hidden_p, hidden_q], weight, targets, bias, temperature)
     return results  # pyright: ignore[reportReturnType]
@@ -375,7 +385,7 @@ def _linear_branch_stats(
 @_linear_branch_stats.register_fake
 def _(hidden_p, hidden_q, weight, targets, bias, temperature, backend):
     _check_shapes({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
-    return _empty_rows(weight, targets.shape[0], 11)
+    return _empty_rows(weight, targets.shape[0], 15)
 
 
 @torch.library.custom_op("vogue::linear_branch_stats_backward", mutates_args=(), tags=_TAGS)
@@ -403,14 +413,15 @@ def _(grads, hidden_p, hidden_q, weight, targets, bias, temperature, backend, sa
 def _linear_branch_stats_setup(ctx, inputs, output):
     hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden_p, hidden_q, weight, targets, bias, *output[2:6], *output[7:])
+    ctx.mark_non_differentiable(*output[9:])
+    ctx.save_for_backward(hidden_p, hidden_q, weight, targets, bias, *output[2:6], *output[11:])
 
 
 def _linear_branch_stats_autograd(ctx, *grads):
     hidden_p, hidden_q, weight, targets, bias, *saved = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
     gradients = torch.ops.vogue.linear_branch_stats_backward(
-        grads[:7], hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
+        grads[:9], hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
     )
     grad_p, grad_q, grad_weight, grad_bias = _spread(needs, gradients)
     return grad_p, grad_q, grad_weight, None, grad_bias, None, None
