@@ -69,7 +69,8 @@ class Environment:
         self.pip(*row.packages, *TOOLS)
         built = shutil.ignore_patterns("*.so", "build", "*.egg-info", "__pycache__")
         for name in ("kernels", "tests/kernels", "bench"):
-            shutil.copytree(ROOT / name, folder / name, ignore=built, dirs_exist_ok=True)
+            shutil.rmtree(folder / name, ignore_errors=True)  # what an earlier run built would be installed again
+            shutil.copytree(ROOT / name, folder / name, ignore=built)
         shutil.copy(ROOT / "pyproject.toml", folder)
 
     def run(self, *command, **environment) -> subprocess.CompletedProcess:
