@@ -20,7 +20,7 @@ from torch import Tensor
 from .branches import Branch, compute_dtype, one_branch, two_branches
 from .inputs import IGNORE, as_rows, mix
 
-_LOWEST_TEMPERATURE = 1e-30  # below it 1 / τ times a difference of logits leaves float32
+_LOWEST_TEMPERATURE = 1e-6  # below it the rounding of a float32 logit is worth more than a nat
 
 
 class LogprobStats(NamedTuple):
