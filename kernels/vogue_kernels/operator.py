@@ -18,21 +18,22 @@ import torch
 from torch import Tensor
 
 from .branches import Branch, compute_dtype, one_branch, two_branches
+from .inputs import IGNORE, as_rows, mix
 
-IGNORE = -100  # the target of a position to skip, as in torch.nn.functional.cross_entropy
-_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
 _LOWEST_TEMPERATURE = 1e-6  # below it the rounding of a float32 logit is worth more than a nat
 
 
 class LogprobStats(NamedTuple):
-    """Per-token statistics of one branch, each (N,), in nats."""
+    """Per-token statistics of one branch, each of the shape of the targets, in nats."""
 
     logprob: Tensor
     entropy: Tensor
+    lse: Tensor  # log Σ e^logits
+    top_logprob: Tensor  # that of the likeliest token, which the target is where logprob equals it; without gradient
 
 
 class BranchStats(NamedTuple):
-    """Per-token statistics of two branches, p and q, each (N,), in nats."""
+    """Per-token statistics of two branches, p and q, each of the shape of the targets, in nats."""
 
     logprob_p: Tensor
     logprob_q: Tensor
@@ -41,6 +42,10 @@ class BranchStats(NamedTuple):
     kl_pq: Tensor  # KL(p‖q)
     kl_qp: Tensor  # KL(q‖p)
     symmetric_kl: Tensor  # ½ (KL(p‖q) + KL(q‖p))
+    lse_p: Tensor  # log Σ e^logits
+    lse_q: Tensor
+    top_logprob_p: Tensor  # that of the likeliest token, which the target is where logprob equals it; without gradient
+    top_logprob_q: Tensor
 
 
 def linear_branch_stats(
@@ -51,26 +56,33 @@ def linear_branch_stats(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
+    *,
+    ignore_index: int = IGNORE,
+    shift: bool = False,
 ) -> BranchStats:
     """Log-probabilities, entropies and both KL directions of two branches in one pass over the vocabulary.
 
     With p = softmax((W h_p + bias) / τ) and q the same of h_q; exact, with no (N, V) tensor.
 
-    hidden_p, hidden_q: (N, D); weight: (V, D), bias: (V,), all of one dtype and device. targets: (N,) int64; at
-    -100 every result is 0 and no gradient flows. temperature: τ, divides the logits.
-    backend: "auto" (the fastest that can run), "torch", "cpu" or "triton". Under torch.autocast hidden states, weight
-    and bias are cast as `torch.nn.functional.linear` casts them.
+    hidden_p, hidden_q: (..., D), with the dimensions of targets before D. weight: (V, D). targets: (...) integers; at
+    -100, and at ignore_index, every result is 0 and no gradient flows. bias: (V,). All are on one device. Hidden states
+    of another dtype are cast to the weight's, never the weight to theirs; a bias of any dtype is added in float32;
+    float64 mixes with nothing. Under torch.autocast all three are cast as `torch.nn.functional.linear` casts them.
+    temperature: τ, divides the logits. backend: "auto" (the fastest that can run), "torch", "cpu" or "triton". shift:
+    targets are the tokens of the sequences themselves, (..., T); each hidden state is scored on the next one, and
+    results are (..., T − 1).
 
-    Results are (N,) float32 (float64 for float64 inputs), differentiable in the hidden states, weight and bias (once:
-    there is no second derivative). The KLs are never negative, and 0 where the branches are identical. Only gradients
-    that are asked for are computed.
+    Results have the shape of targets and are float32 (float64 for float64 inputs), differentiable in the hidden states,
+    weight and bias (once: there is no second derivative). The KLs are never negative, and 0 where the branches are
+    identical. Only gradients that are asked for are computed.
 
-    Raises TypeError for a dtype, ValueError for a shape, device, temperature, target or backend that can't be used,
-    RuntimeError while a CUDA graph is captured: finding the positions to skip waits for the GPU.
+    Raises TypeError for a dtype, ValueError for a shape, device, temperature, target or backend that can't be used, and
+    for a weight that isn't whole: a DTensor, or a parameter that ZeRO-3 has partitioned. Raises RuntimeError while a
+    CUDA graph is captured: finding the positions to skip waits for the GPU.
     """
-    weight, hidden_p, hidden_q, bias = _autocast(weight, hidden_p, hidden_q, bias)
-    args = (hidden_p, hidden_q, weight, targets, bias, float(temperature), backend)
-    return BranchStats(*torch.ops.vogue.linear_branch_stats(*args)[:7])
+    rows = as_rows({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, ignore_index, shift)
+    args = (*rows.hiddens, rows.weight, rows.targets, rows.bias, float(temperature), backend)
+    return BranchStats(*rows.restore(torch.ops.vogue.linear_branch_stats(*args)[: len(BranchStats._fields)]))
 
 
 def linear_logprob(
@@ -80,23 +92,17 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
+    *,
+    ignore_index: int = IGNORE,
+    shift: bool = False,
 ) -> LogprobStats:
     """Log-probability of the target and entropy of softmax((W h + bias) / τ) per token.
 
-    hidden: (N, D); all else as in `linear_branch_stats`.
+    hidden: (..., D); all else as in `linear_branch_stats`.
     """
-    weight, hidden, bias = _autocast(weight, hidden, bias)
-    args = (hidden, weight, targets, bias, float(temperature), backend)
-    return LogprobStats(*torch.ops.vogue.linear_logprob(*args)[:2])
-
-
-def _autocast(weight: Tensor, *others: Any) -> list[Any]:
-    """The tensors as torch.nn.functional.linear takes them: in autocast's dtype where it is on, but for float64."""
-    device = weight.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return [weight, *others]
-    dtype = torch.get_autocast_dtype(device)
-    return [x if x is None or x.dtype not in _AUTOCAST else x.to(dtype) for x in (weight, *others)]
+    rows = as_rows({"hidden": hidden}, weight, targets, bias, ignore_index, shift)
+    args = (*rows.hiddens, rows.weight, rows.targets, rows.bias, float(temperature), backend)
+    return LogprobStats(*rows.restore(torch.ops.vogue.linear_logprob(*args)[: len(LogprobStats._fields)]))
 
 
 # ---------------------------------------------------------------------------------------------------- backends
@@ -176,7 +182,7 @@ def _forward(backend: str, hiddens: list[Tensor], weight, targets, bias, tempera
     if kept is not None:
         hiddens, targets = [hidden[kept] for hidden in hiddens], targets[kept]
     if len(targets) == 0:
-        return tuple(torch.zeros_like(x) for x in _empty_rows(weight, length, 4 if len(hiddens) == 1 else 11))
+        return tuple(torch.zeros_like(x) for x in _empty_rows(weight, length, 6 if len(hiddens) == 1 else 15))
     with _as_it_is(weight):
         results = _implementation(backend, weight).forward(hiddens, weight, targets, bias, temperature)
     return tuple(_restore(kept, result.to(compute_dtype(weight)), length) for result in results)
@@ -263,7 +269,7 @@ def _check_shapes(hiddens: dict[str, Tensor], weight: Tensor, targets: Tensor, b
                 f"{name} must be {shape}, got {tuple(tensor.shape)}, "
                 f"with weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
             )
-        if tensor.dtype != weight.dtype:
+        if tensor.dtype != weight.dtype and not (name == "bias" and mix(tensor, weight)):  # all backends add in float32
             raise TypeError(f"{name} must have the dtype of weight, {weight.dtype}, got {tensor.dtype}")
     for name, tensor in {**{name: tensor for name, (tensor, _) in expected.items()}, "targets": targets}.items():
         if tensor.device != weight.device:
@@ -303,7 +309,7 @@ def _spread(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor |
 @torch.library.custom_op("vogue::linear_logprob", mutates_args=(), tags=_TAGS)
 def _linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
     return _forward(backend, [hidden], weight, targets, bias, temperature)  # pyright: ignore[reportReturnType]
 
@@ -311,7 +317,7 @@ def _linear_logprob(
 @_linear_logprob.register_fake
 def _(hidden, weight, targets, bias, temperature, backend):
     _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
-    return _empty_rows(weight, targets.shape[0], 4)
+    return _empty_rows(weight, targets.shape[0], 6)
 
 
 @torch.library.custom_op("vogue::linear_logprob_backward", mutates_args=(), tags=_TAGS)
@@ -338,14 +344,15 @@ def _(grads, hidden, weight, targets, bias, temperature, backend, saved, needs):
 def _linear_logprob_setup(ctx, inputs, output):
     hidden, weight, targets, bias, ctx.temperature, ctx.backend = inputs
     ctx.set_materialize_grads(False)  # None is how a result says that nobody asks for its gradient
-    ctx.save_for_backward(hidden, weight, targets, bias, *output[1:])
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.save_for_backward(hidden, weight, targets, bias, output[1], *output[4:])
 
 
 def _linear_logprob_autograd(ctx, *grads):
     hidden, weight, targets, bias, *saved = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     gradients = torch.ops.vogue.linear_logprob_backward(
-        grads[:2], hidden, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
+        grads[:3], hidden, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
     )
     grad_hidden, grad_weight, grad_bias = _spread(needs, gradients)
     return grad_hidden, grad_weight, None, grad_bias, None, None
@@ -366,7 +373,10 @@ def _linear_branch_stats(
     bias: Tensor | None,
     temperature: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+]:  # fmt: skip
     _check_shapes({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
     results = _forward(backend, [hidden_p, hidden_q], weight, targets, bias, temperature)
     return results  # pyright: ignore[reportReturnType]
@@ -375,7 +385,7 @@ def _linear_branch_stats(
 @_linear_branch_stats.register_fake
 def _(hidden_p, hidden_q, weight, targets, bias, temperature, backend):
     _check_shapes({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
-    return _empty_rows(weight, targets.shape[0], 11)
+    return _empty_rows(weight, targets.shape[0], 15)
 
 
 @torch.library.custom_op("vogue::linear_branch_stats_backward", mutates_args=(), tags=_TAGS)
@@ -403,14 +413,15 @@ def _(grads, hidden_p, hidden_q, weight, targets, bias, temperature, backend, sa
 def _linear_branch_stats_setup(ctx, inputs, output):
     hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden_p, hidden_q, weight, targets, bias, *output[2:6], *output[7:])
+    ctx.mark_non_differentiable(*output[9:])
+    ctx.save_for_backward(hidden_p, hidden_q, weight, targets, bias, *output[2:6], *output[11:])
 
 
 def _linear_branch_stats_autograd(ctx, *grads):
     hidden_p, hidden_q, weight, targets, bias, *saved = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
     gradients = torch.ops.vogue.linear_branch_stats_backward(
-        grads[:7], hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
+        grads[:9], hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
     )
     grad_p, grad_q, grad_weight, grad_bias = _spread(needs, gradients)
     return grad_p, grad_q, grad_weight, None, grad_bias, None, None

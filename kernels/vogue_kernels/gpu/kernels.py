@@ -120,6 +120,10 @@ def merge_kernel(
     kl_pq,
     kl_qp,
     symmetric_kl,
+    lse_p,
+    lse_q,
+    top_logprob_p,
+    top_logprob_q,
     max_p,
     logsum_p,  # log2 s
     max_q,
@@ -159,12 +163,13 @@ def merge_kernel(
 
     bits_p = _store_results(
         target_logits + safe, top_p, sum_p, weighted_p, scale,
-        logprob_p + rows, entropy_p + rows, max_p + rows, logsum_p + rows, inside,
+        logprob_p + rows, entropy_p + rows, lse_p + rows, top_logprob_p + rows, max_p + rows, logsum_p + rows, inside,
     )  # fmt: skip
     if BOTH:
         bits_q = _store_results(
             target_logits + N + safe, top_q, sum_q, weighted_q, scale,
-            logprob_q + rows, entropy_q + rows, max_q + rows, logsum_q + rows, inside,
+            logprob_q + rows, entropy_q + rows, lse_q + rows, top_logprob_q + rows, max_q + rows, logsum_q + rows,
+            inside,
         )  # fmt: skip
         expected_p, expected_q, difference = cross_p / sum_p, cross_q / sum_q, bits_p - bits_q
         _store_divergence(kl_pq + rows, expected_p * scale - difference, inside)
@@ -343,12 +348,16 @@ def _share(maxima, field, known, top, scale):
 
 
 @triton.jit
-def _store_results(target_logits, top, total, weighted, scale, logprob, entropy, maximum, logsum, inside):
+def _store_results(
+    target_logits, top, total, weighted, scale, logprob, entropy, lse, top_logprob, maximum, logsum, inside
+):  # fmt: skip
     """Store the results of one branch, and return log2 s."""
     below = tl.load(target_logits).to(tl.float64) - top.to(tl.float64)
     bits = tl.log2(total)
     tl.store(logprob, ((below * scale - bits) * LN2).to(tl.float32), inside)
     tl.store(entropy, ((bits - weighted / total * scale) * LN2).to(tl.float32), inside)
+    tl.store(lse, ((top.to(tl.float64) * scale + bits) * LN2).to(tl.float32), inside)
+    tl.store(top_logprob, (-bits * LN2).to(tl.float32), inside)  # exactly the target's where its logit is the largest
     tl.store(maximum, top, inside)
     tl.store(logsum, bits.to(tl.float32), inside)
     return bits
