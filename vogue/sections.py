@@ -332,7 +332,9 @@ class TrainerConfig(Section):
     output_dir: Path = Field(
         Path("runs/vogue"), description="folder of the run: metrics, completions, plots and checkpoints"
     )
-    micro_batch_tokens: Count = Field(8192, description="most tokens of a forward, of prompts and completions together")
+    micro_batch_tokens: Count = Field(
+        8192, description="most tokens of a forward, of prompts and completions together; a longer group is cut"
+    )
     shared_prefix: bool = Field(True, description="compute a prompt once for all completions of its group")
     save_every: int = Field(50, ge=0, description="steps between checkpoints; 0: only one at the end")
     keep: Count = Field(2, description="checkpoints to keep, the newest ones")
