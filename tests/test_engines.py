@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from vogue.cli import main
 from vogue.config import load_config
-from vogue.data import Sample, load_samples, write_parquet
+from vogue.data import Sample, load_samples
 from vogue.data.dataset import check_samples
 from vogue.inputs import Preprocessor, load_processor
 from vogue.rollout.engine import Request, media_token_ids
@@ -210,17 +210,6 @@ def test_nothing_is_generated_for_no_prompts(trainer, engine):
 # -------------------------------------------------------------------------------------------------- several ranks
 
 
-@pytest.fixture(scope="module")
-def mixed_data(digits_folder, tmp_path_factory):
-    """Digits, and problems without an image between them: often one rank has images and the other none."""
-    samples = list(load_samples(digits_folder / "train.parquet"))
-    for i in range(0, len(samples), 3):
-        samples[i] = Sample(f"What is {i} + 1?", str(i + 1), ())
-    path = tmp_path_factory.mktemp("mixed") / "train.parquet"
-    write_parquet(samples, path)
-    return path
-
-
 # Partitions every parameter, which DeepSpeed doesn't do to small ones by itself.
 PARTITIONED = "trainer.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
 
@@ -305,6 +294,7 @@ def test_two_ranks_train_on_raw_rollouts_as_one_does_and_go_on_from_a_checkpoint
 DAPO = ("method=dapo", "branch.probability=0", "rollout.rounds=3", "rollout.n=4", "trainer.updates=2")
 
 
+@pytest.mark.long
 def test_two_ranks_sample_dynamically_as_one_does_and_go_on_from_a_checkpoint(train):
     one = metrics(train(1, "dapo", *DAPO, "trainer.steps=2"))
     train(2, "dapo-two", *DAPO, "trainer.steps=1")

@@ -182,7 +182,7 @@ def test_an_adapter_and_a_tokenizer_of_a_larger_model_are_refused(told, folder):
     ))  # fmt: skip
     assert "tokens, the model 320" in told()
     (folder / "adapter_config.json").write_text("{}")
-    assert told() == "this is an adapter; merge it into its base model first"
+    assert told() == "this is an adapter: model.path is its base model, and lora.adapter this folder"
 
 
 def test_a_chat_template_is_tried_out(told, folder):

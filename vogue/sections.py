@@ -306,6 +306,32 @@ class LossConfig(Section):
     )
 
 
+class LoraConfig(Section):
+    """Adapters of low rank that are trained in the model's place (LoRA), W + (alpha / rank) B A."""
+
+    rank: int = Field(0, ge=0, description="rank of the adapters; 0: none, the model itself is trained")
+    alpha: Positive = Field(32.0, description="adapters are scaled by alpha / rank")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear",
+        description="last names of the layers that get an adapter, [q_proj, v_proj] say; all-linear: every linear one "
+        "but the head",
+    )
+    vision: bool = Field(False, description="adapt the vision tower too, which is frozen otherwise")
+    adapter: Path | None = Field(
+        None,
+        description="folder of an adapter in PEFT's format, a checkpoint's for one, to go on training from, or to "
+        "evaluate; its rank, alpha and layers count then",
+    )
+    save_merged: bool = Field(
+        False, description="checkpoints have the whole model too, with the adapter merged into it"
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether there are adapters."""
+        return self.rank > 0 or self.adapter is not None
+
+
 class OptimizerConfig(Section):
     """AdamW."""
 

@@ -106,12 +106,13 @@ class Trainer:
         self.step = 0
         if found:
             folder, self.step = found
-            checkpoint.load(self.deepspeed, folder)
+            checkpoint.load(self.deepspeed, folder, config)
+        if found or config.lora.adapter:
             self.sync()
 
     @property
     def checkpoints(self):
-        return self.config.trainer.output_dir / "checkpoints"
+        return checkpoint.root_of(self.config)
 
     def run_step(self) -> StepResult:
         """One pass of the algorithm.
@@ -286,10 +287,7 @@ class Trainer:
         return [Judged(sample, *one) for sample, one in zip(samples, found, strict=True)]
 
     def save(self) -> None:
-        keep = self.config.trainer.keep
-        checkpoint.save(
-            self.deepspeed, self.policy.model, self.processor, self.state, self.checkpoints, self.step, keep
-        )
+        checkpoint.save(self.deepspeed, self.policy.model, self.processor, self.state, self.config, self.step)
 
 
 def traced(batch: Batch, stats: TokenStats) -> dict[Place, Trace]:
