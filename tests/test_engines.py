@@ -54,8 +54,8 @@ def trainer(model_folder, digits_folder, tmp_path_factory):
     """A trainer with vLLM, sampling at another temperature than 1."""
     settings = base_settings(model_folder, digits_folder / "train.parquet", tmp_path_factory.mktemp("run"))
     stage = "trainer.deepspeed.zero_optimization.stage=0"
-    long = "data.max_prompt_tokens=512"
-    config = load_config(None, [*settings, "rollout.engine=vllm", "rollout.temperature=0.7", stage, long])
+    more = ["data.max_prompt_tokens=512", "rollout.engine_args.max_num_seqs=37"]
+    config = load_config(None, [*settings, "rollout.engine=vllm", "rollout.temperature=0.7", stage, *more])
     # Longer than a block of vLLM's prefix cache (128 tokens on a CPU), which so holds something.
     preprocessor = Preprocessor(load_processor(config.model.path), "Think. " * 60, 512)
     data = check_samples(load_samples(config.data.train), preprocessor.lengths)
@@ -201,6 +201,10 @@ def test_an_engine_reads_the_features_that_it_is_given_and_no_pixel_again(traine
     assert [len(row) for row in found] == [len(row) for row in expected]
     for row, other in zip(found, expected, strict=True):
         assert row == pytest.approx(other, abs=1e-5)
+
+
+def test_vllm_takes_arguments_of_its_own(trainer):
+    assert trainer.engine.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs == 37
 
 
 def test_nothing_is_generated_for_no_prompts(trainer, engine):

@@ -273,6 +273,16 @@ class RolloutConfig(Section):
     )
     memory: Share = Field(0.4, description="share of a GPU's memory that vLLM takes")
     kv_cache_gb: Positive = Field(1.0, description="size of vLLM's KV cache on a CPU, in GB a rank")
+    engine_args: dict[str, Any] = Field(
+        {},
+        description="further arguments of vLLM's engine, by its own names: {max_num_seqs: 64, enforce_eager: true}",
+    )
+
+    @model_validator(mode="after")
+    def _arguments_have_an_engine(self) -> "RolloutConfig":
+        if self.engine_args and self.engine != "vllm":
+            raise ValueError(f"rollout.engine_args are vLLM's, but rollout.engine={self.engine}")
+        return self
 
     @property
     def noisy_count(self) -> int:

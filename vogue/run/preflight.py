@@ -60,7 +60,15 @@ def examine(config: Config, resume: bool) -> Preflight:
             found.of(check_vocabulary, found.preprocessor, checkpoint)
     found.problems += deepspeed_problems(config.trainer.deepspeed, own_settings(config))
     found.of(check_function, config.reward)
+    if config.rollout.engine_args:
+        found.of(_check_engine_args, config)
     return found
+
+
+def _check_engine_args(config: Config) -> None:
+    from vogue.rollout.vllm import check_engine_args  # importing vLLM takes seconds
+
+    check_engine_args(config)
 
 
 def show(found: Preflight, console: Console) -> None:
