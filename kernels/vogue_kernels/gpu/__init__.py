@@ -45,8 +45,9 @@ class Tile(NamedTuple):
     tma: bool = False  # hidden states and weight are loaded through tensor descriptors
 
 
-# By architecture and kernel: wide tiles that keep everything in registers (bench/gpu_static.py) where V and D are
-# multiples of 16. A bias, a second branch and the entropy's gradient need registers of their own.
+# By architecture and kernel: tiles as wide as registers allow where V and D are multiples of 16. A bias, a second
+# branch and the entropy's gradient need registers of their own. What doesn't fit may be spilled after the products, once
+# a tile, but never among them (bench/gpu_static.py).
 TILES = {
     "sm_80": {
         "forward": Tile(128, 128, 32, 8, 4),
