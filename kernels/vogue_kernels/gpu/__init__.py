@@ -46,8 +46,8 @@ class Tile(NamedTuple):
 
 
 # By architecture and kernel: tiles as wide as registers allow where V and D are multiples of 16. A bias, a second
-# branch and the entropy's gradient need registers of their own. What doesn't fit may be spilled after the products, once
-# a tile, but never among them (bench/gpu_static.py).
+# branch and the entropy's gradient need registers of their own. What doesn't fit may be spilled after the products,
+# once a tile, but never among them (bench/gpu_static.py).
 TILES = {
     "sm_80": {
         "forward": Tile(128, 128, 32, 8, 4),
