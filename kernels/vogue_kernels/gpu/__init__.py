@@ -94,7 +94,7 @@ def pick_tile(kernel: str, dtype: torch.dtype, architecture: str, tokens: int) -
 # ---------------------------------------------------------------------------------------------------- forward
 
 
-def forward(hiddens, weight, targets, bias, temperature):
+def forward(hiddens, weight, targets, bias, temperature, buffers):
     """As branches.py says."""
     hiddens, weight, targets = [h.contiguous() for h in hiddens], weight.contiguous(), targets.contiguous()
     results = tuple(targets.new_empty(len(targets), dtype=torch.float32) for _ in range(6 if len(hiddens) == 1 else 15))
@@ -158,7 +158,7 @@ class _Side(NamedTuple):
     grad_hidden: Tensor | None  # float32, to be added to
 
 
-def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias):
+def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias, buffers):
     """As branches.py says."""
     weight = weight.contiguous()
     grad_hidden = [
