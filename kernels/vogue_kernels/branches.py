@@ -10,6 +10,7 @@ A backend is a module with two functions, which take checked arguments and token
         (gradients of the branches' hidden states, of weight, of bias), None where they aren't needed.
 """
 
+import ctypes
 import math
 from typing import NamedTuple
 
@@ -93,7 +94,7 @@ def _over(grads, temperature) -> list[Tensor | None]:
 
 def log2_scale(temperature: float) -> float:
     """log₂(e) / τ, rounded to float32 as in the kernels, so that the merge agrees with them."""
-    return torch.tensor(1 / (temperature * LN2), dtype=torch.float32).item()
+    return ctypes.c_float(1 / (temperature * LN2)).value
 
 
 def merge(partial: Tensor, target_logits: Tensor, scale: float) -> tuple[Tensor, ...]:

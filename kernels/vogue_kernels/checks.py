@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_LOWEST_TEMPERATURE = 1e-30  # below it 1 / τ times a difference of logits leaves float32
+_LOWEST_TEMPERATURE = 1e-6  # below it the rounding of a float32 logit is worth more than a nat
 
 
 def check_arguments(hiddens: dict[str, Tensor], weight: Tensor, targets: Tensor, bias: Tensor | None, temperature):

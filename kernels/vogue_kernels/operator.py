@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .branches import Branch, compute_dtype, one_branch, two_branches
 from .checks import check_arguments
-from .kept import kept_bytes, serves
+from .kept import kept_bytes, serve
 
 IGNORE = -100  # the target of a position to skip, as in torch.nn.functional.cross_entropy
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
@@ -65,8 +65,8 @@ def linear_branch_stats(
     keep_logits_bytes: memory to spend on a faster backward pass. Within it the logits of the first words of the
     vocabulary, all N · V of them at most, are kept in the inputs' dtype; the others are computed again. Only those of a
     branch whose hidden states require a gradient are kept (of both, if only weight or bias do), and none where no
-    gradient is recorded. The results don't depend on it; gradients do by the rounding of what is kept. In 16 bits those
-    of a divergence are computed without it: it helps where a loss is of log-probabilities and entropies.
+    gradient is recorded. The results don't depend on it; gradients do by the rounding of what is kept. It helps where a
+    loss is of log-probabilities and entropies: gradients of a divergence are computed without what is kept.
 
     Results are (N,) float32 (float64 for float64 inputs), differentiable in the hidden states, weight and bias (once:
     there is no second derivative). The KLs are never negative, and 0 where the branches are identical. Only gradients
@@ -215,7 +215,7 @@ def _backward(backend: str, branches: list[Branch], weight, targets, bias, tempe
     if len(targets) == 0 or not any(branch.used and want for branch, want in zip(branches, wanted, strict=True)):
         hiddens = [weight.new_empty(length, weight.shape[1])] * len(branches)
         return [gradient.zero_() for gradient in _empty_gradients(needs, (*hiddens, weight, bias))]
-    if not serves(branches, weight):
+    if not serve(branches):
         buffers = [buffer[:0] for buffer in buffers]
     with _as_it_is(weight):
         grads_hidden, grad_weight, grad_bias = _implementation(backend, weight).backward(
