@@ -60,7 +60,7 @@ def test_the_sums_follow_the_maximum_from_tile_to_tile_of_a_share(case, monkeypa
         (Case("normal", 37, 72, 1500, "bf16", 1.3, True), True),
         (Case("negative", 33, 72, 2051, "bf16"), True),  # what is read as 0 outside the matrices would win
         (Case("negative", 33, 72, 2051, "f32"), True),
-        (Case("normal", 7, 33, 515, "bf16"), False),  # rows of 66 bytes
+        (Case("normal", 37, 33, 515, "bf16"), False),  # rows of 66 bytes
     ],
     ids=str,
 )

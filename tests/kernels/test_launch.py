@@ -95,7 +95,7 @@ def run_logprob(gpu, n, size, bias=None, entropy=False, keep=0, **changed):
     targets, row = tensor(n, dtype=torch.int64), tensor(n, dtype=torch.float32)
     args, buffers = (inputs["weight"], targets, bias, 0.7), [tensor(keep, dtype=torch.uint8)]
     gpu.module.forward([inputs["hidden"]], *args, buffers)
-    branches = one_branch([row, row if entropy else None], inputs["hidden"], [row] * 3, 0.7)
+    branches = one_branch([row, row if entropy else None, None], inputs["hidden"], [row] * 3, 0.7)
     gpu.module.backward(branches, *args, [True], True, bias is not None, buffers)
     return [recorder.launches for recorder in gpu.recorders.values()]
 
@@ -105,7 +105,7 @@ def run_branches(gpu, n, size, bias=None):
     hiddens, weight = [tensor(n, size[0]) for _ in range(2)], tensor(size[1], size[0])
     args, row = (weight, tensor(n, dtype=torch.int64), bias, 0.7), tensor(n, dtype=torch.float32)
     gpu.module.forward(hiddens, *args, NOTHING * 2)
-    branches = two_branches([row] * 7, *hiddens, [row] * 8, 0.7)
+    branches = two_branches([row] * 9, *hiddens, [row] * 8, 0.7)
     gpu.module.backward(branches, *args, [True, True], True, bias is not None, NOTHING * 2)
     return [recorder.launches for recorder in gpu.recorders.values()]
 
@@ -232,7 +232,7 @@ def test_a_divergence_whose_gradient_one_branch_needs_writes_that_one(needed, gp
     n, (depth, vocab) = 5, QWEN_3B
     args = (tensor(vocab, depth), tensor(n, dtype=torch.int64), None, 1.0)
     row, needs = tensor(n, dtype=torch.float32), [needed == "raw", needed == "noisy"]
-    branches = two_branches([None] * 6 + [row], tensor(n, depth), tensor(n, depth), [row] * 8, 1.0)
+    branches = two_branches([None] * 6 + [row, None, None], tensor(n, depth), tensor(n, depth), [row] * 8, 1.0)
     gradients, *others = gpu.module.backward(branches, *args, needs, False, False, NOTHING * 2)
     assert [gradient is not None for gradient in (*gradients, *others)] == [*needs, False, False]
     for launch in gpu.recorders["logit_gradient_kernel"].launches:
@@ -270,7 +270,7 @@ def test_around_the_kernels_one_batch_is_neither_copied_nor_joined_nor_cleared(g
     n, (depth, vocab) = 1024, QWEN_3B
     hidden, weight, targets = tensor(n, depth), tensor(vocab, depth), tensor(n, dtype=torch.int64)
     row = tensor(n, dtype=torch.float32)
-    branches = one_branch([row, None], hidden, [row] * 3, 0.7)
+    branches = one_branch([row, None, None], hidden, [row] * 3, 0.7)
     with Operators() as forward:
         gpu.module.forward([hidden], weight, targets, None, 0.7, NOTHING)
     with Operators() as backward:

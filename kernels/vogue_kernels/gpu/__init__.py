@@ -99,7 +99,7 @@ def pick_tile(kernel: str, dtype: torch.dtype, architecture: str, tokens: int) -
 def forward(hiddens, weight, targets, bias, temperature, buffers):
     """As branches.py says."""
     hiddens, weight, targets = [h.contiguous() for h in hiddens], weight.contiguous(), targets.contiguous()
-    results = tuple(targets.new_empty(len(targets), dtype=torch.float32) for _ in range(4 if len(hiddens) == 1 else 11))
+    results = tuple(targets.new_empty(len(targets), dtype=torch.float32) for _ in range(6 if len(hiddens) == 1 else 15))
     kept = _kept(buffers, targets, weight)
     for rows in _batches(targets):
         sums = _running_sums(
@@ -142,11 +142,11 @@ def _running_sums(hiddens, weight, targets, bias, temperature, kept) -> tuple[Te
 
 def _merge(partial: Tensor, target_logits: Tensor, results: list[Tensor], temperature: float) -> None:
     """Fill the results of `forward` for a batch of tokens."""
-    n, splits, both = partial.shape[3], partial.shape[2], len(results) == 11
+    n, splits, both = partial.shape[3], partial.shape[2], len(results) == 15
     if not both:
-        logprob, entropy, maximum, logsum = results
-        unused = [logprob] * 3
-        results = [logprob, logprob, entropy, entropy, *unused, maximum, logsum, maximum, logsum]
+        logprob, entropy, lse, top_logprob, maximum, logsum = results
+        values = [logprob, logprob, entropy, entropy, *[logprob] * 3, lse, lse, top_logprob, top_logprob]
+        results = [*values, maximum, logsum, maximum, logsum]
     with torch.cuda.device_of(partial):
         merge_kernel[(-(-n // MERGE_OPTIONS["TOKENS"]),)](
             partial, target_logits, *results, n, splits, log2_scale(temperature),
@@ -307,7 +307,7 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         return a.float() @ b.float() if total is None else total.addmm_(a.float(), b.float())
     if total is None:
         return torch.mm(a, b, out_dtype=torch.float32)
-    if torch.__version__ < (2, 10):  # there addmm refuses a total of another dtype than a's
+    if torch.__version__ < "2.10":  # there addmm refuses a total of another dtype than a's
         return total.add_(torch.mm(a, b, out_dtype=torch.float32))
     return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 

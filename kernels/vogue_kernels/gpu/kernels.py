@@ -32,6 +32,7 @@ import triton.language as tl
 # Stands for −∞: differences and multiples of it stay finite, and 0 · finite is 0 where 0 · ∞ is NaN.
 LOWEST = tl.constexpr(-1e30)
 LN2 = tl.constexpr(math.log(2))
+NO = tl.constexpr(False)
 
 
 @triton.jit(do_not_specialize=["N", "splits", "tiles", "reference_stride"])
@@ -135,6 +136,10 @@ def merge_kernel(
     kl_pq,
     kl_qp,
     symmetric_kl,
+    lse_p,
+    lse_q,
+    top_logprob_p,
+    top_logprob_q,
     max_p,
     logsum_p,  # log2 s
     max_q,
@@ -174,12 +179,13 @@ def merge_kernel(
 
     bits_p = _store_results(
         target_logits + safe, top_p, sum_p, weighted_p, scale,
-        logprob_p + rows, entropy_p + rows, max_p + rows, logsum_p + rows, inside,
+        logprob_p + rows, entropy_p + rows, lse_p + rows, top_logprob_p + rows, max_p + rows, logsum_p + rows, inside,
     )  # fmt: skip
     if BOTH:
         bits_q = _store_results(
             target_logits + N + safe, top_q, sum_q, weighted_q, scale,
-            logprob_q + rows, entropy_q + rows, max_q + rows, logsum_q + rows, inside,
+            logprob_q + rows, entropy_q + rows, lse_q + rows, top_logprob_q + rows, max_q + rows, logsum_q + rows,
+            inside,
         )  # fmt: skip
         expected_p, expected_q, difference = cross_p / sum_p, cross_q / sum_q, bits_p - bits_q
         _store_divergence(kl_pq + rows, expected_p * scale - difference, inside)
@@ -270,9 +276,9 @@ def kept_gradient_kernel(
     inside = (rows < N)[:, None] & (local < width)[None, :]
     logits = tl.load(kept + rows.to(tl.int64)[:, None] * columns + (first + local)[None, :], inside, 0.0).to(tl.float32)
     logits += tl.load(reference + (first // KEPT + tile).to(tl.int64) * reference_stride + safe)[:, None]
-    logp = _log2_softmax(logits, reference, local, 0, log2_scale, numbers + safe, N, False)
+    logp = _log2_softmax(logits, reference, local, 0, log2_scale, numbers + safe, N, NO)
     hit = tl.load(targets + safe).to(tl.int32)[:, None] == (first + local)[None, :]
-    found = _logit_gradient(logp, logp, hit, numbers + safe, N, LOGPROB, ENTROPY, False)
+    found = _logit_gradient(logp, logp, hit, numbers + safe, N, LOGPROB, ENTROPY, NO)
     out = gradient + rows.to(tl.int64)[:, None] * stride + local[None, :]
     tl.store(out, found.to(gradient.dtype.element_ty), inside)
 
@@ -356,7 +362,7 @@ def _keep(
         column = tile * VOCAB + tl.arange(0, VOCAB)
         out = kept + rows.to(tl.int64)[:, None] * columns + column[None, :]
         tl.store(out, below.to(kept.dtype.element_ty), inside[:, None] & (column < columns)[None, :])
-        for i in tl.static_range(VOCAB // KEPT):
+        for i in range(VOCAB // KEPT):
             part = tile * (VOCAB // KEPT) + i
             if part * KEPT < columns:
                 tl.store(reference + tl.cast(part, tl.int64) * reference_stride + rows, maximum, inside)
@@ -409,12 +415,16 @@ def _share(maxima, field, known, top, scale):
 
 
 @triton.jit
-def _store_results(target_logits, top, total, weighted, scale, logprob, entropy, maximum, logsum, inside):
+def _store_results(
+    target_logits, top, total, weighted, scale, logprob, entropy, lse, top_logprob, maximum, logsum, inside
+):  # fmt: skip
     """Store the results of one branch, and return log2 s."""
     below = tl.load(target_logits).to(tl.float64) - top.to(tl.float64)
     bits = tl.log2(total)
     tl.store(logprob, ((below * scale - bits) * LN2).to(tl.float32), inside)
     tl.store(entropy, ((bits - weighted / total * scale) * LN2).to(tl.float32), inside)
+    tl.store(lse, ((top.to(tl.float64) * scale + bits) * LN2).to(tl.float32), inside)
+    tl.store(top_logprob, (-bits * LN2).to(tl.float32), inside)  # exactly the target's where its logit is the largest
     tl.store(maximum, top, inside)
     tl.store(logsum, bits.to(tl.float32), inside)
     return bits
