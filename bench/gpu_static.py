@@ -41,6 +41,7 @@ DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma_f32", "cp.async.bulk.tensor")
 # The same in machine code, where a spilled register is an STL and an LDL.
 PRODUCTS, SPILLS = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma_f32)"), re.compile(r"\b(STL|LDL|scratch_(load|store))")
+LABEL, BRANCH = re.compile(r"^\s*(\.L\w+):", re.M), re.compile(r"\b(?:BRA|s_c?branch\w*)\b[^\n]*?(\.L\w+)")
 # Of a multiprocessor; on NVIDIA 1 KB of it goes to each program.
 SHARED_BYTES = {
     "sm_80": 164 << 10,
@@ -178,9 +179,22 @@ def amd_code(compiled) -> Code:
 
 
 def spills_among_products(machine_code: str) -> int:
-    """Instructions that spill or reload before the last product: all that the loop over D could execute."""
-    *_, last = 0, *(match.start() for match in PRODUCTS.finditer(machine_code))
-    return len(SPILLS.findall(machine_code[:last]))
+    """Instructions that spill or reload in the loop over D, the innermost one around the products.
+
+    What a program stores once, before its loops, isn't among them. Where no loop is found, all before the last product
+    counts.
+    """
+    products = [match.start() for match in PRODUCTS.finditer(machine_code)]
+    if not products:
+        return 0
+    labels = {match[1]: match.start() for match in LABEL.finditer(machine_code)}
+    loops = [
+        (labels[match[1]], match.start())
+        for match in BRANCH.finditer(machine_code, products[-1])
+        if labels.get(match[1], products[0] + 1) <= products[0]
+    ]
+    start, end = min(loops, key=lambda loop: loop[1], default=(0, products[-1]))
+    return len(SPILLS.findall(machine_code[start:end]))
 
 
 def programs(architecture: str, registers: int, shared: int, warps: int) -> int:
