@@ -157,7 +157,8 @@ def test_what_the_kernels_compile_to(architecture, instructions, tmp_path):
     assert len(compiled) == (36 if architecture == "sm_90" else 14)
     for row in compiled:
         assert row["spills_among_products"] == 0, row
-        whole = row["dtype"] == "bf16" and "forward" in row["kernel"]  # else some bytes a tile, after the products
+        # But for these forward kernels some bytes a tile may be spilled, outside of the loop over D.
+        whole = row["dtype"] == "bf16" and "forward" in row["kernel"] and "kept" not in row["kernel"]
         assert row["local_bytes"] <= (0 if whole else 512), row
         assert row["programs_per_sm"] >= 1, row
         assert row["dtype"] == "f32" or set(row["instructions"]) == instructions, row
