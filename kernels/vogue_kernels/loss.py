@@ -266,20 +266,20 @@ class VogueLoss(nn.Module):
     def _statistics(self, hidden, hidden_other, weight, targets, bias, noisy):
         """(logprob, u_out, u_per or None) of the trained branch; the other one is read only where it's needed."""
         rest = weight, targets, bias, self.temperature, self.backend
-        keep = {"keep_logits_bytes": self.keep_logits_bytes}
+        keep = self.keep_logits_bytes
         entropy_drawn = self.entropy == "drawn" and self.rollout == "raw" and self.guidance.alpha_out > 0
         if not noisy.any() or not (self.guidance.alpha_per > 0 or entropy_drawn):
-            stats = linear_logprob(hidden, *rest, **keep)
+            stats = linear_logprob(hidden, *rest, keep_logits_bytes=keep)
             return stats.logprob, stats.entropy.detach(), None
         if hidden_other is None:
             raise ValueError("tokens with z = 1 need hidden_other, the hidden states of the other branch")
         other = hidden_other.detach()
         if self.rollout == "raw":
-            stats = linear_branch_stats(hidden, other, *rest, **keep)
+            stats = linear_branch_stats(hidden, other, *rest, keep_logits_bytes=keep)
             entropy = torch.where(noisy, stats.entropy_q, stats.entropy_p) if entropy_drawn else stats.entropy_p
             logprob = stats.logprob_p
         else:
-            stats = linear_branch_stats(other, hidden, *rest, **keep)
+            stats = linear_branch_stats(other, hidden, *rest, keep_logits_bytes=keep)
             logprob, entropy = stats.logprob_q, stats.entropy_q
         return logprob, entropy.detach(), getattr(stats, DIVERGENCES[self.divergence]).detach()
 
