@@ -265,7 +265,8 @@ class VogueLoss(nn.Module):
 
     def _statistics(self, hidden, hidden_other, weight, targets, bias, noisy):
         """(logprob, u_out, u_per or None) of the trained branch; the other one is read only where it's needed."""
-        rest, keep = (weight, targets, bias, self.temperature, self.backend), self.keep_logits_bytes
+        rest = weight, targets, bias, self.temperature, self.backend
+        keep = self.keep_logits_bytes
         entropy_drawn = self.entropy == "drawn" and self.rollout == "raw" and self.guidance.alpha_out > 0
         if not noisy.any() or not (self.guidance.alpha_per > 0 or entropy_drawn):
             stats = linear_logprob(hidden, *rest, keep_logits_bytes=keep)
