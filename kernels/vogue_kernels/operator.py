@@ -17,19 +17,18 @@ import torch
 from torch import Tensor
 
 from .branches import Branch, compute_dtype, one_branch, two_branches
-
-IGNORE = -100  # the target of a position to skip, as in torch.nn.functional.cross_entropy
+from .inputs import IGNORE, as_rows, mix
 
 
 class LogprobStats(NamedTuple):
-    """Per-token statistics of one branch, each (N,), in nats."""
+    """Per-token statistics of one branch, each of the shape of the targets, in nats."""
 
     logprob: Tensor
     entropy: Tensor
 
 
 class BranchStats(NamedTuple):
-    """Per-token statistics of two branches, p and q, each (N,), in nats."""
+    """Per-token statistics of two branches, p and q, each of the shape of the targets, in nats."""
 
     logprob_p: Tensor
     logprob_q: Tensor
@@ -48,23 +47,31 @@ def linear_branch_stats(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
+    *,
+    ignore_index: int = IGNORE,
+    shift: bool = False,
 ) -> BranchStats:
     """Log-probabilities, entropies and both KL directions of two branches in one pass over the vocabulary.
 
     With p = softmax((W h_p + bias) / τ) and q the same of h_q; exact, with no (N, V) tensor.
 
-    hidden_p, hidden_q: (N, D); weight: (V, D), bias: (V,), all of one dtype and device. targets: (N,) int64; at
-    -100 every result is 0 and no gradient flows. temperature: τ, divides the logits.
-    backend: "auto" (the fastest that can run), "torch", "cpu" or "triton".
+    hidden_p, hidden_q: (..., D), with the dimensions of targets before D. weight: (V, D). targets: (...) integers; at
+    -100, and at ignore_index, every result is 0 and no gradient flows. bias: (V,). All are on one device. Hidden states
+    of another dtype are cast to the weight's, never the weight to theirs; a bias of any dtype is added in float32.
+    float64 mixes with nothing. temperature: τ, divides the logits. backend: "auto" (the fastest that can run), "torch",
+    "cpu" or "triton". shift: targets are the tokens of the sequences themselves, (..., T); each hidden state is scored
+    on the next one, and results are (..., T − 1).
 
-    Results are (N,) float32 (float64 for float64 inputs), differentiable in the hidden states, weight and bias (once:
-    there is no second derivative). The KLs are never negative, and 0 where the branches are identical. Only gradients
-    that are asked for are computed.
+    Results have the shape of targets and are float32 (float64 for float64 inputs), differentiable in the hidden states,
+    weight and bias (once: there is no second derivative). The KLs are never negative, and 0 where the branches are
+    identical. Only gradients that are asked for are computed.
 
-    Raises TypeError for a dtype, ValueError for a shape, device, temperature, target or backend that can't be used.
+    Raises TypeError for a dtype, ValueError for a shape, device, temperature, target or backend that can't be used, and
+    for a weight that isn't whole: a DTensor, or a parameter that ZeRO-3 has partitioned.
     """
-    args = (hidden_p, hidden_q, weight, targets, bias, float(temperature), backend)
-    return BranchStats(*torch.ops.vogue.linear_branch_stats(*args)[:7])
+    rows = as_rows({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, ignore_index, shift)
+    args = (*rows.hiddens, weight, rows.targets, bias, float(temperature), backend)
+    return BranchStats(*rows.restore(torch.ops.vogue.linear_branch_stats(*args)[:7]))
 
 
 def linear_logprob(
@@ -74,13 +81,17 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
+    *,
+    ignore_index: int = IGNORE,
+    shift: bool = False,
 ) -> LogprobStats:
     """Log-probability of the target and entropy of softmax((W h + bias) / τ) per token.
 
-    hidden: (N, D); all else as in `linear_branch_stats`.
+    hidden: (..., D); all else as in `linear_branch_stats`.
     """
-    args = (hidden, weight, targets, bias, float(temperature), backend)
-    return LogprobStats(*torch.ops.vogue.linear_logprob(*args)[:2])
+    rows = as_rows({"hidden": hidden}, weight, targets, ignore_index, shift)
+    args = (*rows.hiddens, weight, rows.targets, bias, float(temperature), backend)
+    return LogprobStats(*rows.restore(torch.ops.vogue.linear_logprob(*args)[:2]))
 
 
 # ---------------------------------------------------------------------------------------------------- backends
@@ -209,7 +220,7 @@ def _check_shapes(hiddens: dict[str, Tensor], weight: Tensor, targets: Tensor, b
                 f"{name} must be {shape}, got {tuple(tensor.shape)}, "
                 f"with weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
             )
-        if tensor.dtype != weight.dtype:
+        if tensor.dtype != weight.dtype and not (name == "bias" and mix(tensor, weight)):  # all backends add in float32
             raise TypeError(f"{name} must have the dtype of weight, {weight.dtype}, got {tensor.dtype}")
     for name, tensor in {**{name: tensor for name, (tensor, _) in expected.items()}, "targets": targets}.items():
         if tensor.device != weight.device:

@@ -1,0 +1,59 @@
+"""From the tensors that a trainer has to those that the operators take: rows of tokens, int64 targets, one dtype.
+
+Nothing here touches the weight. A copy or a cast of it would be as large as it is, and would keep the backward pass
+from reading it anew, as ZeRO-3 and FSDP2 need (operator.py).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # the target of a position to skip, as in torch.nn.functional.cross_entropy
+
+
+class Rows(NamedTuple):
+    """Tokens in rows, whatever dimensions they came in."""
+
+    hiddens: list[Tensor]  # (N, D) each, of the weight's dtype
+    targets: Tensor  # (N,) int64
+    shape: torch.Size  # of the targets as they came, which results get again
+
+    def restore(self, results):
+        """The results (N,) in the shape of the targets."""
+        return (result.view(self.shape) for result in results)
+
+
+def as_rows(hiddens: dict[str, Tensor], weight: Tensor, targets: Tensor, ignore_index: int, shift: bool) -> Rows:
+    """hiddens: (..., D) by name; targets: (...) of integers. Raises as the operators' docstrings say."""
+    for name, tensor in {**hiddens, "weight": weight, "targets": targets}.items():
+        if hasattr(tensor, "full_tensor"):
+            raise ValueError(
+                f"{name} is a DTensor, spread over ranks; call the operator inside the forward of the module that owns "
+                f"it, where FSDP2 has gathered it, or pass {name}.full_tensor()"
+            )
+    if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
+        raise TypeError(f"targets must be integers, got {targets.dtype}")
+    for name, hidden in hiddens.items():
+        if hidden.shape[:-1] != targets.shape:
+            expected = (*targets.shape, weight.shape[-1] if weight.dim() else "D")
+            raise ValueError(
+                f"{name} must be {expected}, got {tuple(hidden.shape)}, "
+                f"with weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
+            )
+    rows = list(hiddens.values())
+    if shift:
+        if targets.dim() == 0 or targets.shape[-1] == 0:
+            raise ValueError(f"shift needs a position to predict from, got targets {tuple(targets.shape)}")
+        rows, targets = [hidden[..., :-1, :] for hidden in rows], targets[..., 1:]
+    rows = [hidden.to(weight.dtype) if mix(hidden, weight) else hidden for hidden in rows]
+    rows = [hidden.reshape(-1, hidden.shape[-1]) for hidden in rows]
+    shape, targets = targets.shape, targets.reshape(-1).long()
+    if ignore_index != IGNORE:
+        targets = targets.masked_fill(targets == ignore_index, IGNORE)
+    return Rows(rows, targets, shape)
+
+
+def mix(tensor: Tensor, weight: Tensor) -> bool:
+    """Whether a hidden state or bias may have another dtype than the weight; not float64's, which is for checks."""
+    return all(x.dtype.is_floating_point and x.dtype != torch.float64 for x in (tensor, weight))
