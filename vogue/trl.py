@@ -289,9 +289,7 @@ def _statistics(
     hidden: Tensor, other: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability, entropy and symmetric KL (N,) of tokens of which the first M have another branch, (M, D)."""
-    # Under autocast hidden states come in another dtype than the weight's.
-    hidden, other, m = hidden.to(weight.dtype), other.to(weight.dtype), len(other)
-    parts = []
+    m, parts = len(other), []
     if m:
         both = linear_branch_stats(hidden[:m], other, weight, targets[:m], bias, temperature)
         parts.append((both.logprob_p, both.entropy_p, both.symmetric_kl.detach()))
