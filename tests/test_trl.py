@@ -2,13 +2,15 @@
 
 import copy
 
+import deepspeed
 import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import GRPOConfig, GRPOTrainer
 
-from vogue.trl import VogueConfig, VogueTrainer, add_branch_head
+from vogue import distributed
+from vogue.trl import OtherView, VogueConfig, VogueTrainer, add_branch_head
 
 GROUP, TOKENS = 4, 12
 
@@ -171,12 +173,18 @@ def test_a_row_that_isnt_paid_trains_as_in_trl_whatever_its_neighbours_are(new_t
     torch.testing.assert_close(of_rows([1, 6]) - expected, of_rows([1]) + of_rows([6]) - 2 * expected)
 
 
-def test_the_head_leaves_generation_as_it_was_and_a_batch_without_labels_has_a_gradient_of_zeros(new_model, processor):
-    model = new_model()
+@pytest.fixture
+def inputs(new_model, processor):
+    """A prompt with an image, as a model takes it."""
     image = processor.image_processor(images=[torch.rand(3, 28, 56)], do_rescale=False, return_tensors="pt")
     text = "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|vision_end|>Think.<|im_end|>\n"
     ids = processor.tokenizer(text, return_tensors="pt")["input_ids"]
-    inputs = {"input_ids": ids, "mm_token_type_ids": (ids == model.config.image_token_id).long(), **image}
+    is_image = ids == processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return {"input_ids": ids, "mm_token_type_ids": is_image.long(), **image}
+
+
+def test_the_head_leaves_generation_as_it_was_and_a_batch_without_labels_has_a_gradient_of_zeros(new_model, inputs):
+    model, ids = new_model(), inputs["input_ids"]
     before = model.generate(**inputs, do_sample=False, max_new_tokens=8)
     names = set(model.state_dict())
     add_branch_head(model, temperature=0.5)
@@ -188,6 +196,54 @@ def test_the_head_leaves_generation_as_it_was_and_a_batch_without_labels_has_a_g
     assert outputs.log_probs.shape == (1, ids.shape[1] - 1) and not outputs.log_probs.any()
     (outputs.log_probs + outputs.entropy).sum().backward()
     assert not model.lm_head.weight.grad.any() and not model.model.visual.patch_embed.proj.weight.grad.any()
+
+
+def test_under_zero3_the_head_has_its_whole_weight_forward_and_backward(new_model, inputs):
+    whole, partitioned = new_model(), new_model()
+    for model in (whole, partitioned):
+        # The embedding would keep a weight that is tied to it whole.
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        add_branch_head(model, temperature=0.5)
+    distributed.start()
+    # Nothing that has been gathered may linger.
+    names = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+    zero = {"stage": 3} | {f"stage3_{name}": 0 for name in names}
+    settings = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0}
+    settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    optimizer = torch.optim.SGD(partitioned.parameters(), lr=0.1)
+    engine, *_ = deepspeed.initialize(model=partitioned, optimizer=optimizer, config=settings)
+    assert engine.module.lm_head.weight.numel() == 0
+
+    other = OtherView([0], inputs | {"pixel_values": inputs["pixel_values"] + 0.5})
+    given = inputs | {"labels": inputs["input_ids"], "fused_lm_head": True, "other": other}
+    expected, found = whole(**given), engine(**given)
+    assert found.symmetric_kl.max() > 1e-3
+    for name in ("log_probs", "entropy", "symmetric_kl"):
+        torch.testing.assert_close(found[name], expected[name])
+    expected.log_probs.sum().backward()
+    torch.optim.SGD(whole.parameters(), lr=0.1).step()
+    engine.backward(found.log_probs.sum())
+    engine.step()
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        for (name, a), b in zip(engine.module.named_parameters(), whole.parameters(), strict=True):
+            size = b.abs().max().item()
+            torch.testing.assert_close(a, b, msg=name, rtol=1e-4, atol=1e-5 * size)
+
+
+def test_a_base_model_that_peft_wrapped_is_patched_and_a_head_with_an_adapter_refused(new_model, inputs):
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(new_model(), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    add_branch_head(wrapped.get_base_model(), temperature=1.0)
+    outputs = wrapped(**inputs, labels=inputs["input_ids"], fused_lm_head=True)
+    expected = wrapped(**inputs).logits[0, :-1].log_softmax(-1).gather(1, inputs["input_ids"][0, 1:, None])[:, 0]
+    torch.testing.assert_close(outputs.log_probs[0], expected, rtol=1e-4, atol=1e-4)
+    outputs.log_probs.sum().backward()
+    trained = [name for name, p in wrapped.named_parameters() if p.grad is not None]
+    assert trained and all("lora" in name for name in trained)
+
+    head = peft.get_peft_model(new_model(), peft.LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="the head has an adapter"):
+        add_branch_head(head.get_base_model(), temperature=1.0)
 
 
 def test_what_the_head_cant_do_is_refused(new_model, new_trainer):
