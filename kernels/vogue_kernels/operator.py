@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +20,16 @@ from torch import Tensor
 from .branches import Branch, compute_dtype, one_branch, two_branches
 from .inputs import IGNORE, as_rows, mix
 
+_LOWEST_TEMPERATURE = 1e-30  # below it 1 / τ times a difference of logits leaves float32
+
 
 class LogprobStats(NamedTuple):
     """Per-token statistics of one branch, each of the shape of the targets, in nats."""
 
     logprob: Tensor
     entropy: Tensor
+    lse: Tensor  # log Σ e^logits
+    top_logprob: Tensor  # that of the likeliest token, which the target is where logprob equals it; without gradient
 
 
 class BranchStats(NamedTuple):
@@ -37,6 +42,10 @@ class BranchStats(NamedTuple):
     kl_pq: Tensor  # KL(p‖q)
     kl_qp: Tensor  # KL(q‖p)
     symmetric_kl: Tensor  # ½ (KL(p‖q) + KL(q‖p))
+    lse_p: Tensor  # log Σ e^logits
+    lse_q: Tensor
+    top_logprob_p: Tensor  # that of the likeliest token, which the target is where logprob equals it; without gradient
+    top_logprob_q: Tensor
 
 
 def linear_branch_stats(
@@ -57,21 +66,23 @@ def linear_branch_stats(
 
     hidden_p, hidden_q: (..., D), with the dimensions of targets before D. weight: (V, D). targets: (...) integers; at
     -100, and at ignore_index, every result is 0 and no gradient flows. bias: (V,). All are on one device. Hidden states
-    of another dtype are cast to the weight's, never the weight to theirs; a bias of any dtype is added in float32.
-    float64 mixes with nothing. temperature: τ, divides the logits. backend: "auto" (the fastest that can run), "torch",
-    "cpu" or "triton". shift: targets are the tokens of the sequences themselves, (..., T); each hidden state is scored
-    on the next one, and results are (..., T − 1).
+    of another dtype are cast to the weight's, never the weight to theirs; a bias of any dtype is added in float32;
+    float64 mixes with nothing. Under torch.autocast all three are cast as `torch.nn.functional.linear` casts them.
+    temperature: τ, divides the logits. backend: "auto" (the fastest that can run), "torch", "cpu" or "triton". shift:
+    targets are the tokens of the sequences themselves, (..., T); each hidden state is scored on the next one, and
+    results are (..., T − 1).
 
     Results have the shape of targets and are float32 (float64 for float64 inputs), differentiable in the hidden states,
     weight and bias (once: there is no second derivative). The KLs are never negative, and 0 where the branches are
     identical. Only gradients that are asked for are computed.
 
     Raises TypeError for a dtype, ValueError for a shape, device, temperature, target or backend that can't be used, and
-    for a weight that isn't whole: a DTensor, or a parameter that ZeRO-3 has partitioned.
+    for a weight that isn't whole: a DTensor, or a parameter that ZeRO-3 has partitioned. Raises RuntimeError while a
+    CUDA graph is captured: finding the positions to skip waits for the GPU.
     """
-    rows = as_rows({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, ignore_index, shift)
-    args = (*rows.hiddens, weight, rows.targets, bias, float(temperature), backend)
-    return BranchStats(*rows.restore(torch.ops.vogue.linear_branch_stats(*args)[:7]))
+    rows = as_rows({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, ignore_index, shift)
+    args = (*rows.hiddens, rows.weight, rows.targets, rows.bias, float(temperature), backend)
+    return BranchStats(*rows.restore(torch.ops.vogue.linear_branch_stats(*args)[: len(BranchStats._fields)]))
 
 
 def linear_logprob(
@@ -89,9 +100,9 @@ def linear_logprob(
 
     hidden: (..., D); all else as in `linear_branch_stats`.
     """
-    rows = as_rows({"hidden": hidden}, weight, targets, ignore_index, shift)
-    args = (*rows.hiddens, weight, rows.targets, bias, float(temperature), backend)
-    return LogprobStats(*rows.restore(torch.ops.vogue.linear_logprob(*args)[:2]))
+    rows = as_rows({"hidden": hidden}, weight, targets, bias, ignore_index, shift)
+    args = (*rows.hiddens, rows.weight, rows.targets, rows.bias, float(temperature), backend)
+    return LogprobStats(*rows.restore(torch.ops.vogue.linear_logprob(*args)[: len(LogprobStats._fields)]))
 
 
 # ---------------------------------------------------------------------------------------------------- backends
@@ -109,10 +120,22 @@ def available_backends() -> dict[str, str | None]:
 
 
 def _why_not_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton isn't installed"
+    if reason := _fault_of_triton():
+        return reason
     if not torch.cuda.is_available() and not _interpreting():
         return "no GPU (TRITON_INTERPRET=1 runs its kernels on the CPU, for tests)"
+    return None
+
+
+@cache
+def _fault_of_triton() -> str | None:
+    """Why the installed triton can't be used. It isn't imported for that: TRITON_INTERPRET counts at its import."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None:
+        return "triton isn't installed"
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if not any((folder / "tools" / "tensor_descriptor.py").exists() for folder in folders):
+        return "the installed triton has no tensor descriptors: it needs triton 3.4 or later"
     return None
 
 
@@ -155,36 +178,61 @@ def _implementation(backend: str, weight: Tensor):
 
 def _forward(backend: str, hiddens: list[Tensor], weight, targets, bias, temperature) -> tuple[Tensor, ...]:
     """Run a backend on the tokens that aren't skipped; the skipped ones get zeros."""
-    kept, length = _kept(targets), len(targets)
+    kept, length = _kept(targets, len(weight)), len(targets)
     if kept is not None:
         hiddens, targets = [hidden[kept] for hidden in hiddens], targets[kept]
     if len(targets) == 0:
-        return tuple(torch.zeros_like(x) for x in _empty_rows(weight, length, 4 if len(hiddens) == 1 else 11))
-    results = _implementation(backend, weight).forward(hiddens, weight, targets, bias, temperature)
+        return tuple(torch.zeros_like(x) for x in _empty_rows(weight, length, 6 if len(hiddens) == 1 else 15))
+    with _as_it_is(weight):
+        results = _implementation(backend, weight).forward(hiddens, weight, targets, bias, temperature)
     return tuple(_restore(kept, result.to(compute_dtype(weight)), length) for result in results)
 
 
 def _backward(backend: str, branches: list[Branch], weight, targets, bias, temperature, needs) -> list[Any]:
-    """The gradients of hidden states, weight and bias that are needed, in this order."""
+    """The gradients of hidden states, weight and bias that are needed, in this order; contiguous, as the fakes say."""
     *needs_hidden, needs_weight, needs_bias = needs
-    kept, length = _kept(targets), len(targets)
+    kept, length = _kept(targets, len(weight)), len(targets)
     if kept is not None:
         branches, targets = [branch.select(kept) for branch in branches], targets[kept]
     wanted = [need or needs_weight or needs_bias for need in needs_hidden]
     if len(targets) == 0 or not any(branch.used and want for branch, want in zip(branches, wanted, strict=True)):
-        hiddens = [weight.new_zeros(length, weight.shape[1])] * len(branches)
-        return [torch.zeros_like(x) for need, x in zip(needs, (*hiddens, weight, bias), strict=True) if need]
-    grads_hidden, grad_weight, grad_bias = _implementation(backend, weight).backward(
-        branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias
-    )
+        hiddens = [weight.new_empty(length, weight.shape[1])] * len(branches)
+        return [gradient.zero_() for gradient in _empty_gradients(needs, (*hiddens, weight, bias))]
+    with _as_it_is(weight):
+        grads_hidden, grad_weight, grad_bias = _implementation(backend, weight).backward(
+            branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias
+        )
     grads_hidden = [None if grad is None else _restore(kept, grad, length) for grad in grads_hidden]
-    return [grad for need, grad in zip(needs, (*grads_hidden, grad_weight, grad_bias), strict=True) if need]
+    gradients = zip(needs, (*grads_hidden, grad_weight, grad_bias), strict=True)
+    return [grad.contiguous() for need, grad in gradients if need]
 
 
-def _kept(targets: Tensor) -> Tensor | None:
-    """Indices of the positions that aren't skipped, or None where that is all of them (then nothing is copied)."""
-    kept = (targets != IGNORE).nonzero().squeeze(1)
-    return None if len(kept) == len(targets) else kept
+def _as_it_is(weight: Tensor):
+    """Autocast switched off: backends choose each product's dtype themselves."""
+    return torch.autocast(weight.device.type, enabled=False)
+
+
+def _kept(targets: Tensor, vocab: int) -> Tensor | None:
+    """Indices of the positions that aren't skipped, or None where that is all of them (then nothing is copied).
+
+    Raises ValueError for a target outside the vocabulary. Both are found with one wait for the GPU.
+    """
+    if targets.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("vogue_kernels can't run inside a CUDA graph: it waits for the GPU to find targets to skip")
+    if len(targets) == 0:
+        return None
+    lowest, highest = torch.stack(torch.aminmax(targets)).tolist()
+    if lowest >= 0 and highest < vocab:
+        return None
+    skipped = targets == IGNORE
+    bad = (((targets < 0) | (targets >= vocab)) & ~skipped).nonzero()
+    if len(bad):
+        position = int(bad[0])
+        raise ValueError(
+            f"targets[{position}] = {int(targets[position])} is outside [0, {vocab}); "
+            f"only {IGNORE} marks a position to skip"
+        )
+    return (~skipped).nonzero().squeeze(1)
 
 
 def _restore(kept: Tensor | None, tensor: Tensor, length: int) -> Tensor:
@@ -209,11 +257,12 @@ def _check_shapes(hiddens: dict[str, Tensor], weight: Tensor, targets: Tensor, b
         raise ValueError(f"targets must be (N,), got {tuple(targets.shape)}")
     if targets.dtype != torch.int64:
         raise TypeError(f"targets must be int64, got {targets.dtype}")
+    # Never len() of a tensor: torch.compile would take the number of tokens for a constant, and compile for each anew.
     expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        name: (hidden, (len(targets), weight.shape[1])) for name, hidden in hiddens.items()
+        name: (hidden, (targets.shape[0], weight.shape[1])) for name, hidden in hiddens.items()
     }
     if bias is not None:
-        expected["bias"] = (bias, (len(weight),))
+        expected["bias"] = (bias, (weight.shape[0],))
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(
@@ -227,21 +276,15 @@ def _check_shapes(hiddens: dict[str, Tensor], weight: Tensor, targets: Tensor, b
             raise ValueError(f"{name} must be on the device of weight, {weight.device}, got {tensor.device}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-
-
-def _check_targets(targets: Tensor, vocab: int):
-    bad = ((targets < 0) | (targets >= vocab)) & (targets != IGNORE)
-    if bad.any():  # waits for the GPU, as finding the positions to skip does
-        position = int(bad.nonzero()[0])
-        raise ValueError(
-            f"targets[{position}] = {int(targets[position])} is outside [0, {vocab}); "
-            f"only {IGNORE} marks a position to skip"
-        )
+    if temperature < _LOWEST_TEMPERATURE:
+        raise ValueError(f"temperature must be at least {_LOWEST_TEMPERATURE}, got {temperature}")
 
 
 # ---------------------------------------------------------------------------------------------------- linear_logprob
 
-# Each operator returns its results first, then what the backward pass needs besides them.
+# Each operator returns its results first, then what the backward pass needs besides them. All wait for the GPU, which
+# the tag tells torch.compile, so that mode="reduce-overhead" leaves them out of its CUDA graphs.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 def _empty_rows(weight: Tensor, length: int, count: int) -> tuple[Tensor, ...]:
@@ -249,8 +292,12 @@ def _empty_rows(weight: Tensor, length: int, count: int) -> tuple[Tensor, ...]:
 
 
 def _empty_gradients(needs: Sequence[bool], inputs: Sequence[Tensor | None]) -> list[Tensor]:
-    """Empty gradients of the inputs that need one; an operator can't return None for the others."""
-    return [torch.empty_like(x) for need, x in zip(needs, inputs, strict=True) if need and x is not None]
+    """Empty gradients of the inputs that need one, contiguous; an operator can't return None for the others."""
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for need, x in zip(needs, inputs, strict=True)
+        if need and x is not None
+    ]
 
 
 def _spread(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor | None]:
@@ -259,22 +306,21 @@ def _spread(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor |
     return [next(given) if need else None for need in needs]
 
 
-@torch.library.custom_op("vogue::linear_logprob", mutates_args=())
+@torch.library.custom_op("vogue::linear_logprob", mutates_args=(), tags=_TAGS)
 def _linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
-    _check_targets(targets, len(weight))
     return _forward(backend, [hidden], weight, targets, bias, temperature)  # pyright: ignore[reportReturnType]
 
 
 @_linear_logprob.register_fake
 def _(hidden, weight, targets, bias, temperature, backend):
     _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
-    return _empty_rows(weight, targets.shape[0], 4)
+    return _empty_rows(weight, targets.shape[0], 6)
 
 
-@torch.library.custom_op("vogue::linear_logprob_backward", mutates_args=())
+@torch.library.custom_op("vogue::linear_logprob_backward", mutates_args=(), tags=_TAGS)
 def _linear_logprob_backward(
     grads: Sequence[Tensor | None],
     hidden: Tensor,
@@ -298,14 +344,15 @@ def _(grads, hidden, weight, targets, bias, temperature, backend, saved, needs):
 def _linear_logprob_setup(ctx, inputs, output):
     hidden, weight, targets, bias, ctx.temperature, ctx.backend = inputs
     ctx.set_materialize_grads(False)  # None is how a result says that nobody asks for its gradient
-    ctx.save_for_backward(hidden, weight, targets, bias, *output[1:])
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.save_for_backward(hidden, weight, targets, bias, output[1], *output[4:])
 
 
 def _linear_logprob_autograd(ctx, *grads):
     hidden, weight, targets, bias, *saved = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     gradients = torch.ops.vogue.linear_logprob_backward(
-        grads[:2], hidden, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
+        grads[:3], hidden, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
     )
     grad_hidden, grad_weight, grad_bias = _spread(needs, gradients)
     return grad_hidden, grad_weight, None, grad_bias, None, None
@@ -317,7 +364,7 @@ _linear_logprob.register_autograd(_linear_logprob_autograd, setup_context=_linea
 # ---------------------------------------------------------------------------------------------- linear_branch_stats
 
 
-@torch.library.custom_op("vogue::linear_branch_stats", mutates_args=())
+@torch.library.custom_op("vogue::linear_branch_stats", mutates_args=(), tags=_TAGS)
 def _linear_branch_stats(
     hidden_p: Tensor,
     hidden_q: Tensor,
@@ -326,9 +373,11 @@ def _linear_branch_stats(
     bias: Tensor | None,
     temperature: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+]:  # fmt: skip
     _check_shapes({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
-    _check_targets(targets, len(weight))
     results = _forward(backend, [hidden_p, hidden_q], weight, targets, bias, temperature)
     return results  # pyright: ignore[reportReturnType]
 
@@ -336,10 +385,10 @@ def _linear_branch_stats(
 @_linear_branch_stats.register_fake
 def _(hidden_p, hidden_q, weight, targets, bias, temperature, backend):
     _check_shapes({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
-    return _empty_rows(weight, targets.shape[0], 11)
+    return _empty_rows(weight, targets.shape[0], 15)
 
 
-@torch.library.custom_op("vogue::linear_branch_stats_backward", mutates_args=())
+@torch.library.custom_op("vogue::linear_branch_stats_backward", mutates_args=(), tags=_TAGS)
 def _linear_branch_stats_backward(
     grads: Sequence[Tensor | None],
     hidden_p: Tensor,
@@ -364,17 +413,18 @@ def _(grads, hidden_p, hidden_q, weight, targets, bias, temperature, backend, sa
 def _linear_branch_stats_setup(ctx, inputs, output):
     hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden_p, hidden_q, weight, targets, bias, *output[2:6], *output[7:])
+    ctx.mark_non_differentiable(*output[9:])
+    ctx.save_for_backward(hidden_p, hidden_q, weight, targets, bias, *output[2:6], *output[11:])
 
 
 def _linear_branch_stats_autograd(ctx, *grads):
     hidden_p, hidden_q, weight, targets, bias, *saved = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
     gradients = torch.ops.vogue.linear_branch_stats_backward(
-        grads[:7], hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
+        grads[:9], hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
     )
-    grad_raw, grad_noisy, grad_weight, grad_bias = _spread(needs, gradients)
-    return grad_raw, grad_noisy, grad_weight, None, grad_bias, None, None
+    grad_p, grad_q, grad_weight, grad_bias = _spread(needs, gradients)
+    return grad_p, grad_q, grad_weight, None, grad_bias, None, None
 
 
 _linear_branch_stats.register_autograd(_linear_branch_stats_autograd, setup_context=_linear_branch_stats_setup)

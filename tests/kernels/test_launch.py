@@ -90,7 +90,7 @@ def run_logprob(gpu, n, size, bias=None, entropy=False, **changed):
     targets, row = tensor(n, dtype=torch.int64), tensor(n, dtype=torch.float32)
     args = (inputs["weight"], targets, bias, 0.7)
     gpu.module.forward([inputs["hidden"]], *args)
-    branches = one_branch([row, row if entropy else None], inputs["hidden"], [row] * 3, 0.7)
+    branches = one_branch([row, row if entropy else None, None], inputs["hidden"], [row] * 3, 0.7)
     gpu.module.backward(branches, *args, [True], True, bias is not None)
     return [recorder.launches for recorder in gpu.recorders.values()]
 
@@ -100,7 +100,7 @@ def run_branches(gpu, n, size, bias=None):
     hiddens, weight = [tensor(n, size[0]) for _ in range(2)], tensor(size[1], size[0])
     args, row = (weight, tensor(n, dtype=torch.int64), bias, 0.7), tensor(n, dtype=torch.float32)
     gpu.module.forward(hiddens, *args)
-    branches = two_branches([row] * 7, *hiddens, [row] * 8, 0.7)
+    branches = two_branches([row] * 9, *hiddens, [row] * 8, 0.7)
     gpu.module.backward(branches, *args, [True, True], True, bias is not None)
     return [recorder.launches for recorder in gpu.recorders.values()]
 
@@ -215,7 +215,7 @@ def test_a_divergence_whose_gradient_one_branch_needs_writes_that_one(needed, gp
     n, (depth, vocab) = 5, QWEN_3B
     args = (tensor(vocab, depth), tensor(n, dtype=torch.int64), None, 1.0)
     row, needs = tensor(n, dtype=torch.float32), [needed == "raw", needed == "noisy"]
-    branches = two_branches([None] * 6 + [row], tensor(n, depth), tensor(n, depth), [row] * 8, 1.0)
+    branches = two_branches([None] * 6 + [row, None, None], tensor(n, depth), tensor(n, depth), [row] * 8, 1.0)
     gradients, *others = gpu.module.backward(branches, *args, needs, False, False)
     assert [gradient is not None for gradient in (*gradients, *others)] == [*needs, False, False]
     for launch in gpu.recorders["logit_gradient_kernel"].launches:
