@@ -295,7 +295,7 @@ def _statistics(
         parts.append((both.logprob_p, both.entropy_p, both.symmetric_kl.detach()))
     if m < len(hidden) or not m:
         alone = linear_logprob(hidden[m:], weight, targets[m:], bias, temperature)
-        parts.append((*alone, torch.zeros_like(alone.logprob)))
+        parts.append((alone.logprob, alone.entropy, torch.zeros_like(alone.logprob)))
     logprob, entropy, symmetric_kl = map(torch.cat, zip(*parts, strict=True))
     return logprob, entropy, symmetric_kl
 

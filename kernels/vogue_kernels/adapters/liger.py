@@ -42,19 +42,10 @@ class FusedLinearScaledCrossEntropyFunction:
         stats = linear_logprob(_input, weight, target, temperature=temperature, ignore_index=ignore_index)
         results = (-stats.logprob, stats.entropy) if return_entropy else (-stats.logprob,)
         if selected_token_ids is not None:
-            selected = _selected_logprobs(
-                _input, weight, target, skipped, temperature, selected_token_ids, stats.logprob
-            )
-            results = (*results, selected)
+            if bool(((selected_token_ids < 0) | (selected_token_ids >= len(weight))).any()):
+                raise ValueError(f"selected_token_ids must be in [0, {len(weight)}), got {selected_token_ids.tolist()}")
+            # In the dtype of the log-normaliser: logits that were rounded to bfloat16 would not fit it.
+            hidden, rows = _input.to(stats.lse.dtype), weight[selected_token_ids].to(stats.lse.dtype)
+            selected = hidden @ rows.T / temperature - stats.lse.unsqueeze(1)
+            results = (*results, selected.masked_fill(skipped.unsqueeze(1), 0.0))
         return results if len(results) > 1 else results[0]
-
-
-def _selected_logprobs(_input, weight, target, skipped, temperature, token_ids, logprob) -> Tensor:
-    """Log-probabilities (N, K) of chosen tokens: their logits less the log-normaliser that the target's tells."""
-    if bool(((token_ids < 0) | (token_ids >= len(weight))).any()):
-        raise ValueError(f"selected_token_ids must be in [0, {len(weight)}), got {token_ids.tolist()}")
-    # In the results' dtype: products that were rounded to bfloat16 would not cancel.
-    hidden = _input.to(logprob.dtype) / temperature
-    logits = hidden @ weight[token_ids].to(logprob.dtype).T
-    target_logit = (hidden * weight[target.masked_fill(skipped, 0)].to(logprob.dtype)).sum(-1)
-    return (logits - (target_logit - logprob).unsqueeze(1)).masked_fill(skipped.unsqueeze(1), 0.0)

@@ -76,7 +76,8 @@ class FusedLinearForPPO(torch_functional.FusedLinearForPPO):
             return hidden_states[..., 0], hidden_states[..., 0]
         other = handover.take("other_hidden")
         if other is None:
-            return linear_logprob(hidden_states, vocab_weights, input_ids, temperature=temperature)
+            alone = linear_logprob(hidden_states, vocab_weights, input_ids, temperature=temperature)
+            return alone.logprob, alone.entropy
         stats = linear_branch_stats(hidden_states, other, vocab_weights, input_ids, temperature=temperature)
         handover.symmetric_kl = stats.symmetric_kl.detach()
         return stats.logprob_p, stats.entropy_p
