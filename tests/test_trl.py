@@ -4,6 +4,7 @@ import copy
 
 import deepspeed
 import pytest
+import ranks
 import torch
 from datasets import Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -13,6 +14,42 @@ from vogue import distributed
 from vogue.trl import OtherView, VogueConfig, VogueTrainer, add_branch_head
 
 GROUP, TOKENS = 4, 12
+PARTITIONED = """
+import sys
+
+import torch
+from datasets import Dataset
+from transformers import AutoProcessor
+
+from vogue import distributed
+from vogue.data.digits import digits_samples
+from vogue.trl import VogueConfig, VogueTrainer
+
+distributed.start()  # by gloo, where there is no GPU
+folder, out = sys.argv[-2:]
+rows = [
+    {"prompt": [{"role": "user", "content": s.problem.removeprefix("<image>")}], "image": s.load_images()[0]}
+    for s in digits_samples("train", 4, seed=0)
+]
+batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 4, "max_steps": 2}
+auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+zero = {"zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True} | dict.fromkeys(auto, "auto")
+config = VogueConfig(
+    output_dir=out, use_cpu=True, bf16=False, gradient_checkpointing=False, max_completion_length=8, seed=3,
+    logging_steps=1, report_to="none", disable_tqdm=True, save_strategy="no", branch_probability=0.5, deepspeed=zero,
+    **batches,
+)
+trainer = VogueTrainer(
+    model=folder,
+    reward_funcs=[lambda completions, **_: [float(len(c[0]["content"]) % 5) for c in completions]],
+    args=config,
+    train_dataset=Dataset.from_list(rows),
+    processing_class=AutoProcessor.from_pretrained(folder),
+)
+trainer.train()
+if trainer.accelerator.is_main_process:
+    print("paid", *(log["paid_share"] for log in trainer.state.log_history if "loss" in log))
+"""
 
 
 def by_length(completions, **_):
@@ -228,6 +265,14 @@ def test_under_zero3_the_head_has_its_whole_weight_forward_and_backward(new_mode
         for (name, a), b in zip(engine.module.named_parameters(), whole.parameters(), strict=True):
             size = b.abs().max().item()
             torch.testing.assert_close(a, b, msg=name, rtol=1e-4, atol=1e-5 * size)
+
+
+@pytest.mark.slow
+def test_two_ranks_that_draw_differently_train_a_partitioned_model(model_folder, tmp_path):
+    # The group of one rank is paid, that of the other isn't: unless both call the same modules, neither ends.
+    (tmp_path / "train.py").write_text(PARTITIONED)
+    printed = ranks.launch(2, tmp_path / "train.py", model_folder, tmp_path)
+    assert "paid 1.0 0.5" in printed
 
 
 def test_a_base_model_that_peft_wrapped_is_patched_and_a_head_with_an_adapter_refused(new_model, inputs):

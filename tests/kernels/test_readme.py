@@ -29,7 +29,8 @@ def test_the_worked_example_learns():
 @pytest.mark.parametrize("package, module", [("liger_kernel", "liger_kernel.ops"), ("verl", "verl.utils")])
 def test_in_another_trainer_our_errors_are_as_small_as_it_says_and_smaller_than_theirs(package, module):
     pytest.importorskip(package)
-    blocks = re.findall(r"```python\n(.*?)```\n\n```\n(.*?)```", README.read_text(), re.S)
+    block = r"((?:(?!```).)*)```"
+    blocks = re.findall(rf"```python\n{block}\n\n```\n{block}", README.read_text(), re.S)
     code, expected = next(block for block in blocks if f"from {module}" in block[0])
     printed = [line for line in run(code).splitlines() if " error of " in line]
     names, expected_names = ([line.split()[0] for line in lines] for lines in (printed, expected.splitlines()))
