@@ -2,13 +2,15 @@
 
 A backend is a module with two functions, which take checked arguments and tokens none of which is skipped:
 
-    forward(hiddens, weight, targets, bias, temperature)
+    forward(hiddens, weight, targets, bias, temperature, buffers)
         one branch: the results of LogprobStats, then maximum and logsum; two: the results of BranchStats, then maximum
-        and logsum of each; all (N,). Maximum and logsum are for the backward pass, which alone understands them.
-    backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias)
+        and logsum of each; all (N,). Maximum and logsum are for the backward pass, which alone understands them. So are
+        the logits that it writes to the buffers, one for each branch, as far as they have room (kept.py).
+    backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias, buffers)
         (gradients of the branches' hidden states, of weight, of bias), None where they aren't needed.
 """
 
+import ctypes
 import math
 from typing import NamedTuple
 
@@ -93,7 +95,7 @@ def _over(grads, temperature) -> list[Tensor | None]:
 
 def log2_scale(temperature: float) -> float:
     """log₂(e) / τ, rounded to float32 as in the kernels, so that the merge agrees with them."""
-    return torch.tensor(1 / (temperature * LN2), dtype=torch.float32).item()
+    return ctypes.c_float(1 / (temperature * LN2)).value
 
 
 def merge(partial: Tensor, target_logits: Tensor, scale: float) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""The torch.library operators: schema, fake, autograd, input checks and the choice of the backend.
+"""The torch.library operators: schema, fake, autograd and the choice of the backend.
 
 Under ZeRO-3 the weight is gathered before a module's forward, released after it and gathered again before its
 backward, each time by exchanging the parameter's `.data`. So the weight itself is saved for the backward pass, never a
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from .branches import Branch, compute_dtype, one_branch, two_branches
-from .inputs import IGNORE, as_rows, mix
-
-_LOWEST_TEMPERATURE = 1e-30  # below it 1 / τ times a difference of logits leaves float32
+from .checks import check_arguments
+from .inputs import IGNORE, as_rows
+from .kept import kept_bytes, serves
 
 
 class LogprobStats(NamedTuple):
@@ -56,6 +56,7 @@ def linear_branch_stats(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
+    keep_logits_bytes: int = 0,
     *,
     ignore_index: int = IGNORE,
     shift: bool = False,
@@ -71,6 +72,11 @@ def linear_branch_stats(
     temperature: τ, divides the logits. backend: "auto" (the fastest that can run), "torch", "cpu" or "triton". shift:
     targets are the tokens of the sequences themselves, (..., T); each hidden state is scored on the next one, and
     results are (..., T − 1).
+    keep_logits_bytes: memory to spend on a faster backward pass. Within it the logits of the first words of the
+    vocabulary, all N · V of them at most, are kept in the inputs' dtype; the others are computed again. Only those of a
+    branch whose hidden states require a gradient are kept (of both, if only weight or bias do), and none where no
+    gradient is recorded. The results don't depend on it; gradients do by the rounding of what is kept. In 16 bits those
+    of a divergence are computed without it: it helps where a loss is of log-probabilities and entropies.
 
     Results have the shape of targets and are float32 (float64 for float64 inputs), differentiable in the hidden states,
     weight and bias (once: there is no second derivative). The KLs are never negative, and 0 where the branches are
@@ -81,7 +87,8 @@ def linear_branch_stats(
     CUDA graph is captured: finding the positions to skip waits for the GPU.
     """
     rows = as_rows({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, ignore_index, shift)
-    args = (*rows.hiddens, rows.weight, rows.targets, rows.bias, float(temperature), backend)
+    keep = _shares(keep_logits_bytes, rows.hiddens, [rows.weight, rows.bias])
+    args = (*rows.hiddens, rows.weight, rows.targets, rows.bias, float(temperature), backend, keep)
     return BranchStats(*rows.restore(torch.ops.vogue.linear_branch_stats(*args)[: len(BranchStats._fields)]))
 
 
@@ -92,6 +99,7 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
+    keep_logits_bytes: int = 0,
     *,
     ignore_index: int = IGNORE,
     shift: bool = False,
@@ -101,8 +109,20 @@ def linear_logprob(
     hidden: (..., D); all else as in `linear_branch_stats`.
     """
     rows = as_rows({"hidden": hidden}, weight, targets, bias, ignore_index, shift)
-    args = (*rows.hiddens, rows.weight, rows.targets, rows.bias, float(temperature), backend)
+    keep = _shares(keep_logits_bytes, rows.hiddens, [rows.weight, rows.bias])
+    args = (*rows.hiddens, rows.weight, rows.targets, rows.bias, float(temperature), backend, keep)
     return LogprobStats(*rows.restore(torch.ops.vogue.linear_logprob(*args)[: len(LogprobStats._fields)]))
+
+
+def _shares(keep_logits_bytes: int, hiddens: list[Tensor], shared: list[Tensor | None]) -> list[int]:
+    """Bytes for each branch's logits: nothing where no gradient can flow, as nothing would ever read them."""
+    if keep_logits_bytes < 0:
+        raise ValueError(f"keep_logits_bytes must not be negative, got {keep_logits_bytes}")
+    trained = [hidden.requires_grad for hidden in hiddens]
+    if not any(trained):
+        trained = [any(x is not None and x.requires_grad for x in shared)] * len(hiddens)
+    share = keep_logits_bytes // max(sum(trained), 1) if torch.is_grad_enabled() else 0
+    return [share if on else 0 for on in trained]
 
 
 # ---------------------------------------------------------------------------------------------------- backends
@@ -176,19 +196,21 @@ def _implementation(backend: str, weight: Tensor):
     return importlib.import_module(_BACKENDS[backend], __package__)
 
 
-def _forward(backend: str, hiddens: list[Tensor], weight, targets, bias, temperature) -> tuple[Tensor, ...]:
-    """Run a backend on the tokens that aren't skipped; the skipped ones get zeros."""
+def _forward(backend: str, hiddens: list[Tensor], weight, targets, bias, temperature, keep) -> tuple[Tensor, ...]:
+    """Run a backend on the tokens that aren't skipped; the skipped ones get zeros. The kept logits come last."""
+    buffers = _empty_buffers(weight, len(targets), keep)
     kept, length = _kept(targets, len(weight)), len(targets)
     if kept is not None:
         hiddens, targets = [hidden[kept] for hidden in hiddens], targets[kept]
     if len(targets) == 0:
-        return tuple(torch.zeros_like(x) for x in _empty_rows(weight, length, 6 if len(hiddens) == 1 else 15))
+        rows = _empty_rows(weight, length, 6 if len(hiddens) == 1 else 15)
+        return *(torch.zeros_like(x) for x in rows), *buffers
     with _as_it_is(weight):
-        results = _implementation(backend, weight).forward(hiddens, weight, targets, bias, temperature)
-    return tuple(_restore(kept, result.to(compute_dtype(weight)), length) for result in results)
+        results = _implementation(backend, weight).forward(hiddens, weight, targets, bias, temperature, buffers)
+    return *(_restore(kept, result.to(compute_dtype(weight)), length) for result in results), *buffers
 
 
-def _backward(backend: str, branches: list[Branch], weight, targets, bias, temperature, needs) -> list[Any]:
+def _backward(backend: str, branches: list[Branch], weight, targets, bias, temperature, needs, buffers) -> list[Any]:
     """The gradients of hidden states, weight and bias that are needed, in this order; contiguous, as the fakes say."""
     *needs_hidden, needs_weight, needs_bias = needs
     kept, length = _kept(targets, len(weight)), len(targets)
@@ -198,9 +220,11 @@ def _backward(backend: str, branches: list[Branch], weight, targets, bias, tempe
     if len(targets) == 0 or not any(branch.used and want for branch, want in zip(branches, wanted, strict=True)):
         hiddens = [weight.new_empty(length, weight.shape[1])] * len(branches)
         return [gradient.zero_() for gradient in _empty_gradients(needs, (*hiddens, weight, bias))]
+    if not serves(branches, weight):
+        buffers = [buffer[:0] for buffer in buffers]
     with _as_it_is(weight):
         grads_hidden, grad_weight, grad_bias = _implementation(backend, weight).backward(
-            branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias
+            branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias, buffers
         )
     grads_hidden = [None if grad is None else _restore(kept, grad, length) for grad in grads_hidden]
     gradients = zip(needs, (*grads_hidden, grad_weight, grad_bias), strict=True)
@@ -242,44 +266,6 @@ def _restore(kept: Tensor | None, tensor: Tensor, length: int) -> Tensor:
     return tensor.new_zeros(length, *tensor.shape[1:]).index_copy_(0, kept, tensor)
 
 
-# ---------------------------------------------------------------------------------------------------- checks
-
-
-def _check_shapes(hiddens: dict[str, Tensor], weight: Tensor, targets: Tensor, bias: Tensor | None, temperature):
-    if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(
-            f"weight must be (V, D) and not empty, got {tuple(weight.shape)}; under ZeRO-3 call the operator inside "
-            "the forward of the module that owns the weight, so that it is gathered"
-        )
-    if not weight.dtype.is_floating_point:
-        raise TypeError(f"weight must be floating point, got {weight.dtype}")
-    if targets.dim() != 1:
-        raise ValueError(f"targets must be (N,), got {tuple(targets.shape)}")
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets must be int64, got {targets.dtype}")
-    # Never len() of a tensor: torch.compile would take the number of tokens for a constant, and compile for each anew.
-    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        name: (hidden, (targets.shape[0], weight.shape[1])) for name, hidden in hiddens.items()
-    }
-    if bias is not None:
-        expected["bias"] = (bias, (weight.shape[0],))
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must be {shape}, got {tuple(tensor.shape)}, "
-                f"with weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
-            )
-        if tensor.dtype != weight.dtype and not (name == "bias" and mix(tensor, weight)):  # all backends add in float32
-            raise TypeError(f"{name} must have the dtype of weight, {weight.dtype}, got {tensor.dtype}")
-    for name, tensor in {**{name: tensor for name, (tensor, _) in expected.items()}, "targets": targets}.items():
-        if tensor.device != weight.device:
-            raise ValueError(f"{name} must be on the device of weight, {weight.device}, got {tensor.device}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    if temperature < _LOWEST_TEMPERATURE:
-        raise ValueError(f"temperature must be at least {_LOWEST_TEMPERATURE}, got {temperature}")
-
-
 # ---------------------------------------------------------------------------------------------------- linear_logprob
 
 # Each operator returns its results first, then what the backward pass needs besides them. All wait for the GPU, which
@@ -289,6 +275,11 @@ _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 def _empty_rows(weight: Tensor, length: int, count: int) -> tuple[Tensor, ...]:
     return tuple(weight.new_empty(length, dtype=compute_dtype(weight)) for _ in range(count))
+
+
+def _empty_buffers(weight: Tensor, length: int, keep: Sequence[int]) -> tuple[Tensor, ...]:
+    """A buffer for each branch's kept logits, opaque bytes, so that their size doesn't depend on the backend."""
+    return tuple(weight.new_empty(kept_bytes(length, weight, at_most), dtype=torch.uint8) for at_most in keep)
 
 
 def _empty_gradients(needs: Sequence[bool], inputs: Sequence[Tensor | None]) -> list[Tensor]:
@@ -308,16 +299,22 @@ def _spread(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor |
 
 @torch.library.custom_op("vogue::linear_logprob", mutates_args=(), tags=_TAGS)
 def _linear_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
-    return _forward(backend, [hidden], weight, targets, bias, temperature)  # pyright: ignore[reportReturnType]
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    backend: str,
+    keep: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_arguments({"hidden": hidden}, weight, targets, bias, temperature)
+    return _forward(backend, [hidden], weight, targets, bias, temperature, keep)  # pyright: ignore[reportReturnType]
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, targets, bias, temperature, backend):
-    _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
-    return _empty_rows(weight, targets.shape[0], 6)
+def _(hidden, weight, targets, bias, temperature, backend, keep):
+    check_arguments({"hidden": hidden}, weight, targets, bias, temperature)
+    return *_empty_rows(weight, targets.shape[0], 6), *_empty_buffers(weight, targets.shape[0], keep)
 
 
 @torch.library.custom_op("vogue::linear_logprob_backward", mutates_args=(), tags=_TAGS)
@@ -332,8 +329,9 @@ def _linear_logprob_backward(
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor]:
+    *saved, buffer = saved
     branches = one_branch(grads, hidden, saved, temperature)
-    return _backward(backend, branches, weight, targets, bias, temperature, needs)
+    return _backward(backend, branches, weight, targets, bias, temperature, needs, [buffer])
 
 
 @_linear_logprob_backward.register_fake
@@ -342,7 +340,7 @@ def _(grads, hidden, weight, targets, bias, temperature, backend, saved, needs):
 
 
 def _linear_logprob_setup(ctx, inputs, output):
-    hidden, weight, targets, bias, ctx.temperature, ctx.backend = inputs
+    hidden, weight, targets, bias, ctx.temperature, ctx.backend, _ = inputs
     ctx.set_materialize_grads(False)  # None is how a result says that nobody asks for its gradient
     ctx.mark_non_differentiable(*output[3:])
     ctx.save_for_backward(hidden, weight, targets, bias, output[1], *output[4:])
@@ -355,7 +353,7 @@ def _linear_logprob_autograd(ctx, *grads):
         grads[:3], hidden, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
     )
     grad_hidden, grad_weight, grad_bias = _spread(needs, gradients)
-    return grad_hidden, grad_weight, None, grad_bias, None, None
+    return grad_hidden, grad_weight, None, grad_bias, None, None, None
 
 
 _linear_logprob.register_autograd(_linear_logprob_autograd, setup_context=_linear_logprob_setup)
@@ -373,19 +371,20 @@ def _linear_branch_stats(
     bias: Tensor | None,
     temperature: float,
     backend: str,
+    keep: Sequence[int],
 ) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ]:  # fmt: skip
-    _check_shapes({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
-    results = _forward(backend, [hidden_p, hidden_q], weight, targets, bias, temperature)
+    check_arguments({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
+    results = _forward(backend, [hidden_p, hidden_q], weight, targets, bias, temperature, keep)
     return results  # pyright: ignore[reportReturnType]
 
 
 @_linear_branch_stats.register_fake
-def _(hidden_p, hidden_q, weight, targets, bias, temperature, backend):
-    _check_shapes({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
-    return _empty_rows(weight, targets.shape[0], 15)
+def _(hidden_p, hidden_q, weight, targets, bias, temperature, backend, keep):
+    check_arguments({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
+    return *_empty_rows(weight, targets.shape[0], 15), *_empty_buffers(weight, targets.shape[0], keep)
 
 
 @torch.library.custom_op("vogue::linear_branch_stats_backward", mutates_args=(), tags=_TAGS)
@@ -401,8 +400,9 @@ def _linear_branch_stats_backward(
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor]:
+    *saved, buffer_p, buffer_q = saved
     branches = two_branches(grads, hidden_p, hidden_q, saved, temperature)
-    return _backward(backend, branches, weight, targets, bias, temperature, needs)
+    return _backward(backend, branches, weight, targets, bias, temperature, needs, [buffer_p, buffer_q])
 
 
 @_linear_branch_stats_backward.register_fake
@@ -411,7 +411,7 @@ def _(grads, hidden_p, hidden_q, weight, targets, bias, temperature, backend, sa
 
 
 def _linear_branch_stats_setup(ctx, inputs, output):
-    hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend = inputs
+    hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[9:])
     ctx.save_for_backward(hidden_p, hidden_q, weight, targets, bias, *output[2:6], *output[11:])
@@ -424,7 +424,7 @@ def _linear_branch_stats_autograd(ctx, *grads):
         grads[:9], hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
     )
     grad_p, grad_q, grad_weight, grad_bias = _spread(needs, gradients)
-    return grad_p, grad_q, grad_weight, None, grad_bias, None, None
+    return grad_p, grad_q, grad_weight, None, grad_bias, None, None, None
 
 
 _linear_branch_stats.register_autograd(_linear_branch_stats_autograd, setup_context=_linear_branch_stats_setup)
