@@ -7,6 +7,8 @@ r"""VOGUE in TRL: a `GRPOTrainer` that draws a branch for each prompt and trains
 Everything else is TRL's: models, rollouts, rewards, `loss_type`, importance sampling, logs, checkpoints. With both
 α = 0 the loss is GRPOTrainer's. TRL's fused head gives the log-probability and the entropy of one branch; the head here
 takes its place in the model's forward, because the divergences need the hidden states of both branches at once.
+
+It is written for TRL 1.16, which the extra `dev` installs.
 """
 
 import functools

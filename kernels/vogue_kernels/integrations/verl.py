@@ -3,7 +3,8 @@
     Â = A + min(|A| / β_out, α_out u_out) + min(|A| / β_per, α_per u_per)          arXiv 2510.01444
 
 Importing this file registers both, which verl does by itself through the entry point `verl.plugins`, or with
-VERL_USE_EXTERNAL_MODULES=vogue_kernels.adapters.verl, which doesn't hide an error. What verl had before stays as it is.
+VERL_USE_EXTERNAL_MODULES=vogue_kernels.integrations.verl, which doesn't hide an error. What verl had before stays as it
+is.
 
     actor_rollout_ref.model.use_fused_kernels=true
     actor_rollout_ref.model.fused_kernel_options.impl_backend=vogue

@@ -19,7 +19,7 @@ from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.utils import losses
 
 from vogue_kernels import GuidanceConfig
-from vogue_kernels.adapters.verl import vogue_policy_loss
+from vogue_kernels.integrations.verl import vogue_policy_loss
 
 V, D, TEMPERATURE = 96, 32, 0.8
 IMAGE = 90  # the token of an image
@@ -224,7 +224,7 @@ def test_verl_finds_the_plugin_by_its_entry_point(tmp_path):
     metadata = tmp_path / "plugin-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[verl.plugins]\nvogue = vogue_kernels.adapters.verl\n")
+    (metadata / "entry_points.txt").write_text("[verl.plugins]\nvogue = vogue_kernels.integrations.verl\n")
     code = (
         f"import sys; sys.path.append({str(tmp_path)!r})\n"
         "from verl.workers.utils.losses import ppo_loss\n"
@@ -233,4 +233,4 @@ def test_verl_finds_the_plugin_by_its_entry_point(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "True vogue_kernels.adapters.verl"
+    assert done.stdout.splitlines()[-1] == "True vogue_kernels.integrations.verl"

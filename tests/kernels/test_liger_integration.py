@@ -1,10 +1,10 @@
-"""The adapter of Liger's signature, beside the installed Liger and beside float64."""
+"""The signature of Liger's function, beside the installed Liger and beside float64."""
 
 import oracle
 import pytest
 import torch
 
-from vogue_kernels.adapters.liger import FusedLinearScaledCrossEntropyFunction as Ours
+from vogue_kernels.integrations.liger import FusedLinearScaledCrossEntropyFunction as Ours
 
 N, D, V, TEMPERATURE = 37, 24, 301, 0.7
 SELECTED = torch.tensor([5, 300, 5])
