@@ -8,6 +8,9 @@ import ranks
 import torch
 from datasets import Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+pytest.importorskip("trl", reason="trl isn't installed")
+
 from trl import GRPOConfig, GRPOTrainer
 
 from vogue import distributed
@@ -154,6 +157,14 @@ def test_the_loss_is_vogues_by_the_models_own_logits(rollout, new_trainer, rows)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5 * size)
     (logged,) = trainer._metrics["train"]["u_per"]
     assert logged == pytest.approx((u_per * mask).sum().item() / mask.sum().item(), rel=1e-4) and logged > 1e-3
+
+
+def test_under_autocast_the_loss_is_that_of_full_precision_but_for_rounding(new_trainer, rows):
+    batch = generated(new_trainer(branch_probability=1.0), rows)
+    found = [loss_and_gradients(new_trainer(branch_probability=1.0, bf16=bf16), batch) for bf16 in (False, True)]
+    (expected, _), (loss, gradients) = found
+    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.02)
+    assert loss != expected and all(gradient.isfinite().all() for gradient in gradients.values())
 
 
 @pytest.mark.parametrize("rollout", ["raw", "drawn"])
