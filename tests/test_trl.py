@@ -7,6 +7,7 @@ import pytest
 import ranks
 import torch
 from datasets import Dataset
+from test_families import config_of, llava_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 pytest.importorskip("trl", reason="trl isn't installed")
@@ -72,7 +73,7 @@ def rows(samples):
 def new_trainer(model_folder, rows, tmp_path):
     """A function: a trainer on digits, two prompts of four completions a step."""
 
-    def build(kind=VogueTrainer, **settings):
+    def build(kind=VogueTrainer, model=None, processor=None, **settings):
         config = VogueConfig if kind is VogueTrainer else GRPOConfig
         known = {
             **{"output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "gradient_checkpointing": False},
@@ -80,13 +81,12 @@ def new_trainer(model_folder, rows, tmp_path):
             **{"max_completion_length": TOKENS, "learning_rate": 1e-3, "max_steps": 4, "seed": 3},
             **{"save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True},
         }
-        model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32)
         return kind(
-            model=model,
+            model=model or AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32),
             reward_funcs=[by_length],
             args=config(**(known | settings)),
             train_dataset=Dataset.from_list(rows),
-            processing_class=AutoProcessor.from_pretrained(model_folder),
+            processing_class=processor or AutoProcessor.from_pretrained(model_folder),
         )
 
     return build
@@ -346,3 +346,20 @@ def test_a_run_on_digits_trains_logs_and_resumes_where_it_was(new_trainer, tmp_p
     shares = [[log["paid_share"] for log in trainer.state.log_history if "loss" in log] for trainer in (whole, resumed)]
     assert shares[0] == shares[1] and len(shares[0]) == 4
     assert not torch.equal(resumed.model.lm_head.weight, saved)
+
+
+def test_llava_onevision_whose_images_have_no_grid_trains_too(new_trainer, processor):
+    llava = llava_processor(processor)
+    config = config_of("llava_onevision")
+    for name in ("image", "video"):
+        setattr(config, f"{name}_token_id", llava.tokenizer.convert_tokens_to_ids(f"<{name}>"))
+    config.text_config.vocab_size = len(llava.tokenizer)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
+    trainer = new_trainer(model=model, processor=llava, branch_probability=0.5, branch_rollout="drawn", max_steps=2)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["paid_share"] for log in logs] == [1.0, 0.5] and all(log["u_per"] > 1e-3 for log in logs)
