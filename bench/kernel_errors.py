@@ -30,7 +30,8 @@ class Head(NamedTuple):
 
 
 def vogue_logprob(hidden, weight, targets):
-    return linear_logprob(hidden, weight, targets)
+    stats = linear_logprob(hidden, weight, targets)
+    return stats.logprob, stats.entropy
 
 
 def vogue_kl(hidden_p, hidden_q, weight, targets):

@@ -26,6 +26,7 @@ def test_the_worked_example_learns():
     assert last > 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package, module", [("liger_kernel", "liger_kernel.ops"), ("verl", "verl.utils")])
 def test_in_another_trainer_our_errors_are_as_small_as_it_says_and_smaller_than_theirs(package, module):
     pytest.importorskip(package)

@@ -45,8 +45,9 @@ class Tile(NamedTuple):
     tma: bool = False  # hidden states and weight are loaded through tensor descriptors
 
 
-# By architecture and kernel: wide tiles that keep everything in registers (bench/gpu_static.py) where V and D are
-# multiples of 16. A bias, a second branch and the entropy's gradient need registers of their own.
+# By architecture and kernel: tiles as wide as registers allow where V and D are multiples of 16. A bias, a second
+# branch and the entropy's gradient need registers of their own. What doesn't fit may be spilled after the products, once
+# a tile, but never among them (bench/gpu_static.py).
 TILES = {
     "sm_80": {
         "forward": Tile(128, 128, 32, 8, 4),
@@ -260,7 +261,7 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         return a.float() @ b.float() if total is None else total.addmm_(a.float(), b.float())
     if total is None:
         return torch.mm(a, b, out_dtype=torch.float32)
-    if torch.__version__ < (2, 10):  # there addmm refuses a total of another dtype than a's
+    if torch.__version__ < "2.10":  # there addmm refuses a total of another dtype than a's
         return total.add_(torch.mm(a, b, out_dtype=torch.float32))
     return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
