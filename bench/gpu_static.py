@@ -52,15 +52,21 @@ TOKENS = {"many": 1024, "few": 64}  # of a batch, for which a tile is picked
 
 # Name: kernel, constants, key of the tile. Terms of a gradient that isn't asked for are compiled out: these are those
 # that a training launches (PolicyHead always has a bias), and those with everything.
+NOTHING_KEPT = {"KEEP_P": False, "KEEP_Q": False, "KEPT": gpu.NARROWEST}
 FORWARD, GRADIENT, MERGE = gpu.forward_kernel, gpu.logit_gradient_kernel, gpu.merge_kernel
 LOGPROB = {"LOGPROB": True, "ENTROPY": False, "CROSS": False, "WRITE_A": True, "WRITE_B": False}
 ENTROPY = {**LOGPROB, "ENTROPY": True}
 EVERYTHING = {"LOGPROB": True, "ENTROPY": True, "CROSS": True, "WRITE_A": True, "WRITE_B": True}
 VARIANTS = {
-    "forward": (FORWARD, {"BOTH": False, "BIAS": False}, "forward"),
-    "forward, bias": (FORWARD, {"BOTH": False, "BIAS": True}, "forward with bias"),
-    "forward both": (FORWARD, {"BOTH": True, "BIAS": False}, "forward both"),
-    "forward both, bias": (FORWARD, {"BOTH": True, "BIAS": True}, "forward both"),
+    "forward": (FORWARD, {"BOTH": False, "BIAS": False, **NOTHING_KEPT}, "forward"),
+    "forward, bias": (FORWARD, {"BOTH": False, "BIAS": True, **NOTHING_KEPT}, "forward with bias"),
+    "forward, bias, kept": (
+        FORWARD,
+        {"BOTH": False, "BIAS": True, **NOTHING_KEPT, "KEEP_P": True},
+        "forward with bias",
+    ),
+    "forward both": (FORWARD, {"BOTH": True, "BIAS": False, **NOTHING_KEPT}, "forward both"),
+    "forward both, bias": (FORWARD, {"BOTH": True, "BIAS": True, **NOTHING_KEPT}, "forward both"),
     "gradient of logprob": (GRADIENT, {"BOTH": False, "BIAS": False, **LOGPROB}, "gradient of logprob"),
     "gradient of logprob, bias": (GRADIENT, {"BOTH": False, "BIAS": True, **LOGPROB}, "gradient"),
     "gradient, entropy": (GRADIENT, {"BOTH": False, "BIAS": False, **ENTROPY}, "gradient"),
@@ -68,7 +74,12 @@ VARIANTS = {
     "gradient both": (GRADIENT, {"BOTH": True, "BIAS": False, **EVERYTHING}, "gradient both"),
     "gradient both, bias": (GRADIENT, {"BOTH": True, "BIAS": True, **EVERYTHING}, "gradient both"),
 }
-MERGES = {"merge": (MERGE, {"BOTH": False}, None), "merge both": (MERGE, {"BOTH": True}, None)}
+# Kernels without a product, whose tile is always the same.
+SMALL = {
+    "merge": (MERGE, {"BOTH": False, **gpu.MERGE_OPTIONS}, None),
+    "merge both": (MERGE, {"BOTH": True, **gpu.MERGE_OPTIONS}, None),
+    "gradient of kept": (gpu.kept_gradient_kernel, {"LOGPROB": True, "ENTROPY": True, **gpu.KEPT_OPTIONS}, None),
+}
 RESULTS = (*BranchStats._fields, "max_p", "logsum_p", "max_q", "logsum_q")
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
@@ -76,15 +87,18 @@ MATRICES = {
     **dict.fromkeys(("hidden_p", "hidden_q", "hidden_a", "hidden_b"), "tokens"),
     "weight": "vocab",
 }
-IN_DTYPE = (*MATRICES, "bias", "gradient_a", "gradient_b")
-FLOATS = ("partial", "target_logits", "numbers_a", "numbers_b", *RESULTS)
+IN_DTYPE = (*MATRICES, "bias", "gradient_a", "gradient_b", "gradient", "kept_p", "kept_q", "kept")
+FLOATS = (
+    *("partial", "target_logits", "numbers_a", "numbers_b", "numbers", "reference_p", "reference_q", "reference"),
+    *RESULTS,
+)
 POINTERS = {"targets": "*i64", **dict.fromkeys(FLOATS, "*fp32")}
-MULTIPLES_OF_16 = ("V", "D", "stride", "width")
+MULTIPLES_OF_16 = ("V", "D", "stride", "width", "columns", "columns_p", "columns_q")
 
 
 def compile_variant(name: str, dtype: str, architecture: str, tokens: str = "many") -> dict:
     """Compile as a launch with aligned tensors would, and return what the compiled kernel uses."""
-    kernel, _, key = (VARIANTS | MERGES)[name]
+    kernel, _, key = (VARIANTS | SMALL)[name]
     tile = gpu.pick_tile(key, DTYPES[dtype], architecture, TOKENS[tokens]) if key else None
     signature, constants, aligned = specialize(name, dtype, tile)
     options = {option: constants.pop(option) for option in OPTIONS if option in constants}
@@ -119,8 +133,8 @@ def compile_variant(name: str, dtype: str, architecture: str, tokens: str = "man
 
 def specialize(name: str, dtype: str, tile: gpu.Tile | None) -> tuple[dict, dict, list]:
     """(types of the kernel's arguments, constants and options, arguments known to be multiples of 16)."""
-    kernel, constants, _ = (VARIANTS | MERGES)[name]
-    constants = {**(gpu.launch_options(tile, tile.depth) if tile else gpu.MERGE_OPTIONS), **constants}
+    kernel, constants, _ = (VARIANTS | SMALL)[name]
+    constants = {**(gpu.launch_options(tile, tile.depth) if tile else {}), **constants}
     element = {"bf16": "bf16", "f32": "fp32"}[dtype]
     types = {**POINTERS, **dict.fromkeys(IN_DTYPE, f"*{element}"), "log2_scale": "fp32"}
     if tile and tile.tma:
@@ -197,7 +211,7 @@ def cases(architectures, dtypes, tokens):
         for dtype in dtypes:
             for batch in tokens if dtype == "bf16" else ("many",):
                 yield from ((architecture, dtype, batch, name) for name in VARIANTS)
-        yield from ((architecture, "f32", "many", name) for name in MERGES)
+        yield from ((architecture, "f32", "many", name) for name in SMALL)
 
 
 def main():

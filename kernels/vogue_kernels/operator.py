@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .branches import Branch, compute_dtype, one_branch, two_branches
 from .checks import check_arguments
-from .inputs import IGNORE, as_rows
-from .kept import kept_bytes, serves
+from .inputs import IGNORE, Rows, as_rows
+from .kept import kept_bytes, serve
 
 
 class LogprobStats(NamedTuple):
@@ -56,8 +56,8 @@ def linear_branch_stats(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
-    keep_logits_bytes: int = 0,
     *,
+    keep_logits_bytes: int = 0,
     ignore_index: int = IGNORE,
     shift: bool = False,
 ) -> BranchStats:
@@ -72,11 +72,12 @@ def linear_branch_stats(
     temperature: τ, divides the logits. backend: "auto" (the fastest that can run), "torch", "cpu" or "triton". shift:
     targets are the tokens of the sequences themselves, (..., T); each hidden state is scored on the next one, and
     results are (..., T − 1).
+
     keep_logits_bytes: memory to spend on a faster backward pass. Within it the logits of the first words of the
     vocabulary, all N · V of them at most, are kept in the inputs' dtype; the others are computed again. Only those of a
     branch whose hidden states require a gradient are kept (of both, if only weight or bias do), and none where no
-    gradient is recorded. The results don't depend on it; gradients do by the rounding of what is kept. In 16 bits those
-    of a divergence are computed without it: it helps where a loss is of log-probabilities and entropies.
+    gradient is recorded. The results don't depend on it; gradients do by the rounding of what is kept. It helps where a
+    loss is of log-probabilities and entropies: gradients of a divergence are computed without what is kept.
 
     Results have the shape of targets and are float32 (float64 for float64 inputs), differentiable in the hidden states,
     weight and bias (once: there is no second derivative). The KLs are never negative, and 0 where the branches are
@@ -87,7 +88,7 @@ def linear_branch_stats(
     CUDA graph is captured: finding the positions to skip waits for the GPU.
     """
     rows = as_rows({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, ignore_index, shift)
-    keep = _shares(keep_logits_bytes, rows.hiddens, [rows.weight, rows.bias])
+    keep = _shares(keep_logits_bytes, rows)
     args = (*rows.hiddens, rows.weight, rows.targets, rows.bias, float(temperature), backend, keep)
     return BranchStats(*rows.restore(torch.ops.vogue.linear_branch_stats(*args)[: len(BranchStats._fields)]))
 
@@ -99,8 +100,8 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
-    keep_logits_bytes: int = 0,
     *,
+    keep_logits_bytes: int = 0,
     ignore_index: int = IGNORE,
     shift: bool = False,
 ) -> LogprobStats:
@@ -109,18 +110,18 @@ def linear_logprob(
     hidden: (..., D); all else as in `linear_branch_stats`.
     """
     rows = as_rows({"hidden": hidden}, weight, targets, bias, ignore_index, shift)
-    keep = _shares(keep_logits_bytes, rows.hiddens, [rows.weight, rows.bias])
+    keep = _shares(keep_logits_bytes, rows)
     args = (*rows.hiddens, rows.weight, rows.targets, rows.bias, float(temperature), backend, keep)
     return LogprobStats(*rows.restore(torch.ops.vogue.linear_logprob(*args)[: len(LogprobStats._fields)]))
 
 
-def _shares(keep_logits_bytes: int, hiddens: list[Tensor], shared: list[Tensor | None]) -> list[int]:
+def _shares(keep_logits_bytes: int, rows: Rows) -> list[int]:
     """Bytes for each branch's logits: nothing where no gradient can flow, as nothing would ever read them."""
     if keep_logits_bytes < 0:
         raise ValueError(f"keep_logits_bytes must not be negative, got {keep_logits_bytes}")
-    trained = [hidden.requires_grad for hidden in hiddens]
+    trained = [hidden.requires_grad for hidden in rows.hiddens]
     if not any(trained):
-        trained = [any(x is not None and x.requires_grad for x in shared)] * len(hiddens)
+        trained = [any(x is not None and x.requires_grad for x in (rows.weight, rows.bias))] * len(trained)
     share = keep_logits_bytes // max(sum(trained), 1) if torch.is_grad_enabled() else 0
     return [share if on else 0 for on in trained]
 
@@ -199,34 +200,34 @@ def _implementation(backend: str, weight: Tensor):
 def _forward(backend: str, hiddens: list[Tensor], weight, targets, bias, temperature, keep) -> tuple[Tensor, ...]:
     """Run a backend on the tokens that aren't skipped; the skipped ones get zeros. The kept logits come last."""
     buffers = _empty_buffers(weight, len(targets), keep)
-    kept, length = _kept(targets, len(weight)), len(targets)
-    if kept is not None:
-        hiddens, targets = [hidden[kept] for hidden in hiddens], targets[kept]
+    scored, length = _scored(targets, len(weight)), len(targets)
+    if scored is not None:
+        hiddens, targets = [hidden[scored] for hidden in hiddens], targets[scored]
     if len(targets) == 0:
         rows = _empty_rows(weight, length, 6 if len(hiddens) == 1 else 15)
         return *(torch.zeros_like(x) for x in rows), *buffers
     with _as_it_is(weight):
         results = _implementation(backend, weight).forward(hiddens, weight, targets, bias, temperature, buffers)
-    return *(_restore(kept, result.to(compute_dtype(weight)), length) for result in results), *buffers
+    return *(_restore(scored, result.to(compute_dtype(weight)), length) for result in results), *buffers
 
 
 def _backward(backend: str, branches: list[Branch], weight, targets, bias, temperature, needs, buffers) -> list[Any]:
     """The gradients of hidden states, weight and bias that are needed, in this order; contiguous, as the fakes say."""
     *needs_hidden, needs_weight, needs_bias = needs
-    kept, length = _kept(targets, len(weight)), len(targets)
-    if kept is not None:
-        branches, targets = [branch.select(kept) for branch in branches], targets[kept]
+    scored, length = _scored(targets, len(weight)), len(targets)
+    if scored is not None:
+        branches, targets = [branch.select(scored) for branch in branches], targets[scored]
     wanted = [need or needs_weight or needs_bias for need in needs_hidden]
     if len(targets) == 0 or not any(branch.used and want for branch, want in zip(branches, wanted, strict=True)):
         hiddens = [weight.new_empty(length, weight.shape[1])] * len(branches)
         return [gradient.zero_() for gradient in _empty_gradients(needs, (*hiddens, weight, bias))]
-    if not serves(branches, weight):
+    if not serve(branches):
         buffers = [buffer[:0] for buffer in buffers]
     with _as_it_is(weight):
         grads_hidden, grad_weight, grad_bias = _implementation(backend, weight).backward(
             branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias, buffers
         )
-    grads_hidden = [None if grad is None else _restore(kept, grad, length) for grad in grads_hidden]
+    grads_hidden = [None if grad is None else _restore(scored, grad, length) for grad in grads_hidden]
     gradients = zip(needs, (*grads_hidden, grad_weight, grad_bias), strict=True)
     return [grad.contiguous() for need, grad in gradients if need]
 
@@ -236,7 +237,7 @@ def _as_it_is(weight: Tensor):
     return torch.autocast(weight.device.type, enabled=False)
 
 
-def _kept(targets: Tensor, vocab: int) -> Tensor | None:
+def _scored(targets: Tensor, vocab: int) -> Tensor | None:
     """Indices of the positions that aren't skipped, or None where that is all of them (then nothing is copied).
 
     Raises ValueError for a target outside the vocabulary. Both are found with one wait for the GPU.
@@ -259,11 +260,11 @@ def _kept(targets: Tensor, vocab: int) -> Tensor | None:
     return (~skipped).nonzero().squeeze(1)
 
 
-def _restore(kept: Tensor | None, tensor: Tensor, length: int) -> Tensor:
-    """Put the kept positions back among zeros."""
-    if kept is None:
+def _restore(scored: Tensor | None, tensor: Tensor, length: int) -> Tensor:
+    """Put the scored positions back among zeros."""
+    if scored is None:
         return tensor
-    return tensor.new_zeros(length, *tensor.shape[1:]).index_copy_(0, kept, tensor)
+    return tensor.new_zeros(length, *tensor.shape[1:]).index_copy_(0, scored, tensor)
 
 
 # ---------------------------------------------------------------------------------------------------- linear_logprob

@@ -153,10 +153,12 @@ def test_what_the_kernels_compile_to(architecture, instructions, tmp_path):
     done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     compiled = json.loads((tmp_path / "static.json").read_text())["compiled"]
-    assert len(compiled) == (32 if architecture == "sm_90" else 12)  # ten variants, thrice or once, and two merges
+    # Eleven variants, thrice or once, and three kernels without a product.
+    assert len(compiled) == (36 if architecture == "sm_90" else 14)
     for row in compiled:
         assert row["spills_among_products"] == 0, row
-        assert row["local_bytes"] <= (512 if "gradient" in row["kernel"] else 0), row  # once a tile, after the products
+        whole = row["dtype"] == "bf16" and "forward" in row["kernel"]  # else some bytes a tile, after the products
+        assert row["local_bytes"] <= (0 if whole else 512), row
         assert row["programs_per_sm"] >= 1, row
         assert row["dtype"] == "f32" or set(row["instructions"]) == instructions, row
         if "gradient" in row["kernel"] and architecture != "gfx942":

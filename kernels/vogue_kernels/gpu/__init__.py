@@ -22,7 +22,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..branches import log2_scale, numbers
-from .kernels import forward_kernel, logit_gradient_kernel, merge_kernel
+from ..kept import NARROWEST, KeptLogits, kept_logits
+from .kernels import forward_kernel, kept_gradient_kernel, logit_gradient_kernel, merge_kernel
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from . import interpreter  # noqa: F401
@@ -34,6 +35,8 @@ MOST_TILES = 32  # of a share of the vocabulary: longer float32 sums would cost 
 GROUP = 8  # blocks of tokens that share a tile of the weight through L2
 # Nothing is fused in the merge: of equal branches, every difference must be exactly 0.
 MERGE_OPTIONS = {"TOKENS": 16, "SHARES": 32, "num_warps": 4, "enable_fp_fusion": False}
+# Of kept logits; the words of a block have one reference, whatever the tile that they were computed in.
+KEPT_OPTIONS = {"TOKENS": 64, "KEPT": NARROWEST, "num_warps": 4, "enable_fp_fusion": True}
 
 
 class Tile(NamedTuple):
@@ -46,8 +49,8 @@ class Tile(NamedTuple):
 
 
 # By architecture and kernel: tiles as wide as registers allow where V and D are multiples of 16. A bias, a second
-# branch and the entropy's gradient need registers of their own. What doesn't fit may be spilled after the products, once
-# a tile, but never among them (bench/gpu_static.py).
+# branch and the entropy's gradient need registers of their own. What doesn't fit may be spilled after the products,
+# once a tile, but never among them (bench/gpu_static.py).
 TILES = {
     "sm_80": {
         "forward": Tile(128, 128, 32, 8, 4),
@@ -78,7 +81,7 @@ TILES = {
 NEAREST = {**dict.fromkeys(("sm_86", "sm_87", "sm_89", "sm_120", "sm_121"), "sm_80"), "sm_103": "sm_100"}
 TILES["gfx942"] = dict.fromkeys(TILES["sm_90"], Tile(128, 128, 32, 8, 2))
 DEFAULT_TILE = Tile(64, 64, 32, 4, 2)  # other GPUs, which may have 64 KB of shared memory only
-FLOAT32_TILE = Tile(32, 64, 32, 4, 2)  # without tensor cores: TF32 isn't exact enough
+FLOAT32_TILE = Tile(32, 64, 32, 8, 2)  # without tensor cores: TF32 isn't exact enough
 INTERPRETER_TILE = Tile(64, 512, 32, 1, 1)  # wide, because the interpreter pays by the operation
 
 
@@ -98,14 +101,25 @@ def forward(hiddens, weight, targets, bias, temperature, buffers):
     """As branches.py says."""
     hiddens, weight, targets = [h.contiguous() for h in hiddens], weight.contiguous(), targets.contiguous()
     results = tuple(targets.new_empty(len(targets), dtype=torch.float32) for _ in range(6 if len(hiddens) == 1 else 15))
+    kept = _kept(buffers, targets, weight)
     for rows in _batches(targets):
-        sums = _running_sums([h[rows] for h in hiddens], weight, targets[rows], bias, temperature)
+        sums = _running_sums(
+            [h[rows] for h in hiddens],
+            weight,
+            targets[rows],
+            bias,
+            temperature,
+            [logits.select(rows) for logits in kept],
+        )
         _merge(*sums, [result[rows] for result in results], temperature)
     return results
 
 
-def _running_sums(hiddens, weight, targets, bias, temperature) -> tuple[Tensor, Tensor]:
-    """The running sums of shares of the vocabulary and the targets' logits, as the forward kernel says."""
+def _running_sums(hiddens, weight, targets, bias, temperature, kept) -> tuple[Tensor, Tensor]:
+    """The running sums of shares of the vocabulary and the targets' logits, as the forward kernel says.
+
+    kept: of each branch, to be filled.
+    """
     n, (vocab, width), both = len(targets), weight.shape, len(hiddens) == 2
     tile = _tile("forward both" if both else "forward" if bias is None else "forward with bias", hiddens, weight)
     blocks, tiles = -(-n // tile.tokens), -(-vocab // tile.vocab)
@@ -117,8 +131,12 @@ def _running_sums(hiddens, weight, targets, bias, temperature) -> tuple[Tensor, 
         forward_kernel[(blocks * splits,)](
             *_matrices(tile, hiddens[0], hiddens[-1], weight),
             weight if bias is None else bias, targets, partial, target_logits,
+            *(logits.logits if logits.columns else weight for logits in (kept[0], kept[-1])),
+            *(logits.reference if logits.columns else partial for logits in (kept[0], kept[-1])),
             n, vocab, width, log2_scale(temperature), splits, share,
-            BOTH=both, BIAS=bias is not None, **launch_options(tile, width),
+            kept[0].columns, kept[-1].columns, max(logits.reference.stride(0) for logits in kept),
+            BOTH=both, BIAS=bias is not None, KEEP_P=kept[0].columns > 0, KEEP_Q=both and kept[1].columns > 0,
+            KEPT=NARROWEST, **launch_options(tile, width),
         )  # fmt: skip
     return partial, target_logits
 
@@ -154,6 +172,7 @@ class _Side(NamedTuple):
 
     hidden: Tensor
     numbers: Tensor  # the kernel's
+    kept: KeptLogits
     written: bool  # its logits have a gradient
     grad_hidden: Tensor | None  # float32, to be added to
 
@@ -177,16 +196,18 @@ def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_w
         "ENTROPY": any(branch.g_entropy is not None for branch in used),
         "CROSS": any(branch.crosses for branch in used),
     }
+    kept = _kept(buffers, targets, weight)
     batches = []
     for rows in _batches(targets):
         sides = [
             _Side(
                 branch.hidden[rows].contiguous(),
                 numbers(branch.select(rows)),
+                logits.select(rows),
                 on,
                 None if grad is None else grad[rows],
             )
-            for on, branch, grad in zip(written, branches, grad_hidden, strict=True)
+            for on, branch, logits, grad in zip(written, branches, kept, grad_hidden, strict=True)
             if on or terms["CROSS"]
         ]
         batches.append((targets[rows].contiguous(), sides))
@@ -237,11 +258,37 @@ def _stack(hiddens: list[Tensor]) -> Tensor:
 
 def _write_logit_gradients(outputs, sides, weight, bias, targets, temperature, first, terms):
     """Fill each output that isn't None, (n, columns), with the gradient of a side's logits from column `first` on."""
+    width = next(output for output in outputs if output is not None).shape[1]
+    plain = bias is None and not terms["ENTROPY"]
+    kernel = "gradient both" if len(sides) == 2 else "gradient of logprob" if plain else "gradient"
+    tile = _tile(kernel, [side.hidden for side in sides], weight)
+    # Words whose logits all sides have kept; without a divergence, for whose gradient none are, all sides are written.
+    known = min(max(min(side.kept.columns for side in sides) - first, 0), width)
+    if known < width:  # logits that are computed again are so in tiles as in the forward pass, to round alike
+        known -= known % tile.vocab
+    if known:
+        for output, side in zip(outputs, sides, strict=True):
+            _write_gradients_of_kept(output[:, :known], side, targets, temperature, first, terms)
+    if known < width:
+        rest = [output if output is None else output[:, known:] for output in outputs]
+        _write_gradients_of_new(rest, sides, weight, bias, targets, temperature, first + known, terms, tile)
+
+
+def _write_gradients_of_kept(output, side: _Side, targets, temperature, first, terms):
+    n, columns = output.shape
+    grid = (-(-n // KEPT_OPTIONS["TOKENS"]), -(-columns // NARROWEST))
+    with torch.cuda.device_of(output):
+        kept_gradient_kernel[grid](
+            side.kept.logits, side.kept.reference, targets, side.numbers, output,
+            n, log2_scale(temperature), first, columns, output.stride(0), side.kept.columns,
+            side.kept.reference.stride(0),
+            LOGPROB=terms["LOGPROB"], ENTROPY=terms["ENTROPY"], **KEPT_OPTIONS,
+        )  # fmt: skip
+
+
+def _write_gradients_of_new(outputs, sides, weight, bias, targets, temperature, first, terms, tile):
     n, (vocab, width), both = len(targets), weight.shape, len(sides) == 2
     some = next(output for output in outputs if output is not None)
-    plain = bias is None and not terms["ENTROPY"]
-    kernel = "gradient both" if both else "gradient of logprob" if plain else "gradient"
-    tile = _tile(kernel, [side.hidden for side in sides], weight)
     grid = (-(-n // tile.tokens) * -(-some.shape[1] // tile.vocab),)
     with torch.cuda.device_of(weight):
         logit_gradient_kernel[grid](
@@ -271,6 +318,10 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 
 def _batches(targets: Tensor) -> list[slice]:
     return [slice(start, start + MOST_TOKENS) for start in range(0, len(targets), MOST_TOKENS)]
+
+
+def _kept(buffers: list[Tensor], targets: Tensor, weight: Tensor) -> list[KeptLogits]:
+    return [kept_logits(buffer, len(targets), weight, NARROWEST) for buffer in buffers]
 
 
 def _tile(kernel: str, hiddens: list[Tensor], weight: Tensor) -> Tile:

@@ -1,4 +1,4 @@
-"""The three Triton kernels. In the two large ones a program takes one block of tokens, and reads a tile of the weight
+"""The Triton kernels. In the two large ones a program takes one block of tokens, and reads a tile of the weight
 once for both branches.
 
 With l = h Wᵀ + bias, and a = l − m of branch p and b of branch q, the logits below their maximum, the forward kernel
@@ -15,7 +15,8 @@ The backward kernel computes one tile of logits again and writes the gradient of
 
     ∂l_v = p_v (c₀ + c₁ log2 p_v + c₂ (log2 p_v − log2 q_v)) − c₃ q_v + c₄ 1[v=y]
 
-with the per-token numbers c of __init__.py. The matrix products with it are left to cuBLAS.
+with the per-token numbers c of __init__.py. The matrix products with it are left to cuBLAS. Of logits that the forward
+kernel kept (kept.py), a kernel without a product writes it.
 
 Where the tile says TMA, hidden states and weight come as tensor descriptors, whose loads give 0 outside the matrix.
 Otherwise rows past the last token and columns past the vocabulary read the last one again, so that no load of whole
@@ -31,9 +32,10 @@ import triton.language as tl
 # Stands for −∞: differences and multiples of it stay finite, and 0 · finite is 0 where 0 · ∞ is NaN.
 LOWEST = tl.constexpr(-1e30)
 LN2 = tl.constexpr(math.log(2))
+NO = tl.constexpr(False)
 
 
-@triton.jit(do_not_specialize=["N", "splits", "tiles"])
+@triton.jit(do_not_specialize=["N", "splits", "tiles", "reference_stride"])
 def forward_kernel(
     hidden_p,  # (N, D); with TMA descriptors of blocks (TOKENS, DEPTH)
     hidden_q,  # (N, D); unused unless BOTH
@@ -42,14 +44,24 @@ def forward_kernel(
     targets,  # (N,) int64
     partial,  # (branches, fields, splits, N) float32, the fields m, s, t and, if BOTH, x
     target_logits,  # (branches, N) float32: l of the target
+    kept_p,  # (N, columns_p): l less the running maximum, of the first words; unused unless KEEP_P
+    kept_q,  # (N, columns_q); unused unless KEEP_Q
+    reference_p,  # (columns_p / KEPT, reference_stride) float32: that maximum
+    reference_q,
     N,
     V,
     D,
     log2_scale,  # log2(e) / τ
     splits,  # shares of the vocabulary
     tiles,  # of the vocabulary in a share
+    columns_p,
+    columns_q,
+    reference_stride,
     BOTH: tl.constexpr,
     BIAS: tl.constexpr,
+    KEEP_P: tl.constexpr,
+    KEEP_Q: tl.constexpr,
+    KEPT: tl.constexpr,  # words that have a reference in common; divides VOCAB
     TOKENS: tl.constexpr,
     VOCAB: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -80,8 +92,12 @@ def forward_kernel(
             if BOTH:
                 _store_target(target_logits + N + rows, b, target, columns, here)
         a, max_a, moved_a, scale_a = _below_maximum(a, max_a, columns, V, log2_scale)
+        if KEEP_P:
+            _keep(kept_p, reference_p, a, max_a, rows, inside, tile, columns_p, reference_stride, VOCAB, KEPT)
         if BOTH:
             b, max_b, moved_b, scale_b = _below_maximum(b, max_b, columns, V, log2_scale)
+            if KEEP_Q:
+                _keep(kept_q, reference_q, b, max_b, rows, inside, tile, columns_q, reference_stride, VOCAB, KEPT)
             moved = moved_a - moved_b
             cross_a = scale_a * (cross_a + sum_a * moved)
             cross_b = scale_b * (cross_b + sum_b * moved)
@@ -234,6 +250,39 @@ def logit_gradient_kernel(
         tl.store(gradient_b + out, gradient.to(gradient_b.dtype.element_ty), inside)
 
 
+@triton.jit(do_not_specialize=["N", "first", "reference_stride"])
+def kept_gradient_kernel(
+    kept,  # (N, columns), as the next of the forward kernel
+    reference,
+    targets,  # (N,) int64
+    numbers,  # (7, N) float32
+    gradient,  # (N, stride): columns first ... first + width of the gradient
+    N,
+    log2_scale,
+    first,
+    width,
+    stride,
+    columns,
+    reference_stride,
+    LOGPROB: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TOKENS: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    block, tile = tl.program_id(0), tl.program_id(1)
+    rows = block * TOKENS + tl.arange(0, TOKENS)
+    safe = tl.minimum(rows, N - 1)
+    local = tile * KEPT + tl.arange(0, KEPT)
+    inside = (rows < N)[:, None] & (local < width)[None, :]
+    logits = tl.load(kept + rows.to(tl.int64)[:, None] * columns + (first + local)[None, :], inside, 0.0).to(tl.float32)
+    logits += tl.load(reference + (first // KEPT + tile).to(tl.int64) * reference_stride + safe)[:, None]
+    logp = _log2_softmax(logits, reference, local, 0, log2_scale, numbers + safe, N, NO)
+    hit = tl.load(targets + safe).to(tl.int32)[:, None] == (first + local)[None, :]
+    found = _logit_gradient(logp, logp, hit, numbers + safe, N, LOGPROB, ENTROPY, NO)
+    out = gradient + rows.to(tl.int64)[:, None] * stride + local[None, :]
+    tl.store(out, found.to(gradient.dtype.element_ty), inside)
+
+
 @triton.jit
 def _program(blocks, columns, GROUP: tl.constexpr):
     """(block of tokens, column) of this program. GROUP blocks go down one column of the grid before the next, so that
@@ -256,11 +305,22 @@ def _products(
     for start in range(0, D, DEPTH):
         w = _load_tile(weight, column, start, V, D, VOCAB, DEPTH, WHOLE_DEPTH, TMA)
         h_a = _load_tile(hidden_a, row, start, N, D, TOKENS, DEPTH, WHOLE_DEPTH, TMA)
-        a = tl.dot(h_a, tl.trans(w), a, input_precision="ieee")
+        a = _add_product(a, h_a, w)
         if BOTH:
             h_b = _load_tile(hidden_b, row, start, N, D, TOKENS, DEPTH, WHOLE_DEPTH, TMA)
-            b = tl.dot(h_b, tl.trans(w), b, input_precision="ieee")
+            b = _add_product(b, h_b, w)
     return a, b if BOTH else a
+
+
+@triton.jit
+def _add_product(total, h, w):
+    """total + h wᵀ. Without tensor cores the D terms of a float32 sum would be added one by one, which loses digits, so
+    DEPTH of them are a sum of their own. The last argument, made for float8, keeps the compiler from joining them.
+    """
+    if h.dtype == tl.float32:
+        return total + tl.dot(h, tl.trans(w), input_precision="ieee", max_num_imprecise_acc=1)
+    else:
+        return tl.dot(h, tl.trans(w), total, input_precision="ieee")
 
 
 @triton.jit
@@ -299,6 +359,24 @@ def _below_maximum(logits, maximum, columns, V, log2_scale):
     new = tl.maximum(maximum, tl.max(logits, 1))
     moved = maximum - new
     return logits - new[:, None], new, moved, tl.exp2(moved * log2_scale)
+
+
+@triton.jit
+def _keep(
+    kept, reference, below, maximum, rows, inside, tile, columns, reference_stride,
+    VOCAB: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """Keep what of a tile lies before `columns`."""
+    if tile * VOCAB < columns:
+        if kept.dtype.element_ty == tl.float16:  # its −∞ would make 0 · ∞ of p log p
+            below = tl.maximum(below, -65504.0)
+        column = tile * VOCAB + tl.arange(0, VOCAB)
+        out = kept + rows.to(tl.int64)[:, None] * columns + column[None, :]
+        tl.store(out, below.to(kept.dtype.element_ty), inside[:, None] & (column < columns)[None, :])
+        for i in range(VOCAB // KEPT):
+            part = tile * (VOCAB // KEPT) + i
+            if part * KEPT < columns:
+                tl.store(reference + tl.cast(part, tl.int64) * reference_stride + rows, maximum, inside)
 
 
 @triton.jit
