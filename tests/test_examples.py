@@ -66,3 +66,15 @@ def test_the_example_trains_without_the_trainer(rollout, model_folder, digits_fo
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == [f"step {i}" for i in (1, 2, 3, 4)]
     assert float(re.search(r"u_per ([\d.]+) nats in 4 groups", lines[0])[1]) > 0
+
+
+@pytest.mark.slow
+def test_the_example_with_trls_trainer_trains(model_folder, digits_folder, tmp_path):
+    pytest.importorskip("trl")
+    settings = f"--system Think. --steps 2 --prompts 2 --n 4 --max-tokens 12 --rollout drawn --out {tmp_path}".split()
+    command = [sys.executable, SCRIPT.with_name("trl_trainer.py"), model_folder, digits_folder / "train.parquet"]
+    done = subprocess.run([*map(str, command), *settings], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    printed = [line for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in printed] == ["step 1", "step 2"]
+    assert float(re.search(r"paid 1.00, u_per ([\d.]+) nats", printed[0])[1]) > 0

@@ -273,12 +273,12 @@ def test_a_model_type_that_is_not_known_is_refused(new_model):
         Policy(model, 1.0)
 
 
-@pytest.mark.parametrize("sizes", [[(28, 28)], [(40, 90)], [(90, 40), (28, 28)]], ids=str)
-def test_prompts_of_llava_onevision_have_the_tokens_of_its_own_processor(processor, sizes):
+def llava_processor(processor):
+    """LLaVA-OneVision's, with the tokenizer of another one."""
     tokenizer = copy.deepcopy(processor.tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]})
     pixels = {"size": {"height": TILE, "width": TILE}, "image_grid_pinpoints": PINPOINTS}
-    llava = LlavaOnevisionProcessor(
+    return LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessor(**pixels),
         tokenizer,
         LlavaOnevisionVideoProcessor(),
@@ -287,6 +287,11 @@ def test_prompts_of_llava_onevision_have_the_tokens_of_its_own_processor(process
         chat_template="{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>"
         "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}",
     )
+
+
+@pytest.mark.parametrize("sizes", [[(28, 28)], [(40, 90)], [(90, 40), (28, 28)]], ids=str)
+def test_prompts_of_llava_onevision_have_the_tokens_of_its_own_processor(processor, sizes):
+    llava = llava_processor(processor)
     images = [Image.new("RGB", (width, height), "red") for height, width in sizes]
     preprocessor = Preprocessor(llava, "", 512)
     view = preprocessor.view(images)

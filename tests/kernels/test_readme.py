@@ -1,4 +1,4 @@
-"""The worked example of kernels/README.md, run as it stands."""
+"""The examples of kernels/README.md, run as they stand."""
 
 import re
 import subprocess
@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[2] / "kernels" / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "kernels" / "README.md"
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.slow
@@ -15,7 +20,29 @@ def test_the_worked_example_learns():
     code = next(
         block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "VogueLoss()" in block
     )
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    printed = run(code)
     first, *_, last = (float(reward) for reward in re.findall(r"reward ([0-9.]+)", printed))
     assert first < 0.65
     assert last > 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package, module", [("liger_kernel", "liger_kernel.ops"), ("verl", "verl.utils")])
+def test_in_another_trainer_our_errors_are_as_small_as_it_says_and_smaller_than_theirs(package, module):
+    pytest.importorskip(package)
+    block = r"((?:(?!```).)*)```"
+    blocks = re.findall(rf"```python\n{block}\n\n```\n{block}", README.read_text(), re.S)
+    code, expected = next(block for block in blocks if f"from {module}" in block[0])
+    printed = [line for line in run(code).splitlines() if " error of " in line]
+    names, expected_names = ([line.split()[0] for line in lines] for lines in (printed, expected.splitlines()))
+    assert names == expected_names and len(names) >= 2
+    *theirs, ours = ([float(error) for error in re.findall(r"\d\.\de-\d\d", line)] for line in printed)
+    assert len(ours) == 2 and max(ours) < 1e-5
+    assert all(min(errors) > 1e-3 for errors in theirs)
+
+
+def test_what_is_shown_of_the_example_with_trl_stands_in_it():
+    shown = next(
+        block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "VogueTrainer(" in block
+    )
+    assert shown in (ROOT / "examples" / "trl_trainer.py").read_text()
