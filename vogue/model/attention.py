@@ -22,9 +22,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 
-from vogue.model.packing import PAD
 from vogue.model.varlen import VarlenAttention, VarlenLayout, varlen_layout, why_not_flash
 
+PAD = -1  # segment of padding
 # Names under which transformers finds them; it offers its own flex_attention to some models only.
 PARTS, VARLEN, FLEX = "shared_prefix", "shared_prefix_varlen", "shared_prefix_flex"
 OWN = (PARTS, VARLEN, FLEX)
