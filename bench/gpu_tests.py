@@ -1,0 +1,74 @@
+"""Sections of bench/gpu.py: the tests of the kernels, and one case under compute-sanitizer."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as xml
+from pathlib import Path
+
+from gpu import Report, Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKERS = 8  # processes of pytest: each compiles its kernels on cores of its own
+
+CHOSEN = "triton or on_a_gpu"  # backends' tests have the backend in their id
+
+# Odd sizes: the edges of tiles are where a kernel may leave its tensors.
+CASE = """
+import sys, torch
+from vogue_kernels import linear_branch_stats
+device = sys.argv[1]
+torch.manual_seed(0)
+p, q, weight = (torch.randn(n, 128, device=device).bfloat16().requires_grad_() for n in (130, 130, 3000))
+stats = linear_branch_stats(p, q, weight, torch.randint(3000, (130,), device=device))
+sum(x.sum() for x in stats).backward()
+assert all(x.grad.isfinite().all() for x in (p, q, weight))
+print("ran")
+"""
+
+
+def tests(report: Report, settings: Settings) -> None:
+    """tests/kernels of the Triton backend: a row of counts, and one for each test that failed."""
+    file = report.path.with_suffix(".xml")
+    has_xdist = importlib.util.find_spec("xdist") is not None and not settings.quick
+    parallel = ["-n", str(min(WORKERS, os.cpu_count() or 1))] if has_xdist else []
+    chosen = (
+        ["tests/kernels/test_loss.py", "-k", "token_weights"] if settings.quick else ["tests/kernels", "-k", CHOSEN]
+    )
+    command = [sys.executable, "-m", "pytest", *chosen, "-q", "-p", "no:cacheprovider", "--confcutdir", "tests/kernels"]
+    limit = settings.ends - time.monotonic()
+    try:
+        done = subprocess.run([*command, *parallel, f"--junit-xml={file}"], cwd=ROOT, timeout=limit)
+    except subprocess.TimeoutExpired:
+        report.add(what="tests", error=f"not done within {limit:.0f} s; tests.log has what there was", seconds=limit)
+        return
+    if not file.exists():
+        report.add(what="tests", error=f"pytest ended with exit code {done.returncode} and wrote nothing")
+        return
+    suite = xml.parse(file).getroot()[0]
+    count = {"ran": "tests", "left_out": "skipped", "seconds": "time"}
+    report.add(what="tests", parallel=has_xdist, **{name: suite.get(key) for name, key in count.items()})
+    for case in suite.iter("testcase"):
+        for told in (*case.findall("failure"), *case.findall("error")):
+            lines = (told.get("message") or "").strip().splitlines() or [""]
+            report.add(what=f"{case.get('classname')}::{case.get('name')}", error=lines[0][:300])
+
+
+def sanitizer(report: Report, settings: Settings) -> None:
+    tool = shutil.which("compute-sanitizer") if settings.device == "cuda" else None
+    if tool is None and settings.device == "cuda":
+        report.add(what="compute-sanitizer", skipped="isn't on the PATH")
+        return
+    command = [sys.executable, "-c", CASE, settings.device]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else it can't see past a tensor's end
+    limit = settings.ends - time.monotonic()
+    prefix = [tool, "--error-exitcode", "9"] if tool else []
+    done = subprocess.run([*prefix, *command], capture_output=True, text=True, timeout=limit, env=environment)
+    told = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("=========")][:20]
+    if done.returncode:
+        print(done.stdout, done.stderr)
+        raise RuntimeError(f"exit code {done.returncode}: {(told or done.stderr.splitlines() or [''])[-1]}")
+    report.add(what="compute-sanitizer" if tool else "the case without compute-sanitizer", told=told[-1:])
