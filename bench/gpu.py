@@ -48,7 +48,6 @@ SECTIONS = {
     "attention": Section("gpu_attention", 40, "attention of shared prompts: right, and how fast"),
     "training": Section("gpu_training", 70, "whole trainings"),
 }
-FIRST_MINUTE = ("machine", "correct")  # `vogue doctor --gpu`
 
 
 class Settings(NamedTuple):

@@ -1,0 +1,99 @@
+"""bench/gpu.py: its sections run on a CPU, and nothing that fails, hangs or dies in one stops the others."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench"
+sys.path.insert(0, str(BENCH))
+
+import gpu  # noqa: E402
+from gpu import SECTIONS, Report, Section  # noqa: E402
+
+
+@pytest.mark.slow
+def test_all_sections_run_on_tiny_shapes_without_a_gpu(tmp_path):
+    command = ["bash", BENCH / "gpu.sh", tmp_path, "--device", "cpu", "--quick"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500)
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in SECTIONS}
+    errors = [row for section in found.values() for row in section["rows"] if "error" in row]
+    assert done.returncode == 0 and not errors, (errors, done.stdout, done.stderr)
+    assert all(section["finished"] and section["rows"] for section in found.values())
+    rows = {name: section["rows"] for name, section in found.items()}
+    assert {row["work"] for row in rows["kernels"]} == {"forward", "backward", "trainer", "kl", "loss"}
+    assert {row.get("attention") for row in rows["attention"]} == {"shared_prefix", "shared_prefix_varlen", "sdpa"}
+    steps = {(row["what"], row["method"]) for row in rows["training"]}
+    assert steps == {
+        (way, method) for way in ("plain loop, tiny", "vogue.trainer, tiny") for method in ("grpo", "vogue")
+    }
+    told = subprocess.run([sys.executable, BENCH.parent / "tools" / "bench_tables.py", tmp_path], capture_output=True)
+    table = told.stdout.decode()
+    assert told.returncode == 0, told.stderr
+    assert "| vogue |" in table and "GB/s" in table and "not finished" not in table
+
+
+def test_a_row_is_on_the_disk_when_it_is_added_and_an_error_is_one(tmp_path):
+    report = Report(tmp_path / "kernels.json")
+    report.add(what="first", ms=1.5)
+    with report.trying("second"):
+        raise ValueError("D is 3\nand so on")
+    with report.trying("third"):
+        report.add(what="third", ms=2.5)
+    written = json.loads((tmp_path / "kernels.json").read_text())
+    assert written["rows"] == [
+        {"what": "first", "ms": 1.5},
+        {"what": "second", "error": "ValueError: D is 3"},
+        {"what": "third", "ms": 2.5},
+    ]
+    assert not written["finished"]
+
+
+SCRIPT = """
+import os, time
+def hangs(report, settings):
+    report.add(what="before", ms=1)
+    time.sleep(600)
+def dies(report, settings):
+    report.add(what="before", ms=1)
+    print("no more memory", flush=True)
+    os._exit(9)
+def raises(report, settings):
+    raise KeyError("nothing of this name")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("hangs", r"stopped after \d+ s"),
+        ("dies", "its process ended with exit code 9; its last line: no more memory"),
+        ("raises", "KeyError"),
+    ],
+)
+def test_a_section_that_hangs_dies_or_raises_keeps_its_rows_and_has_an_error(tmp_path, monkeypatch, name, error):
+    """In a copy of gpu.py whose sections are these."""
+    section = Section("sections_of_the_test", 8, "")
+    text = (BENCH / "gpu.py").read_text()
+    text = text.replace("class Settings(", f"SECTIONS = {{{name!r}: {section}}}\n\n\nclass Settings(")
+    (tmp_path / "gpu.py").write_text(text)
+    (tmp_path / "sections_of_the_test.py").write_text(SCRIPT)
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "gpu.py"))
+    monkeypatch.setitem(SECTIONS, name, section)
+    out = tmp_path / "out"
+    out.mkdir()
+    rows = gpu.start_section(name, out, Namespace(device="cpu", quick=True), time.monotonic() + 100)
+    assert rows == json.loads((out / f"{name}.json").read_text())["rows"]
+    assert "error" in rows[-1]
+    assert re.search(error, rows[-1]["error"])
+    assert name == "raises" or rows[0] == {"what": "before", "ms": 1}
+
+
+def test_a_section_without_time_left_says_so(tmp_path):
+    rows = gpu.start_section("tiles", tmp_path, Namespace(device="cpu", quick=True), time.monotonic())
+    assert "no time was left" in rows[0]["error"]
