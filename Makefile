@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Some containers set this; every process would then spend half a minute on compiling what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test fast lint types bench clean mutants
+.PHONY: help setup demo test long fast lint types bench clean mutants
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -36,8 +36,12 @@ $(VENV)/kernels: $(VENV)/packages setup.py CMakeLists.txt $(wildcard kernels/csr
 demo: setup  ## warm-start a small Qwen2.5-VL, train it with VOGUE, evaluate before and after
 	bash examples/digits/demo.sh
 
-test: setup  ## the whole test suite
-	python -m pytest
+# A file's tests stay together: some share a trained model. Two at a time, since many wait for one another's ranks.
+test: setup  ## the test suite
+	python -m pytest -n 2 --dist loadfile
+
+long: setup  ## further cases of what is slow, several ranks and families: half an hour
+	python -m pytest -m long
 
 fast: setup  ## the tests that take less than ten seconds each
 	python -m pytest -m "not slow"

@@ -12,6 +12,7 @@ import torch
 from hypothesis import settings
 
 from vogue.config import load_config
+from vogue.data import Sample, load_samples, write_parquet
 from vogue.data.digits import QUESTIONS, digits_samples, write_digits
 from vogue.inputs import Preprocessor
 from vogue.model.packing import Row, collate
@@ -23,6 +24,13 @@ settings.register_profile("shared machine", deadline=None)  # others use it, so 
 settings.load_profile("shared machine")
 
 CORPUS = ["<think></think>\\boxed{}"] * 100 + ["system\nuser\nassistant\n", "Think.", *QUESTIONS.values()]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker("slow")  # so that `-m "not slow"`, which takes the place of `-m "not long"`, leaves it out
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +101,17 @@ def digits_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def mixed_data(digits_folder, tmp_path_factory):
+    """Digits, and problems without an image between them: often one rank has images and the other none."""
+    samples = list(load_samples(digits_folder / "train.parquet"))
+    for i in range(0, len(samples), 3):
+        samples[i] = Sample(f"What is {i} + 1?", str(i + 1), ())
+    path = tmp_path_factory.mktemp("mixed") / "train.parquet"
+    write_parquet(samples, path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def samples():
     return digits_samples("train", 6, seed=0)
 
@@ -136,7 +155,6 @@ def config(settings):
 @pytest.fixture
 def new_trainer(config):
     """A function: a trainer of one rank, unpartitioned (stage 0), so that gradients are plain ones."""
-    from vogue.data import load_samples
     from vogue.data.dataset import check_samples
     from vogue.trainer import Trainer
 

@@ -13,6 +13,11 @@ from safetensors.torch import load_file
 
 from vogue.cli import main
 
+
+def long_param(*values):
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 SHARD = "deepspeed/state/zero_pp_rank_0_mp_rank_00_optim_states.pt"
 MODEL = "deepspeed/state/mp_rank_00_model_states.pt"
 
@@ -202,7 +207,7 @@ for more in ([], ["--resume"]):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "share"), [(1, 0.2), (1, 0.6), (1, 0.9), (2, 0.7)])
+@pytest.mark.parametrize(("ranks", "share"), [long_param(1, 0.2), (1, 0.6), long_param(1, 0.9), long_param(2, 0.7)])
 def test_a_disk_that_is_full_is_told_once_and_the_run_goes_on_from_the_checkpoint_before(
     finished, on_a_disk, tmp_path, ranks, share
 ):

@@ -203,18 +203,18 @@ def apart(processor, tmp_path, monkeypatch):
     ("kind", "tying"),
     [
         ("qwen3_vl", (True, False, False)),
-        ("qwen3_vl", (False, True, True)),
-        ("qwen3_vl", (None, None, True)),
+        pytest.param("qwen3_vl", (False, True, True), marks=pytest.mark.long),
+        pytest.param("qwen3_vl", (None, None, True), marks=pytest.mark.long),
         ("qwen2_vl", (False, True, False)),  # transformers takes the text part's word in older families
-        ("llava_onevision", (False, True, False)),
+        pytest.param("llava_onevision", (False, True, False), marks=pytest.mark.long),
     ],
 )
 def test_where_the_weights_bear_out_the_configuration_policy_and_engine_tie_alike(kind, tying, apart):
     assert apart(kind, tying) < 1e-4
 
 
-@pytest.mark.parametrize("tying", [(None, True, False), (None, None, False)])
+@pytest.mark.parametrize("tying", [(None, True, False), pytest.param((None, None, False), marks=pytest.mark.long)])
 def test_a_model_without_a_head_that_is_not_tied_is_refused_and_would_have_differed(tying, apart):
     with pytest.raises(ConfigError, match=r"the checkpoint lacks lm_head\.weight; tie_word_embeddings isn't true"):
         apart("qwen3_vl", tying)
-    assert apart("qwen3_vl", tying, refuse=False) > 1e-2
+    assert not apart("qwen3_vl", tying, refuse=False) <= 1e-2  # NaN of memory that nothing was written to, at times

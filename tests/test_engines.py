@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from vogue.cli import main
 from vogue.config import load_config
-from vogue.data import Sample, load_samples, write_parquet
+from vogue.data import Sample, load_samples
 from vogue.data.dataset import check_samples
 from vogue.inputs import Preprocessor, load_processor
 from vogue.rollout.engine import Request, media_token_ids
@@ -54,8 +54,8 @@ def trainer(model_folder, digits_folder, tmp_path_factory):
     """A trainer with vLLM, sampling at another temperature than 1."""
     settings = base_settings(model_folder, digits_folder / "train.parquet", tmp_path_factory.mktemp("run"))
     stage = "trainer.deepspeed.zero_optimization.stage=0"
-    long = "data.max_prompt_tokens=512"
-    config = load_config(None, [*settings, "rollout.engine=vllm", "rollout.temperature=0.7", stage, long])
+    more = ["data.max_prompt_tokens=512", "rollout.engine_args.max_num_seqs=37"]
+    config = load_config(None, [*settings, "rollout.engine=vllm", "rollout.temperature=0.7", stage, *more])
     # Longer than a block of vLLM's prefix cache (128 tokens on a CPU), which so holds something.
     preprocessor = Preprocessor(load_processor(config.model.path), "Think. " * 60, 512)
     data = check_samples(load_samples(config.data.train), preprocessor.lengths)
@@ -203,22 +203,15 @@ def test_an_engine_reads_the_features_that_it_is_given_and_no_pixel_again(traine
         assert row == pytest.approx(other, abs=1e-5)
 
 
+def test_vllm_takes_arguments_of_its_own(trainer):
+    assert trainer.engine.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs == 37
+
+
 def test_nothing_is_generated_for_no_prompts(trainer, engine):
     assert generate(engine, []) == []
 
 
 # -------------------------------------------------------------------------------------------------- several ranks
-
-
-@pytest.fixture(scope="module")
-def mixed_data(digits_folder, tmp_path_factory):
-    """Digits, and problems without an image between them: often one rank has images and the other none."""
-    samples = list(load_samples(digits_folder / "train.parquet"))
-    for i in range(0, len(samples), 3):
-        samples[i] = Sample(f"What is {i} + 1?", str(i + 1), ())
-    path = tmp_path_factory.mktemp("mixed") / "train.parquet"
-    write_parquet(samples, path)
-    return path
 
 
 # Partitions every parameter, which DeepSpeed doesn't do to small ones by itself.
@@ -305,6 +298,7 @@ def test_two_ranks_train_on_raw_rollouts_as_one_does_and_go_on_from_a_checkpoint
 DAPO = ("method=dapo", "branch.probability=0", "rollout.rounds=3", "rollout.n=4", "trainer.updates=2")
 
 
+@pytest.mark.long
 def test_two_ranks_sample_dynamically_as_one_does_and_go_on_from_a_checkpoint(train):
     one = metrics(train(1, "dapo", *DAPO, "trainer.steps=2"))
     train(2, "dapo-two", *DAPO, "trainer.steps=1")

@@ -95,7 +95,14 @@ def test_a_failure_before_the_first_step_leaves_nothing_and_resume_begins_anew(f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", [[(2, 0)], [(2, 1)], [(2, 0), (2, 1)]], ids=["first", "second", "both"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param([(2, 0)], id="first", marks=pytest.mark.long),
+        pytest.param([(2, 1)], id="second"),
+        pytest.param([(2, 0), (2, 1)], id="both", marks=pytest.mark.long),
+    ],
+)
 def test_a_reward_that_fails_on_some_rank_ends_all_with_one_checkpoint_and_one_message(failing, tmp_path, where):
     code, told, _ = on_two_ranks(*failing(*where))
     assert code == 2
@@ -104,7 +111,7 @@ def test_a_reward_that_fails_on_some_rank_ends_all_with_one_checkpoint_and_one_m
     assert saved(tmp_path / "run") == ["step_000002"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_of_which_one_failed_end_as_if_it_had_not(failing, tmp_path):
     folder = tmp_path / "run"
     assert on_two_ranks(*failing((2, 1)))[0] == 2
@@ -138,7 +145,7 @@ def test_an_image_that_is_lost_during_a_run_on_two_ranks(settings, tmp_path, sam
     assert f"stopped after {int(left[5:])} of 9 steps" in err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_hangs_ends_the_run_with_every_ranks_stack(failing, tmp_path):
     (tmp_path / "hang").touch()
     code, told, _ = on_two_ranks(*failing((1, 1)), "trainer.timeout=12", "reward.timeout=500")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from steps import group_of
 
-from vogue.groups import assigned, choose, found_mixed, in_updates, judged, overlong_punishment, tally
+from vogue.groups import assigned, choose, cut, found_mixed, in_updates, judged, overlong_punishment, tally
 from vogue.loader import Item
 from vogue.metrics import Means
 from vogue.rewards import Score
@@ -77,6 +77,14 @@ def test_groups_keep_their_number_in_the_updates_that_train_on_them():
     first, second = in_updates([group(3, 0, 1, update=1), group(4, 0, 1), group(5, 0, 1, update=1)], 2)
     assert {number: g.item.number for number, g in first.items()} == {1: 4}
     assert {number: g.item.number for number, g in second.items()} == {0: 3, 2: 5}
+
+
+def test_a_group_that_is_longer_than_the_budget_is_cut_and_one_that_fits_is_not():
+    lengths = (5, 3, 9, 4, 4)
+    assert cut([0, 1, 2, 3, 4], lengths, 25) == [[0, 1, 2, 3, 4]]
+    assert cut([0, 1, 2, 3, 4], lengths, 8) == [[0, 1], [2], [3, 4]]  # the third one is too long by itself
+    assert cut([1, 4], lengths, 0) == [[1], [4]]
+    assert cut([], lengths, 8) == []
 
 
 def test_what_was_generated_is_counted_by_hand():

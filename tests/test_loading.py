@@ -180,7 +180,7 @@ distributed.leave(0)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_ranks_refuse_what_one_of_them_holds_and_none_the_padding_of_its_share(new_model, tmp_path):
     script, folder = tmp_path / "nan.py", tmp_path / "model"
     script.write_text(RANKS_NAN)

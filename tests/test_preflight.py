@@ -182,7 +182,7 @@ def test_an_adapter_and_a_tokenizer_of_a_larger_model_are_refused(told, folder):
     ))  # fmt: skip
     assert "tokens, the model 320" in told()
     (folder / "adapter_config.json").write_text("{}")
-    assert told() == "this is an adapter; merge it into its base model first"
+    assert told() == "this is an adapter: model.path is its base model, and lora.adapter this folder"
 
 
 def test_a_chat_template_is_tried_out(told, folder):
@@ -237,6 +237,27 @@ def test_a_checkpoint_takes_what_was_reckoned(dtype, stage, new_trainer):
     size = sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".pt"))
     reckoned = checkpoint_bytes(read_checkpoint(trainer.config.model.path).model, trainer.config)
     assert 0.9 < size / reckoned < 1.1
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("max_num_seq=8", "max_num_seq=8: vLLM has no such argument; did you mean max_num_seqs"),
+        ("seed=8", "seed=8: vogue sets this; the setting is seed"),
+        ("gpu_memory_utilization=0.5", "gpu_memory_utilization=0.5: vogue sets this; the setting is rollout.memory"),
+        ("logprobs_mode=raw_logprobs", "logprobs_mode=raw_logprobs: vogue sets this; the setting is none"),
+        ("tensor_parallel_size=2", "tensor_parallel_size=2: vogue sets this"),
+    ],
+)
+def test_arguments_that_vllm_does_not_know_or_vogue_decides_are_refused(argument, told, config):
+    from vogue.rollout.vllm import check_engine_args
+
+    with pytest.raises(ConfigError) as error:
+        check_engine_args(config("rollout.engine=vllm", f"rollout.engine_args.{argument}"))
+    assert str(error.value).startswith(f"rollout.engine_args.{told}")
+    check_engine_args(config("rollout.engine=vllm", "rollout.engine_args.max_num_seqs=8"))
+    with pytest.raises(ConfigError, match=r"^rollout.engine_args are vLLM's, but rollout.engine=hf"):
+        config(f"rollout.engine_args.{argument}")
 
 
 def test_layers_with_linear_attention_keep_no_keys_and_values():

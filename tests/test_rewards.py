@@ -28,7 +28,10 @@ def test_the_reward_is_nine_parts_accuracy_and_one_part_format():
     assert score("<think>3 + 5</think>\\boxed{9}", "8") == Score(0.1, 0.0, 1.0, "9")
     assert score("It is \\boxed{8}", "8") == Score(0.9, 1.0, 0.0, "8")
     assert score("It is 8", "8") == Score(0.0, 0.0, 0.0, None)
-    assert score("<think>3 + 5</think>\\boxed{9}", "8", RewardConfig(accuracy=0.5, format=0.5)).reward == 0.5
+    assert (
+        score("<think>3 + 5</think>\\boxed{9}", "8", RewardConfig(weights={"accuracy": 0.5, "format": 0.5})).reward
+        == 0.5
+    )
 
 
 @pytest.mark.parametrize(

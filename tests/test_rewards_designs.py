@@ -25,7 +25,7 @@ SETTINGS = ["model.path=some/model", "data.train=train.parquet"]
 
 
 def earned(design, completion, answer, **weights):
-    return score(completion, answer, RewardConfig(design=design, **weights))
+    return score(completion, answer, RewardConfig(design=design, weights=weights))
 
 
 # --------------------------------------------------------------------------------------------------- the six designs
@@ -107,7 +107,7 @@ def test_an_absent_tag_earns_nothing_and_the_order_is_free(design):
 def test_weights_are_settings():
     completion, vanilla = (
         "<think>Three.</think><answer>3</answer>",
-        RewardConfig(design="vanilla", think=0.5, answer=0.25),
+        RewardConfig(design="vanilla", weights={"think": 0.5, "answer": 0.25}),
     )
     assert score(completion, "3", vanilla).reward == pytest.approx(0.5 * 0.761594 + 0.25, abs=1e-6)
     assert earned("only_accuracy", completion, "3", think=1.0).reward == pytest.approx(1.761594, abs=1e-6)
@@ -118,15 +118,18 @@ def test_unset_weights_are_those_of_the_design_and_unknown_ones_are_refused():
         return load_config(None, [*SETTINGS, *overrides]).reward
 
     assert load().weights == {"accuracy": 0.9, "format": 0.1}
-    assert load("reward.design=mixture", "reward.think=0.2").weights == DESIGNS["mixture"] | {"think": 0.2}
+    assert load("reward.design=mixture", "reward.weights.think=0.2").weights == DESIGNS["mixture"] | {"think": 0.2}
     for design, weights in DESIGNS.items():
         assert load(f"reward.design={design}").weights == weights
-    with pytest.raises(
-        ConfigError, match=r"^reward\.rethink=1\.0: design vanilla weighs think, answer and nothing else$"
-    ):
-        load("reward.design=vanilla", "reward.rethink=1")
-    with pytest.raises(ConfigError, match=r"^reward\.think=1\.0: reward\.function takes the place of all weights$"):
-        load("reward.function=rewards.py:own", "reward.think=1")
+    assert load("reward.weights.format=null").weights == {"accuracy": 0.9, "format": 0.1}
+    with pytest.raises(ConfigError, match=r"^reward\.weights\.rethink=1\.0: the scores are think, answer$"):
+        load("reward.design=vanilla", "reward.weights.rethink=1")
+    with pytest.raises(ConfigError, match=r"^reward\.weights\.think=-1\.0: a score of the design has a weight of 0 or"):
+        load("reward.design=vanilla", "reward.weights.think=-1")
+    with pytest.raises(ConfigError, match=r"^reward\.weights\.think='much': "):
+        load("reward.design=vanilla", "reward.weights.think=much")
+    with pytest.raises(ConfigError, match=r"^reward\.function=rewards\.py:own takes the place of all weights"):
+        load("reward.function=rewards.py:own", "reward.weights.think=1")
     with pytest.raises(ConfigError, match=r"^reward\.function='rewards\.py': string should match pattern"):
         load("reward.function=rewards.py")
 

@@ -93,7 +93,7 @@ def test_a_right_answer_from_the_description_adds_its_weight(config, processor, 
     def completion(described, answered):
         return f"<description>It says {described}.</description><think>a</think>\\boxed{{{answered}}}"
 
-    settings = config(*DESIGN, "reward.blind=0.5")
+    settings = config(*DESIGN, "reward.weights.blind=0.5")
     first, second = samples[0].answer, samples[1].answer
     groups = [
         group(completion(first, first), completion(first, 99), completion(99, first), completion(99, 99), "no"),
@@ -118,7 +118,7 @@ def test_each_description_of_a_group_is_answered_by_a_draw_of_its_own(config, pr
             self.seeds += tuple(request.seed for request in requests)
             return super().generate(requests, n, max_tokens, temperature)
 
-    settings = config(*DESIGN, "reward.blind=0.5")
+    settings = config(*DESIGN, "reward.weights.blind=0.5")
     engine = Asked(settings, processor)
     described = "<description>It says 3.</description><think>a</think>\\boxed{3}"
     groups = [group(described, described, described), group(described, described)]
@@ -127,7 +127,7 @@ def test_each_description_of_a_group_is_answered_by_a_draw_of_its_own(config, pr
 
 
 def test_a_design_that_doesnt_weigh_it_asks_nothing(engine, config, preprocessor, samples):
-    for overrides in ((), ("reward.design=mixture",), ("reward.design=vision_sr1", "reward.blind=0")):
+    for overrides in ((), ("reward.design=mixture",), ("reward.design=vision_sr1", "reward.weights.blind=0")):
         score_groups(engine, preprocessor, config(DESIGN[1], *overrides), samples[:1], [group(DESCRIBED)], [(0,)], 1.0)
     assert not hasattr(engine, "asked")
 

@@ -20,10 +20,10 @@ LIBRARY = "vogue.rewards.library"
 
 
 def rewards(tmp_path, body="", **given):
-    """Settings with functions of a file with this body, each given by its name and its own settings."""
+    """Settings with functions of a file with this body, each given by its name and its weight, None for unset."""
     (tmp_path / "own.py").write_text(body)
-    functions = {name: {"function": f"{tmp_path}/own.py:{name}"} | own for name, own in given.items()}
-    return RewardConfig(functions=functions, timeout=30)
+    functions = {name: {"function": f"{tmp_path}/own.py:{name}"} for name in given}
+    return RewardConfig(functions=functions, weights=given, timeout=30)
 
 
 def scores(chosen, *completions, answer="3"):
@@ -38,8 +38,8 @@ def test_weighted_values_are_added_to_the_designs_sum_and_are_components(tmp_pat
         tmp_path,
         "def length(completions, samples):\n    return [len(text) for text in completions]\n"
         "def one(completion, sample):\n    return 1",
-        length={"weight": -0.01},
-        one={"weight": 0.5},
+        length=-0.01,
+        one=0.5,
     )
     found = scores(chosen, "\\boxed{3}", "3")
     assert found[0] == Score(pytest.approx(0.9 + 0.5 - 0.09), 1.0, 0.0, "3", {"length": 9.0, "one": 1.0})
@@ -51,7 +51,7 @@ def test_a_function_may_judge_and_give_components(tmp_path):
         tmp_path,
         "def own(completion, sample):\n"
         "    return {'reward': 2, 'accuracy': 0.25, 'parsed': completion[:1], 'shape': 7}",
-        own={},
+        own=None,
     )
     assert scores(chosen, "\\boxed{3}") == [Score(pytest.approx(2.9), 0.25, 0.0, "\\", {"own": 2.0, "own/shape": 7.0})]
     alone = RewardConfig(function=f"{tmp_path}/own.py:own")
@@ -67,15 +67,15 @@ def test_a_function_may_judge_and_give_components(tmp_path):
     ],
 )
 def test_a_function_takes_one_or_all_and_may_be_async(tmp_path, body):
-    chosen = rewards(tmp_path, f"import asyncio\n{body}", own={}).model_copy(update={"timeout": 10.0})
+    chosen = rewards(tmp_path, f"import asyncio\n{body}", own=None).model_copy(update={"timeout": 10.0})
     # One after the other, the second one would take 20 s.
     assert [found.reward for found in scores(chosen, *["no"] * 20)] == [20.0] * 20
 
 
 def test_options_are_further_arguments_and_a_module_will_do(tmp_path, monkeypatch):
-    chosen = rewards(
-        tmp_path, "def own(completion, sample, factor):\n    return factor", own={"options": {"factor": 3}}
-    )
+    (tmp_path / "own.py").write_text("def own(completion, sample, factor):\n    return factor")
+    own = {"function": f"{tmp_path}/own.py:own", "options": {"factor": 3}}
+    chosen = RewardConfig(functions={"own": own})
     assert scores(chosen, "no")[0].reward == 3.0
     (tmp_path / "importable.py").write_text("def two(completion, sample):\n    return 2")
     monkeypatch.syspath_prepend(tmp_path)
@@ -97,7 +97,7 @@ def test_options_are_further_arguments_and_a_module_will_do(tmp_path, monkeypatc
     ],
 )
 def test_what_cannot_be_used_is_told_with_the_functions_name(tmp_path, value, told):
-    chosen = rewards(tmp_path, f"def own(completion, sample):\n    return {value}", own={})
+    chosen = rewards(tmp_path, f"def own(completion, sample):\n    return {value}", own=None)
     with pytest.raises(RewardError) as error:
         scores(chosen, "no")
     assert f"reward.functions.own={tmp_path}/own.py:own {told}" in str(error.value)
@@ -105,7 +105,7 @@ def test_what_cannot_be_used_is_told_with_the_functions_name(tmp_path, value, to
 
 def test_two_functions_may_not_both_judge(tmp_path):
     body = "def {}(completion, sample):\n    return {{'reward': 1, 'accuracy': 1}}\n"
-    chosen = rewards(tmp_path, body.format("a") + body.format("b"), a={}, b={})
+    chosen = rewards(tmp_path, body.format("a") + body.format("b"), a=None, b=None)
     with pytest.raises(RewardError, match="both a and b give accuracy or parsed"):
         scores(chosen, "no")
 
@@ -117,10 +117,14 @@ def test_wrong_settings_are_told(tmp_path):
         return str(error.value)
 
     one = "reward.functions.iou.function=own.py:iou"
-    assert told("reward.functions.iou.weight=1").startswith("reward.functions.iou.function is not set")
+    assert told("reward.functions.iou.options.x=1").startswith("reward.functions.iou.function is not set")
+    assert told("reward.weights.iou=1") == "reward.weights.iou=1.0: the scores are accuracy, format"
+    assert told(one, "reward.weights.box=1") == "reward.weights.box=1.0: the scores are accuracy, format, iou"
     assert "reward.functions.iou.function='own'" in told("reward.functions.iou.function=own")
     assert "unknown setting reward.functions.iou.wait" in told(one, "reward.functions.iou.wait=1")
-    assert told(one, "reward.function=own.py:a").startswith("reward.function=own.py:a: it takes the place of the sum")
+    assert told(one, "reward.function=own.py:a").startswith(
+        "reward.function=own.py:a takes the place of all weights and"
+    )
     assert told("reward.functions.think.function=own.py:a").startswith("reward.functions.think: this is the name")
 
 
@@ -199,12 +203,12 @@ def test_a_run_trains_resumes_evaluates_and_chooses_groups_by_its_own_accuracy(s
     )
     url, asked = endpoint
     own = [
-        "reward.accuracy=0",
+        "reward.weights.accuracy=0",
         f"reward.functions.small.function={tmp_path}/own.py:small",
         f"reward.functions.overlap.function={tmp_path}/own.py:overlap",
-        "reward.functions.overlap.weight=0.5",
+        "reward.weights.overlap=0.5",
         f"reward.functions.judge.function={LIBRARY}:judge",
-        "reward.functions.judge.weight=0.25",
+        "reward.weights.judge=0.25",
         f"reward.functions.judge.options.url={url}",
         "reward.functions.judge.options.model=some-model",
         "rollout.rounds=2",

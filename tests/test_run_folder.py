@@ -98,6 +98,7 @@ def test_a_disk_is_called_full_where_it_is_and_other_errors_keep_their_words(tmp
         raise KeyError
 
 
+@pytest.mark.slow
 def test_a_run_of_an_ended_process_holds_nothing(tmp_path, settings):
     run = [sys.executable, "-m", "vogue", "train", *settings, "trainer.steps=1"]
     assert subprocess.run(run, env=environment(), capture_output=True, check=False).returncode == 0

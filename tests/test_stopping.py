@@ -86,7 +86,7 @@ def told_in_the_middle(command, folder, tell):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_ranks_stop_at_the_same_step_where_one_of_them_alone_is_told(settings, tmp_path):
     def tell(launcher_process):
         processes = psutil.Process(launcher_process.pid).children(recursive=True)
@@ -101,7 +101,7 @@ def test_all_ranks_stop_at_the_same_step_where_one_of_them_alone_is_told(setting
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_from_there(settings, tmp_path, ranks):
     folder = tmp_path / "run"
     alone = [sys.executable, "-m", "vogue", "train"]
@@ -130,7 +130,11 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_from_there(settings, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("who", "number"),
-    [("the command", signal.SIGTERM), ("the command", signal.SIGKILL), ("its launcher", signal.SIGKILL)],
+    [
+        ("the command", signal.SIGTERM),
+        pytest.param("the command", signal.SIGKILL, marks=pytest.mark.long),
+        pytest.param("its launcher", signal.SIGKILL, marks=pytest.mark.long),
+    ],
 )
 def test_ranks_whose_launcher_is_gone_stop_with_a_checkpoint(settings, tmp_path, number, who):
     ranks = []

@@ -351,7 +351,7 @@ def test_two_sweeps_do_not_work_in_one_folder(sweep_file, capsys, tmp_path):
     assert "another `vogue sweep`, or a run that one left behind, works in out" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_real_sweep_compares_methods_from_one_start(settings, sweep_file, tmp_path):
     chosen = [*settings, "trainer.steps=1", "trainer.eval_every=1", "trainer.eval_samples=4"]
     chosen = [text for text in chosen if not text.startswith("trainer.output_dir")]

@@ -95,7 +95,7 @@ MIXED = ("branch.probability=0.5", "branch.granularity=response", "perturb.sigma
 @pytest.mark.parametrize(
     "override",
     [
-        "trainer.micro_batch_tokens=1",  # a row a micro-batch
+        "trainer.micro_batch_tokens=1",  # a completion a row, a row a micro-batch
         "trainer.micro_batch_tokens=150",
         "trainer.shared_prefix=false",
         "model.gradient_checkpointing=true",

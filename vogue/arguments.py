@@ -73,6 +73,10 @@ its tokens coloured by u_per or entropy. Runs that differ in their seed alone ar
 
   vogue report runs/demo/vogue
   vogue report runs/sweeps/digits/*/seed_? --out runs/sweeps/digits/report.html"""
+MERGE_HELP = """\
+in the dtype of the model's own files. `vogue eval model.path=MODEL lora.adapter=ADAPTER` needs no merging.
+
+  vogue merge runs/demo/checkpoints/step_000200/adapter --out merged"""
 SHOW_HELP = """\
 the chat text with its special tokens, token counts, images' sizes before and after, what the reward reads. It is the
 first thing to run on data of your own; without model.path it shows what takes no model.
@@ -140,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_score(commands)
     _add_report(commands)
+    _add_merge(commands)
     _add_warmstart(commands)
     _add_data(commands)
     command = _add(commands, "doctor", "what was found here, what can run, and why the rest can't")
@@ -252,6 +257,13 @@ def _add_report(commands) -> None:
     command.add_argument(
         "--out", type=Path, metavar="FILE", help="the page (default for one run: RUN/report.html; several need it said)"
     )
+
+
+def _add_merge(commands) -> None:
+    command = _add(commands, "merge", "write a model with an adapter merged into it, to use anywhere", MERGE_HELP)
+    command.add_argument("adapter", type=Path, help="folder of the adapter, a checkpoint's or another one of PEFT's")
+    command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the model's new folder")
+    command.add_argument("--base", metavar="MODEL", help="the model (default: the one that the adapter was trained on)")
 
 
 def _add_warmstart(commands) -> None:

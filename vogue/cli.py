@@ -1,4 +1,4 @@
-"""The command `vogue`: warmstart, train, sweep, eval, score, report, data, doctor.
+"""The command `vogue`: warmstart, train, sweep, eval, score, report, merge, data, doctor.
 
 A wrong setting or sample ends a command with one message on standard error and exit code 2, before anything is
 trained or overwritten.
@@ -187,6 +187,15 @@ def sweep(arguments: argparse.Namespace) -> int:
     return module.run(chosen, overrides, shlex.join(["vogue", "sweep", *arguments.settings]), Console())
 
 
+def merge(arguments: argparse.Namespace) -> int:
+    _quiet()
+    from vogue.model.lora import merge as write_merged
+
+    write_merged(arguments.adapter, arguments.base, arguments.out)
+    print(f"model: {arguments.out}")
+    return 0
+
+
 def warmstart(arguments: argparse.Namespace) -> int:
     _quiet()
     from vogue import warmstart as module
@@ -314,6 +323,7 @@ COMMANDS = {
     "eval": evaluate,
     "score": score,
     "report": report,
+    "merge": merge,
     "warmstart": warmstart,
     "data": data,
     "doctor": doctor,

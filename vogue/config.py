@@ -21,6 +21,7 @@ from vogue.sections import (
     BranchConfig,
     DataConfig,
     GuidanceConfig,
+    LoraConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
@@ -41,6 +42,7 @@ class Config(Section):
         "vogue", description=f"preset of other settings, see docs/method.md: {', '.join(METHODS)}"
     )
     model: ModelConfig
+    lora: LoraConfig = LoraConfig()
     data: DataConfig
     perturb: PerturbConfig = PerturbConfig()
     branch: BranchConfig = BranchConfig()

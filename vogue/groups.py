@@ -152,6 +152,8 @@ def in_updates(groups: Sequence[Group], updates: int) -> list[dict[int, Group]]:
 def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: bool) -> list[Row]:
     """Groups by their number in the step as rows: one a group, or one a completion where a model can't share a prompt.
 
+    A group that is longer than `trainer.micro_batch_tokens` is several rows, each with the prompt again, so that memory
+    is bounded; a row of one completion may be longer all the same.
     What the loss and the log don't read is left out: completions whose loss has no gradient, and the other view of
     those that aren't paid. A step that measures leaves out nothing that is kept. Completions that are paid and those
     that aren't, which a draw a response leaves in one raw group, are two rows, so that the second forward is of the
@@ -170,21 +172,35 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
         for paid in (False, True):
             chosen = [i for i in needed if group.paid[i] == paid]
             compared = measures or (paid and shown and reads_other(config))
-            for part in [chosen] if shared_prefix else [[i] for i in chosen]:
-                if part:
-                    row = Row(
-                        prompt=group.item.prompt,
-                        views=group.item.views,
-                        trained=trained,
-                        completions=tuple(group.completions[i] for i in part),
-                        advantages=tuple(advantages[i] for i in part),
-                        others=(other,) if compared else (),
-                        sources=tuple(group.sources[i] if shown else RAW for i in part),
-                        paid=paid and shown,
-                        places=tuple(Place(number, i) for i in part),
-                    )
-                    made.append(row)
+            budget = config.trainer.micro_batch_tokens - len(group.item.prompt.token_ids)
+            for part in cut(chosen, lengths, budget if shared_prefix else 0):
+                row = Row(
+                    prompt=group.item.prompt,
+                    views=group.item.views,
+                    trained=trained,
+                    completions=tuple(group.completions[i] for i in part),
+                    advantages=tuple(advantages[i] for i in part),
+                    others=(other,) if compared else (),
+                    sources=tuple(group.sources[i] if shown else RAW for i in part),
+                    paid=paid and shown,
+                    places=tuple(Place(number, i) for i in part),
+                )
+                made.append(row)
     return made
+
+
+def cut(chosen: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """`chosen` completions in order, in parts of at most `budget` tokens; one that is longer is a part of its own."""
+    parts: list[list[int]] = []
+    total = 0  # tokens of the last part
+    for i in chosen:
+        if parts and total + lengths[i] <= budget:
+            parts[-1].append(i)
+            total += lengths[i]
+        else:
+            parts.append([i])
+            total = lengths[i]
+    return parts
 
 
 def idle_row(group: Group, compared: bool) -> Row:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Field, model_validator
 
 from vogue.presets import COMPONENTS, DESIGNS
-from vogue.settings import Count, NonNegative, Positive, Section, Share
+from vogue.settings import Count, Finite, NonNegative, Positive, Section, Share
 
 FUNCTION = r"^(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*$"
 
@@ -188,7 +188,6 @@ class OwnReward(Section):
     function: str = Field(
         pattern=FUNCTION, description="path/to/file.py:name or an importable package.module:name, see docs/rewards.md"
     )
-    weight: Annotated[float, Field(allow_inf_nan=False)] = Field(1.0, description="weight of what it returns")
     options: dict[str, Any] = Field({}, description="further arguments of the function, by their names")
 
 
@@ -198,36 +197,10 @@ class RewardConfig(Section):
     design: Literal[*DESIGNS] = Field(
         "verifiable", description=f"system prompt and sum of weight * score, see docs/rewards.md: {', '.join(DESIGNS)}"
     )
-    accuracy: NonNegative | None = Field(
-        None,
-        description="weight of a right answer in \\boxed{}; unset: the design's (0.9 in verifiable and vision_sr1)",
-    )
-    format: NonNegative | None = Field(
-        None,
-        description="weight of the form <think>...</think> \\boxed{}, in vision_sr1 behind a <description>; unset: "
-        "the design's (0.1)",
-    )
-    answer: NonNegative | None = Field(
-        None,
-        description="weight of <answer> in the six tagged designs: it must be right, in continuous it may be nearly "
-        "right, in "
-        "no_accuracy it must only be there; unset: the design's",
-    )
-    think: NonNegative | None = Field(None, description="weight of distinct sentences in <think>; unset: the design's")
-    description: NonNegative | None = Field(
-        None, description="weight of distinct sentences in <description>; unset: the design's"
-    )
-    rethink: NonNegative | None = Field(
-        None, description="weight of distinct sentences in <rethink>; unset: the design's"
-    )
-    visual: NonNegative | None = Field(
-        None, description="weight of distinct sentences in <visual> within <think>; unset: the design's"
-    )
-    blind: NonNegative | None = Field(
-        None,
-        description="weight, in vision_sr1, of a right answer when the policy is asked again with its own "
-        "<description> in the "
-        "image's place; unset: the design's (1.0)",
+    weights: dict[str, Finite] = Field(
+        {},
+        description="weight of each score in the sum, by its name: the design's scores, unset the design's weight "
+        "(0.9 accuracy and 0.1 format in verifiable), and your own functions, unset 1",
     )
     function: str | None = Field(
         None,
@@ -237,8 +210,8 @@ class RewardConfig(Section):
     )
     functions: dict[str, OwnReward] = Field(
         {},
-        description="reward functions of your own by name, each {function: FILE.py:NAME, weight: 1.0, options: {}}, "
-        "whose values times their weights are added to the design's sum; see docs/rewards.md",
+        description="reward functions of your own by name, each {function: FILE.py:NAME, options: {}}, whose values "
+        "times their weights are added to the design's sum; see docs/rewards.md",
     )
     overlong_buffer: Share = Field(
         0.0,
@@ -251,38 +224,30 @@ class RewardConfig(Section):
         "completions of a step",
     )
 
-    @property
-    def weights(self) -> dict[str, float]:
-        """Weight of each component of the design; empty where a function takes the place of the sum."""
-        return {} if self.function else {name: getattr(self, name) for name in DESIGNS[self.design]}
-
-    @model_validator(mode="after")
-    def _names_of_functions(self) -> "RewardConfig":
-        if self.function and self.functions:
-            raise ValueError(f"reward.function={self.function}: it takes the place of the sum of reward.functions")
-        for name in self.functions:
-            if name in (*COMPONENTS, "accuracy", "format", "overlong"):
-                raise ValueError(f"reward.functions.{name}: this is the name of a component of the designs")
-        return self
-
     @model_validator(mode="before")
     @classmethod
     def _fill_weights(cls, values: Any) -> Any:
         if not isinstance(values, dict) or values.get("function"):
             return values
-        given = {name: value for name, value in values.items() if value is not None or name not in COMPONENTS}
-        return DESIGNS.get(str(values.get("design", "verifiable")), {}) | given
+        given, functions = values.get("weights") or {}, values.get("functions") or {}
+        if not isinstance(given, dict) or not isinstance(functions, dict):
+            return values  # as the check of each setting will say
+        weights = DESIGNS.get(str(values.get("design", "verifiable")), {}) | dict.fromkeys(functions, 1.0)
+        return values | {"weights": weights | {name: weight for name, weight in given.items() if weight is not None}}
 
     @model_validator(mode="after")
-    def _only_weights_of_the_design(self) -> "RewardConfig":
-        for name in COMPONENTS:
-            value = getattr(self, name)
-            if value is None or name in self.weights:
-                continue
-            if self.function:
-                raise ValueError(f"reward.{name}={value}: reward.function takes the place of all weights")
-            parts = ", ".join(self.weights)
-            raise ValueError(f"reward.{name}={value}: design {self.design} weighs {parts} and nothing else")
+    def _scores_have_names(self) -> "RewardConfig":
+        if self.function and (self.functions or self.weights):
+            raise ValueError(f"reward.function={self.function} takes the place of all weights and of reward.functions")
+        for name in self.functions:
+            if name in (*COMPONENTS, "accuracy", "format", "overlong"):
+                raise ValueError(f"reward.functions.{name}: this is the name of a score of the designs")
+        scores = [*DESIGNS[self.design], *self.functions]
+        for name, weight in self.weights.items():
+            if name not in scores:
+                raise ValueError(f"reward.weights.{name}={weight}: the scores are {', '.join(scores)}")
+            if weight < 0 and name not in self.functions:
+                raise ValueError(f"reward.weights.{name}={weight}: a score of the design has a weight of 0 or more")
         return self
 
 
@@ -308,6 +273,16 @@ class RolloutConfig(Section):
     )
     memory: Share = Field(0.4, description="share of a GPU's memory that vLLM takes")
     kv_cache_gb: Positive = Field(1.0, description="size of vLLM's KV cache on a CPU, in GB a rank")
+    engine_args: dict[str, Any] = Field(
+        {},
+        description="further arguments of vLLM's engine, by its own names: {max_num_seqs: 64, enforce_eager: true}",
+    )
+
+    @model_validator(mode="after")
+    def _arguments_have_an_engine(self) -> "RolloutConfig":
+        if self.engine_args and self.engine != "vllm":
+            raise ValueError(f"rollout.engine_args are vLLM's, but rollout.engine={self.engine}")
+        return self
 
     @property
     def noisy_count(self) -> int:
@@ -341,6 +316,32 @@ class LossConfig(Section):
     )
 
 
+class LoraConfig(Section):
+    """Adapters of low rank that are trained in the model's place (LoRA), W + (alpha / rank) B A."""
+
+    rank: int = Field(0, ge=0, description="rank of the adapters; 0: none, the model itself is trained")
+    alpha: Positive = Field(32.0, description="adapters are scaled by alpha / rank")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear",
+        description="last names of the layers that get an adapter, [q_proj, v_proj] say; all-linear: every linear one "
+        "but the head",
+    )
+    vision: bool = Field(False, description="adapt the vision tower too, which is frozen otherwise")
+    adapter: Path | None = Field(
+        None,
+        description="folder of an adapter in PEFT's format, a checkpoint's for one, to go on training from, or to "
+        "evaluate; its rank, alpha and layers count then",
+    )
+    save_merged: bool = Field(
+        False, description="checkpoints have the whole model too, with the adapter merged into it"
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether there are adapters."""
+        return self.rank > 0 or self.adapter is not None
+
+
 class OptimizerConfig(Section):
     """AdamW."""
 
@@ -367,7 +368,9 @@ class TrainerConfig(Section):
     output_dir: Path = Field(
         Path("runs/vogue"), description="folder of the run: metrics, completions, plots and checkpoints"
     )
-    micro_batch_tokens: Count = Field(8192, description="most tokens of a forward, of prompts and completions together")
+    micro_batch_tokens: Count = Field(
+        8192, description="most tokens of a forward, of prompts and completions together; a longer group is cut"
+    )
     shared_prefix: bool = Field(True, description="compute a prompt once for all completions of its group")
     save_every: int = Field(50, ge=0, description="steps between checkpoints; 0: only one at the end")
     keep: Count = Field(2, description="checkpoints to keep, the newest ones")

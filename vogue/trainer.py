@@ -106,12 +106,13 @@ class Trainer:
         self.step = 0
         if found:
             folder, self.step = found
-            checkpoint.load(self.deepspeed, folder)
+            checkpoint.load(self.deepspeed, folder, config)
+        if found or config.lora.adapter:
             self.sync()
 
     @property
     def checkpoints(self):
-        return self.config.trainer.output_dir / "checkpoints"
+        return checkpoint.root_of(self.config)
 
     def run_step(self) -> StepResult:
         """One pass of the algorithm.
@@ -204,6 +205,7 @@ class Trainer:
             divisor = distributed.total({"weight": weight}, self.device)["weight"] or 1.0
             for i, batch in enumerate(batches):
                 self.deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
+                batch = batch.to(self.device)  # here, so that a GPU holds the pixels of one micro-batch
                 with clock("forward"):
                     stats = self.deepspeed(batch)
                     traces |= traced(batch, stats)
@@ -228,7 +230,8 @@ class Trainer:
         return read_signals(stats, batch.noisy, batch.paid, **self.config.uncertainty.model_dump())
 
     def with_old(self, batch: Batch) -> Batch:
-        return replace(batch, old=self.signals(batch, self.deepspeed(batch)))
+        there = batch.to(self.device)
+        return replace(batch, old=self.signals(there, self.deepspeed(there)))
 
     def micro_batches(self, groups: dict[int, Group], some: Group) -> list[Batch]:
         """Of an update's groups, those with compared rows first, as many on every rank and in the same order.
@@ -244,7 +247,7 @@ class Trainer:
         filled = spread(packed[:compared], counts[0], idle_row(some, compared=True))
         filled += spread(packed[compared:], counts[1], idle_row(some, compared=False))
         pad_id, token_mean = self.processor.tokenizer.pad_token_id, config.loss.aggregation == "token-mean"
-        return [collate(part, pad_id, token_mean=token_mean).to(self.device) for part in filled]
+        return [collate(part, pad_id, token_mean=token_mean) for part in filled]
 
     def check_gradient(self, norm: float, means: Means) -> None:
         """Add the update's norm, which is of all ranks; raises FloatingPointError after too many that aren't finite.
@@ -278,13 +281,13 @@ class Trainer:
                 chunk = numbers[start : start + CHUNK]
                 part = [samples[i] for i in chunk]
                 mine += judge(self.engine, self.preprocessor, self.config, part, chunk[0])
-        return [judged for part in distributed.gather(mine) for judged in part]
+        # Not the samples: every rank has them, and their images may be large.
+        parts = distributed.gather([(judged.completions, judged.scores) for judged in mine])
+        found = (one for part in parts for one in part)
+        return [Judged(sample, *one) for sample, one in zip(samples, found, strict=True)]
 
     def save(self) -> None:
-        keep = self.config.trainer.keep
-        checkpoint.save(
-            self.deepspeed, self.policy.model, self.processor, self.state, self.checkpoints, self.step, keep
-        )
+        checkpoint.save(self.deepspeed, self.policy.model, self.processor, self.state, self.config, self.step)
 
 
 def traced(batch: Batch, stats: TokenStats) -> dict[Place, Trace]:

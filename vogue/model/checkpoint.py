@@ -1,6 +1,7 @@
 """Checkpoints: a Hugging Face folder to use, and DeepSpeed's shards to go on from.
 
     output_dir/checkpoints/step_000020/hf          config, tokenizer, image processor, model.safetensors
+    output_dir/checkpoints/step_000020/adapter     with LoRA: PEFT's adapter; hf is there where lora.save_merged
     output_dir/checkpoints/step_000020/deepspeed   optimizer and master weights of every rank
     output_dir/checkpoints/step_000020/run/0.pt    the run's state of rank 0, of each rank one
     output_dir/checkpoints/step_000020/state.json  step, number of ranks, size and checksum of every file
@@ -28,13 +29,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vogue import distributed
-from vogue.model import checksums
+from vogue.config import Config
+from vogue.model import checksums, lora
 from vogue.run.folder import FolderError, remove, replace, sync, writing
 from vogue.settings import ConfigError
 from vogue.state import RunState
 
 STATE = "state.json"
-HF, DEEPSPEED, RUN = "hf", "deepspeed", "run"
+HF, ADAPTER, DEEPSPEED, RUN = "hf", "adapter", "deepspeed", "run"
+USABLE = (HF, ADAPTER)  # of which a checkpoint has at least one
 UNFINISHED = (".step_*.partial", ".step_*.old")
 
 
@@ -49,41 +52,47 @@ class State(NamedTuple):
 def gathered_weights(model: torch.nn.Module, byte_budget: int = 256 << 20) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of `model` whole, gathered by at most `byte_budget` bytes at a time on every rank.
 
-    All ranks must exhaust the iterator. A tied parameter comes once, under its first name.
+    All ranks must exhaust the iterator. A tied parameter comes once, under its first name; adapters are merged.
     """
-    chunk: list[tuple[str, torch.nn.Parameter]] = []
+    chunk: list[lora.Whole] = []
     size = 0
-    for name, parameter in model.named_parameters():
-        bytes_needed = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+    for whole in lora.whole_parameters(model):
+        bytes_needed = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in whole.pieces)
         if chunk and size + bytes_needed > byte_budget:
             yield from _gather(chunk)
             chunk, size = [], 0
-        chunk.append((name, parameter))
+        chunk.append(whole)
         size += bytes_needed
     yield from _gather(chunk)
 
 
-def _gather(chunk: list[tuple[str, torch.nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
-    with deepspeed.zero.GatheredParameters([parameter for _, parameter in chunk]):
-        for name, parameter in chunk:
-            yield name, parameter.detach()
+def _gather(chunk: list[lora.Whole]) -> Iterator[tuple[str, Tensor]]:
+    with deepspeed.zero.GatheredParameters([piece for whole in chunk for piece in whole.pieces]):
+        for whole in chunk:
+            yield whole.name, whole.merged()
 
 
-def save(engine, model: PreTrainedModel, processor, state: RunState, root: Path, step: int, keep: int) -> Path:
-    """Save everything after `step` steps under `root`, and delete all but the newest `keep` checkpoints.
+def root_of(config: Config) -> Path:
+    """The folder of a run's checkpoints."""
+    return config.trainer.output_dir / "checkpoints"
+
+
+def save(engine, model: PreTrainedModel, processor, state: RunState, config: Config, step: int) -> Path:
+    """Save everything after `step` steps, and delete all but the newest `trainer.keep` checkpoints.
 
     Raises `FolderError` on every rank where one of them can't write its part; nothing of it is left then.
     """
+    root = root_of(config)
     final = root / f"step_{step:06d}"
     partial = root / f".{final.name}.partial"
     try:
-        _write(engine, model, processor, state, partial, step)
+        _write(engine, model, processor, state, config, partial, step)
         with _together(root, step):
             if dist.get_rank() == 0:
                 remove(final)
                 partial.rename(final)
                 sync(root)
-                for old in checkpoints(root)[:-keep]:
+                for old in checkpoints(root)[: -config.trainer.keep]:
                     remove(old)
     except FolderError:
         if dist.get_rank() == 0:
@@ -92,7 +101,9 @@ def save(engine, model: PreTrainedModel, processor, state: RunState, root: Path,
     return final
 
 
-def _write(engine, model: PreTrainedModel, processor, state: RunState, partial: Path, step: int) -> None:
+def _write(
+    engine, model: PreTrainedModel, processor, state: RunState, config: Config, partial: Path, step: int
+) -> None:
     """Write the whole checkpoint to `partial`; raises `FolderError` on every rank where one of them can't."""
     root, rank = partial.parent, dist.get_rank()
     with _together(root, step):
@@ -101,13 +112,23 @@ def _write(engine, model: PreTrainedModel, processor, state: RunState, partial: 
             (partial / RUN).mkdir(parents=True)
     with _together(root, step):
         state.save(partial / RUN / f"{rank}.pt")
-    weights = _weights(model)
-    with _together(root, step):
-        if rank == 0:
-            model.save_pretrained(partial / HF, state_dict=weights)
-            processor.save_pretrained(partial / HF)
+    if config.lora.on:
+        weights = _adapter(model)
+        with _together(root, step):
+            if rank == 0:
+                lora.save_adapter(weights, model, config.model.path, partial / ADAPTER)
+                processor.save_pretrained(partial / ADAPTER)
+    if config.lora.save_merged or not config.lora.on:
+        weights = _weights(model)
+        with _together(root, step):
+            if rank == 0:
+                model.save_pretrained(partial / HF, state_dict=weights)
+                processor.save_pretrained(partial / HF)
     with _together(root, step), _failing_late(engine):
-        engine.save_checkpoint(str(partial / DEEPSPEED), tag="state", save_latest=False)
+        # What is frozen beside adapters is in model.path; a tower that is frozen alone stays in, as few as it is.
+        engine.save_checkpoint(
+            str(partial / DEEPSPEED), tag="state", save_latest=False, exclude_frozen_parameters=config.lora.on
+        )
     with _together(root, step):
         sums = checksums.written(partial, rank)
     sums = {name: entry for part in distributed.gather(sums) for name, entry in part.items()}
@@ -161,6 +182,15 @@ def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return weights
 
 
+def _adapter(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every parameter of the adapters whole, on the first rank's CPU; every rank calls."""
+    found = lora.adapter_parameters(model)
+    with deepspeed.zero.GatheredParameters([*found.values()]):
+        if dist.get_rank() > 0:
+            return {}
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in found.items()}
+
+
 def clear(root: Path) -> None:
     """Delete what saving and deleting left behind where they were stopped in the middle."""
     for pattern in UNFINISHED:
@@ -207,7 +237,7 @@ def find(root: Path, wanted: str) -> tuple[Path, int] | None:
             f"--resume: {folder} was written by {state.ranks} ranks, this run has {dist.get_world_size()}; ZeRO-3's "
             "shards fit the number of ranks they were written by"
         )
-    if (unneeded := _damage(folder, (HF,))) and dist.get_rank() == 0:
+    if (unneeded := _damage(folder, USABLE)) and dist.get_rank() == 0:
         warnings.warn(f"{folder} can be gone on from, but not used: {'; '.join(unneeded)}", stacklevel=2)
     return folder, state.step
 
@@ -233,9 +263,10 @@ def _way_on(damaged: Path, found: list[Path]) -> str:
     before = [path for path in reversed(found) if _step(path) < _step(damaged)]
     whole = next((path for path in before if not _damage(path, (RUN, DEEPSPEED))), None)
     ways = [f"--resume={whole.name} goes on from the whole one before it"] if whole else []
-    weights = next((path for path in (damaged, *before) if not _damage(path, (HF,))), None)
+    weights = next((path for path in (damaged, *before) if not _damage(path, USABLE)), None)
     if weights:
-        ways.append(f"model.path={weights / HF} with another trainer.output_dir begins a new run from its weights")
+        usable = f"model.path={weights / HF}" if (weights / HF).is_dir() else f"lora.adapter={weights / ADAPTER}"
+        ways.append(f"{usable} with another trainer.output_dir begins a new run from its weights")
     return "; ".join(ways) or "There is no whole one before it"
 
 
@@ -244,8 +275,8 @@ def load_state(state: RunState, checkpoint: Path) -> None:
     state.load(checkpoint / RUN / f"{dist.get_rank()}.pt")
 
 
-def load(engine, checkpoint: Path) -> None:
+def load(engine, checkpoint: Path, config: Config) -> None:
     """Put weights, optimizer and its schedule back."""
-    path, _ = engine.load_checkpoint(str(checkpoint / DEEPSPEED), tag="state")
+    path, _ = engine.load_checkpoint(str(checkpoint / DEEPSPEED), tag="state", load_module_strict=not config.lora.on)
     if path is None:
         raise ConfigError(f"--resume: DeepSpeed found nothing to load in {checkpoint}")

@@ -135,7 +135,7 @@ def listed(names: Iterable[str]) -> str:
 def _planned(folder: Path) -> PreTrainedModel:
     """The model of config.json, on the meta device."""
     if (folder / "adapter_config.json").exists():
-        raise ConfigError("this is an adapter; merge it into its base model first")
+        raise ConfigError("this is an adapter: model.path is its base model, and lora.adapter this folder")
     config = _read_json(folder / "config.json")
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in FAMILIES:

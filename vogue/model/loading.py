@@ -23,12 +23,13 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from vogue import distributed
 from vogue.config import Config
 from vogue.model.files import TIED_BUT_DIFFERENT, is_finite, listed, misfit
+from vogue.model.lora import add_adapters
 from vogue.model.optimizer import deepspeed_settings
 from vogue.settings import ConfigError
 
 
 def load_model(config: Config, device: torch.device) -> PreTrainedModel:
-    """The model of `config.model`; all ranks call this together, once they have joined the run.
+    """The model of `config.model`, with the adapters of `config.lora`; all ranks call this together.
 
     Where DeepSpeed's stage is 3, parameters are partitioned over the ranks and buffers are on `device`; else all is
     whole and on the CPU. A checkpoint in another dtype than `model.dtype` is converted whole, on every rank, first.
@@ -56,6 +57,8 @@ def load_model(config: Config, device: torch.device) -> PreTrainedModel:
     wrong = {name for name, weight in loaded.named_parameters() if not is_finite(_share(weight))}
     if found := set().union(*distributed.gather(wrong)):
         raise ConfigError(f"model.path={model.path}: NaN or infinity in {listed(found)}")
+    if config.lora.on:
+        add_adapters(loaded, config.lora, config.seed)
     return loaded
 
 

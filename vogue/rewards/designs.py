@@ -1,6 +1,6 @@
 r"""The reward designs: what a completion is asked for, and what it earns.
 
-reward = sum of weight · score over the components of `reward.design` (weights: `vogue.presets.DESIGNS`)
+reward = sum of weight · score over the scores of `reward.design` (`reward.weights`, else `vogue.presets.DESIGNS`)
 
 VOGUE (arXiv 2510.01444), `verifiable`, the default:  <think> … </think> … \boxed{answer}
     accuracy       1 for a right answer
@@ -88,9 +88,9 @@ def score_batch(
     if not own:
         return scores
     with ThreadPoolExecutor(len(own)) as pool:  # each waits for a process of its own
-        found = pool.map(lambda each: each[0](completions, samples), own.values())
+        found = pool.map(lambda function: function(completions, samples), own.values())
         earned = dict(zip(own, found, strict=True))
-    weights = {name: weight for name, (_, weight) in own.items()}
+    weights = {"": 1.0} if settings.function else settings.weights
     rows = [dict(zip(earned, row, strict=True)) for row in zip(*earned.values(), strict=True)]
     return [_with_own(score, row, weights) for score, row in zip(scores, rows, strict=True)]
 
@@ -146,7 +146,7 @@ def _score(
     if again is not None:
         components["blind"] = float(again)
     scores = {"accuracy": accuracy, "format": float(has_format(completion, settings.design))} | components
-    reward = sum(weight * scores[name] for name, weight in settings.weights.items() if weight)
+    reward = sum(weight * scores[name] for name, weight in settings.weights.items() if weight and name in asked)
     return Score(reward, accuracy, scores["format"], parsed, components)
 
 

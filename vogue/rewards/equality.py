@@ -18,7 +18,7 @@ from vogue.rewards.worker import Worker
 logger = logging.getLogger(__name__)
 
 CPU_SECONDS = 1.0  # of a question
-SECONDS = 5.0  # of a worker, for the questions of one call
+SECONDS = 4.0  # of a worker, for the questions of one call
 FREE_SECONDS = 0.01  # of a question that don't count as such: honest ones take 2 to 5 milliseconds
 A_WORKER = 8  # questions that another worker is started for
 TOO_LONG = -signal.SIGPROF  # a child's exit code

@@ -68,16 +68,49 @@ def equal(given: str, right: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def parsed(text: str):
-    from latex2sympy2_extended import latex2sympy
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from sympy import Basic, Float, I, Rational, Symbol
 
-    config = ConversionConfig(lowercase_symbols=False)
-    found = latex2sympy(text, normalization_config=None, conversion_config=config)
+    found = reader()(text)
     if isinstance(found, Basic):
         found = found.xreplace({decimal: Rational(str(decimal)) for decimal in found.atoms(Float)})
         found = found.subs(Symbol("i"), I) if Symbol("i") in found.free_symbols else found
     return found
+
+
+@functools.cache
+def reader():
+    """math-verify's reader of LaTeX, in a third less time.
+
+    ANTLR's quick prediction, SLL, reads what it can read as the full one does; what it can't goes to the full one.
+    SymPy would send each whole number through its own parser, which compiles it as Python.
+    """
+    from antlr4.atn.PredictionMode import PredictionMode
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
+    from sympy import Integer
+
+    class Reader(_Latex2Sympy):
+        prediction = PredictionMode.SLL
+
+        def create_parser(self, latex_str):
+            parser = super().create_parser(latex_str)
+            parser._interp.predictionMode = self.prediction
+            return parser
+
+        def parse_number(self, text):
+            return Integer(int(text)) if text.isascii() and text.isdigit() else super().parse_number(text)
+
+    class Whole(Reader):
+        prediction = PredictionMode.LL
+
+    config = ConversionConfig(lowercase_symbols=False)
+
+    def read(text: str):
+        try:
+            return Reader(config=config).parse(text)
+        except Exception:  # a mistake in the text, or one that only the full prediction sees through
+            return Whole(config=config).parse(text)
+
+    return read
 
 
 def tolerance(given: str, right: str):

@@ -150,18 +150,15 @@ class RewardFunction:
         return worker.stop(patience) if worker else 0
 
 
-def own_rewards(settings: RewardConfig) -> dict[str, tuple[RewardFunction, float]]:
-    """The functions of `settings` with their weights, by name; that of `reward.function` has the name "".
+def own_rewards(settings: RewardConfig) -> dict[str, RewardFunction]:
+    """The functions of `settings` by name; that of `reward.function` has the name "".
 
     Each is started once in this process. Raises RewardError where one can't be.
     """
     if settings.function:
-        return {"": (_started(settings.function, settings.timeout, "{}", "reward.function"), 1.0)}
+        return {"": _started(settings.function, settings.timeout, "{}", "reward.function")}
     return {
-        name: (
-            _started(own.function, settings.timeout, json.dumps(own.options), f"reward.functions.{name}"),
-            own.weight,
-        )
+        name: _started(own.function, settings.timeout, json.dumps(own.options), f"reward.functions.{name}")
         for name, own in settings.functions.items()
     }
 

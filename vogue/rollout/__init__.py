@@ -7,19 +7,22 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from vogue.config import Config
 from vogue.model.files import check_finite, read_checkpoint
+from vogue.model.lora import load_adapted, whole_parameters
 from vogue.rollout.engine import Engine
 from vogue.run.memory import check_engine, check_length
 
 
 def create_engine(config: Config, processor: ProcessorMixin, model: PreTrainedModel | None = None) -> Engine:
-    """Start the engine `config.rollout.engine` with the weights of `config.model.path`.
+    """Start the engine `config.rollout.engine` with the weights of `config.model.path` and `config.lora.adapter`.
 
-    `model` is the one whose weights it is to follow, if any; without one, what loading the model would check is
-    checked here, on its files, and raises `ConfigError`. Raises `ImportError` naming the extra where the engine isn't
-    installed.
+    `model` is the one whose weights it is to follow, if any, and that gives it an adapter's. Without one, what loading
+    the model would check is checked here, on its files, and raises `ConfigError`. Raises `ImportError` naming the extra
+    where the engine isn't installed.
     """
     if model is None:
         _check_model(config)
+        if config.lora.adapter:
+            return _with_adapter(config, processor)
     if config.rollout.engine == "vllm":
         from vogue.rollout.vllm import VllmEngine
 
@@ -27,6 +30,14 @@ def create_engine(config: Config, processor: ProcessorMixin, model: PreTrainedMo
     from vogue.rollout.hf import HfEngine
 
     return HfEngine(config, processor)
+
+
+def _with_adapter(config: Config, processor: ProcessorMixin) -> Engine:
+    """An engine with weights that are merged in the host's memory first."""
+    model = load_adapted(config.model.path, config.model.dtype, config.lora)
+    engine = create_engine(config, processor, model)
+    engine.load_weights(((whole.name, whole.merged()) for whole in whole_parameters(model)), version=0)
+    return engine
 
 
 def _check_model(config: Config) -> None:

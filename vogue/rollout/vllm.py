@@ -5,6 +5,8 @@ already, so that no image is preprocessed twice and the two can't disagree about
 """
 
 import contextlib
+import dataclasses
+import difflib
 import hashlib
 import itertools
 import logging
@@ -20,6 +22,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from vogue.config import Config
 from vogue.families import family_of_processor
 from vogue.rollout.engine import BAN, Completion, Request, media_token_ids
+from vogue.run.memory import longest_sequence
+from vogue.settings import ConfigError
 
 # Read by vLLM when it is imported: run in this process, and leave OpenMP's threads to the trainer, which shares them.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -38,6 +42,47 @@ except ImportError as error:
     ) from error
 
 CPU_BATCHED_TOKENS = 4096  # of prompts that vLLM takes in at once
+SETTINGS = {  # of vogue, for what vLLM would be told otherwise
+    "model": "model.path",
+    "dtype": "model.dtype",
+    "max_model_len": "data.max_prompt_tokens and rollout.max_tokens",
+    "seed": "seed",
+    "gpu_memory_utilization": "rollout.memory",
+    "kv_cache_memory_bytes": "rollout.kv_cache_gb",
+}
+
+
+def check_engine_args(config: Config) -> None:
+    """Raise `ConfigError` for one of `rollout.engine_args` that vLLM doesn't know, or that vogue decides."""
+    known, fixed = {field.name for field in dataclasses.fields(vllm.EngineArgs)}, _fixed(config)
+    for name, value in config.rollout.engine_args.items():
+        if name in SETTINGS or name in fixed or "parallel" in name:  # ranks don't share an engine
+            instead = SETTINGS.get(name, "none: the training relies on it")
+            raise ConfigError(f"rollout.engine_args.{name}={value}: vogue sets this; the setting is {instead}")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            meant = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(f"rollout.engine_args.{name}={value}: vLLM has no such argument{meant}")
+
+
+def _fixed(config: Config) -> dict[str, Any]:
+    """What vLLM is started with in any case."""
+    return {
+        "model": config.model.path,
+        "dtype": config.model.dtype,
+        "max_model_len": longest_sequence(config),
+        "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
+        "generation_config": "vllm",  # not the checkpoint's own top-k and top-p
+        "limit_mm_per_prompt": {"video": 0},
+        # As vLLM does it by itself, every rank would take the first GPU.
+        "distributed_executor_backend": "external_launcher" if "LOCAL_RANK" in os.environ else None,
+        "mm_device_do_normalize": False,  # pixels come normalised, not as bytes
+        "seed": config.seed,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        # Prefill in chunks would rewind a seeded request's generator, which a CPU's can't do.
+        **({} if torch.cuda.is_available() else {"enable_chunked_prefill": False}),
+    }
 
 
 class VllmEngine:
@@ -48,33 +93,16 @@ class VllmEngine:
 
     def __init__(self, config: Config, processor: ProcessorMixin, model: PreTrainedModel | None):
         on_gpu = torch.cuda.is_available()
-        max_model_len = config.data.max_prompt_tokens + config.rollout.max_tokens
         platform: dict[str, Any] = {"gpu_memory_utilization": config.rollout.memory}
         if not on_gpu:
-            # Prefill in chunks would rewind a seeded request's generator, which a CPU's can't do.
             platform = {
                 "kv_cache_memory_bytes": int(config.rollout.kv_cache_gb * 1e9),
                 "enforce_eager": True,
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(max_model_len, CPU_BATCHED_TOKENS),
+                "max_num_batched_tokens": max(longest_sequence(config), CPU_BATCHED_TOKENS),
             }
+        arguments = _fixed(config) | {"enable_prefix_caching": True, **platform, **config.rollout.engine_args}
         set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-        self.llm = vllm.LLM(
-            model=config.model.path,
-            dtype=config.model.dtype,
-            max_model_len=max_model_len,
-            enable_prefix_caching=True,
-            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
-            generation_config="vllm",  # not the checkpoint's own top-k and top-p
-            limit_mm_per_prompt={"video": 0},
-            # As vLLM does it by itself, every rank would take the first GPU.
-            distributed_executor_backend="external_launcher" if "LOCAL_RANK" in os.environ else None,
-            mm_device_do_normalize=False,  # pixels come normalised, not as bytes
-            seed=config.seed,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            **platform,
-        )
+        self.llm = vllm.LLM(**arguments)
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a stub in its place, and serves with fewer
         torch.set_num_threads(threads)
         # A few of vLLM's sampling helpers are torch.compile'd; on a CPU compiling them takes longer than a short run.

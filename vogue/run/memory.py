@@ -2,6 +2,7 @@
 
     a token's keys and values    2 layers kv_heads head_dim bytes         of the layers with full attention
     a checkpoint                 2 weights bytes + 12 trained weights     hf and DeepSpeed's copy; AdamW in float32
+    the same with LoRA           2 adapters bytes + 12 adapters           plus weights bytes with lora.save_merged
 
 `bytes` is what a weight of `model.dtype` takes: 2 or 4.
 """
@@ -14,19 +15,28 @@ from transformers import PreTrainedModel
 
 from vogue.config import Config
 from vogue.families import family_of
+from vogue.model.lora import adapter_parameters, whole_parameters
 from vogue.settings import ConfigError
 
 GB = 1e9
 
 
 def weight_count(model: torch.nn.Module) -> int:
-    """Weights of a model, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Weights of a model without its adapters, tied ones once."""
+    return sum(whole.parameter.numel() for whole in whole_parameters(model))
+
+
+def adapter_count(model: torch.nn.Module) -> int:
+    """Weights of a model's adapters."""
+    return sum(parameter.numel() for parameter in adapter_parameters(model).values())
 
 
 def checkpoint_bytes(model: PreTrainedModel, config: Config) -> int:
     """Size of a checkpoint: `hf`, and DeepSpeed's weights, master weights and AdamW's two moments."""
     weights, whole = weight_count(model), model.model
+    if config.lora.on:
+        adapters = adapter_count(model)
+        return (2 * adapters + weights * config.lora.save_merged) * weight_bytes(config) + 12 * adapters
     frozen = weight_count(getattr(whole, family_of(model).tower)) if config.model.freeze_vision else 0
     return 2 * weights * weight_bytes(config) + 12 * (weights - frozen)
 

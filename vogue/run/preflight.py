@@ -18,12 +18,13 @@ from vogue.data import DataError
 from vogue.inputs import Preprocessor
 from vogue.model.deepspeed_check import deepspeed_problems
 from vogue.model.files import Checkpoint, read_checkpoint
+from vogue.model.lora import add_adapters
 from vogue.model.optimizer import own_settings
 from vogue.rewards import RewardError, check_function
 from vogue.run import logs
 from vogue.run.chat_template import checked_preprocessor
 from vogue.run.folder import check_unlocked
-from vogue.run.memory import check_engine, check_length, checkpoint_bytes, shown, weight_count
+from vogue.run.memory import adapter_count, check_engine, check_length, checkpoint_bytes, shown, weight_count
 from vogue.settings import ConfigError
 
 Result = TypeVar("Result")
@@ -59,7 +60,15 @@ def examine(config: Config, resume: bool) -> Preflight:
             found.of(check_vocabulary, found.preprocessor, checkpoint)
     found.problems += deepspeed_problems(config.trainer.deepspeed, own_settings(config))
     found.of(check_function, config.reward)
+    if config.rollout.engine_args:
+        found.of(_check_engine_args, config)
     return found
+
+
+def _check_engine_args(config: Config) -> None:
+    from vogue.rollout.vllm import check_engine_args  # importing vLLM takes seconds
+
+    check_engine_args(config)
 
 
 def show(found: Preflight, console: Console) -> None:
@@ -75,6 +84,9 @@ def _examine_model(found: Preflight, checkpoint: Checkpoint, config: Config) -> 
     head = "tied" if model.config.tie_word_embeddings else "its own"
     kind, count = model.config.model_type, weight_count(model)
     found.fine["model"] = f"{kind}, {count / 1e6:.3g} million weights, {config.model.dtype}; head: {head}"
+    if config.lora.on:
+        found.of(add_adapters, model, config.lora, config.seed)
+        found.fine["adapters"] = f"{adapter_count(model) / 1e6:.3g} million weights; the model itself is frozen"
     checks = {"tokens": (check_length, model.config.get_text_config()), "disk": (check_disk, model)}
     if config.rollout.engine == "vllm":
         checks["engine"] = (check_engine, model)

@@ -255,6 +255,8 @@ def _show(config: Config, console: Console) -> None:
         "curves": folder / "curves.png",
         "metrics": folder / "metrics.jsonl",
         "completions": folder / "completions.jsonl",
-        "model": newest / "hf",
+        "adapter": newest / checkpoint.ADAPTER,
+        "model": newest / checkpoint.HF,
     }.items():
-        console.print(f"{name:12} {path}")
+        if path.exists():
+            console.print(f"{name:12} {path}")
