@@ -87,7 +87,7 @@ def _errors(backend: str, n: int, width: int, vocab: int, device: str, dtype: to
     found, naive = (results(*given[:3], function) for function in (ours, plain))
     ratios = {}
     for name, exact in truth.items():
-        rounding = torch.finfo(found[name].dtype).eps / 2 * exact.norm()
-        errors = [float((x[name].double() - exact).norm()) for x in (found, naive)]
+        rounding = torch.finfo(found[name].dtype).eps / 2 * exact.detach().norm()
+        errors = [float((x[name].detach().double() - exact).norm()) for x in (found, naive)]
         ratios[name] = round(errors[0] / max(errors[1], float(rounding)), 3)
     return ratios
