@@ -10,6 +10,13 @@ namespace vogue {
 
 enum class Dtype { f32, bf16, f16 };
 
+// Rows of a matrix to be written, `stride` elements apart.
+struct Rows {
+  void* data;
+  Dtype dtype;
+  int64_t stride;
+};
+
 // A matrix as torch holds it: element (i, j) is data[i * row_stride + j * column_stride].
 struct View {
   const void* data;
@@ -47,6 +54,7 @@ struct Running {
 struct Numbers {
   float* logits;  // (rows, logits_stride), overwritten by the gradient if `written`
   int64_t logits_stride;
+  const float* bias;  // what the logits still lack; null: nothing
   const float* numbers;
   int64_t stride;
   bool written;
@@ -60,10 +68,17 @@ struct Processor {
   // Add the bias (null: none) to a tile of logits in place, and take the tile into the running sums. b: null for one.
   void (*statistics)(
       int64_t rows, int64_t columns, int64_t stride, const float* bias, float scale, const Running& a, const Running* b);
-  // Turn a tile of h Wᵀ into the gradient of the logits. `targets` count from the tile's first column. b: null for one.
+  // Write a tile's logits less the maxima.
+  void (*keep)(int64_t rows, int64_t columns, int64_t stride, const float* logits, const double* maximum, Rows out);
+  // The logits again, from what was kept of them and what was subtracted.
+  void (*restore)(
+      int64_t rows, int64_t columns, int64_t stride, const Rows& kept, const float* reference, float* logits);
+  // Turn a tile of logits into the gradient. `targets` count from the tile's first column. b: null for one.
   void (*gradients)(
-      int64_t rows, int64_t columns, const int64_t* targets, int64_t first, const float* bias, float scale, Numbers a,
-      Numbers* b);
+      int64_t rows, int64_t columns, const int64_t* targets, int64_t first, float scale, const Numbers& a,
+      const Numbers* b);
+  // Write rows of float32 in another type.
+  void (*round)(int64_t rows, int64_t columns, int64_t stride, const float* in, Rows out);
 };
 
 extern const Processor portable, avx2, avx512, avx512_bf16;

@@ -2,10 +2,11 @@
 
 A backend is a module with two functions, which take checked arguments and tokens none of which is skipped:
 
-    forward(hiddens, weight, targets, bias, temperature)
+    forward(hiddens, weight, targets, bias, temperature, buffers)
         one branch: (logprob, entropy, maximum, logsum), two: the seven results of BranchStats and then maximum and
-        logsum of each; all (N,). Maximum and logsum are for the backward pass, which alone understands them.
-    backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias)
+        logsum of each; all (N,). Maximum and logsum are for the backward pass, which alone understands them. So are the
+        logits that it writes to the buffers, one for each branch, as far as they have room (kept.py).
+    backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias, buffers)
         (gradients of the branches' hidden states, of weight, of bias), None where they aren't needed.
 """
 

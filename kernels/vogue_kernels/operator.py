@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .branches import Branch, compute_dtype, one_branch, two_branches
+from .kept import kept_bytes, serves
 
 IGNORE = -100  # the target of a position to skip, as in torch.nn.functional.cross_entropy
 
@@ -48,6 +49,7 @@ def linear_branch_stats(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
+    keep_logits_bytes: int = 0,
 ) -> BranchStats:
     """Log-probabilities, entropies and both KL directions of two branches in one pass over the vocabulary.
 
@@ -56,6 +58,11 @@ def linear_branch_stats(
     hidden_p, hidden_q: (N, D); weight: (V, D), bias: (V,), all of one dtype and device. targets: (N,) int64; at
     -100 every result is 0 and no gradient flows. temperature: τ, divides the logits.
     backend: "auto" (the fastest that can run), "torch", "cpu" or "triton".
+    keep_logits_bytes: memory to spend on a faster backward pass. Within it the logits of the first words of the
+    vocabulary, all N · V of them at most, are kept in the inputs' dtype; the others are computed again. Only those of a
+    branch whose hidden states require a gradient are kept (of both, if only weight or bias do), and none where no
+    gradient is recorded. The results don't depend on it; gradients do by the rounding of what is kept. In 16 bits those
+    of a divergence are computed without it: it helps where a loss is of log-probabilities and entropies.
 
     Results are (N,) float32 (float64 for float64 inputs), differentiable in the hidden states, weight and bias (once:
     there is no second derivative). The KLs are never negative, and 0 where the branches are identical. Only gradients
@@ -63,7 +70,8 @@ def linear_branch_stats(
 
     Raises TypeError for a dtype, ValueError for a shape, device, temperature, target or backend that can't be used.
     """
-    args = (hidden_p, hidden_q, weight, targets, bias, float(temperature), backend)
+    keep = _shares(keep_logits_bytes, [hidden_p, hidden_q], [weight, bias])
+    args = (hidden_p, hidden_q, weight, targets, bias, float(temperature), backend, keep)
     return BranchStats(*torch.ops.vogue.linear_branch_stats(*args)[:7])
 
 
@@ -74,13 +82,26 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
+    keep_logits_bytes: int = 0,
 ) -> LogprobStats:
     """Log-probability of the target and entropy of softmax((W h + bias) / τ) per token.
 
     hidden: (N, D); all else as in `linear_branch_stats`.
     """
-    args = (hidden, weight, targets, bias, float(temperature), backend)
+    keep = _shares(keep_logits_bytes, [hidden], [weight, bias])
+    args = (hidden, weight, targets, bias, float(temperature), backend, keep)
     return LogprobStats(*torch.ops.vogue.linear_logprob(*args)[:2])
+
+
+def _shares(keep_logits_bytes: int, hiddens: list[Tensor], shared: list[Tensor | None]) -> list[int]:
+    """Bytes for each branch's logits: nothing where no gradient can flow, as nothing would ever read them."""
+    if keep_logits_bytes < 0:
+        raise ValueError(f"keep_logits_bytes must not be negative, got {keep_logits_bytes}")
+    trained = [hidden.requires_grad for hidden in hiddens]
+    if not any(trained):
+        trained = [any(x is not None and x.requires_grad for x in shared)] * len(hiddens)
+    share = keep_logits_bytes // max(sum(trained), 1) if torch.is_grad_enabled() else 0
+    return [share if on else 0 for on in trained]
 
 
 # ---------------------------------------------------------------------------------------------------- backends
@@ -142,18 +163,20 @@ def _implementation(backend: str, weight: Tensor):
     return importlib.import_module(_BACKENDS[backend], __package__)
 
 
-def _forward(backend: str, hiddens: list[Tensor], weight, targets, bias, temperature) -> tuple[Tensor, ...]:
-    """Run a backend on the tokens that aren't skipped; the skipped ones get zeros."""
+def _forward(backend: str, hiddens: list[Tensor], weight, targets, bias, temperature, keep) -> tuple[Tensor, ...]:
+    """Run a backend on the tokens that aren't skipped; the skipped ones get zeros. The kept logits come last."""
+    buffers = _empty_buffers(weight, len(targets), keep)
     kept, length = _kept(targets), len(targets)
     if kept is not None:
         hiddens, targets = [hidden[kept] for hidden in hiddens], targets[kept]
     if len(targets) == 0:
-        return tuple(torch.zeros_like(x) for x in _empty_rows(weight, length, 4 if len(hiddens) == 1 else 11))
-    results = _implementation(backend, weight).forward(hiddens, weight, targets, bias, temperature)
-    return tuple(_restore(kept, result.to(compute_dtype(weight)), length) for result in results)
+        rows = _empty_rows(weight, length, 4 if len(hiddens) == 1 else 11)
+        return *(torch.zeros_like(x) for x in rows), *buffers
+    results = _implementation(backend, weight).forward(hiddens, weight, targets, bias, temperature, buffers)
+    return *(_restore(kept, result.to(compute_dtype(weight)), length) for result in results), *buffers
 
 
-def _backward(backend: str, branches: list[Branch], weight, targets, bias, temperature, needs) -> list[Any]:
+def _backward(backend: str, branches: list[Branch], weight, targets, bias, temperature, needs, buffers) -> list[Any]:
     """The gradients of hidden states, weight and bias that are needed, in this order."""
     *needs_hidden, needs_weight, needs_bias = needs
     kept, length = _kept(targets), len(targets)
@@ -163,8 +186,10 @@ def _backward(backend: str, branches: list[Branch], weight, targets, bias, tempe
     if len(targets) == 0 or not any(branch.used and want for branch, want in zip(branches, wanted, strict=True)):
         hiddens = [weight.new_zeros(length, weight.shape[1])] * len(branches)
         return [torch.zeros_like(x) for need, x in zip(needs, (*hiddens, weight, bias), strict=True) if need]
+    if not serves(branches, weight):
+        buffers = [buffer[:0] for buffer in buffers]
     grads_hidden, grad_weight, grad_bias = _implementation(backend, weight).backward(
-        branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias
+        branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias, buffers
     )
     grads_hidden = [None if grad is None else _restore(kept, grad, length) for grad in grads_hidden]
     return [grad for need, grad in zip(needs, (*grads_hidden, grad_weight, grad_bias), strict=True) if need]
@@ -237,6 +262,11 @@ def _empty_rows(weight: Tensor, length: int, count: int) -> tuple[Tensor, ...]:
     return tuple(weight.new_empty(length, dtype=compute_dtype(weight)) for _ in range(count))
 
 
+def _empty_buffers(weight: Tensor, length: int, keep: Sequence[int]) -> tuple[Tensor, ...]:
+    """A buffer for each branch's kept logits, opaque bytes, so that their size doesn't depend on the backend."""
+    return tuple(weight.new_empty(kept_bytes(length, weight, at_most), dtype=torch.uint8) for at_most in keep)
+
+
 def _empty_gradients(needs: Sequence[bool], inputs: Sequence[Tensor | None]) -> list[Tensor]:
     """Empty gradients of the inputs that need one; an operator can't return None for the others."""
     return [torch.empty_like(x) for need, x in zip(needs, inputs, strict=True) if need and x is not None]
@@ -250,17 +280,23 @@ def _spread(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor |
 
 @torch.library.custom_op("vogue::linear_logprob", mutates_args=())
 def _linear_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    backend: str,
+    keep: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
     _check_targets(targets, len(weight))
-    return _forward(backend, [hidden], weight, targets, bias, temperature)  # pyright: ignore[reportReturnType]
+    return _forward(backend, [hidden], weight, targets, bias, temperature, keep)  # pyright: ignore[reportReturnType]
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, targets, bias, temperature, backend):
+def _(hidden, weight, targets, bias, temperature, backend, keep):
     _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
-    return _empty_rows(weight, targets.shape[0], 4)
+    return *_empty_rows(weight, targets.shape[0], 4), *_empty_buffers(weight, targets.shape[0], keep)
 
 
 @torch.library.custom_op("vogue::linear_logprob_backward", mutates_args=())
@@ -275,8 +311,9 @@ def _linear_logprob_backward(
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor]:
+    *saved, buffer = saved
     branches = one_branch(grads, hidden, saved, temperature)
-    return _backward(backend, branches, weight, targets, bias, temperature, needs)
+    return _backward(backend, branches, weight, targets, bias, temperature, needs, [buffer])
 
 
 @_linear_logprob_backward.register_fake
@@ -285,7 +322,7 @@ def _(grads, hidden, weight, targets, bias, temperature, backend, saved, needs):
 
 
 def _linear_logprob_setup(ctx, inputs, output):
-    hidden, weight, targets, bias, ctx.temperature, ctx.backend = inputs
+    hidden, weight, targets, bias, ctx.temperature, ctx.backend, _ = inputs
     ctx.set_materialize_grads(False)  # None is how a result says that nobody asks for its gradient
     ctx.save_for_backward(hidden, weight, targets, bias, *output[1:])
 
@@ -297,7 +334,7 @@ def _linear_logprob_autograd(ctx, *grads):
         grads[:2], hidden, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
     )
     grad_hidden, grad_weight, grad_bias = _spread(needs, gradients)
-    return grad_hidden, grad_weight, None, grad_bias, None, None
+    return grad_hidden, grad_weight, None, grad_bias, None, None, None
 
 
 _linear_logprob.register_autograd(_linear_logprob_autograd, setup_context=_linear_logprob_setup)
@@ -315,17 +352,18 @@ def _linear_branch_stats(
     bias: Tensor | None,
     temperature: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    keep: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_shapes({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
     _check_targets(targets, len(weight))
-    results = _forward(backend, [hidden_p, hidden_q], weight, targets, bias, temperature)
+    results = _forward(backend, [hidden_p, hidden_q], weight, targets, bias, temperature, keep)
     return results  # pyright: ignore[reportReturnType]
 
 
 @_linear_branch_stats.register_fake
-def _(hidden_p, hidden_q, weight, targets, bias, temperature, backend):
+def _(hidden_p, hidden_q, weight, targets, bias, temperature, backend, keep):
     _check_shapes({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
-    return _empty_rows(weight, targets.shape[0], 11)
+    return *_empty_rows(weight, targets.shape[0], 11), *_empty_buffers(weight, targets.shape[0], keep)
 
 
 @torch.library.custom_op("vogue::linear_branch_stats_backward", mutates_args=())
@@ -341,8 +379,9 @@ def _linear_branch_stats_backward(
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor]:
+    *saved, buffer_p, buffer_q = saved
     branches = two_branches(grads, hidden_p, hidden_q, saved, temperature)
-    return _backward(backend, branches, weight, targets, bias, temperature, needs)
+    return _backward(backend, branches, weight, targets, bias, temperature, needs, [buffer_p, buffer_q])
 
 
 @_linear_branch_stats_backward.register_fake
@@ -351,7 +390,7 @@ def _(grads, hidden_p, hidden_q, weight, targets, bias, temperature, backend, sa
 
 
 def _linear_branch_stats_setup(ctx, inputs, output):
-    hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend = inputs
+    hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden_p, hidden_q, weight, targets, bias, *output[2:6], *output[7:])
 
@@ -362,8 +401,8 @@ def _linear_branch_stats_autograd(ctx, *grads):
     gradients = torch.ops.vogue.linear_branch_stats_backward(
         grads[:7], hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
     )
-    grad_raw, grad_noisy, grad_weight, grad_bias = _spread(needs, gradients)
-    return grad_raw, grad_noisy, grad_weight, None, grad_bias, None, None
+    grad_p, grad_q, grad_weight, grad_bias = _spread(needs, gradients)
+    return grad_p, grad_q, grad_weight, None, grad_bias, None, None, None
 
 
 _linear_branch_stats.register_autograd(_linear_branch_stats_autograd, setup_context=_linear_branch_stats_setup)

@@ -13,7 +13,7 @@ Then, for the target y,
 Everything is kept relative to the maximum, so that logits of 1e4 cost no digits; and the normalisers cancel in the
 symmetric KL. Only tiles of the logits exist, never a (tokens × vocabulary) tensor.
 
-The backward pass computes each tile of logits again. With g_r the gradient that arrives at result r,
+The backward pass computes each tile of logits again that wasn't kept. With g_r the gradient that arrives at result r,
 
     ∂a_v = g_logp (1[v=y] − p_v) − g_H p_v (log p_v + H) + g_KL(p‖q) p_v (log p_v − log q_v − KL(p‖q))
            + g_KL(q‖p) (p_v − q_v)
@@ -25,10 +25,13 @@ and the same with p and q exchanged for b. Inputs of float64 are computed in flo
 # pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportOptionalOperand=false
 # pyright: reportArgumentType=false, reportOperatorIssue=false
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .branches import Branch, compute_dtype
+from .kept import KeptLogits, kept_logits
 
 TILE_ELEMENTS = 1 << 20  # of a tile of logits: 4 MB of float32; larger leaves the cache, smaller pays in launches
 VOCAB_TILE = 1024
@@ -38,11 +41,18 @@ SLICE_ELEMENTS = 1 << 22  # of a slice of the hidden states or of the weight: 16
 # ---------------------------------------------------------------------------------------------------- forward
 
 
-def forward(hiddens, weight, targets, bias, temperature):
+def forward(hiddens, weight, targets, bias, temperature, buffers):
     """As branches.py says; the maximum is that of the logits, the logsum in nats."""
     block = _one_branch if len(hiddens) == 1 else _two_branches
+    kept = _kept(buffers, targets, weight)
     blocks = [
-        block([_upcast(hidden[rows]) for hidden in hiddens], weight, targets[rows], bias, temperature)
+        block(
+            [_upcast(hidden[rows]) for hidden in hiddens],
+            weight,
+            bias,
+            temperature,
+            [_RunningSoftmax(weight, targets[rows], logits.select(rows)) for logits in kept],
+        )
         for rows in _blocks(hiddens[0], weight)
     ]
     return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
@@ -55,22 +65,27 @@ class _RunningSoftmax:
     in float32 would be the largest error of all, and the KL's terms cancel.
     """
 
-    def __init__(self, hidden: Tensor, targets: Tensor):
-        self.targets = targets
+    def __init__(self, weight: Tensor, targets: Tensor, kept: KeptLogits):
+        self.targets, self.kept, dtype = targets, kept, compute_dtype(weight)
         # Half of the lowest number rather than −inf: m − m_new stays finite, and 0 · finite is 0 where 0 · inf is NaN.
-        self.maximum = hidden.new_full((len(hidden),), torch.finfo(hidden.dtype).min / 2)
+        self.maximum = weight.new_full((len(targets),), torch.finfo(dtype).min / 2, dtype=dtype)
         self.sum = torch.zeros_like(self.maximum, dtype=torch.float64)
         self.weighted = torch.zeros_like(self.sum)
         self.target_logit = torch.zeros_like(self.maximum)
 
     def shift(self, logits: Tensor, tile: slice) -> Tensor:
-        """Move the maximum to cover this tile, subtract it from `logits` in place, return m − m_new (n,)."""
+        """Move the maximum to cover this tile, subtract it from `logits` in place, return m − m_new (n,).
+
+        What is then in `logits` is kept, if there is room for it.
+        """
         index, inside = _locate(self.targets, tile)
         picked = logits.gather(1, index).squeeze(1)
         self.target_logit = torch.where(inside, picked, self.target_logit)
         old = self.maximum
         self.maximum = torch.maximum(old, logits.amax(1))
         logits.sub_(self.maximum.unsqueeze(1))
+        if self.kept.holds(tile):
+            self.kept.put(logits, self.maximum, tile)
         return old.double() - self.maximum
 
     def accumulate(self, shift: Tensor, exps: Tensor, weighted: Tensor) -> None:
@@ -92,16 +107,16 @@ class _RunningSoftmax:
         return self.sum.log() - self.weighted / self.sum
 
 
-def _one_branch(hiddens, weight, targets, bias, temperature):
-    softmax = _RunningSoftmax(hiddens[0], targets)
+def _one_branch(hiddens, weight, bias, temperature, softmaxes):
+    (softmax,) = softmaxes
     for tile in _tiles(weight):
         softmax.add(_logits(hiddens[0], weight, bias, temperature, tile), tile)
     return softmax.logprob(), softmax.entropy(), softmax.maximum, softmax.sum.log()
 
 
-def _two_branches(hiddens, weight, targets, bias, temperature):
+def _two_branches(hiddens, weight, bias, temperature, softmaxes):
     hidden_p, hidden_q = hiddens
-    p, q = _RunningSoftmax(hidden_p, targets), _RunningSoftmax(hidden_q, targets)
+    p, q = softmaxes
     cross_p, cross_q = torch.zeros_like(p.sum), torch.zeros_like(p.sum)  # Σ e^(·−m) (a − b), shifted
     for tile in _tiles(weight):
         a = _logits(hidden_p, weight, bias, temperature, tile)
@@ -136,7 +151,7 @@ def _two_branches(hiddens, weight, targets, bias, temperature):
 # ---------------------------------------------------------------------------------------------------- backward
 
 
-def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias):
+def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias, buffers):
     """As branches.py says; vocabulary tiles are the outer loop, so that a tile of the weight's gradient is whole when
     it is written.
     """
@@ -150,6 +165,7 @@ def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_w
     ]
     grad_weight = torch.empty_like(weight) if needs_weight else None
     grad_bias = torch.empty_like(bias) if needs_bias else None
+    kept = _kept(buffers, targets, weight)
     for tile in _tiles(weight):
         w = _upcast(weight[tile])
         tile_weight = torch.zeros_like(w) if needs_weight else None
@@ -157,7 +173,11 @@ def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_w
         for rows in _blocks(branches[0].hidden, weight):
             block = [branch.select(rows) for branch in branches]
             block = [branch._replace(hidden=_upcast(branch.hidden)) for branch in block]
-            for i, grad_logits in _logit_gradients(block, active, weight, targets[rows], bias, temperature, tile):
+            logits = [
+                partial(_kept_or_new, logits.select(rows), branch.hidden, weight, bias, temperature, tile)
+                for logits, branch in zip(kept, block, strict=True)
+            ]
+            for i, grad_logits in _logit_gradients(block, active, logits, targets[rows], tile):
                 if needs_hidden[i]:
                     grad_hidden[i][rows].addmm_(grad_logits, w)
                 if needs_weight:
@@ -172,21 +192,23 @@ def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_w
     return grad_hidden, grad_weight, grad_bias
 
 
-def _logit_gradients(block, active, weight, targets, bias, temperature, tile):
-    """Yield (index of the branch, gradient of its logits (n, v)) for the active branches of one block and tile."""
+def _logit_gradients(block, active, logits, targets, tile):
+    """Yield (index of the branch, gradient of its logits (n, v)) for the active branches of one block and tile.
+
+    logits: a function for each branch that gives this tile of them.
+    """
     crossing = any(on and branch.crosses for on, branch in zip(active, block, strict=True))
     logps = [
-        _log_softmax(branch, weight, bias, temperature, tile) if on or crossing else None
-        for on, branch in zip(active, block, strict=True)
+        logits_of().sub_(branch.maximum.unsqueeze(1)).sub_(branch.logsum.unsqueeze(1)) if on or crossing else None
+        for on, branch, logits_of in zip(active, block, logits, strict=True)
     ]
     for i, branch in enumerate(block):
         if active[i]:
             yield i, _logit_gradient(branch, logps[i], logps[1 - i] if crossing else None, targets, tile)
 
 
-def _log_softmax(branch: Branch, weight, bias, temperature, tile) -> Tensor:
-    logits = _logits(branch.hidden, weight, bias, temperature, tile)
-    return logits.sub_(branch.maximum.unsqueeze(1)).sub_(branch.logsum.unsqueeze(1))
+def _kept_or_new(kept: KeptLogits, hidden, weight, bias, temperature, tile) -> Tensor:
+    return kept.get(tile) if kept.holds(tile) else _logits(hidden, weight, bias, temperature, tile)
 
 
 def _logit_gradient(branch: Branch, logp: Tensor, logq: Tensor | None, targets: Tensor, tile: slice) -> Tensor:
@@ -221,6 +243,11 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: fl
     if bias is not None:
         logits += bias[tile]
     return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _kept(buffers: list[Tensor], targets: Tensor, weight: Tensor) -> list[KeptLogits]:
+    width = _tile_shape(weight.shape[1], len(weight))[1]
+    return [kept_logits(buffer, len(targets), weight, width) for buffer in buffers]
 
 
 def _upcast(tensor: Tensor) -> Tensor:

@@ -99,12 +99,12 @@ def assert_as_exact_as_plain(actual, plain, truth, names, size=lambda name, true
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}, plain {plain_error:.2e}"
 
 
-def assert_branch_stats_as_exact_as_plain(case, backend):
+def assert_branch_stats_as_exact_as_plain(case, backend, **options):
     raw, noisy, weight, targets, bias = case.inputs()
     args = ([raw, noisy], weight, targets, bias, case.temperature)
     truth = evaluate(oracle.linear_branch_stats, *args, dtype=torch.float64)
     plain = evaluate(oracle.linear_branch_stats, *args)
-    actual = evaluate(lambda *a, **k: linear_branch_stats(*a, **k, backend=backend), *args)
+    actual = evaluate(lambda *a, **k: linear_branch_stats(*a, **k, backend=backend, **options), *args)
     terms = oracle.divergence_terms(raw, noisy, weight, bias, case.temperature).max()
     values, gradients = zip(actual, plain, truth, strict=True)
     assert_as_exact_as_plain(*values, BranchStats._fields, lambda name, true: terms if "kl" in name else true)

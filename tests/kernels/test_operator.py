@@ -20,8 +20,8 @@ def inputs(n=6, d=8, v=50, dtype=torch.float32):
 def test_the_operators_pass_opcheck(with_bias, backend):
     raw, noisy, weight, targets = inputs()
     bias = torch.randn(50, requires_grad=True) if with_bias else None
-    torch.library.opcheck(torch.ops.vogue.linear_logprob.default, (raw, weight, targets, bias, 0.7, backend))
-    both = (raw, noisy, weight, targets, bias, 0.7, backend)
+    torch.library.opcheck(torch.ops.vogue.linear_logprob.default, (raw, weight, targets, bias, 0.7, backend, [0]))
+    both = (raw, noisy, weight, targets, bias, 0.7, backend, [0, 0])
     torch.library.opcheck(torch.ops.vogue.linear_branch_stats.default, both)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..branches import log2_scale, merge, numbers
+from ..kept import kept_logits
 
 LIBRARY = Path(__file__).with_name("_C.so")
 
@@ -33,19 +34,29 @@ def description() -> str:
     return torch.ops.vogue_cpu.description()
 
 
-def forward(hiddens, weight, targets, bias, temperature):
+def forward(hiddens, weight, targets, bias, temperature, buffers):
     """As branches.py says."""
     scale = log2_scale(temperature)
-    partial, target_logits = torch.ops.vogue_cpu.forward(hiddens, weight, targets.contiguous(), _float(bias), scale)
+    kept = _kept(buffers, targets, weight)
+    partial, target_logits = torch.ops.vogue_cpu.forward(
+        hiddens,
+        weight,
+        targets.contiguous(),
+        _float(bias),
+        scale,
+        [branch.logits for branch in kept],
+        [branch.reference for branch in kept],
+    )
     return merge(partial, target_logits.double(), scale)
 
 
-def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias):
+def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias, buffers):
     """As branches.py says."""
     needs = zip(needs_hidden, branches, strict=True)
     written = [branch.used and (need or needs_weight or needs_bias) for need, branch in needs]
     crosses = any(branch.crosses for branch, on in zip(branches, written, strict=True) if on)
     sides = [i for i, on in enumerate(written) if on or crosses]
+    kept = _kept(buffers, targets, weight)
     gradients = torch.ops.vogue_cpu.backward(
         [branches[i].hidden for i in sides],
         [numbers(branches[i]) for i in sides],
@@ -53,6 +64,8 @@ def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_w
         targets.contiguous(),
         _float(bias),
         log2_scale(temperature),
+        [kept[i].logits for i in sides],
+        [kept[i].reference for i in sides],
         [written[i] for i in sides],
         [written[i] and needs_hidden[i] for i in sides],
         needs_weight,
@@ -64,6 +77,11 @@ def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_w
         for need, on, branch in zip(needs_hidden, written, branches, strict=True)
     ]
     return grad_hidden, next(given) if needs_weight else None, next(given).to(bias.dtype) if needs_bias else None
+
+
+def _kept(buffers, targets, weight):
+    width = torch.ops.vogue_cpu.tile_columns(weight)
+    return [kept_logits(buffer, len(targets), weight, width) for buffer in buffers]
 
 
 def _float(bias):

@@ -86,7 +86,7 @@ def pick_tile(kernel: str, dtype: torch.dtype, architecture: str) -> Tile:
 # ---------------------------------------------------------------------------------------------------- forward
 
 
-def forward(hiddens, weight, targets, bias, temperature):
+def forward(hiddens, weight, targets, bias, temperature, buffers):
     """As branches.py says."""
     hiddens, weight, targets = [h.contiguous() for h in hiddens], weight.contiguous(), targets.contiguous()
     batches = [_forward_batch([h[rows] for h in hiddens], weight, targets[rows], bias, temperature)
@@ -134,7 +134,7 @@ class _Side(NamedTuple):
     grad_hidden: Tensor | None  # float32, to be added to
 
 
-def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias):
+def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias, buffers):
     """As branches.py says."""
     weight = weight.contiguous()
     grad_hidden = [

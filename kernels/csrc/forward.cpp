@@ -1,0 +1,77 @@
+// Forward: the hidden states are packed once; the threads share the vocabulary. A thread packs a tile of the weight,
+// multiplies each panel of tokens of both branches by it, and takes the logits, while they are in its first-level
+// cache, into running sums, and keeps them for the backward pass where it is told to.
+#include "operands.h"
+#include "operators.h"
+
+namespace vogue {
+
+constexpr double kLowest = -1e30;  // below every logit, and far from overflow
+
+// Keeps a tile's logits of some tokens: `count` from column `first` on, in tiles of `width`.
+static void keep_tile(
+    const Running& running, int64_t rows, int64_t count, int64_t width, const KeptLogits& kept, int64_t row,
+    int64_t first) {
+  processor().keep(
+      rows, count, width, running.logits, running.maximum, rows_from(kept.logits, row, first));
+  float* reference = kept.reference[first / width].mutable_data_ptr<float>() + row;
+  std::copy_n(running.maximum, rows, reference);
+}
+
+// hiddens: one or two (N, D); weight: (V, D), float32, bfloat16 or float16; targets: (N,) in [0, V); bias: (V,) float32.
+// scale: of differences of h Wᵀ + bias to bits. Returns the running sums of each share of the vocabulary, (branches,
+// 3 or 4, shares, N) float64: maximum, sum, weighted and, for two branches, cross; and the target's logit, (branches, N)
+// float32. kept_logits, references: of each branch, see KeptLogits; their K and number of tiles say how many are kept.
+std::tuple<Tensor, Tensor> forward(
+    at::TensorList hiddens, const Tensor& weight, const Tensor& targets, const std::optional<Tensor>& bias,
+    double scale, at::TensorList kept_logits, at::TensorList references) {
+  const Products products = products_for(weight.scalar_type());
+  const int64_t branches = hiddens.size(), n = targets.size(0), vocab = weight.size(0), depth = weight.size(1);
+  const int64_t width = tile_columns(products, depth), tiles = (vocab + width - 1) / width;
+  const int64_t shares = std::min<int64_t>(at::get_num_threads(), tiles), fields = branches == 2 ? 4 : 3;
+  const std::vector<Panels> panels = pack_hidden_states(products, hiddens);
+  const Tensor partial = at::zeros({branches, fields, shares, n}, at::kDouble);
+  partial.select(1, 0).fill_(kLowest);
+  const Tensor target_logits = at::empty({branches, n}, at::kFloat);
+  double* sums = partial.mutable_data_ptr<double>();
+  float* found = target_logits.mutable_data_ptr<float>();
+  const int64_t* target = targets.const_data_ptr<int64_t>();
+  const float* biases = bias_of(bias);
+  const View columns = transposed(view(weight));
+
+  parallel(products, shares, [&](int64_t share) {
+    const Tiles tile(products, width, depth, width);
+    const Buffer logits(branches * products.panel * width * sizeof(float));
+    for (int64_t t = tiles * share / shares; t < tiles * (share + 1) / shares; ++t) {
+      const int64_t first = t * width, count = std::min(width, vocab - first);
+      products.pack_tile(columns, first, count, panels[0].depth(), tile[0]);
+      for (int64_t row = 0; row < n; row += products.panel) {
+        const int64_t rows = std::min(products.panel, n - row);
+        Running running[2];
+        for (int64_t branch = 0; branch < branches; ++branch) {
+          float* out = logits.floats() + branch * products.panel * width;
+          products.multiply(panels[branch].depth(), round_up(count, products.group),
+                            panels[branch][row / products.panel], tile[0], out, width, false);
+          auto field = [&](int64_t f) { return sums + ((branch * fields + f) * shares + share) * n + row; };
+          running[branch] = {out, field(0), field(1), field(2), branches == 2 ? field(3) : nullptr};
+        }
+        processor().statistics(rows, count, width, biases ? biases + first : nullptr, static_cast<float>(scale),
+                               running[0], branches == 2 ? &running[1] : nullptr);
+        for (int64_t branch = 0; branch < branches; ++branch) {
+          const KeptLogits kept{kept_logits[branch], references[branch]};
+          if (kept.holds(first + count)) keep_tile(running[branch], rows, count, width, kept, row, first);
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t column = target[row + i] - first;
+          if (column >= 0 && column < count)
+            for (int64_t branch = 0; branch < branches; ++branch)
+              found[branch * n + row + i] = running[branch].logits[i * width + column];
+        }
+      }
+    }
+  });
+  partial.narrow(1, 2, fields - 2).mul_(scale);  // to bits
+  return {partial, target_logits};
+}
+
+}  // namespace vogue

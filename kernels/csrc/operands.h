@@ -1,0 +1,158 @@
+// What the operators multiply: torch's tensors as matrices, packed for the processor's products, and the threads.
+#pragma once
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "processor.h"
+
+namespace vogue {
+
+using at::Tensor;
+
+// ------------------------------------------------------------------------------------------------------ processor
+
+const Processor& processor();                   // the best one that this machine can run
+Products products_for(at::ScalarType dtype);  // of matrices of this type
+std::string description();                      // of the processor and of how matrices of bfloat16 are multiplied
+
+// ------------------------------------------------------------------------------------------------------ operands
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  const auto dtype = tensor.scalar_type();
+  return dtype == at::kFloat ? Dtype::f32 : dtype == at::kBFloat16 ? Dtype::bf16 : Dtype::f16;
+}
+
+inline View view(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), dtype_of(tensor), tensor.size(0),
+          tensor.size(1),          tensor.stride(0), tensor.stride(1)};
+}
+
+// Element (row, column) of a matrix with contiguous rows and all that follows it.
+inline Rows rows_from(const Tensor& matrix, int64_t row, int64_t column) {
+  const int64_t offset = (row * matrix.stride(0) + column) * matrix.element_size();
+  return {static_cast<char*>(matrix.data_ptr()) + offset, dtype_of(matrix), matrix.stride(0)};
+}
+
+inline View slice_rows(View matrix, int64_t first, int64_t count, int64_t element_bytes) {
+  matrix.data = static_cast<const char*>(matrix.data) + first * matrix.row_stride * element_bytes;
+  matrix.rows = std::min(count, matrix.rows - first);
+  return matrix;
+}
+
+inline View transposed(const View& matrix) {
+  return {matrix.data, matrix.dtype, matrix.columns, matrix.rows, matrix.column_stride, matrix.row_stride};
+}
+
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes) : memory_(at::empty({bytes}, at::kByte)) {}
+  char* at_byte(int64_t offset) const { return static_cast<char*>(memory_.mutable_data_ptr()) + offset; }
+  float* floats() const { return reinterpret_cast<float*>(at_byte(0)); }
+
+ private:
+  Tensor memory_;
+};
+
+// The left operand of a product: rows [first, last) of a matrix in panels.
+class Panels {
+ public:
+  Panels(const Products& products, int64_t rows, int64_t depth)
+      : products_(products),
+        depth_(round_up(depth, products.depth_group)),
+        bytes_(products.panel * depth_ * products.element_bytes),
+        buffer_(round_up(rows, products.panel) / products.panel * bytes_) {}
+  int64_t depth() const { return depth_; }
+  char* operator[](int64_t panel) const { return buffer_.at_byte(panel * bytes_); }
+  void pack(const View& matrix, int64_t first, int64_t panel) const {
+    products_.pack_panel(matrix, first, depth_, (*this)[panel]);
+  }
+
+ private:
+  Products products_;
+  int64_t depth_, bytes_;
+  Buffer buffer_;
+};
+
+// The right operand: a matrix in tiles of `width` columns.
+class Tiles {
+ public:
+  Tiles(const Products& products, int64_t columns, int64_t depth, int64_t width)
+      : products_(products),
+        columns_(columns),
+        depth_(round_up(depth, products.depth_group)),
+        width_(width),
+        bytes_(width * depth_ * products.element_bytes),
+        buffer_(count() * bytes_) {}
+  int64_t count() const { return (columns_ + width_ - 1) / width_; }
+  int64_t width() const { return width_; }
+  int64_t depth() const { return depth_; }
+  int64_t padded_columns(int64_t tile) const {
+    return round_up(std::min(width_, columns_ - tile * width_), products_.group);
+  }
+  char* operator[](int64_t tile) const { return buffer_.at_byte(tile * bytes_); }
+  void pack(const View& matrix, int64_t tile) const {
+    const int64_t first = tile * width_;
+    products_.pack_tile(matrix, first, std::min(width_, columns_ - first), depth_, (*this)[tile]);
+  }
+
+ private:
+  Products products_;
+  int64_t columns_, depth_, width_, bytes_;
+  Buffer buffer_;
+};
+
+// Of the tiles of a right operand as deep as that.
+inline int64_t tile_columns(const Products& products, int64_t depth) {
+  constexpr int64_t kBytes = 512 << 10;  // of a packed tile: it is to stay in the second-level cache
+  constexpr int64_t kMostColumns = 128;
+  const int64_t fitting = kBytes / (round_up(depth, products.depth_group) * products.element_bytes);
+  return std::clamp(fitting / products.group * products.group, products.group, kMostColumns);
+}
+
+// Runs function(i) for i in [0, count) on torch's threads, each of which takes a share of them in order.
+template <class Function>
+void parallel(const Products& products, int64_t count, Function function) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) function(i);
+    products.release();
+  });
+}
+
+// A strip of [0, size) for each thread, of whole panels.
+template <class Function>
+void parallel_strips(const Products& products, int64_t size, Function function) {
+  const int64_t strip = round_up((size + at::get_num_threads() - 1) / at::get_num_threads(), products.panel);
+  parallel(products, (size + strip - 1) / strip, [&](int64_t i) {
+    function(i * strip, std::min(size, (i + 1) * strip));
+  });
+}
+
+inline std::vector<Panels> pack_hidden_states(const Products& products, at::TensorList hiddens) {
+  std::vector<Panels> packed;
+  for (const Tensor& hidden : hiddens) {
+    const Panels& panels = packed.emplace_back(products, hidden.size(0), hidden.size(1));
+    const View matrix = view(hidden);
+    parallel(products, (hidden.size(0) + products.panel - 1) / products.panel, [&](int64_t panel) {
+      panels.pack(matrix, panel * products.panel, panel);
+    });
+  }
+  return packed;
+}
+
+// Logits that the forward pass keeps for the backward pass, as vogue_kernels/kept.py lays them out.
+struct KeptLogits {
+  Tensor logits;     // (N, K) in the dtype of the inputs: less the reference
+  Tensor reference;  // (tiles, N) float32
+  bool holds(int64_t end) const { return end <= logits.size(1); }  // a tile that ends there
+};
+
+inline const float* bias_of(const std::optional<Tensor>& bias) { return bias ? bias->const_data_ptr<float>() : nullptr; }
+
+}  // namespace vogue

@@ -1,0 +1,199 @@
+// The arithmetic on rows of logits. Part of processor.cpp.
+#pragma once
+#include "types.h"
+
+namespace vogue {
+namespace {
+
+// 2^x for x ≤ 0 (and a little above), to 1 ulp; 0 below 2^-126.
+inline float exp2_of_negative(float x) {
+  const float clamped = x < -126.0f ? -126.0f : x;
+  constexpr float kRound = 12582912.0f;  // 1.5 · 2^23: adding it leaves an integer in the low bits
+  const float whole = (clamped + kRound) - kRound;
+  const float f = clamped - whole;
+  // 2^f on [−½, ½], minimax, relative error 1.9e-9.
+  float p = 0.000153458118f;
+  p = p * f + 0.00133999312f;
+  p = p * f + 0.00961848896f;
+  p = p * f + 0.0555032878f;
+  p = p * f + 0.240226469f;
+  p = p * f + 0.693147206f;
+  p = p * f + 1.0f;
+  p *= __builtin_bit_cast(float, (int32_t(whole) + 127) << 23);
+  return x < -126.0f ? 0.0f : p;
+}
+
+float add_bias_and_find_maximum(float* logits, int64_t columns, const float* bias) {
+  if (bias)
+    for (int64_t j = 0; j < columns; ++j) logits[j] += bias[j];
+  float maximum = logits[0];
+#pragma omp simd reduction(max : maximum)
+  for (int64_t j = 0; j < columns; ++j) maximum = logits[j] > maximum ? logits[j] : maximum;
+  return maximum;
+}
+
+// Moves the maximum of row i to cover this tile; returns how far it moved (≤ 0).
+double move_maximum(const Running& running, int64_t i, float maximum) {
+  const double old = running.maximum[i];
+  if (maximum > old) running.maximum[i] = maximum;
+  return old - running.maximum[i];
+}
+
+// Moves the sums of row i to the new maximum and adds those of the tile.
+void accumulate(const Running& running, int64_t i, double shift, double factor, float sum, float weighted) {
+  running.weighted[i] = factor * (running.weighted[i] + running.sum[i] * shift) + weighted;
+  running.sum[i] = factor * running.sum[i] + sum;
+}
+
+void statistics_of_one(const Running& a, int64_t i, float* logits, int64_t columns, const float* bias, float scale) {
+  const double shift = move_maximum(a, i, add_bias_and_find_maximum(logits, columns, bias));
+  const float maximum = a.maximum[i];
+  float sum = 0, weighted = 0;
+#pragma omp simd reduction(+ : sum, weighted)
+  for (int64_t j = 0; j < columns; ++j) {
+    const float below = logits[j] - maximum, e = exp2_of_negative(below * scale);
+    sum += e;
+    weighted += e * below;
+  }
+  accumulate(a, i, shift, __builtin_exp2(shift * scale), sum, weighted);
+}
+
+void statistics_of_both(
+    const Running& a, const Running& b, int64_t i, float* logits_a, float* logits_b, int64_t columns,
+    const float* bias, float scale) {
+  const double shift_a = move_maximum(a, i, add_bias_and_find_maximum(logits_a, columns, bias));
+  const double shift_b = move_maximum(b, i, add_bias_and_find_maximum(logits_b, columns, bias));
+  const float maximum_a = a.maximum[i], maximum_b = b.maximum[i];
+  float sum_a = 0, weighted_a = 0, cross_a = 0, sum_b = 0, weighted_b = 0, cross_b = 0;
+#pragma omp simd reduction(+ : sum_a, weighted_a, cross_a, sum_b, weighted_b, cross_b)
+  for (int64_t j = 0; j < columns; ++j) {
+    const float below_a = logits_a[j] - maximum_a, e_a = exp2_of_negative(below_a * scale);
+    const float below_b = logits_b[j] - maximum_b, e_b = exp2_of_negative(below_b * scale);
+    const float difference = below_a - below_b;
+    sum_a += e_a;
+    sum_b += e_b;
+    weighted_a += e_a * below_a;
+    weighted_b += e_b * below_b;
+    cross_a += e_a * difference;
+    cross_b += e_b * difference;
+  }
+  const double factor_a = __builtin_exp2(shift_a * scale), factor_b = __builtin_exp2(shift_b * scale);
+  const double moved = shift_a - shift_b;
+  a.cross[i] = factor_a * (a.cross[i] + a.sum[i] * moved) + cross_a;
+  b.cross[i] = factor_b * (b.cross[i] + b.sum[i] * moved) + cross_b;
+  accumulate(a, i, shift_a, factor_a, sum_a, weighted_a);
+  accumulate(b, i, shift_b, factor_b, sum_b, weighted_b);
+}
+
+void statistics(
+    int64_t rows, int64_t columns, int64_t stride, const float* bias, float scale, const Running& a, const Running* b) {
+  for (int64_t i = 0; i < rows; ++i)
+    if (b)
+      statistics_of_both(a, *b, i, a.logits + i * stride, b->logits + i * stride, columns, bias, scale);
+    else
+      statistics_of_one(a, i, a.logits + i * stride, columns, bias, scale);
+}
+
+void keep(int64_t rows, int64_t columns, int64_t stride, const float* logits, const double* maximum, Rows out) {
+  with_type(out.dtype, [&](auto element) {
+    typedef decltype(element) T;
+    for (int64_t i = 0; i < rows; ++i) {
+      const float *from = logits + i * stride, reference = maximum[i];
+      T* to = static_cast<T*>(out.data) + i * out.stride;
+#pragma omp simd
+      for (int64_t j = 0; j < columns; ++j) {
+        const float below = from[j] - reference;
+        to[j] = below < kLowestKept<T> ? kLowestKept<T> : below;
+      }
+    }
+  });
+}
+
+void restore(
+    int64_t rows, int64_t columns, int64_t stride, const Rows& kept, const float* reference, float* logits) {
+  with_type(kept.dtype, [&](auto element) {
+    typedef decltype(element) T;
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* from = static_cast<const T*>(kept.data) + i * kept.stride;
+      float* to = logits + i * stride;
+#pragma omp simd
+      for (int64_t j = 0; j < columns; ++j) to[j] = from[j] + reference[i];
+    }
+  });
+}
+
+void round(int64_t rows, int64_t columns, int64_t stride, const float* in, Rows out) {
+  with_type(out.dtype, [&](auto element) {
+    typedef decltype(element) T;
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* from = in + i * stride;
+      T* to = static_cast<T*>(out.data) + i * out.stride;
+#pragma omp simd
+      for (int64_t j = 0; j < columns; ++j) to[j] = from[j];
+    }
+  });
+}
+
+// The numbers of one row (see Numbers) and its log2 p, which replaces the logits.
+struct Row {
+  float* logp;
+  float c0, c1, c2, c3, c4;
+};
+
+Row log2_softmax(const Numbers& side, int64_t i, int64_t columns, float scale) {
+  auto number = [&](int k) { return side.numbers[k * side.stride + i]; };
+  float* logits = side.logits + i * side.logits_stride;
+  const float maximum = number(0), logsum = number(1);
+  if (side.bias)
+    for (int64_t j = 0; j < columns; ++j) logits[j] += side.bias[j];
+  for (int64_t j = 0; j < columns; ++j) logits[j] = (logits[j] - maximum) * scale - logsum;
+  return {logits, number(2), number(3), number(4), number(5), number(6)};
+}
+
+void gradient_of_one(const Row& row, int64_t columns) {
+  float* logp = row.logp;
+#pragma omp simd
+  for (int64_t j = 0; j < columns; ++j) logp[j] = exp2_of_negative(logp[j]) * (row.c0 + row.c1 * logp[j]);
+}
+
+// p is of `row`, q of `other`; columns from `start` on, to `out`, which may be where either stands.
+void gradient_of_crossing(const Row& row, const Row& other, int64_t start, int64_t columns, float* out) {
+  const float *logp = row.logp + start, *logq = other.logp + start;
+#pragma omp simd
+  for (int64_t j = 0; j < columns; ++j) {
+    const float inner = row.c0 + row.c1 * logp[j] + row.c2 * (logp[j] - logq[j]);
+    out[j] = exp2_of_negative(logp[j]) * inner - row.c3 * exp2_of_negative(logq[j]);
+  }
+}
+
+void gradients_of_both(const Row& a, const Row& b, int64_t columns, bool written_a, bool written_b) {
+  constexpr int64_t kPiece = 64;  // columns at a time: the gradient of a waits while that of b is computed
+  float waiting[kPiece];
+  for (int64_t start = 0; start < columns; start += kPiece) {
+    const int64_t count = columns - start < kPiece ? columns - start : kPiece;
+    if (written_a) gradient_of_crossing(a, b, start, count, waiting);
+    if (written_b) gradient_of_crossing(b, a, start, count, b.logp + start);
+    if (written_a) __builtin_memcpy(a.logp + start, waiting, count * sizeof(float));
+  }
+}
+
+void gradients(
+    int64_t rows, int64_t columns, const int64_t* targets, int64_t first, float scale, const Numbers& a,
+    const Numbers* b) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t target = targets[i] - first;
+    const bool here = target >= 0 && target < columns;
+    const Row row = log2_softmax(a, i, columns, scale);
+    if (b) {
+      const Row other = log2_softmax(*b, i, columns, scale);
+      gradients_of_both(row, other, columns, a.written, b->written);
+      if (here && b->written) other.logp[target] += other.c4;
+    } else {
+      gradient_of_one(row, columns);
+    }
+    if (here && a.written) row.logp[target] += row.c4;
+  }
+}
+
+}  // namespace
+}  // namespace vogue

@@ -1,0 +1,53 @@
+// The elements of a matrix, their conversion, and the width of a vector. Part of processor.cpp.
+#pragma once
+#include "processor.h"
+
+#if defined(__AVX512F__)
+#define LANES 16  // floats in a vector
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+namespace vogue {
+namespace {
+
+uint32_t round_to_bf16(float value) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
+  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  return nan ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+struct F32 {
+  float value;
+  void operator=(float from) { value = from; }
+  operator float() const { return value; }
+};
+struct BF16 {
+  uint16_t bits;
+  void operator=(float from) { bits = round_to_bf16(from); }
+  operator float() const { return __builtin_bit_cast(float, uint32_t(bits) << 16); }
+};
+struct F16 {
+  _Float16 value;
+  void operator=(float from) { value = from; }
+  operator float() const { return value; }
+};
+
+// Calls function(T{}), T being the type of such elements.
+template <class Function>
+void with_type(Dtype dtype, Function function) {
+  if (dtype == Dtype::f32) function(F32{});
+  if (dtype == Dtype::bf16) function(BF16{});
+  if (dtype == Dtype::f16) function(F16{});
+}
+
+// Where float16 has an infinity, what is kept of a logit mustn't: p log p would be 0 · ∞.
+template <class T>
+constexpr float kLowestKept = -3e38f;
+template <>
+constexpr float kLowestKept<F16> = -65504.0f;
+
+}  // namespace
+}  // namespace vogue
