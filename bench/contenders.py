@@ -19,6 +19,8 @@ from vogue_kernels import (
     shaped_advantage,
 )
 
+ENOUGH = 1 << 40  # bytes: all logits are kept for the backward pass
+
 
 class Contender(NamedTuple):
     computes: str
@@ -166,6 +168,9 @@ def backward(given: Inputs) -> dict[str, Contender]:
 
     return {
         "vogue": contender(f"{per_token}; entropy too", lambda *x: linear_logprob(*x).logprob),
+        "vogue-kept": contender(
+            f"{per_token}; entropy too; logits kept", lambda *x: linear_logprob(*x, keep_logits_bytes=ENOUGH).logprob
+        ),
         "reference": contender(f"{per_token}; entropy too", lambda *x: linear_logprob(*x, backend="torch").logprob),
         "eager": contender(per_token, eager_logprob),
         "compile": contender(per_token, torch.compile(eager_logprob, dynamic=False)),
@@ -194,17 +199,18 @@ def trainer(given: Inputs) -> dict[str, Contender]:
     compiled = torch.compile(eager_trained, dynamic=False)
     computes = "both branches' statistics, gradients of one log-probability"
 
-    def vogue(backend):
+    def vogue(**options):
         def logprob():
-            return linear_branch_stats(other, hidden, weight, given.targets, bias, backend=backend).logprob_q
+            return linear_branch_stats(other, hidden, weight, given.targets, bias, **options).logprob_q
 
         return Contender(computes, gradients_of(logprob, hidden, weight))
 
     plain = other, hidden, weight, bias, given.targets
     multiplied = *((x, weight.T, logits) for x in (other, hidden, hidden)), (logits, weight, grad_hidden)
     return {
-        "vogue": vogue("auto"),
-        "reference": vogue("torch"),
+        "vogue": vogue(),
+        "vogue-kept": vogue(keep_logits_bytes=ENOUGH),
+        "reference": vogue(backend="torch"),
         "eager": Contender(computes, gradients_of(lambda: eager_trained(*plain)[0], hidden, weight)),
         "compile": Contender(computes, gradients_of(lambda: compiled(*plain)[0], hidden, weight)),
         "floor": Contender("five matrix products", products(*multiplied, (logits.T, hidden, grad_weight))),
@@ -224,9 +230,14 @@ def divergence(given: Inputs) -> dict[str, Contender]:
     multiplied = [(x, weight.T, out) for x, out in ((p, logits[0]), (q, logits[1]))]
     multiplied += [(out, weight, grad_hidden) for out in logits]
     multiplied += [(out.T, x, grad_weight) for x, out in ((p, logits[0]), (q, logits[1]))]
+
+    def vogue(**options):
+        return contender(lambda: linear_branch_stats(p, q, weight, given.targets, **options).symmetric_kl)
+
     return {
-        "vogue": contender(lambda: linear_branch_stats(p, q, weight, given.targets).symmetric_kl),
-        "reference": contender(lambda: linear_branch_stats(p, q, weight, given.targets, backend="torch").symmetric_kl),
+        "vogue": vogue(),
+        "vogue-kept": vogue(keep_logits_bytes=ENOUGH),
+        "reference": vogue(backend="torch"),
         "eager": contender(lambda: eager_symmetric_kl(p, q, weight)),
         "compile": contender(lambda: compiled(p, q, weight)),
         "floor": Contender("six matrix products and the logits' again", products(*multiplied[:2], *multiplied)),
@@ -300,6 +311,6 @@ WORK = {
     ),
 }
 CONTENDERS = (
-    *("vogue", "vogue-grpo", "reference", "eager", "compile"),
+    *("vogue", "vogue-kept", "vogue-grpo", "reference", "eager", "compile"),
     *("liger-scaled", "liger", "liger-ce", "cce", "floor"),
 )

@@ -106,11 +106,11 @@ def _shown(tile) -> str:
 
 
 def _candidates(chosen, own_group: int) -> list[tuple]:
-    """(tile, GROUP) to try, the chosen first; all of them keep their accumulators in registers, by gpu_static."""
-    shapes = [(128, 256, 64, 8), (128, 128, 64, 8), (64, 256, 64, 8), (64, 128, 64, 4)]
-    tried = [chosen._replace(tokens=t, vocab=v, depth=d, warps=w) for t, v, d, w in shapes]
-    tried = [tile._replace(stages=stages) for tile in tried for stages in (4, 3)]
-    return [(chosen, own_group), (chosen, 2 * own_group), *((tile, own_group) for tile in tried if tile != chosen)]
+    """(tile, GROUP) to try, the chosen one first. Few, because each is compiled for some seconds."""
+    wide = chosen._replace(vocab=256 if chosen.vocab < 256 else 128)
+    half = chosen._replace(tokens=64, vocab=256) if chosen.vocab == 256 else chosen._replace(tokens=64, warps=4)
+    tried = [(tile, own_group) for tile in (wide, chosen._replace(stages=3), half)]
+    return [(chosen, own_group), (chosen, 2 * own_group), *tried]
 
 
 def _gradient(both: bool, entropy: bool, bias: bool) -> Callable[[Inputs], Callable[[], tuple]]:
@@ -141,7 +141,7 @@ def _forward(both: bool, bias: bool) -> Callable[[Inputs], Callable[[], tuple]]:
     return make
 
 
-# Key of gpu.TILES: a step that takes that tile.
+# Key of gpu.TILES: a step that takes that tile. The trainer's own stand first.
 KERNELS = {
     "forward both": _forward(both=True, bias=True),
     "gradient": _gradient(both=False, entropy=False, bias=True),

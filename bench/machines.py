@@ -59,7 +59,7 @@ class Gpu:
         return 2 * source.nbytes / self.seconds(lambda: target.copy_(source))
 
     def seconds(self, run, repeats: int = 10) -> float:
-        """Of one of several runs that follow each other, the median of five."""
+        """Of one of several runs that follow each other: the median of six such rows, of which the first warms up."""
         return statistics.median(
             1e-3 * self.milliseconds(lambda: [run() for _ in range(repeats)]) / repeats for _ in range(6)
         )

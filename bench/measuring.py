@@ -47,7 +47,7 @@ def measure(contenders: dict[str, Contender], machine: Gpu | Cpu, turns: int, un
             except Exception as error:
                 row["note"] = why_not(error)
                 if not isinstance(error, ImportError | NotImplementedError):
-                    traceback.print_exc()
+                    traceback.print_exc(limit=-3)  # the last frames tell it
             machine.free()
     for turn in range(turns):
         if (turn >= 7 and time.monotonic() > until) or (turn >= 1 and time.monotonic() > end):
