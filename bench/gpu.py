@@ -128,6 +128,12 @@ def start_section(name: str, out: Path, options: argparse.Namespace, ends: float
     return report.rows
 
 
+def _named(row: dict) -> str:
+    if "contender" in row:
+        return f"{row['work']}, D {row['D']}, {row['tokens']} tokens, {row['contender']}"
+    return ", ".join(str(row[key]) for key in ("what", "tile", "attention") if key in row)
+
+
 def _kill(process: subprocess.Popen) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, 9)  # its own session's processes alone
@@ -162,7 +168,8 @@ def main() -> int:
         rows = start_section(name, options.out, options, ends)
         for row in rows:
             if "error" in row or "skipped" in row:
-                print("  " + ", ".join(f"{key}: {value}" for key, value in row.items()), flush=True)
+                told = "error" if "error" in row else "skipped"
+                print(f"  {_named(row)}: {told}: {row[told]}", flush=True)
         failed[name] = sum("error" in row for row in rows)
         print(f"  {len(rows)} rows, {failed[name]} of them errors: {options.out / name}.json", flush=True)
     print(f"\nerrors: {', '.join(f'{name} {count}' for name, count in failed.items() if count) or 'none'}")
