@@ -32,7 +32,7 @@ SECONDS = 525  # of all sections together
 
 class Section(NamedTuple):
     module: str  # of this folder; it has a function of the section's name, which takes a Report and Settings
-    seconds: int  # its limit; together they are more than SECONDS, since none should need all of its own
+    seconds: int  # its limit, or its share of the time that is left where that is less
     tells: str
 
 
@@ -40,7 +40,8 @@ class Section(NamedTuple):
 SECTIONS = {
     "machine": Section("gpu_machine", 30, "versions, ceilings, and what the kernels take for granted"),
     "correct": Section("gpu_machine", 30, "small cases on every backend against float64"),
-    "tests": Section("gpu_tests", 140, "the Triton tests, and those of real widths that need a GPU"),
+    "tests": Section("gpu_tests", 110, "the Triton tests, in parallel"),
+    "widths": Section("gpu_tests", 60, "the tests at real widths, which need a GPU"),
     "sanitizer": Section("gpu_tests", 45, "one case under compute-sanitizer"),
     "tiles": Section("gpu_kernels", 75, "the kernels' tiles, one after the other"),
     "kernels": Section("gpu_kernels", 115, "the head beside its peers"),
@@ -98,9 +99,13 @@ def run_section(name: str, out: Path, settings: Settings) -> None:
     report.write()
 
 
-def start_section(name: str, out: Path, options: argparse.Namespace, ends: float) -> list[dict]:
-    """Run a section as a process within its limit; returns its rows, with one more if the process was ended."""
-    limit = min(SECTIONS[name].seconds, ends - time.monotonic())
+def limit_of(name: str, todo: list[str], left: float) -> float:
+    """Seconds for a section, so that each of those still to do has its share of the seconds that are left."""
+    return SECTIONS[name].seconds * min(1.0, left / sum(SECTIONS[other].seconds for other in todo))
+
+
+def start_section(name: str, out: Path, options: argparse.Namespace, limit: float) -> list[dict]:
+    """Run a section as a process within so many seconds; returns its rows, one more if the process was ended."""
     file, log = out / f"{name}.json", out / f"{name}.log"
     file.unlink(missing_ok=True)
     if limit < 5:
@@ -162,10 +167,10 @@ def main() -> int:
         run_section(options.section, options.out, Settings(options.device, options.quick, ends))
         return 0
     failed = {}
-    for name in SECTIONS:  # in their order, however they were asked for
-        if name not in options.only:
-            continue
-        rows = start_section(name, options.out, options, ends)
+    todo = [name for name in SECTIONS if name in options.only]  # in their order, however they were asked for
+    for index, name in enumerate(todo):
+        limit = limit_of(name, todo[index:], ends - time.monotonic())
+        rows = start_section(name, options.out, options, limit)
         for row in rows:
             if "error" in row or "skipped" in row:
                 told = "error" if "error" in row else "skipped"

@@ -11,7 +11,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-SECTIONS = ("machine", "correct", "tests", "sanitizer", "tiles", "kernels", "split", "attention", "training")
+SECTIONS = (  # of bench/gpu.py
+    *("machine", "correct", "tests", "widths", "sanitizer"),
+    *("tiles", "kernels", "split", "attention", "training"),
+)
 
 
 def table(titles: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

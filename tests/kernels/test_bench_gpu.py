@@ -98,7 +98,7 @@ def test_a_section_that_hangs_dies_or_raises_keeps_its_rows_and_has_an_error(tmp
     monkeypatch.setitem(SECTIONS, name, section)
     out = tmp_path / "out"
     out.mkdir()
-    rows = gpu.start_section(name, out, Namespace(device="cpu", quick=True), time.monotonic() + 100)
+    rows = gpu.start_section(name, out, Namespace(device="cpu", quick=True), limit=8)
     assert rows == json.loads((out / f"{name}.json").read_text())["rows"]
     assert "error" in rows[-1]
     assert re.search(error, rows[-1]["error"])
@@ -106,5 +106,12 @@ def test_a_section_that_hangs_dies_or_raises_keeps_its_rows_and_has_an_error(tmp
 
 
 def test_a_section_without_time_left_says_so(tmp_path):
-    rows = gpu.start_section("tiles", tmp_path, Namespace(device="cpu", quick=True), time.monotonic())
+    rows = gpu.start_section("tiles", tmp_path, Namespace(device="cpu", quick=True), limit=4)
     assert "no time was left" in rows[0]["error"]
+
+
+def test_the_sections_share_the_time_that_is_left():
+    todo, seconds = ["split", "attention", "training"], {name: section.seconds for name, section in SECTIONS.items()}
+    assert gpu.limit_of("split", todo, 1000) == seconds["split"]
+    whole = sum(seconds[name] for name in todo)
+    assert gpu.limit_of("attention", todo, whole / 3) == pytest.approx(seconds["attention"] / 3)
