@@ -49,7 +49,8 @@ class KeptLogits(NamedTuple):
 
 def kept_bytes(length, weight: Tensor, at_most: int) -> Any:
     """The size of a buffer that holds all logits of N tokens, or of `at_most` bytes. N may be a symbol of a trace."""
-    room = length * (len(weight) * weight.itemsize + -(-len(weight) // NARROWEST) * compute_dtype(weight).itemsize)
+    vocab = weight.shape[0]
+    room = length * (vocab * weight.itemsize + -(-vocab // NARROWEST) * compute_dtype(weight).itemsize)
     return torch.sym_min(room + ALIGNMENT, at_most)
 
 

@@ -1,4 +1,4 @@
-"""The torch.library operators: schema, fake, autograd, input checks and the choice of the backend.
+"""The torch.library operators: schema, fake, autograd and the choice of the backend.
 
 Under ZeRO-3 the weight is gathered before a module's forward, released after it and gathered again before its
 backward, each time by exchanging the parameter's `.data`. So the weight itself is saved for the backward pass, never a
@@ -11,15 +11,18 @@ import os
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .branches import Branch, compute_dtype, one_branch, two_branches
+from .checks import check_arguments
 from .kept import kept_bytes, serves
 
 IGNORE = -100  # the target of a position to skip, as in torch.nn.functional.cross_entropy
+_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
 
 
 class LogprobStats(NamedTuple):
@@ -57,7 +60,8 @@ def linear_branch_stats(
 
     hidden_p, hidden_q: (N, D); weight: (V, D), bias: (V,), all of one dtype and device. targets: (N,) int64; at
     -100 every result is 0 and no gradient flows. temperature: τ, divides the logits.
-    backend: "auto" (the fastest that can run), "torch", "cpu" or "triton".
+    backend: "auto" (the fastest that can run), "torch", "cpu" or "triton". Under torch.autocast hidden states, weight
+    and bias are cast as `torch.nn.functional.linear` casts them.
     keep_logits_bytes: memory to spend on a faster backward pass. Within it the logits of the first words of the
     vocabulary, all N · V of them at most, are kept in the inputs' dtype; the others are computed again. Only those of a
     branch whose hidden states require a gradient are kept (of both, if only weight or bias do), and none where no
@@ -68,8 +72,10 @@ def linear_branch_stats(
     there is no second derivative). The KLs are never negative, and 0 where the branches are identical. Only gradients
     that are asked for are computed.
 
-    Raises TypeError for a dtype, ValueError for a shape, device, temperature, target or backend that can't be used.
+    Raises TypeError for a dtype, ValueError for a shape, device, temperature, target or backend that can't be used,
+    RuntimeError while a CUDA graph is captured: finding the positions to skip waits for the GPU.
     """
+    weight, hidden_p, hidden_q, bias = _autocast(weight, hidden_p, hidden_q, bias)
     keep = _shares(keep_logits_bytes, [hidden_p, hidden_q], [weight, bias])
     args = (hidden_p, hidden_q, weight, targets, bias, float(temperature), backend, keep)
     return BranchStats(*torch.ops.vogue.linear_branch_stats(*args)[:7])
@@ -88,6 +94,7 @@ def linear_logprob(
 
     hidden: (N, D); all else as in `linear_branch_stats`.
     """
+    weight, hidden, bias = _autocast(weight, hidden, bias)
     keep = _shares(keep_logits_bytes, [hidden], [weight, bias])
     args = (hidden, weight, targets, bias, float(temperature), backend, keep)
     return LogprobStats(*torch.ops.vogue.linear_logprob(*args)[:2])
@@ -102,6 +109,15 @@ def _shares(keep_logits_bytes: int, hiddens: list[Tensor], shared: list[Tensor |
         trained = [any(x is not None and x.requires_grad for x in shared)] * len(hiddens)
     share = keep_logits_bytes // max(sum(trained), 1) if torch.is_grad_enabled() else 0
     return [share if on else 0 for on in trained]
+
+
+def _autocast(weight: Tensor, *others: Any) -> list[Any]:
+    """The tensors as torch.nn.functional.linear takes them: in autocast's dtype where it is on, but for float64."""
+    device = weight.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return [weight, *others]
+    dtype = torch.get_autocast_dtype(device)
+    return [x if x is None or x.dtype not in _AUTOCAST else x.to(dtype) for x in (weight, *others)]
 
 
 # ---------------------------------------------------------------------------------------------------- backends
@@ -119,10 +135,22 @@ def available_backends() -> dict[str, str | None]:
 
 
 def _why_not_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton isn't installed"
+    if reason := _fault_of_triton():
+        return reason
     if not torch.cuda.is_available() and not _interpreting():
         return "no GPU (TRITON_INTERPRET=1 runs its kernels on the CPU, for tests)"
+    return None
+
+
+@cache
+def _fault_of_triton() -> str | None:
+    """Why the installed triton can't be used. It isn't imported for that: TRITON_INTERPRET counts at its import."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None:
+        return "triton isn't installed"
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if not any((folder / "tools" / "tensor_descriptor.py").exists() for folder in folders):
+        return "the installed triton has no tensor descriptors: it needs triton 3.4 or later"
     return None
 
 
@@ -166,39 +194,64 @@ def _implementation(backend: str, weight: Tensor):
 def _forward(backend: str, hiddens: list[Tensor], weight, targets, bias, temperature, keep) -> tuple[Tensor, ...]:
     """Run a backend on the tokens that aren't skipped; the skipped ones get zeros. The kept logits come last."""
     buffers = _empty_buffers(weight, len(targets), keep)
-    kept, length = _kept(targets), len(targets)
+    kept, length = _kept(targets, len(weight)), len(targets)
     if kept is not None:
         hiddens, targets = [hidden[kept] for hidden in hiddens], targets[kept]
     if len(targets) == 0:
         rows = _empty_rows(weight, length, 4 if len(hiddens) == 1 else 11)
         return *(torch.zeros_like(x) for x in rows), *buffers
-    results = _implementation(backend, weight).forward(hiddens, weight, targets, bias, temperature, buffers)
+    with _as_it_is(weight):
+        results = _implementation(backend, weight).forward(hiddens, weight, targets, bias, temperature, buffers)
     return *(_restore(kept, result.to(compute_dtype(weight)), length) for result in results), *buffers
 
 
 def _backward(backend: str, branches: list[Branch], weight, targets, bias, temperature, needs, buffers) -> list[Any]:
-    """The gradients of hidden states, weight and bias that are needed, in this order."""
+    """The gradients of hidden states, weight and bias that are needed, in this order; contiguous, as the fakes say."""
     *needs_hidden, needs_weight, needs_bias = needs
-    kept, length = _kept(targets), len(targets)
+    kept, length = _kept(targets, len(weight)), len(targets)
     if kept is not None:
         branches, targets = [branch.select(kept) for branch in branches], targets[kept]
     wanted = [need or needs_weight or needs_bias for need in needs_hidden]
     if len(targets) == 0 or not any(branch.used and want for branch, want in zip(branches, wanted, strict=True)):
-        hiddens = [weight.new_zeros(length, weight.shape[1])] * len(branches)
-        return [torch.zeros_like(x) for need, x in zip(needs, (*hiddens, weight, bias), strict=True) if need]
+        hiddens = [weight.new_empty(length, weight.shape[1])] * len(branches)
+        return [gradient.zero_() for gradient in _empty_gradients(needs, (*hiddens, weight, bias))]
     if not serves(branches, weight):
         buffers = [buffer[:0] for buffer in buffers]
-    grads_hidden, grad_weight, grad_bias = _implementation(backend, weight).backward(
-        branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias, buffers
-    )
+    with _as_it_is(weight):
+        grads_hidden, grad_weight, grad_bias = _implementation(backend, weight).backward(
+            branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias, buffers
+        )
     grads_hidden = [None if grad is None else _restore(kept, grad, length) for grad in grads_hidden]
-    return [grad for need, grad in zip(needs, (*grads_hidden, grad_weight, grad_bias), strict=True) if need]
+    gradients = zip(needs, (*grads_hidden, grad_weight, grad_bias), strict=True)
+    return [grad.contiguous() for need, grad in gradients if need]
 
 
-def _kept(targets: Tensor) -> Tensor | None:
-    """Indices of the positions that aren't skipped, or None where that is all of them (then nothing is copied)."""
-    kept = (targets != IGNORE).nonzero().squeeze(1)
-    return None if len(kept) == len(targets) else kept
+def _as_it_is(weight: Tensor):
+    """Autocast switched off: backends choose each product's dtype themselves."""
+    return torch.autocast(weight.device.type, enabled=False)
+
+
+def _kept(targets: Tensor, vocab: int) -> Tensor | None:
+    """Indices of the positions that aren't skipped, or None where that is all of them (then nothing is copied).
+
+    Raises ValueError for a target outside the vocabulary. Both are found with one wait for the GPU.
+    """
+    if targets.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("vogue_kernels can't run inside a CUDA graph: it waits for the GPU to find targets to skip")
+    if len(targets) == 0:
+        return None
+    lowest, highest = torch.stack(torch.aminmax(targets)).tolist()
+    if lowest >= 0 and highest < vocab:
+        return None
+    skipped = targets == IGNORE
+    bad = (((targets < 0) | (targets >= vocab)) & ~skipped).nonzero()
+    if len(bad):
+        position = int(bad[0])
+        raise ValueError(
+            f"targets[{position}] = {int(targets[position])} is outside [0, {vocab}); "
+            f"only {IGNORE} marks a position to skip"
+        )
+    return (~skipped).nonzero().squeeze(1)
 
 
 def _restore(kept: Tensor | None, tensor: Tensor, length: int) -> Tensor:
@@ -208,54 +261,11 @@ def _restore(kept: Tensor | None, tensor: Tensor, length: int) -> Tensor:
     return tensor.new_zeros(length, *tensor.shape[1:]).index_copy_(0, kept, tensor)
 
 
-# ---------------------------------------------------------------------------------------------------- checks
-
-
-def _check_shapes(hiddens: dict[str, Tensor], weight: Tensor, targets: Tensor, bias: Tensor | None, temperature):
-    if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(
-            f"weight must be (V, D) and not empty, got {tuple(weight.shape)}; under ZeRO-3 call the operator inside "
-            "the forward of the module that owns the weight, so that it is gathered"
-        )
-    if not weight.dtype.is_floating_point:
-        raise TypeError(f"weight must be floating point, got {weight.dtype}")
-    if targets.dim() != 1:
-        raise ValueError(f"targets must be (N,), got {tuple(targets.shape)}")
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets must be int64, got {targets.dtype}")
-    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        name: (hidden, (len(targets), weight.shape[1])) for name, hidden in hiddens.items()
-    }
-    if bias is not None:
-        expected["bias"] = (bias, (len(weight),))
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must be {shape}, got {tuple(tensor.shape)}, "
-                f"with weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
-            )
-        if tensor.dtype != weight.dtype:
-            raise TypeError(f"{name} must have the dtype of weight, {weight.dtype}, got {tensor.dtype}")
-    for name, tensor in {**{name: tensor for name, (tensor, _) in expected.items()}, "targets": targets}.items():
-        if tensor.device != weight.device:
-            raise ValueError(f"{name} must be on the device of weight, {weight.device}, got {tensor.device}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-
-
-def _check_targets(targets: Tensor, vocab: int):
-    bad = ((targets < 0) | (targets >= vocab)) & (targets != IGNORE)
-    if bad.any():  # waits for the GPU, as finding the positions to skip does
-        position = int(bad.nonzero()[0])
-        raise ValueError(
-            f"targets[{position}] = {int(targets[position])} is outside [0, {vocab}); "
-            f"only {IGNORE} marks a position to skip"
-        )
-
-
 # ---------------------------------------------------------------------------------------------------- linear_logprob
 
-# Each operator returns its results first, then what the backward pass needs besides them.
+# Each operator returns its results first, then what the backward pass needs besides them. All wait for the GPU, which
+# the tag tells torch.compile, so that mode="reduce-overhead" leaves them out of its CUDA graphs.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 def _empty_rows(weight: Tensor, length: int, count: int) -> tuple[Tensor, ...]:
@@ -268,8 +278,12 @@ def _empty_buffers(weight: Tensor, length: int, keep: Sequence[int]) -> tuple[Te
 
 
 def _empty_gradients(needs: Sequence[bool], inputs: Sequence[Tensor | None]) -> list[Tensor]:
-    """Empty gradients of the inputs that need one; an operator can't return None for the others."""
-    return [torch.empty_like(x) for need, x in zip(needs, inputs, strict=True) if need and x is not None]
+    """Empty gradients of the inputs that need one, contiguous; an operator can't return None for the others."""
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for need, x in zip(needs, inputs, strict=True)
+        if need and x is not None
+    ]
 
 
 def _spread(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor | None]:
@@ -278,7 +292,7 @@ def _spread(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor |
     return [next(given) if need else None for need in needs]
 
 
-@torch.library.custom_op("vogue::linear_logprob", mutates_args=())
+@torch.library.custom_op("vogue::linear_logprob", mutates_args=(), tags=_TAGS)
 def _linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -288,18 +302,17 @@ def _linear_logprob(
     backend: str,
     keep: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
-    _check_targets(targets, len(weight))
+    check_arguments({"hidden": hidden}, weight, targets, bias, temperature)
     return _forward(backend, [hidden], weight, targets, bias, temperature, keep)  # pyright: ignore[reportReturnType]
 
 
 @_linear_logprob.register_fake
 def _(hidden, weight, targets, bias, temperature, backend, keep):
-    _check_shapes({"hidden": hidden}, weight, targets, bias, temperature)
+    check_arguments({"hidden": hidden}, weight, targets, bias, temperature)
     return *_empty_rows(weight, targets.shape[0], 4), *_empty_buffers(weight, targets.shape[0], keep)
 
 
-@torch.library.custom_op("vogue::linear_logprob_backward", mutates_args=())
+@torch.library.custom_op("vogue::linear_logprob_backward", mutates_args=(), tags=_TAGS)
 def _linear_logprob_backward(
     grads: Sequence[Tensor | None],
     hidden: Tensor,
@@ -343,7 +356,7 @@ _linear_logprob.register_autograd(_linear_logprob_autograd, setup_context=_linea
 # ---------------------------------------------------------------------------------------------- linear_branch_stats
 
 
-@torch.library.custom_op("vogue::linear_branch_stats", mutates_args=())
+@torch.library.custom_op("vogue::linear_branch_stats", mutates_args=(), tags=_TAGS)
 def _linear_branch_stats(
     hidden_p: Tensor,
     hidden_q: Tensor,
@@ -354,19 +367,18 @@ def _linear_branch_stats(
     backend: str,
     keep: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_shapes({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
-    _check_targets(targets, len(weight))
+    check_arguments({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
     results = _forward(backend, [hidden_p, hidden_q], weight, targets, bias, temperature, keep)
     return results  # pyright: ignore[reportReturnType]
 
 
 @_linear_branch_stats.register_fake
 def _(hidden_p, hidden_q, weight, targets, bias, temperature, backend, keep):
-    _check_shapes({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
+    check_arguments({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
     return *_empty_rows(weight, targets.shape[0], 11), *_empty_buffers(weight, targets.shape[0], keep)
 
 
-@torch.library.custom_op("vogue::linear_branch_stats_backward", mutates_args=())
+@torch.library.custom_op("vogue::linear_branch_stats_backward", mutates_args=(), tags=_TAGS)
 def _linear_branch_stats_backward(
     grads: Sequence[Tensor | None],
     hidden_p: Tensor,
