@@ -38,14 +38,14 @@ class Section(NamedTuple):
 
 # What is wrong with the machine or the kernels first: it explains what fails later.
 SECTIONS = {
-    "machine": Section("gpu_machine", 30, "versions, ceilings, and what the kernels take for granted"),
-    "correct": Section("gpu_machine", 30, "small cases on every backend against float64"),
+    "machine": Section("gpu_machine", 45, "versions, ceilings, and what the kernels take for granted"),
+    "correct": Section("gpu_machine", 40, "small cases on every backend against float64"),
     "tests": Section("gpu_tests", 110, "the Triton tests, in parallel"),
     "widths": Section("gpu_tests", 60, "the tests at real widths, which need a GPU"),
     "sanitizer": Section("gpu_tests", 45, "one case under compute-sanitizer"),
-    "tiles": Section("gpu_kernels", 75, "the kernels' tiles, one after the other"),
+    "tiles": Section("gpu_kernels", 60, "the kernels' tiles, one after the other"),
     "kernels": Section("gpu_kernels", 115, "the head beside its peers"),
-    "split": Section("gpu_kernels", 15, "a step's time by kernel"),
+    "split": Section("gpu_kernels", 25, "a step's time by kernel"),
     "attention": Section("gpu_attention", 60, "attention of shared prompts: right, and how fast"),
     "training": Section("gpu_training", 90, "whole trainings"),
 }

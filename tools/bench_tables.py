@@ -1,6 +1,7 @@
-"""Tables in Markdown, for kernels/README.md and bench/README.md, of what `bash bench/gpu.sh OUT` measured.
+"""Tables in Markdown, for kernels/README.md and bench/README.md, of what a benchmark measured.
 
-    python tools/bench_tables.py OUT
+    python tools/bench_tables.py OUT                    # the folder that bash bench/gpu.sh OUT wrote
+    python tools/bench_tables.py FILE.json              # of bench/kernels.py --json FILE.json
 
 A section that wasn't finished, and every row with an error, is told above the tables. Nothing is left out in silence.
 """
@@ -8,7 +9,7 @@ A section that wasn't finished, and every row with an error, is told above the t
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 SECTIONS = (  # of bench/gpu.py
@@ -91,16 +92,33 @@ def plain(rows: list[dict]) -> str:
 TABLES: dict[str, Callable[[list[dict]], str]] = {"machine": machine, "kernels": kernels}
 
 
-def main() -> int:
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        print("usage: python tools/bench_tables.py OUT, the folder that bench/gpu.sh wrote", file=sys.stderr)
-        return 2
-    files = {name: Path(sys.argv[1]) / f"{name}.json" for name in SECTIONS}
+def of_folder(folder: Path) -> Iterator[str]:
+    files = {name: folder / f"{name}.json" for name in SECTIONS}
     found = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-    for told in complaints(found):
-        print(f"- {told}")
+    yield "\n".join(f"- {told}" for told in complaints(found))
     for name, section in found.items():
-        print(f"\n## {name}, {section['seconds']} s\n\n{TABLES.get(name, plain)(section['rows'])}")
+        yield f"## {name}, {section['seconds']} s\n\n{TABLES.get(name, plain)(section['rows'])}"
+
+
+def of_kernels(file: Path) -> Iterator[str]:
+    results = json.loads(file.read_text())
+    yield ", ".join(f"{name} {value}" for name, value in results["machine"].items())
+    rows = []
+    for section in results["sections"]:
+        same = {name: value for name, value in section.items() if name != "rows"}
+        rows += [same | row | ({} if "ms" in row else {"skipped": row["note"]}) for row in section["rows"]]
+    yield kernels(rows)
+    yield plain(results["errors"])
+
+
+def main() -> int:
+    path = Path(sys.argv[1]) if len(sys.argv) == 2 else None
+    if path is None or not path.exists():
+        print(
+            "usage: python tools/bench_tables.py OUT, a folder of bench/gpu.sh or a file of kernels.py", file=sys.stderr
+        )
+        return 2
+    print("\n\n".join(filter(None, of_folder(path) if path.is_dir() else of_kernels(path))))
     return 0
 
 

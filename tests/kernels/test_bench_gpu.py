@@ -33,8 +33,8 @@ def test_all_sections_run_on_tiny_shapes_without_a_gpu(tmp_path):
     assert steps == {
         (way, method) for way in ("plain loop, tiny", "vogue.trainer, tiny") for method in ("grpo", "vogue")
     }
-    told = subprocess.run([sys.executable, BENCH.parent / "tools" / "bench_tables.py", tmp_path], capture_output=True)
-    table = told.stdout.decode()
+    told = tables_of(tmp_path)
+    table = told.stdout
     assert told.returncode == 0, told.stderr
     assert "| vogue |" in table and "GB/s" in table and "not finished" not in table
 
@@ -103,6 +103,29 @@ def test_a_section_that_hangs_dies_or_raises_keeps_its_rows_and_has_an_error(tmp
     assert "error" in rows[-1]
     assert re.search(error, rows[-1]["error"])
     assert name == "raises" or rows[0] == {"what": "before", "ms": 1}
+
+
+def tables_of(path):
+    command = [sys.executable, str(BENCH.parent / "tools" / "bench_tables.py"), str(path)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_tables_tell_what_failed_and_give_ratios_to_vogue(tmp_path):
+    case = {"work": "forward", "title": "forward", "D": 2048, "V": 151936, "tokens": 64, "dtype": "bfloat16"}
+    case |= {"bound_ms": 1.5, "operations": 10**12}
+    measured = {"computes": "all", "tflops": 500.0, "torch_bytes": 3_000_000, "nvml_bytes": None}
+    rows = [
+        case | measured | {"contender": "vogue", "ms": 2.0, "of_bound": 0.75},
+        case | measured | {"contender": "eager", "ms": 5.0, "of_bound": 0.3},
+        case | {"contender": "cce", "computes": "part", "error": "ValueError: no"},
+    ]
+    section = {"section": "kernels", "finished": False, "seconds": 3, "rows": rows}
+    (tmp_path / "kernels.json").write_text(json.dumps(section))
+    told = tables_of(tmp_path).stdout
+    assert "- kernels: not finished" in told and "- training: not run" in told
+    assert "- kernels: forward, D = 2048, N = 64, cce: ValueError: no" in told
+    assert "| eager | 5 | 2.5 | 500 | 30% | 3 | – | all |" in told
+    assert tables_of(tmp_path / "missing").returncode == 2
 
 
 def test_a_section_without_time_left_says_so(tmp_path):
