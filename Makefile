@@ -1,8 +1,8 @@
 # From a fresh checkout to a trained model on a CPU. `make` lists the targets.
 #
 # The CPU set-up needs the CPU build of torch; where pip finds only CUDA builds, give it PyTorch's CPU
-# index through PIP_EXTRA_INDEX_URL. On a GPU: pip install torch cmake ninja, then
-# pip install --no-build-isolation '.[gpu]'.
+# index through PIP_EXTRA_INDEX_URL. On a GPU: pip install 'torch>=2.13,<2.14' cmake ninja,
+# then pip install --no-build-isolation '.[gpu]'.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Some containers set this; every process would then spend half a minute on compiling what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test long fast lint types bench clean mutants
+.PHONY: help setup demo test long fast lint types bench clean mutants matrix
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -29,7 +29,7 @@ $(VENV)/packages: pyproject.toml constraints.txt tools/match_torch.py
 	$(VENV)/bin/python -m vogue.doctor
 	touch $@
 
-$(VENV)/kernels: $(VENV)/packages setup.py CMakeLists.txt $(wildcard kernels/csrc/*)
+$(VENV)/kernels: $(VENV)/packages kernels/setup.py kernels/CMakeLists.txt $(wildcard kernels/csrc/*)
 	$(VENV)/bin/python setup.py --quiet build_ext --inplace
 	touch $@
 
@@ -55,8 +55,11 @@ types: setup  ## pyright, in basic mode
 mutants: setup  ## single mistakes in a copy of the code: which does no test see?
 	python tools/mutants.py
 
+matrix:  ## vogue_kernels alone, installed and tested on the oldest, a middle and the newest torch; 15 GB, not kept
+	$(PYTHON) tools/matrix.py
+
 bench: setup  ## the head against PyTorch and Liger on this machine, in two minutes; see bench/kernels.py for more
 	python bench/kernels.py --quick
 
 clean:  ## remove .venv and what was built
-	rm -rf $(VENV) build *.egg-info kernels/vogue_kernels/cpu/_C.so
+	rm -rf $(VENV) build kernels/build *.egg-info kernels/*.egg-info kernels/vogue_kernels/cpu/_C.so

@@ -1,10 +1,12 @@
-"""What the Triton kernels compile to, and the roofline bound of two models' heads. Needs no GPU.
+"""What the Triton kernels compile to, and the roofline bound of two models' heads. Needs triton 3.4 or later, no GPU.
 
     python bench/gpu_static.py [--arch sm_80 sm_90 sm_100 gfx942] [--json FILE]
 
-Every tile of vogue_kernels/gpu is compiled ahead of time for bfloat16 and float32: registers and local memory of a
-thread, shared memory of a program, programs that fit on a multiprocessor, tensor instructions. D and V are arguments of
-the compiled kernels: D = 2048 and 3584 and V = 151,936 and 152,064 give the same code, as does every D that is a
+Every tile of vogue_kernels/gpu is compiled ahead of time for bfloat16, with many tokens and with few, and for float32:
+registers and local memory of a thread, shared memory of a program, programs that fit on a multiprocessor, tensor
+instructions. Registers that are spilled to local memory after the products cost some hundred cycles of a tile. Among
+the products they would cost as much at every step; such instructions are counted by themselves. D and V are arguments
+of the compiled kernels: D = 2048 and 3584 and V = 151,936 and 152,064 give the same code, as does every D that is a
 multiple of a tile's depth with every V that is one of 16. For other V a few registers may spill.
 
 The bound says how fast an H100 could be at most (roofline.py). No kernel was timed for it.
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel can't be compiled
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
@@ -28,50 +31,78 @@ from roofline import HEADS, bound, steps
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vogue_kernels import gpu
+from vogue_kernels import BranchStats, gpu
 
-TARGETS = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)}
+TARGETS = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 86, 89, 90, 100, 103, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+COMPILED = ("sm_80", "sm_90", "sm_100", "gfx942")  # unless told otherwise; the others take a row of one of these
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 # Of the tensor cores of sm_80, sm_90, sm_100 and of gfx942; and loads by TMA.
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma_f32", "cp.async.bulk.tensor")
+# The same in machine code, where a spilled register is an STL and an LDL.
+PRODUCTS, SPILLS = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma_f32)"), re.compile(r"\b(STL|LDL|scratch_(load|store))")
 # Of a multiprocessor; on NVIDIA 1 KB of it goes to each program.
-SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "gfx942": 64 << 10}
+SHARED_BYTES = {
+    "sm_80": 164 << 10,
+    **dict.fromkeys(("sm_86", "sm_89", "sm_120"), 100 << 10),
+    **dict.fromkeys(("sm_90", "sm_100", "sm_103"), 228 << 10),
+    "gfx942": 64 << 10,
+}
+TOKENS = {"many": 1024, "few": 64}  # of a batch, for which a tile is picked
 
-# Name: kernel, constants, key of the tile. Terms of a gradient that isn't asked for are compiled out: these are the one
-# of VOGUE's own loss and those with everything.
-FORWARD, GRADIENT = gpu.forward_kernel, gpu.logit_gradient_kernel
+# Name: kernel, constants, key of the tile. Terms of a gradient that isn't asked for are compiled out: these are those
+# that a training launches (PolicyHead always has a bias), and those with everything.
+NOTHING_KEPT = {"KEEP_P": False, "KEEP_Q": False, "KEPT": gpu.NARROWEST}
+FORWARD, GRADIENT, MERGE = gpu.forward_kernel, gpu.logit_gradient_kernel, gpu.merge_kernel
 LOGPROB = {"LOGPROB": True, "ENTROPY": False, "CROSS": False, "WRITE_A": True, "WRITE_B": False}
 ENTROPY = {**LOGPROB, "ENTROPY": True}
 EVERYTHING = {"LOGPROB": True, "ENTROPY": True, "CROSS": True, "WRITE_A": True, "WRITE_B": True}
 VARIANTS = {
-    "forward": (FORWARD, {"BOTH": False, "BIAS": False}, "forward"),
-    "forward, bias": (FORWARD, {"BOTH": False, "BIAS": True}, "forward with bias"),
-    "forward both": (FORWARD, {"BOTH": True, "BIAS": False}, "forward both"),
-    "forward both, bias": (FORWARD, {"BOTH": True, "BIAS": True}, "forward both"),
+    "forward": (FORWARD, {"BOTH": False, "BIAS": False, **NOTHING_KEPT}, "forward"),
+    "forward, bias": (FORWARD, {"BOTH": False, "BIAS": True, **NOTHING_KEPT}, "forward with bias"),
+    "forward, bias, kept": (
+        FORWARD,
+        {"BOTH": False, "BIAS": True, **NOTHING_KEPT, "KEEP_P": True},
+        "forward with bias",
+    ),
+    "forward both": (FORWARD, {"BOTH": True, "BIAS": False, **NOTHING_KEPT}, "forward both"),
+    "forward both, bias": (FORWARD, {"BOTH": True, "BIAS": True, **NOTHING_KEPT}, "forward both"),
     "gradient of logprob": (GRADIENT, {"BOTH": False, "BIAS": False, **LOGPROB}, "gradient of logprob"),
+    "gradient of logprob, bias": (GRADIENT, {"BOTH": False, "BIAS": True, **LOGPROB}, "gradient"),
     "gradient, entropy": (GRADIENT, {"BOTH": False, "BIAS": False, **ENTROPY}, "gradient"),
     "gradient, entropy, bias": (GRADIENT, {"BOTH": False, "BIAS": True, **ENTROPY}, "gradient"),
     "gradient both": (GRADIENT, {"BOTH": True, "BIAS": False, **EVERYTHING}, "gradient both"),
     "gradient both, bias": (GRADIENT, {"BOTH": True, "BIAS": True, **EVERYTHING}, "gradient both"),
 }
+# Kernels without a product, whose tile is always the same.
+SMALL = {
+    "merge": (MERGE, {"BOTH": False, **gpu.MERGE_OPTIONS}, None),
+    "merge both": (MERGE, {"BOTH": True, **gpu.MERGE_OPTIONS}, None),
+    "gradient of kept": (gpu.kept_gradient_kernel, {"LOGPROB": True, "ENTROPY": True, **gpu.KEPT_OPTIONS}, None),
+}
+RESULTS = (*BranchStats._fields, "max_p", "logsum_p", "max_q", "logsum_q")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 MATRICES = {
     **dict.fromkeys(("hidden_p", "hidden_q", "hidden_a", "hidden_b"), "tokens"),
     "weight": "vocab",
 }
-IN_DTYPE = (*MATRICES, "bias", "gradient_a", "gradient_b")
-POINTERS = {"targets": "*i64", **dict.fromkeys(("partial", "target_logits", "numbers_a", "numbers_b"), "*fp32")}
-MULTIPLES_OF_16 = ("V", "D", "stride")
+IN_DTYPE = (*MATRICES, "bias", "gradient_a", "gradient_b", "gradient", "kept_p", "kept_q", "kept")
+FLOATS = (
+    *("partial", "target_logits", "numbers_a", "numbers_b", "numbers", "reference_p", "reference_q", "reference"),
+    *RESULTS,
+)
+POINTERS = {"targets": "*i64", **dict.fromkeys(FLOATS, "*fp32")}
+MULTIPLES_OF_16 = ("V", "D", "stride", "width", "columns", "columns_p", "columns_q")
 
 
-def compile_variant(name: str, dtype: str, architecture: str) -> dict:
+def compile_variant(name: str, dtype: str, architecture: str, tokens: str = "many") -> dict:
     """Compile as a launch with aligned tensors would, and return what the compiled kernel uses."""
-    kernel, _, key = VARIANTS[name]
-    tile, target = gpu.pick_tile(key, DTYPES[dtype], architecture), TARGETS[architecture]
+    kernel, _, key = (VARIANTS | SMALL)[name]
+    tile = gpu.pick_tile(key, DTYPES[dtype], architecture, TOKENS[tokens]) if key else None
     signature, constants, aligned = specialize(name, dtype, tile)
-    names = kernel.arg_names
-    options = {option: constants.pop(option) for option in ("num_warps", "num_stages", "enable_fp_fusion")}
+    options = {option: constants.pop(option) for option in OPTIONS if option in constants}
+    names, target = kernel.arg_names, TARGETS[architecture]
     source = ASTSource(
         kernel,
         signature,
@@ -79,28 +110,34 @@ def compile_variant(name: str, dtype: str, architecture: str) -> dict:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     compiled = triton.compile(source, target=target, options=options)
-    registers, local, assembly = amd_code(compiled) if target.backend == "hip" else nvidia_code(compiled)
+    used = amd_code(compiled) if target.backend == "hip" else nvidia_code(compiled)
     shared = compiled.metadata.shared
     return {
         "architecture": architecture,
         "kernel": name,
         "dtype": dtype,
-        "tile": tile._asdict(),
-        "registers": registers,
-        "local_bytes": local,  # of a thread; all of it is spilled registers
+        "tokens": tokens,
+        "tile": tile and tile._asdict(),
+        "warps": options["num_warps"],
+        "registers": used.registers,
+        "local_bytes": used.local_bytes,
+        "spills_among_products": spills_among_products(used.machine_code),
         "shared_bytes": shared,
-        "programs_per_sm": programs(architecture, registers, shared, tile.warps),
-        "instructions": {instruction: count for instruction in INSTRUCTIONS if (count := assembly.count(instruction))},
+        "programs_per_sm": programs(architecture, used.registers, shared, options["num_warps"]),
+        "instructions": {found: count for found in INSTRUCTIONS if (count := used.assembly.count(found))},
+        "wide_stores": used.assembly.count("st.global.v4"),
+        "narrow_stores": len(re.findall(r"st\.global\.b16\b", used.assembly)),
+        "negations": used.assembly.count("neg.f32"),
     }
 
 
-def specialize(name: str, dtype: str, tile: gpu.Tile) -> tuple[dict, dict, list]:
+def specialize(name: str, dtype: str, tile: gpu.Tile | None) -> tuple[dict, dict, list]:
     """(types of the kernel's arguments, constants and options, arguments known to be multiples of 16)."""
-    kernel, constants, _ = VARIANTS[name]
-    constants = {**gpu.launch_options(tile, tile.depth), **constants}
+    kernel, constants, _ = (VARIANTS | SMALL)[name]
+    constants = {**(gpu.launch_options(tile, tile.depth) if tile else {}), **constants}
     element = {"bf16": "bf16", "f32": "fp32"}[dtype]
     types = {**POINTERS, **dict.fromkeys(IN_DTYPE, f"*{element}"), "log2_scale": "fp32"}
-    if tile.tma:
+    if tile and tile.tma:
         blocks = {"tokens": tile.tokens, "vocab": tile.vocab}
         types |= {name: f"tensordesc<{element}[{blocks[side]}, {tile.depth}]>" for name, side in MATRICES.items()}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
@@ -108,22 +145,42 @@ def specialize(name: str, dtype: str, tile: gpu.Tile) -> tuple[dict, dict, list]
     return signature, constants, aligned
 
 
-def nvidia_code(compiled) -> tuple[int, int, str]:
-    """(registers and bytes of local memory of a thread, assembly)."""
+class Code(NamedTuple):
+    """What was compiled; registers and bytes of local memory of a thread."""
+
+    registers: int
+    local_bytes: int  # all of it is spilled registers
+    assembly: str  # what Triton hands to the assembler: PTX or AMD's
+    machine_code: str
+
+
+def nvidia_code(compiled) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    registers, stack, local = (int(re.search(rf"{field}:(\d+)", text)[1]) for field in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local, compiled.asm["ptx"]
+        usage, machine_code = (
+            subprocess.run([tool, *flags, file.name], check=True, capture_output=True, text=True).stdout
+            for tool, flags in (
+                (triton.knobs.nvidia.cuobjdump.path, ["--dump-resource-usage"]),
+                (triton.knobs.nvidia.nvdisasm.path, ["-c"]),
+            )
+        )
+    registers, stack, local = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK", "LOCAL"))
+    return Code(registers, stack + local, compiled.asm["ptx"], machine_code)
 
 
-def amd_code(compiled) -> tuple[int, int, str]:
+def amd_code(compiled) -> Code:
     """The same; vector registers, with those for accumulators."""
     assembly = compiled.asm["amdgcn"]
     fields = ("vgpr_count", "private_segment_fixed_size")
-    return *(int(re.search(rf"\.{field}: +(\d+)", assembly)[1]) for field in fields), assembly
+    registers, local = (int(re.search(rf"\.{field}: +(\d+)", assembly)[1]) for field in fields)
+    return Code(registers, local, assembly, assembly)
+
+
+def spills_among_products(machine_code: str) -> int:
+    """Instructions that spill or reload before the last product: all that the loop over D could execute."""
+    *_, last = 0, *(match.start() for match in PRODUCTS.finditer(machine_code))
+    return len(SPILLS.findall(machine_code[:last]))
 
 
 def programs(architecture: str, registers: int, shared: int, warps: int) -> int:
@@ -148,29 +205,36 @@ def bounds() -> list[dict]:
     return rows
 
 
+def cases(architectures, dtypes):
+    """(architecture, dtype, tokens, variant) of all that is compiled."""
+    for architecture in architectures:
+        for dtype in dtypes:  # float32 has one tile, for any number of tokens
+            for tokens in ("many", "few") if dtype == "bf16" else ("many",):
+                yield from ((architecture, dtype, tokens, name) for name in VARIANTS)
+        yield from ((architecture, "f32", "many", name) for name in SMALL)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=COMPILED)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--json", type=Path, help="write everything there too")
     arguments = parser.parse_args()
 
     print(f"triton {triton.__version__}, torch {torch.__version__}; compiled ahead of time, nothing was run\n")
-    line = "{:7} {:25} {:5} {:>15} {:>5} {:>6} {:>9} {:>11} {:>11} {:>10}  {}"
-    titles = ("tokens×V×D", "warps", "stages", "registers", "local bytes", "shared", "programs/SM", "instructions")
-    print(line.format("arch", "kernel", "dtype", *titles))
+    line = "{:7} {:25} {:5} {:5} {:>12} {:>5} {:>6} {:>9} {:>11} {:>14} {:>11} {:>11}  {}"
+    titles = "tokens×V×D", "warps", "stages", "registers", "local bytes", "among products", "shared", "programs/SM"
+    print(line.format("arch", "kernel", "dtype", "N", *titles, "instructions"))
     compiled = []
-    for architecture in arguments.arch:
-        for dtype in arguments.dtype:
-            for name in VARIANTS:
-                row = compile_variant(name, dtype, architecture)
-                compiled.append(row)
-                tile = row["tile"]
-                shape = f"{tile['tokens']}×{tile['vocab']}×{tile['depth']}"
-                found = ", ".join(f"{count} {key}" for key, count in row["instructions"].items()) or "none"
-                figures = [row[key] for key in ("registers", "local_bytes", "shared_bytes", "programs_per_sm")]
-                shown = (row["architecture"], name, dtype, shape, tile["warps"], tile["stages"], *figures, found)
-                print(line.format(*shown), flush=True)
+    for architecture, dtype, tokens, name in cases(arguments.arch, arguments.dtype):
+        row = compile_variant(name, dtype, architecture, tokens)
+        compiled.append(row)
+        tile = row["tile"] or dict.fromkeys(gpu.Tile._fields, "-")
+        shape = f"{tile['tokens']}×{tile['vocab']}×{tile['depth']}"
+        found = ", ".join(f"{count} {key}" for key, count in row["instructions"].items()) or "none"
+        fields = "registers", "local_bytes", "spills_among_products", "shared_bytes", "programs_per_sm"
+        shown = architecture, name, dtype, tokens, shape, row["warps"], tile["stages"], *(row[key] for key in fields)
+        print(line.format(*shown, found), flush=True)
 
     print("\nBound of an H100 in bfloat16 (798 TFLOP/s, 3.0 TB/s); a bound, not a measurement\n")
     line = "{:14} {:>6} {:34} {:>8} {:>7} {:>9}  {}"

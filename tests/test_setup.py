@@ -1,10 +1,11 @@
-"""The set-up's own tools: tools/match_torch.py and the build of the C++ kernels."""
+"""The set-up's own tools: tools/match_torch.py, the build of the C++ kernels and their own distribution."""
 
 import os
 import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,8 +111,14 @@ def project(tmp_path):
     for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "README.md").touch()
-    shutil.copytree(ROOT / "kernels" / "csrc", tmp_path / "kernels" / "csrc")
+    copy_kernels(tmp_path)
     return tmp_path
+
+
+def copy_kernels(folder):
+    """kernels/ as a fresh checkout has it."""
+    built = shutil.ignore_patterns("*.so", "build", "*.egg-info", "__pycache__")
+    return shutil.copytree(ROOT / "kernels", folder / "kernels", ignore=built)
 
 
 @pytest.mark.parametrize(
@@ -145,3 +152,40 @@ def test_a_mistake_in_the_sources_is_an_error(project):
     done, library = build(project)
     assert done.returncode != 0
     assert not library.exists()
+
+
+ALONE = """
+import sys
+sys.path.insert(0, {site!r})
+sys.modules["vogue"] = sys.modules["transformers"] = None  # importing them fails
+import torch, vogue_kernels
+stats = vogue_kernels.linear_logprob(torch.zeros(1, 4), torch.zeros(8, 4), torch.tensor([3]))
+print(vogue_kernels.__file__, vogue_kernels.available_backends()["cpu"], stats.entropy.exp().item(), sep="\\n")
+"""
+
+
+def test_the_kernels_are_installed_by_themselves_without_a_compiler(tmp_path):
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", site]
+    environment = os.environ | {"CXX": "/no/compiler"}
+    done = subprocess.run([*pip, copy_kernels(tmp_path)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    (distribution,) = metadata.distributions(path=[str(site)])
+    assert distribution.metadata["Name"] == "vogue-kernels"
+    assert {path.parts[0] for path in distribution.files} == {
+        "vogue_kernels",
+        f"vogue_kernels-{distribution.version}.dist-info",
+    }
+    done = subprocess.run([sys.executable, "-I", "-c", ALONE.format(site=str(site))], capture_output=True, text=True)
+    file, why_not_cpu, choices = done.stdout.splitlines()
+    assert file == str(site / "vogue_kernels" / "__init__.py")
+    assert "wasn't compiled" in why_not_cpu
+    assert float(choices) == pytest.approx(8)
+
+
+def test_the_kernels_ask_for_the_same_packages_in_either_distribution():
+    files = ROOT / "pyproject.toml", ROOT / "kernels" / "pyproject.toml"
+    vogue, kernels = (tomllib.loads(file.read_text())["project"] for file in files)
+    assert vogue["dependencies"] == kernels["dependencies"]
+    assert not any("<" in package for package in kernels["dependencies"])  # a trainer's own pins decide

@@ -3,6 +3,6 @@
 from importlib.metadata import PackageNotFoundError, version
 
 try:
-    __version__ = version("vogue")  # of pyproject.toml, the only place that states it
+    __version__ = version("vogue")  # that of the installation, which vogue_kernels states
 except PackageNotFoundError:  # a checkout on the path, without an installation: which version it is, nobody recorded
     __version__ = "0+not-installed"

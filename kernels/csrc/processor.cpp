@@ -86,7 +86,7 @@ void multiply_group(int64_t words, const Word* a, const Word* b, float* c, int64
 
 template <class Word>
 void multiply(int64_t depth, int64_t columns, const void* a, const void* b, float* c, int64_t stride, bool add) {
-  constexpr int64_t kLongest = 512 / kElements<Word>;  // float32 sums of more terms would lose digits
+  constexpr int64_t kLongest = kElements<Word> == 1 ? 32 : 256;  // longer sums lose digits, most of float32
   const int64_t words = depth / kElements<Word>;
   for (int64_t j = 0; j < columns; j += kGroup)
     for (int64_t k = 0; k < words; k += kLongest)

@@ -17,6 +17,8 @@ from .loss import (
 )
 from .operator import IGNORE, BranchStats, LogprobStats, available_backends, linear_branch_stats, linear_logprob
 
+__version__ = "0.1.0"  # of both distributions, vogue and vogue-kernels, whose pyproject.toml read it here
+
 __all__ = [
     "IGNORE",
     "BranchStats",

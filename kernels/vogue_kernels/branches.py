@@ -3,13 +3,14 @@
 A backend is a module with two functions, which take checked arguments and tokens none of which is skipped:
 
     forward(hiddens, weight, targets, bias, temperature, buffers)
-        one branch: (logprob, entropy, maximum, logsum), two: the seven results of BranchStats and then maximum and
-        logsum of each; all (N,). Maximum and logsum are for the backward pass, which alone understands them. So are the
-        logits that it writes to the buffers, one for each branch, as far as they have room (kept.py).
+        one branch: the results of LogprobStats, then maximum and logsum; two: the results of BranchStats, then maximum
+        and logsum of each; all (N,). Maximum and logsum are for the backward pass, which alone understands them.
+        So are the logits that it writes to the buffers, one for each branch, as far as they have room (kept.py).
     backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias, buffers)
         (gradients of the branches' hidden states, of weight, of bias), None where they aren't needed.
 """
 
+import ctypes
 import math
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ class Branch(NamedTuple):
     g_entropy: Tensor | None
     g_kl: Tensor | None  # of KL(p‖q)
     g_kl_other: Tensor | None  # of KL(q‖p)
+    g_lse: Tensor | None
 
     @property
     def crosses(self) -> bool:
@@ -45,7 +47,7 @@ class Branch(NamedTuple):
     @property
     def used(self) -> bool:
         """Whether this branch's logits have a gradient."""
-        return self.crosses or self.g_logprob is not None or self.g_entropy is not None
+        return self.crosses or any(g is not None for g in (self.g_logprob, self.g_entropy, self.g_lse))
 
     def select(self, index) -> "Branch":
         return Branch(*(field if field is None else field[index] for field in self))  # pyright: ignore[reportArgumentType]
@@ -54,27 +56,27 @@ class Branch(NamedTuple):
 def one_branch(grads, hidden, saved, temperature) -> list[Branch]:
     """Collect what the backward pass of `linear_logprob` needs.
 
-    grads: gradients that arrive at (logprob, entropy), each (N,) or None. saved: (entropy, maximum, logsum).
+    grads: gradients that arrive at (logprob, entropy, lse), each (N,) or None. saved: (entropy, maximum, logsum).
     """
     entropy, maximum, logsum = saved
-    g_logprob, g_entropy = _over(grads, temperature)
-    return [Branch(hidden, maximum, logsum, entropy, None, g_logprob, g_entropy, None, None)]
+    g_logprob, g_entropy, g_lse = _over(grads, temperature)
+    return [Branch(hidden, maximum, logsum, entropy, None, g_logprob, g_entropy, None, None, g_lse)]
 
 
 def two_branches(grads, hidden_p, hidden_q, saved, temperature) -> list[Branch]:
     """Collect what the backward pass of `linear_branch_stats` needs of both branches.
 
-    grads: gradients that arrive at the seven results, each (N,) or None.
+    grads: gradients that arrive at the nine results before the likeliest tokens', each (N,) or None.
     saved: (entropy_p, entropy_q, kl_pq, kl_qp, then maximum and logsum of p and of q).
     """
-    g_logp_p, g_logp_q, g_ent_p, g_ent_q, g_forward, g_reverse, g_symmetric = _over(grads, temperature)
+    g_logp_p, g_logp_q, g_ent_p, g_ent_q, g_forward, g_reverse, g_symmetric, *g_lse = _over(grads, temperature)
     ent_p, ent_q, kl_forward, kl_reverse, max_p, logsum_p, max_q, logsum_q = saved
     if g_symmetric is not None:
         half = g_symmetric / 2
         g_forward = half if g_forward is None else g_forward + half
         g_reverse = half if g_reverse is None else g_reverse + half
-    of_p = (g_logp_p, g_ent_p, g_forward, g_reverse)
-    of_q = (g_logp_q, g_ent_q, g_reverse, g_forward)
+    of_p = (g_logp_p, g_ent_p, g_forward, g_reverse, g_lse[0])
+    of_q = (g_logp_q, g_ent_q, g_reverse, g_forward, g_lse[1])
     return [
         Branch(hidden_p, max_p, logsum_p, ent_p, kl_forward, *of_p),
         Branch(hidden_q, max_q, logsum_q, ent_q, kl_reverse, *of_q),
@@ -93,7 +95,7 @@ def _over(grads, temperature) -> list[Tensor | None]:
 
 def log2_scale(temperature: float) -> float:
     """log₂(e) / τ, rounded to float32 as in the kernels, so that the merge agrees with them."""
-    return torch.tensor(1 / (temperature * LN2), dtype=torch.float32).item()
+    return ctypes.c_float(1 / (temperature * LN2)).value
 
 
 def merge(partial: Tensor, target_logits: Tensor, scale: float) -> tuple[Tensor, ...]:
@@ -114,13 +116,15 @@ def merge(partial: Tensor, target_logits: Tensor, scale: float) -> tuple[Tensor,
     logsum = total.log2()
     logprob = ((target_logits - top) * scale - logsum) * LN2
     entropy = (logsum - weighted / total) * LN2
+    lse = (top * scale + logsum) * LN2
+    top_logprob = -logsum * LN2
     if len(partial) == 1:
-        return logprob[0], entropy[0], top[0], logsum[0]
+        return logprob[0], entropy[0], lse[0], top_logprob[0], top[0], logsum[0]
     expected = cross / total
     difference = logsum[0] - logsum[1]
     divergences = (expected[0] - difference, difference - expected[1], (expected[0] - expected[1]) / 2)
-    # A divergence below zero is rounding.
-    return *logprob, *entropy, *((x * LN2).clamp(min=0) for x in divergences), top[0], logsum[0], top[1], logsum[1]
+    divergences = [(x * LN2).clamp(min=0) for x in divergences]  # one below zero is rounding
+    return *logprob, *entropy, *divergences, *lse, *top_logprob, top[0], logsum[0], top[1], logsum[1]
 
 
 def numbers(branch: Branch) -> Tensor:
@@ -129,10 +133,11 @@ def numbers(branch: Branch) -> Tensor:
     p (c₀ + c₁ log₂ p + c₂ (log₂ p − log₂ q)) − c₃ q + c₄ 1[v=y]
     """
     zero = torch.zeros_like(branch.maximum)
-    g_logprob, g_entropy, g_kl, g_kl_other = (
-        zero if g is None else g for g in (branch.g_logprob, branch.g_entropy, branch.g_kl, branch.g_kl_other)
-    )
-    constant = g_kl_other - g_logprob - g_entropy * branch.entropy - g_kl * (zero if branch.kl is None else branch.kl)
+    given = (branch.g_logprob, branch.g_entropy, branch.g_kl, branch.g_kl_other, branch.g_lse)
+    g_logprob, g_entropy, g_kl, g_kl_other, g_lse = (zero if g is None else g for g in given)
+    constant = g_lse + g_kl_other - g_logprob - g_entropy * branch.entropy
+    if branch.kl is not None:
+        constant = constant - g_kl * branch.kl
     return torch.stack(
         [branch.maximum, branch.logsum, constant, -LN2 * g_entropy, LN2 * g_kl, g_kl_other, g_logprob]
     ).float()

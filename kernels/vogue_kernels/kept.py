@@ -22,19 +22,23 @@ class KeptLogits(NamedTuple):
     it. So what is kept is their distance from the largest logit met so far: the rounding error of p is then at most
     max x e^(−x) = 0.37 units in the last place of the row's largest p, however large the logits are.
 
-    That doesn't hold for log q where p is large and q isn't, which the gradient of a divergence multiplies by p: in 16
-    bits they don't serve for that (`serves`).
+    That doesn't hold for log q where p is large and q isn't, which the gradient of a divergence multiplies by p: there
+    they don't serve (`serve`).
     """
 
     logits: Tensor  # (N, K) in the dtype of the inputs: l − reference, l being what the backend's maximum is of
     reference: Tensor  # (tiles, N): of each tile of the vocabulary
     width: int  # of a tile
 
+    @property
+    def columns(self) -> int:
+        return self.logits.shape[1]
+
     def select(self, rows: slice) -> "KeptLogits":
         return self._replace(logits=self.logits[rows], reference=self.reference[:, rows])
 
     def holds(self, tile: slice) -> bool:
-        return tile.stop <= self.logits.shape[1]
+        return tile.stop <= self.columns
 
     def put(self, distance: Tensor, reference: Tensor, tile: slice) -> None:
         """Keep a tile's distances (n, v) from a reference (n,)."""
@@ -69,6 +73,6 @@ def kept_logits(buffer: Tensor, length: int, weight: Tensor, width: int) -> Kept
     return KeptLogits(logits, references.view(reference).view(tiles, length), width)
 
 
-def serves(branches: list[Branch], weight: Tensor) -> bool:
+def serve(branches: list[Branch]) -> bool:
     """Whether kept logits are exact enough for these gradients."""
-    return weight.itemsize > 2 or not any(branch.crosses for branch in branches)
+    return not any(branch.crosses for branch in branches)

@@ -25,6 +25,7 @@ AGGREGATIONS = ("token-mean", "sequence-mean")
 ROLLOUTS = ("raw", "drawn")
 ENTROPIES = ("trained", "drawn")
 ORDERS = ("parallel", "sequential")
+LOG_RATIO_LIMIT = 20.0  # nats; e^88.8 is infinite in float32, and a clipped token's gradient then 0 · ∞ = NaN
 
 # What `linear_branch_stats` calls them.
 DIVERGENCES = {"symmetric": "symmetric_kl", "forward": "kl_pq", "reverse": "kl_qp"}
@@ -109,11 +110,12 @@ def clipped_surrogate(
     """The loss −min(r A, clip(r, 1 − clip_low, 1 + clip_high) A) of each token, and whether its clipped term was taken.
 
     r = exp(logprob − old_logprob); old_logprob None means the policy that generated is the one trained: r is exactly 1
-    and its gradient that of the log-probability. clip_dual c > 1 bounds the loss of A < 0 by −c A (dual-clip PPO,
-    arXiv 1912.09729), so that a token that became much likelier is not pushed back without limit.
+    and its gradient that of the log-probability. r ends at e^20 = 5e8, beyond which it sends no gradient. clip_dual
+    c > 1 bounds the loss of A < 0 by −c A (dual-clip PPO, arXiv 1912.09729), so that a token that became much likelier
+    is not pushed back without limit.
     """
     old_logprob = logprob.detach() if old_logprob is None else old_logprob
-    ratio = (logprob - old_logprob).exp()
+    ratio = _ratio(logprob, old_logprob)
     surrogate = ratio * advantage
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
     objective, taken = torch.minimum(surrogate, clipped), clipped.detach() < surrogate.detach()
@@ -124,22 +126,31 @@ def clipped_surrogate(
     return -objective, taken
 
 
-def token_weights(lengths: Tensor, how: str) -> Tensor:
+def _ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
+    return (logprob - old_logprob).clamp(max=LOG_RATIO_LIMIT).exp()
+
+
+def token_weights(lengths: Tensor, how: str, num_items: Tensor | float | None = None) -> Tensor:
     """The weight of one token of each sequence, so that the loss is Σ weight · per-token loss.
 
-    lengths: (S,) tokens counted in each sequence of the whole global batch, over all micro-batches and ranks; returns
-    (S,) float32, to be indexed by each token's sequence. Any split of the tokens then sums to the same loss.
+    lengths: (S,) tokens counted in each sequence; returns (S,) float32, to be indexed by each token's sequence.
 
-    "token-mean": 1 / Σ lengths. "sequence-mean": 1 / (S' lengths), the mean over the S' sequences that have a token of
-    each one's token mean. A sequence without tokens weighs 0. Raises ValueError for another `how`.
+    "token-mean": 1 / num_items, by default Σ lengths. "sequence-mean": the mean of each sequence's token mean, that is
+    1 / (num_items · lengths), by default the number of sequences that have a token. A sequence without tokens weighs 0.
+
+    num_items: a number or a () tensor. Without it `lengths` has to hold the whole global batch, of all micro-batches
+    and ranks. With it, any part of that batch does, and the parts' losses sum to the loss of the whole.
+
+    Raises ValueError for another `how`, or where num_items is negative or NaN.
     """
+    _one_of("aggregation", how, AGGREGATIONS)
     lengths = lengths.float()
-    if how == "token-mean":
-        weights = 1 / lengths.sum().clamp(min=1).expand_as(lengths)
-    elif how == "sequence-mean":
-        weights = 1 / (lengths.clamp(min=1) * (lengths > 0).sum().clamp(min=1))
-    else:
-        raise ValueError(f"unknown aggregation {how!r}: choose one of {', '.join(AGGREGATIONS)}")
+    if num_items is None:
+        num_items = lengths.sum() if how == "token-mean" else (lengths > 0).sum()
+    elif not num_items >= 0:
+        raise ValueError(f"the number of items of the batch must not be negative, got {num_items}")
+    weights = 1 / torch.as_tensor(num_items, device=lengths.device).clamp(min=1)  # 0 of them: all weigh 0 below
+    weights = weights.expand_as(lengths) if how == "token-mean" else weights / lengths.clamp(min=1)
     return torch.where(lengths > 0, weights, 0.0)
 
 
@@ -196,36 +207,49 @@ class VogueLoss(nn.Module):
         noisy: bool | Tensor | None = None,
         bias: Tensor | None = None,
         sequence_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return (the loss, a dict of detached scalars).
 
+        Tokens may be packed in one row, (N,), or padded, (B, T): what is (N,) below is of either shape.
+
         hidden: (N, D), the branch that generated, which gets the gradient. weight: (V, D). targets: (N,) int64, -100 to
-        skip. advantages: (N,) or broadcastable. old_logprob: (N,), None for a ratio of 1. mask: (N,) bool, False to
-        skip. hidden_other: (N, D), the other branch, which gets none; needed where z is 1. noisy: the draw z of all
-        tokens or of each; `rollout` says what it decides. bias: (V,). sequence_ids: (N,) int64 in [0, S), needed for
-        "sequence-mean".
+        skip. advantages: (N,) or broadcastable to it, as (B, 1). old_logprob: (N,), None for a ratio of 1. mask: (N,)
+        bool, False to skip. hidden_other: (N, D), the other branch, which gets none; needed where z is 1. noisy: the
+        draw z of all tokens or of each; `rollout` says what it decides. bias: (V,). sequence_ids: (N,) int64 in [0, S),
+        needed for "sequence-mean" of packed tokens; of padded ones each row is a sequence.
+
+        num_items_in_batch: what the loss is divided by: for "token-mean" a number of tokens, for "sequence-mean" one of
+        sequences. None counts those of this call, which is right only where it has the whole global batch. With the
+        global batch's number, the losses of its micro-batches, on all ranks, sum to the loss of the whole; multiply
+        them by what the trainer divides by (ranks, for gradients averaged over them). It is also how other means are
+        chosen: "token-mean" over S × the longest allowed completion is Dr. GRPO's constant (arXiv 2503.20783), and
+        "sequence-mean" over all S counts the sequences that are wholly masked, as TRL's "grpo" does.
 
         Metrics, over the tokens not skipped: entropy (nats, u_out), clip_fraction, out_capped, ratio_mean, ratio_max;
         over those of them with z = 1: u_per (nats), per_capped. Without such a token they are 0.
 
-        Raises ValueError for a missing hidden_other or sequence_ids, and what the operators raise.
+        Raises ValueError for a missing hidden_other or sequence_ids, a shape that doesn't fit, and what the operators
+        and `token_weights` raise.
         """
         kept = targets != IGNORE
         if mask is not None:
-            kept = kept & mask.bool()
-        noisy = torch.as_tensor(bool(noisy) if noisy is None else noisy, device=targets.device).expand_as(kept) & kept
+            kept = kept & _per_token("mask", mask.bool(), targets)
+        noisy = torch.as_tensor(bool(noisy) if noisy is None else noisy, device=targets.device)
+        noisy = _per_token("noisy", noisy, targets) & kept
         logprob, entropy, perception = self._statistics(
             hidden, hidden_other, weight, targets.masked_fill(~kept, IGNORE), bias, noisy
         )
-        shaped = shaped_advantage(advantages.detach(), entropy, perception, noisy, self.guidance)
+        advantages = _per_token("advantages", advantages.detach(), targets)
+        shaped = shaped_advantage(advantages, entropy, perception, noisy, self.guidance)
         if old_logprob is not None:  # a skipped position may hold anything, NaN too
-            old_logprob = torch.where(kept, old_logprob, logprob).detach()
+            old_logprob = torch.where(kept, _per_token("old_logprob", old_logprob, targets), logprob).detach()
         clips = self.clip_low, self.clip_high, self.clip_dual
         per_token, clipped = clipped_surrogate(logprob, old_logprob, shaped.advantage, *clips)
-        weights = self._weights(kept, sequence_ids)
+        weights = self._weights(kept, sequence_ids, num_items_in_batch)
         loss = (weights * torch.where(kept, per_token, 0.0)).sum()
 
-        ratio = torch.ones_like(logprob) if old_logprob is None else (logprob.detach() - old_logprob).exp()
+        ratio = torch.ones_like(logprob) if old_logprob is None else _ratio(logprob.detach(), old_logprob)
         metrics = {
             "entropy": _mean(entropy, kept),
             "u_per": _mean(torch.zeros_like(entropy) if perception is None else perception, noisy),
@@ -256,12 +280,24 @@ class VogueLoss(nn.Module):
             logprob, entropy = stats.logprob_q, stats.entropy_q
         return logprob, entropy.detach(), getattr(stats, DIVERGENCES[self.divergence]).detach()
 
-    def _weights(self, kept, sequence_ids):
+    def _weights(self, kept, sequence_ids, num_items):
+        """The weights of `token_weights`, of each token."""
         if self.aggregation == "token-mean":
-            return token_weights(kept.sum().unsqueeze(0), "token-mean")
+            return token_weights(kept.sum().unsqueeze(0), "token-mean", num_items)
+        if sequence_ids is None and kept.dim() == 1:
+            raise ValueError("sequence-mean of packed tokens needs sequence_ids")
         if sequence_ids is None:
-            raise ValueError("sequence-mean needs sequence_ids")
-        return token_weights(torch.bincount(sequence_ids, weights=kept.float()), "sequence-mean")[sequence_ids]
+            return token_weights(kept.sum(-1), "sequence-mean", num_items).unsqueeze(-1)
+        lengths = torch.bincount(sequence_ids.flatten(), weights=kept.flatten().float())
+        return token_weights(lengths, "sequence-mean", num_items)[sequence_ids]
+
+
+def _per_token(name: str, values: Tensor, targets: Tensor) -> Tensor:
+    """`values` in the shape of `targets`. (B,) isn't spread over (B, T): where B = T it would be misread in silence."""
+    fits = values.dim() == targets.dim() and all(x in (1, n) for x, n in zip(values.shape, targets.shape, strict=True))
+    if values.dim() and not fits:
+        raise ValueError(f"{name} must have the shape of targets, {tuple(targets.shape)}, got {tuple(values.shape)}")
+    return values.expand_as(targets)
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:

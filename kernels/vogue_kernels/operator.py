@@ -19,21 +19,21 @@ from torch import Tensor
 
 from .branches import Branch, compute_dtype, one_branch, two_branches
 from .checks import check_arguments
-from .kept import kept_bytes, serves
-
-IGNORE = -100  # the target of a position to skip, as in torch.nn.functional.cross_entropy
-_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
+from .inputs import IGNORE, Rows, as_rows
+from .kept import kept_bytes, serve
 
 
 class LogprobStats(NamedTuple):
-    """Per-token statistics of one branch, each (N,), in nats."""
+    """Per-token statistics of one branch, each of the shape of the targets, in nats."""
 
     logprob: Tensor
     entropy: Tensor
+    lse: Tensor  # log Σ e^logits
+    top_logprob: Tensor  # that of the likeliest token, which the target is where logprob equals it; without gradient
 
 
 class BranchStats(NamedTuple):
-    """Per-token statistics of two branches, p and q, each (N,), in nats."""
+    """Per-token statistics of two branches, p and q, each of the shape of the targets, in nats."""
 
     logprob_p: Tensor
     logprob_q: Tensor
@@ -42,6 +42,10 @@ class BranchStats(NamedTuple):
     kl_pq: Tensor  # KL(p‖q)
     kl_qp: Tensor  # KL(q‖p)
     symmetric_kl: Tensor  # ½ (KL(p‖q) + KL(q‖p))
+    lse_p: Tensor  # log Σ e^logits
+    lse_q: Tensor
+    top_logprob_p: Tensor  # that of the likeliest token, which the target is where logprob equals it; without gradient
+    top_logprob_q: Tensor
 
 
 def linear_branch_stats(
@@ -52,33 +56,41 @@ def linear_branch_stats(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
+    *,
     keep_logits_bytes: int = 0,
+    ignore_index: int = IGNORE,
+    shift: bool = False,
 ) -> BranchStats:
     """Log-probabilities, entropies and both KL directions of two branches in one pass over the vocabulary.
 
     With p = softmax((W h_p + bias) / τ) and q the same of h_q; exact, with no (N, V) tensor.
 
-    hidden_p, hidden_q: (N, D); weight: (V, D), bias: (V,), all of one dtype and device. targets: (N,) int64; at
-    -100 every result is 0 and no gradient flows. temperature: τ, divides the logits.
-    backend: "auto" (the fastest that can run), "torch", "cpu" or "triton". Under torch.autocast hidden states, weight
-    and bias are cast as `torch.nn.functional.linear` casts them.
+    hidden_p, hidden_q: (..., D), with the dimensions of targets before D. weight: (V, D). targets: (...) integers; at
+    -100, and at ignore_index, every result is 0 and no gradient flows. bias: (V,). All are on one device. Hidden states
+    of another dtype are cast to the weight's, never the weight to theirs; a bias of any dtype is added in float32;
+    float64 mixes with nothing. Under torch.autocast all three are cast as `torch.nn.functional.linear` casts them.
+    temperature: τ, divides the logits. backend: "auto" (the fastest that can run), "torch", "cpu" or "triton". shift:
+    targets are the tokens of the sequences themselves, (..., T); each hidden state is scored on the next one, and
+    results are (..., T − 1).
+
     keep_logits_bytes: memory to spend on a faster backward pass. Within it the logits of the first words of the
     vocabulary, all N · V of them at most, are kept in the inputs' dtype; the others are computed again. Only those of a
     branch whose hidden states require a gradient are kept (of both, if only weight or bias do), and none where no
-    gradient is recorded. The results don't depend on it; gradients do by the rounding of what is kept. In 16 bits those
-    of a divergence are computed without it: it helps where a loss is of log-probabilities and entropies.
+    gradient is recorded. The results don't depend on it; gradients do by the rounding of what is kept. It helps where a
+    loss is of log-probabilities and entropies: gradients of a divergence are computed without what is kept.
 
-    Results are (N,) float32 (float64 for float64 inputs), differentiable in the hidden states, weight and bias (once:
-    there is no second derivative). The KLs are never negative, and 0 where the branches are identical. Only gradients
-    that are asked for are computed.
+    Results have the shape of targets and are float32 (float64 for float64 inputs), differentiable in the hidden states,
+    weight and bias (once: there is no second derivative). The KLs are never negative, and 0 where the branches are
+    identical. Only gradients that are asked for are computed.
 
-    Raises TypeError for a dtype, ValueError for a shape, device, temperature, target or backend that can't be used,
-    RuntimeError while a CUDA graph is captured: finding the positions to skip waits for the GPU.
+    Raises TypeError for a dtype, ValueError for a shape, device, temperature, target or backend that can't be used, and
+    for a weight that isn't whole: a DTensor, or a parameter that ZeRO-3 has partitioned. Raises RuntimeError while a
+    CUDA graph is captured: finding the positions to skip waits for the GPU.
     """
-    weight, hidden_p, hidden_q, bias = _autocast(weight, hidden_p, hidden_q, bias)
-    keep = _shares(keep_logits_bytes, [hidden_p, hidden_q], [weight, bias])
-    args = (hidden_p, hidden_q, weight, targets, bias, float(temperature), backend, keep)
-    return BranchStats(*torch.ops.vogue.linear_branch_stats(*args)[:7])
+    rows = as_rows({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, ignore_index, shift)
+    keep = _shares(keep_logits_bytes, rows)
+    args = (*rows.hiddens, rows.weight, rows.targets, rows.bias, float(temperature), backend, keep)
+    return BranchStats(*rows.restore(torch.ops.vogue.linear_branch_stats(*args)[: len(BranchStats._fields)]))
 
 
 def linear_logprob(
@@ -88,36 +100,30 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
+    *,
     keep_logits_bytes: int = 0,
+    ignore_index: int = IGNORE,
+    shift: bool = False,
 ) -> LogprobStats:
     """Log-probability of the target and entropy of softmax((W h + bias) / τ) per token.
 
-    hidden: (N, D); all else as in `linear_branch_stats`.
+    hidden: (..., D); all else as in `linear_branch_stats`.
     """
-    weight, hidden, bias = _autocast(weight, hidden, bias)
-    keep = _shares(keep_logits_bytes, [hidden], [weight, bias])
-    args = (hidden, weight, targets, bias, float(temperature), backend, keep)
-    return LogprobStats(*torch.ops.vogue.linear_logprob(*args)[:2])
+    rows = as_rows({"hidden": hidden}, weight, targets, bias, ignore_index, shift)
+    keep = _shares(keep_logits_bytes, rows)
+    args = (*rows.hiddens, rows.weight, rows.targets, rows.bias, float(temperature), backend, keep)
+    return LogprobStats(*rows.restore(torch.ops.vogue.linear_logprob(*args)[: len(LogprobStats._fields)]))
 
 
-def _shares(keep_logits_bytes: int, hiddens: list[Tensor], shared: list[Tensor | None]) -> list[int]:
+def _shares(keep_logits_bytes: int, rows: Rows) -> list[int]:
     """Bytes for each branch's logits: nothing where no gradient can flow, as nothing would ever read them."""
     if keep_logits_bytes < 0:
         raise ValueError(f"keep_logits_bytes must not be negative, got {keep_logits_bytes}")
-    trained = [hidden.requires_grad for hidden in hiddens]
+    trained = [hidden.requires_grad for hidden in rows.hiddens]
     if not any(trained):
-        trained = [any(x is not None and x.requires_grad for x in shared)] * len(hiddens)
+        trained = [any(x is not None and x.requires_grad for x in (rows.weight, rows.bias))] * len(trained)
     share = keep_logits_bytes // max(sum(trained), 1) if torch.is_grad_enabled() else 0
     return [share if on else 0 for on in trained]
-
-
-def _autocast(weight: Tensor, *others: Any) -> list[Any]:
-    """The tensors as torch.nn.functional.linear takes them: in autocast's dtype where it is on, but for float64."""
-    device = weight.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return [weight, *others]
-    dtype = torch.get_autocast_dtype(device)
-    return [x if x is None or x.dtype not in _AUTOCAST else x.to(dtype) for x in (weight, *others)]
 
 
 # ---------------------------------------------------------------------------------------------------- backends
@@ -194,34 +200,34 @@ def _implementation(backend: str, weight: Tensor):
 def _forward(backend: str, hiddens: list[Tensor], weight, targets, bias, temperature, keep) -> tuple[Tensor, ...]:
     """Run a backend on the tokens that aren't skipped; the skipped ones get zeros. The kept logits come last."""
     buffers = _empty_buffers(weight, len(targets), keep)
-    kept, length = _kept(targets, len(weight)), len(targets)
-    if kept is not None:
-        hiddens, targets = [hidden[kept] for hidden in hiddens], targets[kept]
+    scored, length = _scored(targets, len(weight)), len(targets)
+    if scored is not None:
+        hiddens, targets = [hidden[scored] for hidden in hiddens], targets[scored]
     if len(targets) == 0:
-        rows = _empty_rows(weight, length, 4 if len(hiddens) == 1 else 11)
+        rows = _empty_rows(weight, length, 6 if len(hiddens) == 1 else 15)
         return *(torch.zeros_like(x) for x in rows), *buffers
     with _as_it_is(weight):
         results = _implementation(backend, weight).forward(hiddens, weight, targets, bias, temperature, buffers)
-    return *(_restore(kept, result.to(compute_dtype(weight)), length) for result in results), *buffers
+    return *(_restore(scored, result.to(compute_dtype(weight)), length) for result in results), *buffers
 
 
 def _backward(backend: str, branches: list[Branch], weight, targets, bias, temperature, needs, buffers) -> list[Any]:
     """The gradients of hidden states, weight and bias that are needed, in this order; contiguous, as the fakes say."""
     *needs_hidden, needs_weight, needs_bias = needs
-    kept, length = _kept(targets, len(weight)), len(targets)
-    if kept is not None:
-        branches, targets = [branch.select(kept) for branch in branches], targets[kept]
+    scored, length = _scored(targets, len(weight)), len(targets)
+    if scored is not None:
+        branches, targets = [branch.select(scored) for branch in branches], targets[scored]
     wanted = [need or needs_weight or needs_bias for need in needs_hidden]
     if len(targets) == 0 or not any(branch.used and want for branch, want in zip(branches, wanted, strict=True)):
         hiddens = [weight.new_empty(length, weight.shape[1])] * len(branches)
         return [gradient.zero_() for gradient in _empty_gradients(needs, (*hiddens, weight, bias))]
-    if not serves(branches, weight):
+    if not serve(branches):
         buffers = [buffer[:0] for buffer in buffers]
     with _as_it_is(weight):
         grads_hidden, grad_weight, grad_bias = _implementation(backend, weight).backward(
             branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias, buffers
         )
-    grads_hidden = [None if grad is None else _restore(kept, grad, length) for grad in grads_hidden]
+    grads_hidden = [None if grad is None else _restore(scored, grad, length) for grad in grads_hidden]
     gradients = zip(needs, (*grads_hidden, grad_weight, grad_bias), strict=True)
     return [grad.contiguous() for need, grad in gradients if need]
 
@@ -231,7 +237,7 @@ def _as_it_is(weight: Tensor):
     return torch.autocast(weight.device.type, enabled=False)
 
 
-def _kept(targets: Tensor, vocab: int) -> Tensor | None:
+def _scored(targets: Tensor, vocab: int) -> Tensor | None:
     """Indices of the positions that aren't skipped, or None where that is all of them (then nothing is copied).
 
     Raises ValueError for a target outside the vocabulary. Both are found with one wait for the GPU.
@@ -254,11 +260,11 @@ def _kept(targets: Tensor, vocab: int) -> Tensor | None:
     return (~skipped).nonzero().squeeze(1)
 
 
-def _restore(kept: Tensor | None, tensor: Tensor, length: int) -> Tensor:
-    """Put the kept positions back among zeros."""
-    if kept is None:
+def _restore(scored: Tensor | None, tensor: Tensor, length: int) -> Tensor:
+    """Put the scored positions back among zeros."""
+    if scored is None:
         return tensor
-    return tensor.new_zeros(length, *tensor.shape[1:]).index_copy_(0, kept, tensor)
+    return tensor.new_zeros(length, *tensor.shape[1:]).index_copy_(0, scored, tensor)
 
 
 # ---------------------------------------------------------------------------------------------------- linear_logprob
@@ -301,7 +307,7 @@ def _linear_logprob(
     temperature: float,
     backend: str,
     keep: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_arguments({"hidden": hidden}, weight, targets, bias, temperature)
     return _forward(backend, [hidden], weight, targets, bias, temperature, keep)  # pyright: ignore[reportReturnType]
 
@@ -309,7 +315,7 @@ def _linear_logprob(
 @_linear_logprob.register_fake
 def _(hidden, weight, targets, bias, temperature, backend, keep):
     check_arguments({"hidden": hidden}, weight, targets, bias, temperature)
-    return *_empty_rows(weight, targets.shape[0], 4), *_empty_buffers(weight, targets.shape[0], keep)
+    return *_empty_rows(weight, targets.shape[0], 6), *_empty_buffers(weight, targets.shape[0], keep)
 
 
 @torch.library.custom_op("vogue::linear_logprob_backward", mutates_args=(), tags=_TAGS)
@@ -337,14 +343,15 @@ def _(grads, hidden, weight, targets, bias, temperature, backend, saved, needs):
 def _linear_logprob_setup(ctx, inputs, output):
     hidden, weight, targets, bias, ctx.temperature, ctx.backend, _ = inputs
     ctx.set_materialize_grads(False)  # None is how a result says that nobody asks for its gradient
-    ctx.save_for_backward(hidden, weight, targets, bias, *output[1:])
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.save_for_backward(hidden, weight, targets, bias, output[1], *output[4:])
 
 
 def _linear_logprob_autograd(ctx, *grads):
     hidden, weight, targets, bias, *saved = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     gradients = torch.ops.vogue.linear_logprob_backward(
-        grads[:2], hidden, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
+        grads[:3], hidden, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
     )
     grad_hidden, grad_weight, grad_bias = _spread(needs, gradients)
     return grad_hidden, grad_weight, None, grad_bias, None, None, None
@@ -366,7 +373,10 @@ def _linear_branch_stats(
     temperature: float,
     backend: str,
     keep: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+]:  # fmt: skip
     check_arguments({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
     results = _forward(backend, [hidden_p, hidden_q], weight, targets, bias, temperature, keep)
     return results  # pyright: ignore[reportReturnType]
@@ -375,7 +385,7 @@ def _linear_branch_stats(
 @_linear_branch_stats.register_fake
 def _(hidden_p, hidden_q, weight, targets, bias, temperature, backend, keep):
     check_arguments({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
-    return *_empty_rows(weight, targets.shape[0], 11), *_empty_buffers(weight, targets.shape[0], keep)
+    return *_empty_rows(weight, targets.shape[0], 15), *_empty_buffers(weight, targets.shape[0], keep)
 
 
 @torch.library.custom_op("vogue::linear_branch_stats_backward", mutates_args=(), tags=_TAGS)
@@ -404,14 +414,15 @@ def _(grads, hidden_p, hidden_q, weight, targets, bias, temperature, backend, sa
 def _linear_branch_stats_setup(ctx, inputs, output):
     hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden_p, hidden_q, weight, targets, bias, *output[2:6], *output[7:])
+    ctx.mark_non_differentiable(*output[9:])
+    ctx.save_for_backward(hidden_p, hidden_q, weight, targets, bias, *output[2:6], *output[11:])
 
 
 def _linear_branch_stats_autograd(ctx, *grads):
     hidden_p, hidden_q, weight, targets, bias, *saved = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
     gradients = torch.ops.vogue.linear_branch_stats_backward(
-        grads[:7], hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
+        grads[:9], hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
     )
     grad_p, grad_q, grad_weight, grad_bias = _spread(needs, gradients)
     return grad_p, grad_q, grad_weight, None, grad_bias, None, None, None

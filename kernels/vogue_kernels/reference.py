@@ -9,6 +9,7 @@ Then, for the target y,
 
     log p_y = (a_y − m) − log s          H(p) = log s − t / s
     KL(p‖q) = x_a / s_a − log s_a + log s_b          symmetric KL = ½ (x_a / s_a − x_b / s_b)
+    log Σ e^a = m + log s                            log p of the likeliest token = −log s
 
 Everything is kept relative to the maximum, so that logits of 1e4 cost no digits; and the normalisers cancel in the
 symmetric KL. Only tiles of the logits exist, never a (tokens × vocabulary) tensor.
@@ -16,7 +17,7 @@ symmetric KL. Only tiles of the logits exist, never a (tokens × vocabulary) ten
 The backward pass computes each tile of logits again that wasn't kept. With g_r the gradient that arrives at result r,
 
     ∂a_v = g_logp (1[v=y] − p_v) − g_H p_v (log p_v + H) + g_KL(p‖q) p_v (log p_v − log q_v − KL(p‖q))
-           + g_KL(q‖p) (p_v − q_v)
+           + g_KL(q‖p) (p_v − q_v) + g_lse p_v
 
 and the same with p and q exchanged for b. Inputs of float64 are computed in float64, all others in float32.
 """
@@ -106,12 +107,16 @@ class _RunningSoftmax:
     def entropy(self) -> Tensor:
         return self.sum.log() - self.weighted / self.sum
 
+    def lse(self) -> Tensor:
+        return self.maximum + self.sum.log()
+
 
 def _one_branch(hiddens, weight, bias, temperature, softmaxes):
     (softmax,) = softmaxes
     for tile in _tiles(weight):
         softmax.add(_logits(hiddens[0], weight, bias, temperature, tile), tile)
-    return softmax.logprob(), softmax.entropy(), softmax.maximum, softmax.sum.log()
+    logsum = softmax.sum.log()
+    return softmax.logprob(), softmax.entropy(), softmax.lse(), -logsum, softmax.maximum, logsum
 
 
 def _two_branches(hiddens, weight, bias, temperature, softmaxes):
@@ -141,6 +146,10 @@ def _two_branches(hiddens, weight, bias, temperature, softmaxes):
         (expected_p - logsum_p + logsum_q).clamp_(min=0),
         (logsum_p - logsum_q - expected_q).clamp_(min=0),
         (expected_p - expected_q).div_(2).clamp_(min=0),
+        p.lse(),
+        q.lse(),
+        -logsum_p,
+        -logsum_q,
         p.maximum,
         logsum_p,
         q.maximum,
@@ -218,6 +227,8 @@ def _logit_gradient(branch: Branch, logp: Tensor, logq: Tensor | None, targets: 
         constant -= branch.g_logprob
     if branch.g_kl_other is not None:
         constant += branch.g_kl_other
+    if branch.g_lse is not None:
+        constant += branch.g_lse
     inner = constant.unsqueeze(1)
     if branch.g_entropy is not None:
         inner = torch.addcmul(inner, logp + branch.entropy.unsqueeze(1), branch.g_entropy.unsqueeze(1), value=-1)

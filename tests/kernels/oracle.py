@@ -9,22 +9,28 @@ import torch
 from vogue_kernels import IGNORE, BranchStats, LogprobStats
 
 
+def logits(hidden, weight, bias, temperature):
+    products = torch.nn.functional.linear(hidden, weight, bias)
+    return (products if products.dtype == torch.float64 else products.float()) / temperature
+
+
 def log_softmax(hidden, weight, bias, temperature):
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    return torch.log_softmax((logits if logits.dtype == torch.float64 else logits.float()) / temperature, dim=-1)
+    return torch.log_softmax(logits(hidden, weight, bias, temperature), dim=-1)
 
 
 def linear_logprob(hidden, weight, targets, bias=None, temperature=1.0):
-    logp = log_softmax(hidden, weight, bias, temperature)
-    return LogprobStats(*_skip(targets, _pick(logp, targets), _entropy(logp)))
+    a = logits(hidden, weight, bias, temperature)
+    logp = torch.log_softmax(a, dim=-1)
+    return LogprobStats(*_skip(targets, _pick(logp, targets), _entropy(logp), a.logsumexp(-1), _top(logp)))
 
 
 def linear_branch_stats(hidden_p, hidden_q, weight, targets, bias=None, temperature=1.0):
-    logp = log_softmax(hidden_p, weight, bias, temperature)
-    logq = log_softmax(hidden_q, weight, bias, temperature)
+    a, b = (logits(hidden, weight, bias, temperature) for hidden in (hidden_p, hidden_q))
+    logp, logq = torch.log_softmax(a, dim=-1), torch.log_softmax(b, dim=-1)
     forward, reverse = (logp.exp() * (logp - logq)).sum(-1), (logq.exp() * (logq - logp)).sum(-1)
     results = (_pick(logp, targets), _pick(logq, targets), _entropy(logp), _entropy(logq), forward, reverse)
-    return BranchStats(*_skip(targets, *results, (forward + reverse) / 2))
+    others = (a.logsumexp(-1), b.logsumexp(-1), _top(logp), _top(logq))
+    return BranchStats(*_skip(targets, *results, (forward + reverse) / 2, *others))
 
 
 def divergence_terms(hidden_p, hidden_q, weight, bias, temperature):
@@ -37,6 +43,10 @@ def divergence_terms(hidden_p, hidden_q, weight, bias, temperature):
 
 def _entropy(logp):
     return -(logp.exp() * logp).sum(-1)
+
+
+def _top(logp):
+    return logp.amax(-1).detach()
 
 
 def _pick(logp, targets):

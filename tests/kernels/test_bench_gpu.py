@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
-sys.path.insert(0, str(BENCH))
+sys.path.append(str(BENCH))  # last: its kernels.py must not stand for a package of that name
 
 import gpu  # noqa: E402
 from gpu import SECTIONS, Report, Section, Settings  # noqa: E402

@@ -1,5 +1,6 @@
 """bench/kernels.py and bench/gpu.sh: without a GPU they say so, and a tiny run on the CPU works."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 BENCH = Path(__file__).parents[2] / "bench"
-sys.path.insert(0, str(BENCH))
+sys.path.append(str(BENCH))  # last: its kernels.py must not stand for a package of that name
 
 from contenders import CONTENDERS, WORK, Contender, inputs  # noqa: E402
 from machines import machine_of  # noqa: E402
@@ -77,3 +78,24 @@ def test_all_contenders_of_the_loss_that_know_it_compute_the_same_gradients():
     vogue, eager = (work[name].run() for name in ("vogue", "eager"))
     for ours, theirs in zip(vogue, eager):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_errors_beside_others_are_of_every_result_and_say_who_rounds(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    kernel_errors = importlib.import_module("kernel_errors")
+    # trl takes seconds to import; liger, where it isn't installed, is told as what it is
+    monkeypatch.delitem(kernel_errors.HEADS, "trl")
+    found = kernel_errors.errors(6, 64, 500, "cpu", torch.bfloat16)
+    results = ["log p", "entropy", "∂hidden", "∂weight"]
+    assert list(found["vogue"]) == list(found["eager"]) == [*results, "symmetric KL"]
+    assert max(found["vogue"][name] for name in ("log p", "entropy", "symmetric KL")) < 1e-5
+    assert found["eager"]["log p"] > 1e-4 and found["eager"]["symmetric KL"] > 1e-4  # its logits are bfloat16
+    assert found["liger"] == "liger_kernel isn't installed" or list(found["liger"]) == results
+
+
+def test_a_head_that_is_not_installed_is_told_by_its_name(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    kernel_errors = importlib.import_module("kernel_errors")
+    missing = kernel_errors.Head(lambda *_: importlib.import_module("no_such_peer.kernels"), None)
+    monkeypatch.setattr(kernel_errors, "HEADS", {"eager": kernel_errors.HEADS["eager"], "peer": missing})
+    assert kernel_errors.errors(2, 8, 20, "cpu", torch.float32)["peer"] == "no_such_peer isn't installed"

@@ -7,19 +7,21 @@ hands the arguments to Triton's own binder, which makes of them what it would co
 import contextlib
 import importlib
 import os
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vogue_kernels.branches import one_branch, two_branches
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 QWEN_3B, QWEN_7B = (2048, 151936), (3584, 152064)  # D, V of Qwen2.5-VL
-KERNELS = ("forward_kernel", "logit_gradient_kernel")
+KERNELS = ("forward_kernel", "logit_gradient_kernel", "merge_kernel", "kept_gradient_kernel")
 
 
 class OnGpu(torch.Tensor):
@@ -28,6 +30,9 @@ class OnGpu(torch.Tensor):
 
 def tensor(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta").as_subclass(OnGpu)
+
+
+NOTHING = [tensor(0, dtype=torch.uint8)]  # is kept
 
 
 class Launch(SimpleNamespace):
@@ -84,24 +89,24 @@ def gpu(request, monkeypatch, static):
     return SimpleNamespace(module=gpu, architecture=request.param, amd=amd, recorders=recorders)
 
 
-def run_logprob(gpu, n, size, bias=None, entropy=False, **changed):
-    """(launches forward, launches backward) of one branch's log-probability, or of its entropy too."""
+def run_logprob(gpu, n, size, bias=None, entropy=False, keep=0, **changed):
+    """(launches forward, backward, of the merge, of kept logits) of a branch's log-probability, or its entropy too."""
     inputs = {"hidden": tensor(n, size[0]), "weight": tensor(size[1], size[0])} | changed
     targets, row = tensor(n, dtype=torch.int64), tensor(n, dtype=torch.float32)
-    args = (inputs["weight"], targets, bias, 0.7)
-    gpu.module.forward([inputs["hidden"]], *args)
-    branches = one_branch([row, row if entropy else None], inputs["hidden"], [row] * 3, 0.7)
-    gpu.module.backward(branches, *args, [True], True, bias is not None)
+    args, buffers = (inputs["weight"], targets, bias, 0.7), [tensor(keep, dtype=torch.uint8)]
+    gpu.module.forward([inputs["hidden"]], *args, buffers)
+    branches = one_branch([row, row if entropy else None, None], inputs["hidden"], [row] * 3, 0.7)
+    gpu.module.backward(branches, *args, [True], True, bias is not None, buffers)
     return [recorder.launches for recorder in gpu.recorders.values()]
 
 
 def run_branches(gpu, n, size, bias=None):
-    """(launches forward, launches backward) of everything."""
+    """(launches forward, backward, of the merge, of kept logits) of everything."""
     hiddens, weight = [tensor(n, size[0]) for _ in range(2)], tensor(size[1], size[0])
     args, row = (weight, tensor(n, dtype=torch.int64), bias, 0.7), tensor(n, dtype=torch.float32)
-    gpu.module.forward(hiddens, *args)
-    branches = two_branches([row] * 7, *hiddens, [row] * 8, 0.7)
-    gpu.module.backward(branches, *args, [True, True], True, bias is not None)
+    gpu.module.forward(hiddens, *args, NOTHING * 2)
+    branches = two_branches([row] * 9, *hiddens, [row] * 8, 0.7)
+    gpu.module.backward(branches, *args, [True, True], True, bias is not None, NOTHING * 2)
     return [recorder.launches for recorder in gpu.recorders.values()]
 
 
@@ -110,11 +115,16 @@ def run_branches(gpu, n, size, bias=None):
 @pytest.mark.parametrize(
     "run, variants",
     [
-        (run_logprob, ("forward", "gradient of logprob")),
-        (partial(run_logprob, entropy=True), ("forward", "gradient, entropy")),
-        (partial(run_logprob, entropy=True, bias=True), ("forward, bias", "gradient, entropy, bias")),
-        (run_branches, ("forward both", "gradient both")),
-        (partial(run_branches, bias=True), ("forward both, bias", "gradient both, bias")),
+        (run_logprob, ("forward", "gradient of logprob", "merge")),
+        (partial(run_logprob, bias=True), ("forward, bias", "gradient of logprob, bias", "merge")),  # a training's
+        (partial(run_logprob, entropy=True), ("forward", "gradient, entropy", "merge")),
+        (partial(run_logprob, entropy=True, bias=True), ("forward, bias", "gradient, entropy, bias", "merge")),
+        (
+            partial(run_logprob, entropy=True, bias=True, keep=1 << 40),
+            ("forward, bias, kept", "", "merge", "gradient of kept"),
+        ),
+        (run_branches, ("forward both", "gradient both", "merge both")),
+        (partial(run_branches, bias=True), ("forward both, bias", "gradient both, bias", "merge both")),
     ],
     ids=lambda value: " + ".join(value) if isinstance(value, tuple) else "",
 )
@@ -122,14 +132,18 @@ def test_what_is_launched_is_what_was_compiled_ahead_of_time(run, variants, size
     if isinstance(run, partial) and "bias" in run.keywords:
         run = partial(run, bias=tensor(size[1]))
     for launches, variant in zip(run(gpu, n, size), variants):
-        tile = gpu.module.pick_tile(static.VARIANTS[variant][2], torch.bfloat16, gpu.architecture)
+        if not variant:  # all logits are kept
+            assert not launches
+            continue
+        key = (static.VARIANTS | static.SMALL)[variant][2]
+        tile = key and gpu.module.pick_tile(key, torch.bfloat16, gpu.architecture, n)
         types, constants, aligned = static.specialize(variant, "bf16", tile)
         assert launches
         for launch in launches:
             assert launch.types == types
             assert [name for name, special in launch.specializations.items() if "D" in str(special)] == aligned
             given = {name: launch.specializations[name] for name, kind in types.items() if kind == "constexpr"}
-            whole = {"WHOLE_DEPTH": size[0] % tile.depth == 0}
+            whole = {"WHOLE_DEPTH": size[0] % tile.depth == 0} if tile else {}
             assert given | launch.options == constants | whole
 
 
@@ -158,7 +172,7 @@ def check_matrices(arguments, shapes):
         if tensor is not arguments[name]:
             block = [arguments["VOCAB" if name == "weight" else "TOKENS"], arguments["DEPTH"]]
             descriptor = arguments[name]
-            assert (tuple(descriptor.shape), descriptor.strides, descriptor.block_shape) == (
+            assert (tuple(descriptor.shape), tuple(descriptor.strides), descriptor.block_shape) == (
                 shape,
                 (shape[1], 1),
                 block,
@@ -190,19 +204,22 @@ def check_gradients(launches, n, size, outputs, biased):
 @pytest.mark.parametrize("size", [QWEN_7B, (100, 32003)], ids=["7B", "odd"])
 def test_grids_cover_the_work_and_every_argument_has_the_shape_its_kernel_takes(size, n, gpu):
     bias = tensor(size[1])
-    (forward,), backward = run_logprob(gpu, n, size, bias)
+    (forward,), backward, *_ = run_logprob(gpu, n, size, bias)
     check_forward(forward, 1, n, size, biased=True)
     check_gradients(backward, n, size, 1, biased=True)
     for recorder in gpu.recorders.values():
         recorder.launches.clear()
-    (forward,), backward = run_branches(gpu, n, size)
+    (forward,), backward, *_ = run_branches(gpu, n, size)
     check_forward(forward, 2, n, size, biased=False)
     check_gradients(backward, n, size, 2, biased=False)
 
 
 def test_many_tokens_come_in_batches_and_a_chunk_is_finished_before_the_next(gpu):
-    forward, backward = run_logprob(gpu, 2 * 8192 + 5, QWEN_3B)
+    forward, backward, merges, _ = run_logprob(gpu, 2 * 8192 + 5, QWEN_3B)
     assert [launch.arguments["N"] for launch in forward] == [8192, 8192, 5]
+    assert [(launch.arguments["N"], launch.grid) for launch in merges] == [(8192, (512,)), (8192, (512,)), (5, (1,))]
+    for i, launch in enumerate(merges):  # each fills its part of the results
+        assert launch.arguments["entropy_p"].storage_offset() == 8192 * i
     for launch, rows in zip(forward, (8192, 8192, 5)):
         check_forward(launch, 1, rows, QWEN_3B, biased=False)
     assert [launch.arguments["N"] for launch in backward] == [8192, 8192, 5] * (len(backward) // 3)
@@ -215,8 +232,8 @@ def test_a_divergence_whose_gradient_one_branch_needs_writes_that_one(needed, gp
     n, (depth, vocab) = 5, QWEN_3B
     args = (tensor(vocab, depth), tensor(n, dtype=torch.int64), None, 1.0)
     row, needs = tensor(n, dtype=torch.float32), [needed == "raw", needed == "noisy"]
-    branches = two_branches([None] * 6 + [row], tensor(n, depth), tensor(n, depth), [row] * 8, 1.0)
-    gradients, *others = gpu.module.backward(branches, *args, needs, False, False)
+    branches = two_branches([None] * 6 + [row, None, None], tensor(n, depth), tensor(n, depth), [row] * 8, 1.0)
+    gradients, *others = gpu.module.backward(branches, *args, needs, False, False, NOTHING * 2)
     assert [gradient is not None for gradient in (*gradients, *others)] == [*needs, False, False]
     for launch in gpu.recorders["logit_gradient_kernel"].launches:
         arguments = launch.arguments
@@ -225,12 +242,76 @@ def test_a_divergence_whose_gradient_one_branch_needs_writes_that_one(needed, gp
             assert tuple(arguments[name].shape) == (n, arguments["width"])
 
 
-@pytest.mark.parametrize("strided", ["hidden", "weight"])
-def test_strided_inputs_are_launched_as_contiguous_ones(strided, gpu):
-    change = {"hidden": tensor(64, 7).t(), "weight": tensor(1000, 128)[:, ::2]}[strided]
-    (forward,), backward = run_logprob(gpu, 7, (64, 1000), **{strided: change})
-    check_forward(forward, 1, 7, (64, 1000), biased=False)
-    check_gradients(backward, 7, (64, 1000), 1, biased=False)
+@pytest.mark.parametrize(
+    "n, vocab, strided", [(7, 1000, "hidden"), (7, 1000, "weight"), (1, 1000, "hidden"), (7, 1, "weight")]
+)
+def test_strided_inputs_are_launched_as_contiguous_ones(n, vocab, strided, gpu):
+    """A single row is contiguous with strides (1, 1), which no descriptor could have."""
+    change = {"hidden": tensor(64, n).t(), "weight": tensor(64, vocab).t()}[strided]
+    (forward,), backward, *_ = run_logprob(gpu, n, (64, vocab), **{strided: change})
+    check_forward(forward, 1, n, (64, vocab), biased=False)
+    check_gradients(backward, n, (64, vocab), 1, biased=False)
+
+
+class Operators(TorchDispatchMode):
+    """Counts what torch runs by name, but for views and what allocates."""
+
+    def __init__(self):
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        if name not in ("slice", "select", "split", "view", "t", "detach", "alias", "new_empty", "empty_like", "empty"):
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_around_the_kernels_one_batch_is_neither_copied_nor_joined_nor_cleared(gpu):
+    n, (depth, vocab) = 1024, QWEN_3B
+    hidden, weight, targets = tensor(n, depth), tensor(vocab, depth), tensor(n, dtype=torch.int64)
+    row = tensor(n, dtype=torch.float32)
+    branches = one_branch([row, None, None], hidden, [row] * 3, 0.7)
+    with Operators() as forward:
+        gpu.module.forward([hidden], weight, targets, None, 0.7, NOTHING)
+    with Operators() as backward:
+        gpu.module.backward(branches, weight, targets, None, 0.7, [False], True, False, NOTHING)
+    chunks = -(-vocab // gpu.module.chunk_size(vocab, n))
+    assert not forward.counts
+    assert backward.counts.pop("mm") == chunks
+    assert not {"cat", "new_zeros", "copy_", "clone"} & set(backward.counts)
+    assert backward.counts["zeros_like"] == 1  # a row of zeros, for the numbers of a token
+
+
+def test_kept_logits_and_new_ones_are_all_of_the_vocabulary(gpu):
+    n, vocab = 10_000, QWEN_3B[1]  # two batches
+    half = n * vocab // 2 * 2  # bytes
+    forward, new, _, kept = run_logprob(gpu, n, QWEN_3B, keep=half)
+    columns = forward[0].arguments["columns_p"]
+    assert 0.95 * vocab / 2 < columns <= vocab // 2 and columns % 64 == 0
+    for launch, rows in zip(forward, (slice(0, 8192), slice(8192, n))):
+        arguments, size = launch.arguments, rows.stop - rows.start
+        assert launch.arguments["KEEP_P"] and not launch.arguments["KEEP_Q"]
+        assert (tuple(arguments["kept_p"].shape), arguments["kept_p"].stride()) == ((size, columns), (columns, 1))
+        assert arguments["kept_p"].data_ptr() == rows.start * columns * 2
+        assert (tuple(arguments["reference_p"].shape), arguments["reference_stride"]) == ((columns // 64, size), n)
+    spans = [(x.arguments["N"], x.arguments["first"], x.arguments["width"]) for x in [*kept, *new]]
+    for size in (8192, n - 8192):
+        end = 0
+        for _, first, width in sorted(span for span in spans if span[0] == size):
+            assert first == end
+            end += width
+        assert end == vocab
+    assert max(x.arguments["first"] + x.arguments["width"] for x in kept) > columns - 256
+    for launch in kept:
+        assert launch.grid == (-(-launch.arguments["N"] // 64), -(-launch.arguments["width"] // 64))
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "2.10.0"])
+def test_a_torch_whose_addmm_cannot_add_to_float32_is_not_asked_to(version, gpu, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    with Operators() as operators:
+        run_logprob(gpu, 5, QWEN_3B)
+    assert ("addmm" in operators.counts) == (version == "2.10.0" and not gpu.amd)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +324,6 @@ def test_strided_inputs_are_launched_as_contiguous_ones(strided, gpu):
     ids=["hidden", "weight", "rows"],
 )
 def test_what_tma_cannot_address_is_loaded_without_it(changed, gpu):
-    for launches in run_logprob(gpu, 7, (64, 1000), **changed):
-        (launch,) = launches
+    for (launch,) in run_logprob(gpu, 7, (64, 1000), **changed)[:2]:
         assert not launch.arguments["TMA"]
         assert isinstance(launch.arguments["weight"], torch.Tensor)

@@ -86,8 +86,9 @@ def evaluate(operator, hiddens, weight, targets, bias, temperature, dtype=None):
     split = len(hiddens)
     results = operator(*leaves[:split], leaves[split], targets, *leaves[split + 1 :], temperature=temperature)
     generator = torch.Generator(targets.device).manual_seed(1)
-    upstream = [torch.randn(len(targets), generator=generator).to(result.dtype) for result in results]
-    gradients = torch.autograd.grad(results, leaves, upstream)
+    scored = [result for result in results if result.requires_grad]
+    upstream = [torch.randn(len(targets), generator=generator).to(result.dtype) for result in scored]
+    gradients = torch.autograd.grad(scored, leaves, upstream)
     return [result.detach().double() for result in results], [gradient.double() for gradient in gradients]
 
 
@@ -140,7 +141,7 @@ def test_results_equal_numbers_worked_out_by_hand(backend):
     raw, noisy = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     stats = linear_branch_stats(raw, noisy, weight, torch.tensor([1]), backend=backend)
     ln2 = 0.6931471805599453
-    expected = [-2 * ln2, -ln2, 1.5 * ln2, 1.5 * ln2, ln2 / 4, ln2 / 4, ln2 / 4]
+    expected = [-2 * ln2, -ln2, 1.5 * ln2, 1.5 * ln2, ln2 / 4, ln2 / 4, ln2 / 4, 0, 0, -ln2, -ln2]
     torch.testing.assert_close(torch.cat(stats), torch.tensor(expected), rtol=0, atol=3e-7)
 
 
@@ -149,6 +150,27 @@ def test_flat_rows_have_the_entropy_of_the_uniform_distribution(backend):
     ln1000 = 6.907755278982137
     torch.testing.assert_close(stats.entropy, torch.full((2,), ln1000), rtol=3e-7, atol=0)
     torch.testing.assert_close(stats.logprob, torch.full((2,), -ln1000), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_the_target_is_the_likeliest_token_exactly_where_its_logprob_is_the_highest(temperature, backend):
+    hidden, weight = torch.randn(200, 24), torch.randn(3001, 24)
+    likeliest = (hidden @ weight.t()).argmax(1)
+    targets = torch.where(torch.arange(200) % 3 == 0, likeliest, torch.randint(3001, (200,)))
+    alone = linear_logprob(hidden, weight, targets, temperature=temperature, backend=backend)
+    both = linear_branch_stats(hidden, hidden.flip(0), weight, targets, temperature=temperature, backend=backend)
+    for logprob, top in ((alone.logprob, alone.top_logprob), (both.logprob_p, both.top_logprob_p)):
+        assert torch.equal(logprob == top, targets == likeliest)
+        assert not top.requires_grad
+
+
+def test_the_log_of_the_sum_alone_has_the_softmax_as_its_gradient(backend):
+    hidden, weight, targets = torch.randn(5, 8, requires_grad=True), torch.randn(40, 8), torch.randint(40, (5,))
+    stats = linear_logprob(hidden, weight, targets, temperature=0.5, backend=backend)
+    torch.testing.assert_close(stats.lse, (hidden @ weight.t() / 0.5).logsumexp(1))
+    (gradient,) = torch.autograd.grad((stats.lse**2).sum(), hidden)  # a z-loss
+    probabilities = (hidden @ weight.t() / 0.5).softmax(1)
+    torch.testing.assert_close(gradient, 2 * stats.lse[:, None] * (probabilities @ weight) / 0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -166,7 +188,7 @@ def test_divergences_and_entropies_are_never_negative(backend):
     for distance in (0.0, 1e-7, 1e-6, 1e-5, 1e-4):
         noisy = raw + distance * torch.randn_like(raw)
         stats = linear_branch_stats(raw, noisy, weight, torch.randint(2000, (500,)), backend=backend)
-        for result in stats[2:]:
+        for result in stats[2:7]:
             assert (result >= 0).all()
 
 
@@ -224,7 +246,7 @@ def test_a_tied_weight_gets_the_gradients_of_both_its_uses(backend):
 
 
 @pytest.mark.parametrize("tile", [(1 << 20, 1024), (21, 7)], ids=["one tile", "many tiles"])
-@pytest.mark.parametrize("result", range(7), ids=BranchStats._fields)
+@pytest.mark.parametrize("result", range(9), ids=BranchStats._fields[:9])
 def test_each_gradient_equals_finite_differences(result, tile, monkeypatch):
     monkeypatch.setattr("vogue_kernels.reference.TILE_ELEMENTS", tile[0])
     monkeypatch.setattr("vogue_kernels.reference.VOCAB_TILE", tile[1])
@@ -253,7 +275,7 @@ def test_the_references_weight_gradient_is_the_sum_over_all_batches_of_tokens(ba
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("result", [0, 1], ids=["logprob", "entropy"])
+@pytest.mark.parametrize("result", [0, 1, 2], ids=LogprobStats._fields[:3])
 def test_each_gradient_of_one_branch_equals_finite_differences(result):
     hidden, weight, bias = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 3), (17, 3), (17,))

@@ -182,6 +182,21 @@ def test_a_clipped_token_sends_no_gradient():
     assert torch.autograd.grad(loss.sum(), logprob)[0].tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("apart", [20.5, 100.0, math.inf])
+@pytest.mark.parametrize("advantage, loss", [(2.0, -2.4), (-2.0, 2 * math.exp(20))])
+def test_a_ratio_beyond_all_bounds_has_a_finite_loss_and_no_gradient(apart, advantage, loss):
+    logprob = torch.tensor([-1.0], requires_grad=True)
+    actual, _ = clipped_surrogate(logprob, torch.tensor([-1.0 - apart]), torch.tensor([advantage]), 0.2, 0.2)
+    close(actual.detach(), [loss])
+    assert torch.autograd.grad(actual.sum(), logprob)[0].tolist() == [0]
+
+
+def test_a_ratio_below_the_bound_is_exact():
+    logprob = torch.tensor([-1.0], requires_grad=True)
+    loss, _ = clipped_surrogate(logprob, torch.tensor([-20.5]), torch.tensor([-2.0]), 0.2, 0.2)
+    close(torch.autograd.grad(loss.sum(), logprob)[0], [2 * math.exp(19.5)])
+
+
 def test_token_weights_are_the_reciprocals_they_should_be():
     # 4 tokens in 2 sequences that have any: token-mean 1/4; sequence-mean 1/(2 · 3), –, 1/(2 · 1)
     close(token_weights(torch.tensor([3, 0, 1]), "token-mean"), [0.25, 0.0, 0.25])
@@ -189,6 +204,16 @@ def test_token_weights_are_the_reciprocals_they_should_be():
     assert token_weights(torch.tensor([0, 0]), "sequence-mean").tolist() == [0, 0]
     with pytest.raises(ValueError, match="unknown aggregation 'sum'"):
         token_weights(torch.tensor([1]), "sum")
+
+
+def test_token_weights_divide_by_the_number_from_outside():
+    # 3 sequences of a batch of 4 that has 10 tokens: token-mean 1/10; sequence-mean 1/(4 · 3), –, 1/(4 · 1)
+    close(token_weights(torch.tensor([3, 0, 1]), "token-mean", 10), [0.1, 0.0, 0.1])
+    close(token_weights(torch.tensor([3, 0, 1]), "sequence-mean", torch.tensor(4)), [1 / 12, 0.0, 0.25])
+    assert token_weights(torch.tensor([0]), "token-mean", 0).tolist() == [0]  # a batch with everything masked
+    for wrong in (-1, math.nan):
+        with pytest.raises(ValueError, match=f"must not be negative, got {wrong}"):
+            token_weights(torch.tensor([1]), "token-mean", wrong)
 
 
 @pytest.mark.parametrize("how", ["token-mean", "sequence-mean"])
@@ -283,6 +308,69 @@ def test_vogue_loss_averages_over_sequences_when_told_to(backend):
     torch.testing.assert_close(loss, -(shaped[:3].mean() + shaped[3:].mean()) / 2)
     with pytest.raises(ValueError, match="needs sequence_ids"):
         criterion(hidden, weight, targets, advantage)
+
+
+def padded(b=4, t=5, d=8, v=60):
+    """hidden, weight, targets, advantages (b, 1), mask; the second sequence has two tokens, the last one none."""
+    mask = torch.ones(b, t, dtype=torch.bool)
+    mask[1, 2:] = mask[-1] = False
+    hidden, weight = torch.randn(b, t, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
+    return hidden, weight, torch.randint(v, (b, t)), torch.tensor([1.0, -2.0, 0.5, 3.0])[:b, None], mask
+
+
+def test_the_losses_of_unequal_micro_batches_sum_to_that_of_the_batch(backend):
+    hidden, weight, targets, advantages, mask = padded()
+    old = -4 + 0.1 * torch.randn(4, 5)
+    for aggregation, items in (("token-mean", 12), ("sequence-mean", 3)):
+        criterion = VogueLoss(aggregation=aggregation, backend=backend)
+        whole, _ = criterion(hidden, weight, targets, advantages, old_logprob=old, mask=mask)
+        parts = sum(
+            criterion(
+                *(hidden[part], weight, targets[part], advantages[part]),
+                **{"old_logprob": old[part], "mask": mask[part], "num_items_in_batch": torch.tensor(items)},
+            )[0]
+            for part in (slice(0, 1), slice(1, 4))  # of 5 tokens and of 7
+        )
+        torch.testing.assert_close(parts, whole)
+        leaves = (hidden, weight)
+        torch.testing.assert_close(torch.autograd.grad(parts, leaves), torch.autograd.grad(whole, leaves))
+
+
+def test_padded_completions_have_the_loss_of_packed_ones(backend):
+    hidden, weight, targets, advantages, mask = padded()
+    other, ids = torch.randn(4, 5, 8), torch.arange(4).repeat_interleave(5)
+    for aggregation in ("token-mean", "sequence-mean"):
+        criterion = VogueLoss(aggregation=aggregation, backend=backend)
+        options = {"noisy": True, "num_items_in_batch": 7}
+        found = criterion(hidden, weight, targets, advantages, mask=mask, hidden_other=other, **options)
+        packed = criterion(
+            *(hidden.flatten(0, 1), weight, targets.flatten(), advantages.repeat_interleave(5)),
+            **{"mask": mask.flatten(), "hidden_other": other.flatten(0, 1), "sequence_ids": ids, **options},
+        )
+        torch.testing.assert_close(found, packed)
+
+
+def test_the_number_of_items_makes_the_means_of_dr_grpo_and_of_trl(backend):
+    hidden, weight, targets, advantages, mask = padded()
+    off = GuidanceConfig(alpha_out=0, alpha_per=0)  # at ratio 1 the loss of a token is −A
+
+    def loss(aggregation, items):
+        criterion = VogueLoss(off, aggregation=aggregation, backend=backend)
+        return criterion(hidden, weight, targets, advantages, mask=mask, num_items_in_batch=items)[0].item()
+
+    # 5 tokens of A = 1, 2 of −2, 5 of 0.5 and none of 3, in 4 sequences of at most 16 tokens
+    assert loss("token-mean", None) == pytest.approx(-3.5 / 12)
+    assert loss("token-mean", 4 * 16) == pytest.approx(-3.5 / 64)  # Dr. GRPO
+    assert loss("sequence-mean", None) == pytest.approx(0.5 / 3)  # of those that have a token
+    assert loss("sequence-mean", 4) == pytest.approx(0.5 / 4)  # of all, as TRL's "grpo"
+
+
+def test_one_advantage_a_sequence_needs_its_dimension():
+    hidden, weight, targets, advantages, _ = padded(b=4, t=4)
+    with pytest.raises(ValueError, match=r"advantages must have the shape of targets, \(4, 4\), got \(4,\)"):
+        VogueLoss()(hidden, weight, targets, advantages[:, 0])
+    with pytest.raises(ValueError, match=r"mask must have the shape of targets, \(4, 4\), got \(4, 3\)"):
+        VogueLoss()(hidden, weight, targets, advantages, mask=torch.ones(4, 3))
 
 
 def test_the_other_branch_gets_no_gradient():

@@ -43,7 +43,8 @@ class PolicyHead(nn.Module):
     def forward(self, hidden: Tensor, others: Sequence[Tensor], targets: Tensor) -> TokenStats:
         """`others`: hidden states (M, D) of the first M tokens on each view that they are compared with, M falling."""
         if not others:
-            return TokenStats(*self._alone(hidden, targets), ())
+            alone = self._alone(hidden, targets)
+            return TokenStats(alone.logprob, alone.entropy, ())
         m = len(others[0])
         both = [self._both(others[0], hidden[:m], targets[:m])]
         # The trained branch's statistics are the first comparison's; further ones send no second gradient.

@@ -1,18 +1,22 @@
-"""The two Triton kernels. A program takes one block of tokens; a tile of the weight is read once for both branches.
+"""The Triton kernels. In the two large ones a program takes one block of tokens, and reads a tile of the weight
+once for both branches.
 
-With l = h Wᵀ + bias, and a = log2(e) / τ · (l − m) of branch p and b of branch q, the logits below their
-maximum in bits, the forward kernel keeps, per token and branch, over its share of the vocabulary
+With l = h Wᵀ + bias, and a = l − m of branch p and b of branch q, the logits below their maximum, the forward kernel
+keeps, per token and branch, over its share of the vocabulary
 
-    m = max l      s = Σ 2^a      t = Σ 2^a a      x = Σ 2^a (a − b)
+    m = max l      s = Σ 2^(c a)      t = Σ 2^(c a) a      x = Σ 2^(c a) (a − b)        c = log2(e) / τ
 
-and leaves the rest to a merge in float64. A share is short (MOST_TILES in __init__.py), because in float32 a sum over a
-thousand tiles would be the largest error of all. Everything is relative to the maximum, as in reference.py.
+and leaves the rest to the merge kernel, which adds the shares up in float64. A share is short (MOST_TILES in
+__init__.py), because in float32 a sum over a thousand tiles would be the largest error of all. Everything is relative
+to the maximum, as in reference.py. Differences are taken before anything is multiplied by c: a difference of two
+products is compiled to a fused multiply-add, which gives a product's rounding error where equal branches must give 0.
 
 The backward kernel computes one tile of logits again and writes the gradient of the loss with respect to it,
 
     ∂l_v = p_v (c₀ + c₁ log2 p_v + c₂ (log2 p_v − log2 q_v)) − c₃ q_v + c₄ 1[v=y]
 
-with the per-token numbers c of __init__.py. The matrix products with it are left to cuBLAS.
+with the per-token numbers c of __init__.py. The matrix products with it are left to cuBLAS. Of logits that the forward
+kernel kept (kept.py), a kernel without a product writes it.
 
 Where the tile says TMA, hidden states and weight come as tensor descriptors, whose loads give 0 outside the matrix.
 Otherwise rows past the last token and columns past the vocabulary read the last one again, so that no load of whole
@@ -20,14 +24,18 @@ tiles needs a mask, and the tail of D is masked with 0. Such a column then count
 isn't written.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
 # Stands for −∞: differences and multiples of it stay finite, and 0 · finite is 0 where 0 · ∞ is NaN.
 LOWEST = tl.constexpr(-1e30)
+LN2 = tl.constexpr(math.log(2))
+NO = tl.constexpr(False)
 
 
-@triton.jit(do_not_specialize=["N", "splits", "tiles"])
+@triton.jit(do_not_specialize=["N", "splits", "tiles", "reference_stride"])
 def forward_kernel(
     hidden_p,  # (N, D); with TMA descriptors of blocks (TOKENS, DEPTH)
     hidden_q,  # (N, D); unused unless BOTH
@@ -36,14 +44,24 @@ def forward_kernel(
     targets,  # (N,) int64
     partial,  # (branches, fields, splits, N) float32, the fields m, s, t and, if BOTH, x
     target_logits,  # (branches, N) float32: l of the target
+    kept_p,  # (N, columns_p): l less the running maximum, of the first words; unused unless KEEP_P
+    kept_q,  # (N, columns_q); unused unless KEEP_Q
+    reference_p,  # (columns_p / KEPT, reference_stride) float32: that maximum
+    reference_q,
     N,
     V,
     D,
     log2_scale,  # log2(e) / τ
     splits,  # shares of the vocabulary
     tiles,  # of the vocabulary in a share
+    columns_p,
+    columns_q,
+    reference_stride,
     BOTH: tl.constexpr,
     BIAS: tl.constexpr,
+    KEEP_P: tl.constexpr,
+    KEEP_Q: tl.constexpr,
+    KEPT: tl.constexpr,  # words that have a reference in common; divides VOCAB
     TOKENS: tl.constexpr,
     VOCAB: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -73,19 +91,23 @@ def forward_kernel(
             _store_target(target_logits + rows, a, target, columns, here)
             if BOTH:
                 _store_target(target_logits + N + rows, b, target, columns, here)
-        a, max_a, shift_a, scale_a = _shift(a, max_a, columns, V, log2_scale)
+        a, max_a, moved_a, scale_a = _below_maximum(a, max_a, columns, V, log2_scale)
+        if KEEP_P:
+            _keep(kept_p, reference_p, a, max_a, rows, inside, tile, columns_p, reference_stride, VOCAB, KEPT)
         if BOTH:
-            b, max_b, shift_b, scale_b = _shift(b, max_b, columns, V, log2_scale)
-            moved = shift_a - shift_b
+            b, max_b, moved_b, scale_b = _below_maximum(b, max_b, columns, V, log2_scale)
+            if KEEP_Q:
+                _keep(kept_q, reference_q, b, max_b, rows, inside, tile, columns_q, reference_stride, VOCAB, KEPT)
+            moved = moved_a - moved_b
             cross_a = scale_a * (cross_a + sum_a * moved)
             cross_b = scale_b * (cross_b + sum_b * moved)
-            exp_b = tl.exp2(b)
-            weighted_b = scale_b * (weighted_b + sum_b * shift_b) + tl.sum(exp_b * b, 1)
+            exp_b = tl.exp2(b * log2_scale)
+            weighted_b = scale_b * (weighted_b + sum_b * moved_b) + tl.sum(exp_b * b, 1)
             sum_b = scale_b * sum_b + tl.sum(exp_b, 1)
             b = a - b
             cross_b += tl.sum(exp_b * b, 1)
-        exp_a = tl.exp2(a)
-        weighted_a = scale_a * (weighted_a + sum_a * shift_a) + tl.sum(exp_a * a, 1)
+        exp_a = tl.exp2(a * log2_scale)
+        weighted_a = scale_a * (weighted_a + sum_a * moved_a) + tl.sum(exp_a * a, 1)
         sum_a = scale_a * sum_a + tl.sum(exp_a, 1)
         if BOTH:
             cross_a += tl.sum(exp_a * b, 1)
@@ -103,7 +125,76 @@ def forward_kernel(
         tl.store(out + 7 * field, cross_b, inside)
 
 
-@triton.jit(do_not_specialize=["N", "first", "width"])
+@triton.jit(do_not_specialize=["N", "splits"])
+def merge_kernel(
+    partial,  # of the forward kernel, as the next
+    target_logits,
+    logprob_p,  # this and all that follow: (N,) float32; unused are those of q and the divergences unless BOTH
+    logprob_q,
+    entropy_p,
+    entropy_q,
+    kl_pq,
+    kl_qp,
+    symmetric_kl,
+    lse_p,
+    lse_q,
+    top_logprob_p,
+    top_logprob_q,
+    max_p,
+    logsum_p,  # log2 s
+    max_q,
+    logsum_q,
+    N,
+    splits,
+    log2_scale,
+    BOTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SHARES: tl.constexpr,  # that are loaded at once: one after the other would wait for memory each time
+):
+    rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside, safe = rows < N, tl.minimum(rows, N - 1)
+    field = splits.to(tl.int64) * N
+    fields_q = partial + 4 * field
+    scale = tl.cast(log2_scale, tl.float64)
+    top_p = _top(partial + safe, N, splits, TOKENS, SHARES)
+    top_q = _top(fields_q + safe, N, splits, TOKENS, SHARES) if BOTH else top_p
+
+    zero = tl.zeros((TOKENS,), tl.float64)
+    sum_p, weighted_p, cross_p = zero, zero, zero
+    sum_q, weighted_q, cross_q = zero, zero, zero
+    for first in range(0, splits, SHARES):
+        share = first + tl.arange(0, SHARES)
+        known = (share < splits)[:, None]
+        offsets = share.to(tl.int64)[:, None] * N + safe[None, :]
+        moved_p, factor_p, shares_p = _share(partial + offsets, field, known, top_p, scale)
+        sum_p += tl.sum(factor_p * shares_p, 0)
+        weighted_p += tl.sum(factor_p * (_load64(partial + 2 * field + offsets, known) + shares_p * moved_p), 0)
+        if BOTH:
+            moved_q, factor_q, shares_q = _share(fields_q + offsets, field, known, top_q, scale)
+            sum_q += tl.sum(factor_q * shares_q, 0)
+            weighted_q += tl.sum(factor_q * (_load64(fields_q + 2 * field + offsets, known) + shares_q * moved_q), 0)
+            moved = moved_p - moved_q
+            cross_p += tl.sum(factor_p * (_load64(partial + 3 * field + offsets, known) + shares_p * moved), 0)
+            cross_q += tl.sum(factor_q * (_load64(fields_q + 3 * field + offsets, known) + shares_q * moved), 0)
+
+    bits_p = _store_results(
+        target_logits + safe, top_p, sum_p, weighted_p, scale,
+        logprob_p + rows, entropy_p + rows, lse_p + rows, top_logprob_p + rows, max_p + rows, logsum_p + rows, inside,
+    )  # fmt: skip
+    if BOTH:
+        bits_q = _store_results(
+            target_logits + N + safe, top_q, sum_q, weighted_q, scale,
+            logprob_q + rows, entropy_q + rows, lse_q + rows, top_logprob_q + rows, max_q + rows, logsum_q + rows,
+            inside,
+        )  # fmt: skip
+        expected_p, expected_q, difference = cross_p / sum_p, cross_q / sum_q, bits_p - bits_q
+        _store_divergence(kl_pq + rows, expected_p * scale - difference, inside)
+        _store_divergence(kl_qp + rows, difference - expected_q * scale, inside)
+        _store_divergence(symmetric_kl + rows, (expected_p - expected_q) * scale / 2, inside)
+
+
+# `width` is specialized: only where it is known to be a multiple of 16 are 16 bytes stored at a time.
+@triton.jit(do_not_specialize=["N", "first"])
 def logit_gradient_kernel(
     hidden_a,  # (N, D); it, hidden_b and weight with TMA as above
     hidden_b,  # (N, D); unused unless BOTH
@@ -157,6 +248,39 @@ def logit_gradient_kernel(
     if WRITE_B:
         gradient = _logit_gradient(b, a, hit, numbers_b + safe, N, LOGPROB, ENTROPY, CROSS)
         tl.store(gradient_b + out, gradient.to(gradient_b.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["N", "first", "reference_stride"])
+def kept_gradient_kernel(
+    kept,  # (N, columns), as the next of the forward kernel
+    reference,
+    targets,  # (N,) int64
+    numbers,  # (7, N) float32
+    gradient,  # (N, stride): columns first ... first + width of the gradient
+    N,
+    log2_scale,
+    first,
+    width,
+    stride,
+    columns,
+    reference_stride,
+    LOGPROB: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TOKENS: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    block, tile = tl.program_id(0), tl.program_id(1)
+    rows = block * TOKENS + tl.arange(0, TOKENS)
+    safe = tl.minimum(rows, N - 1)
+    local = tile * KEPT + tl.arange(0, KEPT)
+    inside = (rows < N)[:, None] & (local < width)[None, :]
+    logits = tl.load(kept + rows.to(tl.int64)[:, None] * columns + (first + local)[None, :], inside, 0.0).to(tl.float32)
+    logits += tl.load(reference + (first // KEPT + tile).to(tl.int64) * reference_stride + safe)[:, None]
+    logp = _log2_softmax(logits, reference, local, 0, log2_scale, numbers + safe, N, NO)
+    hit = tl.load(targets + safe).to(tl.int32)[:, None] == (first + local)[None, :]
+    found = _logit_gradient(logp, logp, hit, numbers + safe, N, LOGPROB, ENTROPY, NO)
+    out = gradient + rows.to(tl.int64)[:, None] * stride + local[None, :]
+    tl.store(out, found.to(gradient.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -218,12 +342,30 @@ def _store_target(out, logits, target, columns, here):
 
 
 @triton.jit
-def _shift(logits, maximum, columns, V, log2_scale):
-    """(l below the new maximum in bits, the new maximum, how far it moved in bits (≤ 0), 2 to that)."""
+def _below_maximum(logits, maximum, columns, V, log2_scale):
+    """(l − the new maximum, the new maximum, how far it moved (≤ 0), what that multiplies the sums by)."""
     logits = tl.where((columns < V)[None, :], logits, LOWEST)
     new = tl.maximum(maximum, tl.max(logits, 1))
-    shift = (maximum - new) * log2_scale
-    return (logits - new[:, None]) * log2_scale, new, shift, tl.exp2(shift)
+    moved = maximum - new
+    return logits - new[:, None], new, moved, tl.exp2(moved * log2_scale)
+
+
+@triton.jit
+def _keep(
+    kept, reference, below, maximum, rows, inside, tile, columns, reference_stride,
+    VOCAB: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """Keep what of a tile lies before `columns`."""
+    if tile * VOCAB < columns:
+        if kept.dtype.element_ty == tl.float16:  # its −∞ would make 0 · ∞ of p log p
+            below = tl.maximum(below, -65504.0)
+        column = tile * VOCAB + tl.arange(0, VOCAB)
+        out = kept + rows.to(tl.int64)[:, None] * columns + column[None, :]
+        tl.store(out, below.to(kept.dtype.element_ty), inside[:, None] & (column < columns)[None, :])
+        for i in range(VOCAB // KEPT):
+            part = tile * (VOCAB // KEPT) + i
+            if part * KEPT < columns:
+                tl.store(reference + tl.cast(part, tl.int64) * reference_stride + rows, maximum, inside)
 
 
 @triton.jit
@@ -247,3 +389,48 @@ def _logit_gradient(
     if LOGPROB:
         gradient += tl.where(hit, tl.load(numbers + 6 * N)[:, None], 0.0)
     return gradient
+
+
+@triton.jit
+def _load64(pointers, mask):
+    return tl.load(pointers, mask, 0.0).to(tl.float64)
+
+
+@triton.jit
+def _top(maxima, N, splits, TOKENS: tl.constexpr, SHARES: tl.constexpr):
+    """The maximum of all shares, (TOKENS,) float32."""
+    top = tl.full((TOKENS,), LOWEST, tl.float32)
+    for first in range(0, splits, SHARES):
+        share = first + tl.arange(0, SHARES)
+        offsets = share.to(tl.int64)[:, None] * N
+        top = tl.maximum(top, tl.max(tl.load(maxima[None, :] + offsets, (share < splits)[:, None], LOWEST), 0))
+    return top
+
+
+@triton.jit
+def _share(maxima, field, known, top, scale):
+    """(the shares' maxima below the top, what that multiplies their sums by, s), each (SHARES, TOKENS) float64."""
+    moved = tl.where(known, _load64(maxima, known) - top.to(tl.float64)[None, :], 0.0)
+    return moved, tl.exp2(moved * scale), _load64(maxima + field, known)
+
+
+@triton.jit
+def _store_results(
+    target_logits, top, total, weighted, scale, logprob, entropy, lse, top_logprob, maximum, logsum, inside
+):  # fmt: skip
+    """Store the results of one branch, and return log2 s."""
+    below = tl.load(target_logits).to(tl.float64) - top.to(tl.float64)
+    bits = tl.log2(total)
+    tl.store(logprob, ((below * scale - bits) * LN2).to(tl.float32), inside)
+    tl.store(entropy, ((bits - weighted / total * scale) * LN2).to(tl.float32), inside)
+    tl.store(lse, ((top.to(tl.float64) * scale + bits) * LN2).to(tl.float32), inside)
+    tl.store(top_logprob, (-bits * LN2).to(tl.float32), inside)  # exactly the target's where its logit is the largest
+    tl.store(maximum, top, inside)
+    tl.store(logsum, bits.to(tl.float32), inside)
+    return bits
+
+
+@triton.jit
+def _store_divergence(out, bits, inside):
+    """Below zero is rounding."""
+    tl.store(out, tl.where(bits < 0, 0.0, bits * LN2).to(tl.float32), inside)
