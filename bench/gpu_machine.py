@@ -71,7 +71,7 @@ def _errors(backend: str, n: int, width: int, vocab: int, device: str, dtype: to
         tensors = [x.detach().clone().requires_grad_() for x in (p, q, weight)]
         entropy, symmetric = function(*tensors)
         gradients = torch.autograd.grad(entropy.sum() + symmetric.sum(), tensors)
-        return dict(zip(RESULTS, (entropy, symmetric, *gradients), strict=True))
+        return {name: x.detach() for name, x in zip(RESULTS, (entropy, symmetric, *gradients), strict=True)}
 
     def ours(p, q, weight):
         stats = linear_branch_stats(p, q, weight, given.targets, backend=backend)
@@ -87,7 +87,7 @@ def _errors(backend: str, n: int, width: int, vocab: int, device: str, dtype: to
     found, naive = (results(*given[:3], function) for function in (ours, plain))
     ratios = {}
     for name, exact in truth.items():
-        rounding = torch.finfo(found[name].dtype).eps / 2 * exact.detach().norm()
-        errors = [float((x[name].detach().double() - exact).norm()) for x in (found, naive)]
+        rounding = torch.finfo(found[name].dtype).eps / 2 * exact.norm()
+        errors = [float((x[name].double() - exact).norm()) for x in (found, naive)]
         ratios[name] = round(errors[0] / max(errors[1], float(rounding)), 3)
     return ratios
