@@ -1,6 +1,6 @@
 """What the Triton kernels compile to, and the roofline bound of two models' heads. Needs triton 3.4 or later, no GPU.
 
-    python bench/gpu_static.py [--arch sm_80 sm_90 sm_100 gfx942] [--json FILE]
+    python bench/gpu_static.py [--arch sm_80 sm_90 sm_100 gfx942] [--dtype bf16 f32] [--tokens many few] [--json FILE]
 
 Every tile of vogue_kernels/gpu is compiled ahead of time for bfloat16, with many tokens and with few, and for float32:
 registers and local memory of a thread, shared memory of a program, programs that fit on a multiprocessor, tensor
@@ -205,12 +205,12 @@ def bounds() -> list[dict]:
     return rows
 
 
-def cases(architectures, dtypes):
-    """(architecture, dtype, tokens, variant) of all that is compiled."""
+def cases(architectures, dtypes, tokens):
+    """(architecture, dtype, tokens, variant) of all that is compiled. float32 has one tile, whatever the tokens."""
     for architecture in architectures:
-        for dtype in dtypes:  # float32 has one tile, for any number of tokens
-            for tokens in ("many", "few") if dtype == "bf16" else ("many",):
-                yield from ((architecture, dtype, tokens, name) for name in VARIANTS)
+        for dtype in dtypes:
+            for batch in tokens if dtype == "bf16" else ("many",):
+                yield from ((architecture, dtype, batch, name) for name in VARIANTS)
         yield from ((architecture, "f32", "many", name) for name in SMALL)
 
 
@@ -218,6 +218,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=COMPILED)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--tokens", nargs="+", choices=TOKENS, default=list(TOKENS))
     parser.add_argument("--json", type=Path, help="write everything there too")
     arguments = parser.parse_args()
 
@@ -226,7 +227,7 @@ def main():
     titles = "tokens×V×D", "warps", "stages", "registers", "local bytes", "among products", "shared", "programs/SM"
     print(line.format("arch", "kernel", "dtype", "N", *titles, "instructions"))
     compiled = []
-    for architecture, dtype, tokens, name in cases(arguments.arch, arguments.dtype):
+    for architecture, dtype, tokens, name in cases(arguments.arch, arguments.dtype, arguments.tokens):
         row = compile_variant(name, dtype, architecture, tokens)
         compiled.append(row)
         tile = row["tile"] or dict.fromkeys(gpu.Tile._fields, "-")

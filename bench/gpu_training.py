@@ -7,6 +7,7 @@ And, needing torch and transformers alone, a plain loop: transformers' generatio
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -26,6 +27,7 @@ NEEDED = (
     *("deepspeed", "pydantic", "omegaconf", "datasets", "math_verify", "rich", "pyarrow", "PIL", "psutil", "jinja2"),
     *("torchvision", "xxhash", "matplotlib", "threadpoolctl"),
 )
+TRANSFORMERS = (5, 19)  # that vogue asks for: 5.17 ignores mm_encoder_outputs, the features of images, in silence
 METHODS = ("grpo", "vogue")
 MODELS = {"tiny": 8, "3b": 3}  # steps of each method
 
@@ -39,6 +41,10 @@ def training(report: Report, settings: Settings) -> None:
         told = f"the trainer needs {', '.join(missing)} (wheels: the head of bench/gpu.sh says how)"
         report.add(what="vogue.trainer", skipped=told)
         return
+    version = tuple(map(int, importlib.metadata.version("transformers").split(".")[:2]))
+    if version < TRANSFORMERS:
+        told = f"older than {TRANSFORMERS}: the trainer's steps may leave the images out"
+        report.add(what="transformers", version=".".join(map(str, version)), warning=told)
     for model, steps in {"tiny": 1}.items() if settings.quick else MODELS.items():
         with report.trying(f"vogue.trainer, {model}"), tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, __file__, folder, model, str(steps), *(["--quick"] if settings.quick else [])]

@@ -11,7 +11,7 @@ from vogue.data import Sample
 from vogue.method.perturb import perturb
 from vogue.method.uncertainty import OtherBranch
 from vogue.model.packing import Row, collate
-from vogue.model.policy import Policy
+from vogue.model.policy import Policy, PolicyHead
 from vogue.rollout.engine import BAN, Completion, media_token_ids
 
 TEMPERATURE = 0.7
@@ -210,3 +210,21 @@ def test_attention_that_takes_no_mask_of_ours_is_not_given_one(kinds, preprocess
         assert (policy.why_separate is None) == (name == "sdpa")
         logprobs[name] = policy(batch).logprob
     torch.testing.assert_close(logprobs["eager"], logprobs["sdpa"], rtol=0, atol=2e-5)
+
+
+def test_the_head_keeps_logits_of_the_trained_branch_within_its_bytes():
+    head = PolicyHead(torch.nn.Linear(8, 5000, bias=False), 1.0, [], keep_logits_bytes=100_000)
+    hidden, targets, kept = torch.randn(10, 8, requires_grad=True), torch.arange(10), []
+
+    def pack(saved):
+        if saved.dtype == torch.uint8 and len(saved):
+            kept.append(saved.nbytes)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        stats = head(hidden, [torch.randn(4, 8), torch.randn(2, 8)], targets)
+        assert kept == [40_000, 60_000]  # of four tokens that are compared, and of six that aren't
+        kept.clear()
+        head(hidden, [], targets)
+        assert kept == [100_000]
+    stats.logprob.sum().backward()

@@ -99,6 +99,7 @@ MIXED = ("branch.probability=0.5", "branch.granularity=response", "perturb.sigma
         "trainer.micro_batch_tokens=150",
         "trainer.shared_prefix=false",
         "model.gradient_checkpointing=true",
+        "model.keep_logits_gb=0.001",
     ],
 )
 def test_how_an_update_is_computed_does_not_change_it(new_trainer, override):

@@ -30,6 +30,12 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass instead of keeping them"
     )
+    keep_logits_gb: NonNegative = Field(
+        0.0,
+        description="memory in GB within which the head keeps a micro-batch's logits for its backward pass, which then "
+        "needs three matrix products where it needs four; it pays where memory is left over and the head takes a large "
+        "share of a step (a small model, a large vocabulary). All logits are tokens x vocabulary x 2 bytes in bfloat16",
+    )
     freeze_vision: bool = Field(False, description="don't train the vision tower")
 
 

@@ -96,6 +96,7 @@ class Trainer:
             config.rollout.temperature,
             media_token_ids(self.processor),
             config.model.attention,
+            int(config.model.keep_logits_gb * 1e9),
         )
         self.shared_prefix = config.trainer.shared_prefix and not self.policy.why_separate
         if config.trainer.shared_prefix and self.policy.why_separate and self.rank == 0:

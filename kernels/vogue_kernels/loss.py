@@ -162,7 +162,8 @@ class VogueLoss(nn.Module):
     aggregation: as in `token_weights`. divergence: "symmetric" (the paper's), "forward" KL(raw‖noisy) or "reverse"
     KL(noisy‖raw). rollout: the branch that tokens with z = 1 were generated from and are trained on, "drawn" (noisy,
     Algorithm 1's) or "raw" (the authors' code's). entropy: u_out of the branch that is "trained", or "drawn", that of
-    the noisy one where z = 1. backend: as in `linear_branch_stats`. Raises ValueError for an unknown name.
+    the noisy one where z = 1. backend, keep_logits_bytes: as in `linear_branch_stats`; the trained branch's logits are
+    what is kept. Raises ValueError for an unknown name.
     """
 
     def __init__(
@@ -178,6 +179,7 @@ class VogueLoss(nn.Module):
         rollout: str = "raw",
         entropy: str = "trained",
         clip_dual: float | None = None,
+        keep_logits_bytes: int = 0,
     ):
         super().__init__()
         _one_of("aggregation", aggregation, AGGREGATIONS)
@@ -192,7 +194,7 @@ class VogueLoss(nn.Module):
         self.aggregation = aggregation
         self.divergence = divergence
         self.rollout, self.entropy = rollout, entropy
-        self.backend = backend
+        self.backend, self.keep_logits_bytes = backend, keep_logits_bytes
 
     def forward(
         self,
@@ -264,19 +266,20 @@ class VogueLoss(nn.Module):
     def _statistics(self, hidden, hidden_other, weight, targets, bias, noisy):
         """(logprob, u_out, u_per or None) of the trained branch; the other one is read only where it's needed."""
         rest = weight, targets, bias, self.temperature, self.backend
+        keep = {"keep_logits_bytes": self.keep_logits_bytes}
         entropy_drawn = self.entropy == "drawn" and self.rollout == "raw" and self.guidance.alpha_out > 0
         if not noisy.any() or not (self.guidance.alpha_per > 0 or entropy_drawn):
-            stats = linear_logprob(hidden, *rest)
+            stats = linear_logprob(hidden, *rest, **keep)
             return stats.logprob, stats.entropy.detach(), None
         if hidden_other is None:
             raise ValueError("tokens with z = 1 need hidden_other, the hidden states of the other branch")
         other = hidden_other.detach()
         if self.rollout == "raw":
-            stats = linear_branch_stats(hidden, other, *rest)
+            stats = linear_branch_stats(hidden, other, *rest, **keep)
             entropy = torch.where(noisy, stats.entropy_q, stats.entropy_p) if entropy_drawn else stats.entropy_p
             logprob = stats.logprob_p
         else:
-            stats = linear_branch_stats(other, hidden, *rest)
+            stats = linear_branch_stats(other, hidden, *rest, **keep)
             logprob, entropy = stats.logprob_q, stats.entropy_q
         return logprob, entropy.detach(), getattr(stats, DIVERGENCES[self.divergence]).detach()
 

@@ -56,10 +56,10 @@ def test_the_sums_follow_the_maximum_from_tile_to_tile_of_a_share(case, monkeypa
 @pytest.mark.skipif(not INTERPRETING, reason="runs in the interpreter")
 @pytest.mark.parametrize(
     "case, described",
-    [
-        (Case("normal", 37, 72, 1500, "bf16", 1.3, True), True),
-        (Case("negative", 33, 72, 2051, "bf16"), True),  # what is read as 0 outside the matrices would win
-        (Case("negative", 33, 72, 2051, "f32"), True),
+    [  # 80 elements: the interpreter of triton 3.4 demands a multiple of 16 of them, where a GPU does of bytes
+        (Case("normal", 37, 80, 1500, "bf16", 1.3, True), True),
+        (Case("negative", 33, 80, 2051, "bf16"), True),  # what is read as 0 outside the matrices would win
+        (Case("negative", 33, 80, 2051, "f32"), True),
         (Case("normal", 37, 33, 515, "bf16"), False),  # rows of 66 bytes
     ],
     ids=str,
@@ -147,14 +147,18 @@ def test_an_architecture_without_a_row_takes_the_nearest_and_few_tokens_a_tile_o
 def test_what_the_kernels_compile_to(architecture, instructions, tmp_path):
     script = FOLDER.parent.parent / "bench" / "gpu_static.py"
     command = [sys.executable, script, "--arch", architecture, "--json", tmp_path / "static.json"]
+    if architecture != "sm_90":  # of one all, of the others what matters most
+        command += ["--dtype", "bf16", "--tokens", "many"]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     compiled = json.loads((tmp_path / "static.json").read_text())["compiled"]
-    assert len(compiled) == 36  # eleven variants thrice, and three without a product
+    # Eleven variants, thrice or once, and three kernels without a product.
+    assert len(compiled) == (36 if architecture == "sm_90" else 14)
     for row in compiled:
         assert row["spills_among_products"] == 0, row
-        assert row["local_bytes"] <= (512 if "gradient" in row["kernel"] else 0), row  # once a tile, after the products
+        whole = row["dtype"] == "bf16" and "forward" in row["kernel"]  # else some bytes a tile, after the products
+        assert row["local_bytes"] <= (0 if whole else 512), row
         assert row["programs_per_sm"] >= 1, row
         assert row["dtype"] == "f32" or set(row["instructions"]) == instructions, row
         if "gradient" in row["kernel"] and architecture != "gfx942":

@@ -49,7 +49,8 @@ class Recorder:
     def launch(self, grid, *args, **kwargs):
         *_, backend, bind = self.kernel.device_caches[0]
         arguments, specialization, options = bind(*args, **kwargs)
-        self.kernel._pack_args(backend, kwargs, arguments, specialization, options)  # refuses unknown options
+        if hasattr(self.kernel, "_pack_args"):  # refuses unknown options; triton 3.4 has none
+            self.kernel._pack_args(backend, kwargs, arguments, specialization, options)
         types, special = ({name: pair[i] for name, pair in zip(arguments, specialization)} for i in (0, 1))
         self.launches.append(
             Launch(grid=grid, arguments=arguments, types=types, specializations=special, options=options)
@@ -79,7 +80,8 @@ def gpu(request, monkeypatch, static):
         capability = divmod(int(request.param[3:]), 10)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     driver = SimpleNamespace(get_current_target=lambda: static.TARGETS[request.param])
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    active = "_active" if hasattr(triton.runtime.driver, "_active") else "active"  # since triton 3.5, and before
+    monkeypatch.setattr(triton.runtime.driver, active, driver)
     recorders = {name: Recorder(getattr(gpu, name)) for name in KERNELS}
     for name, recorder in recorders.items():
         monkeypatch.setattr(gpu, name, recorder)

@@ -467,3 +467,20 @@ def test_the_gradient_of_a_token_is_proportional_to_its_own_shaped_advantage(bac
     entropy = -(logits.softmax(0) * logits.log_softmax(0)).sum()
     shaped = 1 + min(0.5, 0.4 * entropy), -0.5 + min(0.25, 0.4 * entropy)
     torch.testing.assert_close(gradient[0] / gradient[1], torch.full((3,), float(shaped[0] / shaped[1])))
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_logits_that_are_kept_change_no_gradient(noisy, backend):
+    hidden, other = torch.randn(2, 9, 8)
+    weight, targets, advantages = torch.randn(3000, 8), torch.randint(3000, (9,)), torch.randn(9)
+    leaves, found = [hidden.requires_grad_(), weight.requires_grad_()], []
+    for keep in (0, 1 << 30):
+        criterion = VogueLoss(backend=backend, keep_logits_bytes=keep)
+        loss, _ = criterion(hidden, weight, targets, advantages, hidden_other=other, noisy=noisy)
+        weight.data = -weight.data  # what the backward pass reads only where it computes logits again
+        found.append(torch.autograd.grad(loss, leaves)[1])
+        weight.data = -weight.data
+    loss, _ = VogueLoss(backend=backend)(hidden, weight, targets, advantages, hidden_other=other, noisy=noisy)
+    expected = torch.autograd.grad(loss, leaves)[1]
+    torch.testing.assert_close(found[1], expected)
+    assert (found[0] - expected).abs().max() > 1e-3

@@ -28,14 +28,15 @@ class PolicyHead(nn.Module):
     """Output projection and per-token statistics in one: hidden states (N, D) to results (N,), float32, in nats.
 
     The distribution is the one that is sampled from: logits divided by `temperature`, `banned` tokens excluded.
+    keep_logits_bytes: memory within which the trained branch's logits are kept for the backward pass.
     """
 
     bias: Tensor
 
-    def __init__(self, projection: nn.Linear, temperature: float, banned: Sequence[int]):
+    def __init__(self, projection: nn.Linear, temperature: float, banned: Sequence[int], keep_logits_bytes: int = 0):
         super().__init__()
         self.weight = weight = projection.weight
-        self.temperature = temperature
+        self.temperature, self.keep_logits_bytes = temperature, keep_logits_bytes
         bias = torch.zeros(projection.out_features, dtype=weight.dtype, device=weight.device)
         bias[list(banned)] = BAN
         self.register_buffer("bias", bias, persistent=False)
@@ -43,24 +44,27 @@ class PolicyHead(nn.Module):
     def forward(self, hidden: Tensor, others: Sequence[Tensor], targets: Tensor) -> TokenStats:
         """`others`: hidden states (M, D) of the first M tokens on each view that they are compared with, M falling."""
         if not others:
-            alone = self._alone(hidden, targets)
+            alone = self._alone(hidden, targets, self.keep_logits_bytes)
             return TokenStats(alone.logprob, alone.entropy, ())
         m = len(others[0])
-        both = [self._both(others[0], hidden[:m], targets[:m])]
+        keep = self.keep_logits_bytes * m // max(len(hidden), 1)
+        both = [self._both(others[0], hidden[:m], targets[:m], keep)]
         # The trained branch's statistics are the first comparison's; further ones send no second gradient.
         both += [self._both(other, hidden[: len(other)].detach(), targets[: len(other)]) for other in others[1:]]
         logprob, entropy = both[0].logprob_q, both[0].entropy_q
         if m < len(hidden):
-            alone = self._alone(hidden[m:], targets[m:])
+            alone = self._alone(hidden[m:], targets[m:], self.keep_logits_bytes - keep)
             logprob, entropy = torch.cat([logprob, alone.logprob]), torch.cat([entropy, alone.entropy])
         return TokenStats(logprob, entropy, tuple(map(_other_branch, both)))
 
-    def _both(self, other: Tensor, hidden: Tensor, targets: Tensor) -> BranchStats:
+    def _both(self, other: Tensor, hidden: Tensor, targets: Tensor, keep: int = 0) -> BranchStats:
         """Branch p is the other view, q the one that is trained."""
-        return linear_branch_stats(other, hidden, self.weight, targets, self.bias, self.temperature)
+        args = other, hidden, self.weight, targets, self.bias, self.temperature
+        return linear_branch_stats(*args, keep_logits_bytes=keep)
 
-    def _alone(self, hidden: Tensor, targets: Tensor) -> LogprobStats:
-        return linear_logprob(hidden, self.weight, targets, self.bias, self.temperature)
+    def _alone(self, hidden: Tensor, targets: Tensor, keep: int) -> LogprobStats:
+        args = hidden, self.weight, targets, self.bias, self.temperature
+        return linear_logprob(*args, keep_logits_bytes=keep)
 
 
 class Policy(nn.Module):
@@ -68,10 +72,18 @@ class Policy(nn.Module):
 
     `attention` is the text model's: one of transformers', or "auto" for `vogue.model.attention.automatic`'s choice of
     those that let completions share a prompt. `why_separate` says why they can't (None where they can); every row must
-    then hold one completion. Raises ValueError for a model type that isn't in `vogue.families`.
+    then hold one completion. `keep_logits_bytes` is the head's. Raises ValueError for a model type that isn't in
+    `vogue.families`.
     """
 
-    def __init__(self, model: PreTrainedModel, temperature: float, banned: Sequence[int] = (), attention: str = "auto"):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        temperature: float,
+        banned: Sequence[int] = (),
+        attention: str = "auto",
+        keep_logits_bytes: int = 0,
+    ):
         super().__init__()
         self.family = family_of(model)
         if attention == "auto":
@@ -81,7 +93,7 @@ class Policy(nn.Module):
         if self.why_separate and attention in OWN:
             attention = "sdpa"
         model.set_attn_implementation({"text_config": attention})
-        model.lm_head = PolicyHead(model.lm_head, temperature, banned)
+        model.lm_head = PolicyHead(model.lm_head, temperature, banned, keep_logits_bytes)
         self.model = model
         self.attention = attention
         # LLaVA-OneVision's own parameter, read outside of its forward: one of this module's is whole in this one's.

@@ -48,8 +48,9 @@ class Tile(NamedTuple):
     tma: bool = False  # hidden states and weight are loaded through tensor descriptors
 
 
-# By architecture and kernel: wide tiles that keep everything in registers (bench/gpu_static.py) where V and D are
-# multiples of 16. A bias, a second branch and the entropy's gradient need registers of their own.
+# By architecture and kernel: tiles as wide as registers allow where V and D are multiples of 16. A bias, a second
+# branch and the entropy's gradient need registers of their own. What doesn't fit may be spilled after the products,
+# once a tile, but never among them (bench/gpu_static.py).
 TILES = {
     "sm_80": {
         "forward": Tile(128, 128, 32, 8, 4),
@@ -80,7 +81,7 @@ TILES = {
 NEAREST = {**dict.fromkeys(("sm_86", "sm_87", "sm_89", "sm_120", "sm_121"), "sm_80"), "sm_103": "sm_100"}
 TILES["gfx942"] = dict.fromkeys(TILES["sm_90"], Tile(128, 128, 32, 8, 2))
 DEFAULT_TILE = Tile(64, 64, 32, 4, 2)  # other GPUs, which may have 64 KB of shared memory only
-FLOAT32_TILE = Tile(32, 64, 32, 4, 2)  # without tensor cores: TF32 isn't exact enough
+FLOAT32_TILE = Tile(32, 64, 32, 8, 2)  # without tensor cores: TF32 isn't exact enough
 INTERPRETER_TILE = Tile(64, 512, 32, 1, 1)  # wide, because the interpreter pays by the operation
 
 

@@ -305,11 +305,22 @@ def _products(
     for start in range(0, D, DEPTH):
         w = _load_tile(weight, column, start, V, D, VOCAB, DEPTH, WHOLE_DEPTH, TMA)
         h_a = _load_tile(hidden_a, row, start, N, D, TOKENS, DEPTH, WHOLE_DEPTH, TMA)
-        a = tl.dot(h_a, tl.trans(w), a, input_precision="ieee")
+        a = _add_product(a, h_a, w)
         if BOTH:
             h_b = _load_tile(hidden_b, row, start, N, D, TOKENS, DEPTH, WHOLE_DEPTH, TMA)
-            b = tl.dot(h_b, tl.trans(w), b, input_precision="ieee")
+            b = _add_product(b, h_b, w)
     return a, b if BOTH else a
+
+
+@triton.jit
+def _add_product(total, h, w):
+    """total + h wᵀ. Without tensor cores the D terms of a float32 sum would be added one by one, which loses digits, so
+    DEPTH of them are a sum of their own. The last argument, made for float8, keeps the compiler from joining them.
+    """
+    if h.dtype == tl.float32:
+        return total + tl.dot(h, tl.trans(w), input_precision="ieee", max_num_imprecise_acc=1)
+    else:
+        return tl.dot(h, tl.trans(w), total, input_precision="ieee")
 
 
 @triton.jit
