@@ -58,8 +58,8 @@ mutants: setup  ## single mistakes in a copy of the code: which does no test see
 matrix:  ## vogue_kernels alone, installed and tested on the oldest, a middle and the newest torch; 15 GB, not kept
 	$(PYTHON) tools/matrix.py
 
-bench: setup  ## the head against PyTorch and Liger on this machine, quickly; see bench/kernels.py for more
-	python -m pytest bench/test_kernels.py -q --benchmark-columns=median,min,max --benchmark-group-by=group
+bench: setup  ## the head against PyTorch and Liger on this machine, in two minutes; see bench/kernels.py for more
+	python bench/kernels.py --quick
 
 clean:  ## remove .venv and what was built
 	rm -rf $(VENV) build kernels/build *.egg-info kernels/*.egg-info kernels/vogue_kernels/cpu/_C.so

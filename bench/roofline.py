@@ -22,7 +22,15 @@ def steps(width: int, vocab: int, n: int, size: int = 2) -> dict[str, tuple[int,
         # logits again, and the two products; the weight read and its gradient written, the gradient of the logits
         # written once and read twice, hidden states read and their gradient written
         "backward of one branch's logprob": (3 * product, 2 * weight + 3 * size * n * vocab + 2 * hidden),
+        # the same of both branches
+        "backward of both branches' KL": (6 * product, 2 * weight + 6 * size * n * vocab + 4 * hidden),
     }
+
+
+def of_work(names: tuple[str, ...], width: int, vocab: int, n: int, size: int, rates: Rates) -> tuple[float, int]:
+    """(milliseconds of the steps with these names at least, their operations)."""
+    found = [steps(width, vocab, n, size)[name] for name in names]
+    return sum(bound(*step, rates)[0] for step in found), sum(operations for operations, _ in found)
 
 
 def bound(operations: int, moved: int, rates: Rates = H100) -> tuple[float, str]:

@@ -3,6 +3,7 @@ import re
 import sys
 
 import pytest
+import torch
 from rich.console import Console
 
 from vogue import doctor
@@ -97,6 +98,18 @@ def test_a_probe_that_dies_silently_or_hangs_gives_a_reason():
 )
 def test_instruction_sets_are_read_from_the_flags_alone(cpuinfo, expected):
     assert doctor.instruction_sets(cpuinfo) == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_where_there_is_no_gpu_the_first_minute_on_it_ends_with_that_reason(capfd):
+    assert doctor.try_gpu(Console()) == 2
+    assert "no GPU: torch" in capfd.readouterr().err
+
+
+def test_without_a_checkout_the_first_minute_on_a_gpu_says_what_it_needs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "vogue" / "doctor.py"))
+    assert doctor.try_gpu(Console(width=200)) == 1
+    assert "bench/gpu.py of a checkout" in capsys.readouterr().out
 
 
 @pytest.mark.slow

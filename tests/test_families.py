@@ -21,6 +21,7 @@ from transformers import (
 from vogue.data import Sample
 from vogue.families import FAMILIES
 from vogue.inputs import Preprocessor, Prompt, View
+from vogue.model.attention import VARLEN
 from vogue.model.packing import Row, collate
 from vogue.model.policy import Policy
 from vogue.rollout.engine import Completion
@@ -251,19 +252,19 @@ def test_the_vision_tower_sees_each_image_once_however_many_rows_show_it(kind):
 
 
 @pytest.mark.parametrize("kind", SHARING)
-def test_the_block_mask_of_flex_attention_gives_the_same_log_probabilities(kind):
+def test_every_attention_of_shared_prompts_gives_the_same_log_probabilities(kind):
     plain = random_model(kind, torch.float32)
     rows = [row_of(plain, kind, 1, [10, 11, 12], [20, 21]), row_of(plain, kind, 2, [13, 14], [30])]
     batch = collate(rows, 0, token_mean=True)
     found = {}
     # On a CPU it has no backward pass, and compiling it takes longer than what it computes here.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        for attention in ("auto", "sdpa", "flex_attention"):
+        for attention in ("auto", "sdpa", "flex_attention", VARLEN):
             policy = Policy(copy.deepcopy(plain), 1.0, attention=attention)
             assert policy.why_separate is None
             found[attention] = policy(batch).logprob
-    torch.testing.assert_close(found["flex_attention"], found["sdpa"], rtol=0, atol=2e-5)
-    torch.testing.assert_close(found["auto"], found["sdpa"], rtol=0, atol=2e-5)
+    for attention, logprob in found.items():
+        torch.testing.assert_close(logprob, found["sdpa"], rtol=0, atol=2e-5, msg=attention)
 
 
 def test_a_model_type_that_is_not_known_is_refused(new_model):

@@ -147,7 +147,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_warmstart(commands)
     _add_data(commands)
-    _add(commands, "doctor", "what was found here, what can run, and why the rest can't")
+    command = _add(commands, "doctor", "what was found here, what can run, and why the rest can't")
+    command.add_argument(
+        "--gpu",
+        action="store_true",
+        help="then measure the GPU's ceilings and hold the kernels to float64 on it: a minute, in a checkout of vogue",
+    )
     return parser
 
 

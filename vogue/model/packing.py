@@ -19,9 +19,8 @@ from torch import Tensor
 
 from vogue.inputs import NOISY, Prompt, View, cat_images
 from vogue.method.uncertainty import Signals
+from vogue.model.attention import PAD
 from vogue.rollout.engine import Completion
-
-PAD = -1  # segment of padding
 
 
 class Place(NamedTuple):

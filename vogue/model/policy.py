@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from vogue.families import Family, family_of
 from vogue.method.uncertainty import OtherBranch, TokenStats
-from vogue.model.attention import FLEX, IMPLEMENTATIONS, PARTS, attention_inputs
+from vogue.model.attention import FLEX, IMPLEMENTATIONS, OWN, attention_inputs, automatic
 from vogue.model.packing import PAD, Batch, Images
 from vogue.rollout.engine import BAN
 from vogue_kernels import BranchStats, LogprobStats, linear_branch_stats, linear_logprob
@@ -70,10 +70,10 @@ class PolicyHead(nn.Module):
 class Policy(nn.Module):
     """`forward(batch)` gives the statistics of the batch's N completion tokens; other views have no gradient.
 
-    `attention` is the text model's: one of transformers', or "auto" for the fastest that lets completions share a
-    prompt. `why_separate` says why they can't (None where they can); every row must then hold one completion.
-    `keep_logits_bytes` is the head's.
-    Raises ValueError for a model type that isn't in `vogue.families`.
+    `attention` is the text model's: one of transformers', or "auto" for `vogue.model.attention.automatic`'s choice of
+    those that let completions share a prompt. `why_separate` says why they can't (None where they can); every row must
+    then hold one completion. `keep_logits_bytes` is the head's. Raises ValueError for a model type that isn't in
+    `vogue.families`.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class Policy(nn.Module):
         super().__init__()
         self.family = family_of(model)
         if attention == "auto":
-            attention = "flex_attention" if torch.cuda.is_available() else PARTS
+            attention = automatic(model.dtype, _head_size(model))
         attention = FLEX if attention == "flex_attention" else attention
         self.why_separate = _why_separate(model, attention)
-        if self.why_separate and attention in (PARTS, FLEX):
+        if self.why_separate and attention in OWN:
             attention = "sdpa"
         model.set_attn_implementation({"text_config": attention})
         model.lm_head = PolicyHead(model.lm_head, temperature, banned, keep_logits_bytes)
@@ -144,6 +144,11 @@ class Policy(nn.Module):
 def _other_branch(both: BranchStats) -> OtherBranch:
     values = (both.logprob_p, both.entropy_p, both.kl_qp, both.kl_pq, both.symmetric_kl)
     return OtherBranch(*(value.detach() for value in values))
+
+
+def _head_size(model: PreTrainedModel) -> int:
+    text = model.config.text_config
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def _why_separate(model: PreTrainedModel, attention: str) -> str | None:
