@@ -186,7 +186,7 @@ def _config(folder: str) -> Any:
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"lora.adapter={folder}: {CONFIG} can't be read: {error}") from None
     if not isinstance(config, peft.LoraConfig):
-        raise ConfigError(f"lora.adapter={folder}: it is of kind {str(config.peft_type).rpartition(".")[2]}, not LORA")
+        raise ConfigError(f"lora.adapter={folder}: it is of kind {str(config.peft_type).rpartition('.')[2]}, not LORA")
     return config
 
 
