@@ -201,7 +201,7 @@ def programs(architecture: str, registers: int, shared: int, warps: int) -> int:
     """That fit on a multiprocessor: 64 K registers, 64 warps; of gfx942: four SIMDs, each with 512 × 64 and 8 warps."""
     registers = -(-registers // 8) * 8
     if architecture == "gfx942":
-        return min(4 * min(512 // registers, 8) // warps, SHARED_BYTES[architecture] // shared)
+        return min(4 * min(512 // registers, 8) // warps, SHARED_BYTES[architecture] // max(shared, 1))
     return min((1 << 16) // (registers * 32 * warps), SHARED_BYTES[architecture] // (shared + 1024), 64 // warps)
 
 

@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 
@@ -11,10 +13,23 @@ def launcher(ranks):
     return [str(Path(sys.executable).with_name("deepspeed")), f"--num_gpus={ranks}", f"--master_port={free_port()}"]
 
 
+OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 def environment():
     """This process' own, without what makes it the only rank of a run."""
-    ours = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    return {name: value for name, value in os.environ.items() if name not in ours}
+    return {name: value for name, value in os.environ.items() if name not in OURS}
+
+
+def apart(function, *arguments):
+    """What a function returns in a process of its own: when an engine of vLLM goes, it ends its process' groups."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_leave_the_run) as alone:
+        return alone.submit(function, *arguments).result()
+
+
+def _leave_the_run():
+    for name in OURS:
+        os.environ.pop(name, None)
 
 
 def launch(ranks, *command):

@@ -2,13 +2,12 @@
 
 import copy
 import json
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 
 import pytest
 import torch
 from PIL import Image
+from ranks import apart
 from safetensors.torch import load_file, save_file
 from steps import batches_of, generated
 from test_families import PINPOINTS, TILE, config_of
@@ -137,15 +136,12 @@ def check(kind, processor, folder):
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "llava_onevision"])
-def test_vllm_follows_the_policy(kind, processor, tmp_path, monkeypatch):
+def test_vllm_follows_the_policy(kind, processor, tmp_path):
     """Before and after its weights change, on a prompt without an image, one with one and one with two.
 
     In a process of its own, and not as a rank of this one's run: vLLM's engines in one share their process groups.
     """
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
-        alone.submit(check, kind, processor, tmp_path).result()
+    apart(check, kind, processor, tmp_path)
 
 
 def with_tying(outer, inner, head, folder):
@@ -186,15 +182,11 @@ def tied_disagreement(kind, processor, tying, folder, refuse):
 
 
 @pytest.fixture
-def apart(processor, tmp_path, monkeypatch):
+def apart_by(processor, tmp_path):
     """A function: `tied_disagreement` in a process of its own."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
 
     def run(kind, tying, refuse=True):
-        folder = tmp_path / str(refuse)
-        with ProcessPoolExecutor(1, get_context("spawn")) as alone:
-            return alone.submit(tied_disagreement, kind, processor, tying, folder, refuse).result()
+        return apart(tied_disagreement, kind, processor, tying, tmp_path / str(refuse), refuse)
 
     return run
 
@@ -209,12 +201,12 @@ def apart(processor, tmp_path, monkeypatch):
         pytest.param("llava_onevision", (False, True, False), marks=pytest.mark.long),
     ],
 )
-def test_where_the_weights_bear_out_the_configuration_policy_and_engine_tie_alike(kind, tying, apart):
-    assert apart(kind, tying) < 1e-4
+def test_where_the_weights_bear_out_the_configuration_policy_and_engine_tie_alike(kind, tying, apart_by):
+    assert apart_by(kind, tying) < 1e-4
 
 
 @pytest.mark.parametrize("tying", [(None, True, False), pytest.param((None, None, False), marks=pytest.mark.long)])
-def test_a_model_without_a_head_that_is_not_tied_is_refused_and_would_have_differed(tying, apart):
+def test_a_model_without_a_head_that_is_not_tied_is_refused_and_would_have_differed(tying, apart_by):
     with pytest.raises(ConfigError, match=r"the checkpoint lacks lm_head\.weight; tie_word_embeddings isn't true"):
-        apart("qwen3_vl", tying)
-    assert not apart("qwen3_vl", tying, refuse=False) <= 1e-2  # NaN of memory that nothing was written to, at times
+        apart_by("qwen3_vl", tying)
+    assert not apart_by("qwen3_vl", tying, refuse=False) <= 1e-2  # NaN of memory that nothing was written to, at times

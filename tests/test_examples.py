@@ -10,6 +10,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 from PIL import Image
+from ranks import environment
 
 from vogue_kernels import linear_logprob
 
@@ -73,7 +74,7 @@ def test_the_example_with_trls_trainer_trains(model_folder, digits_folder, tmp_p
     pytest.importorskip("trl")
     settings = f"--system Think. --steps 2 --prompts 2 --n 4 --max-tokens 12 --rollout drawn --out {tmp_path}".split()
     command = [sys.executable, SCRIPT.with_name("trl_trainer.py"), model_folder, digits_folder / "train.parquet"]
-    done = subprocess.run([*map(str, command), *settings], capture_output=True, text=True)
+    done = subprocess.run([*map(str, command), *settings], capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     printed = [line for line in done.stdout.splitlines() if line.startswith("step ")]
     assert [line.split(":")[0] for line in printed] == ["step 1", "step 2"]

@@ -73,7 +73,7 @@ MUTANTS = (
         "vogue/trainer.py", "            config.rollout.temperature,\n", "            1.0,\n", "tests/test_trainer.py"
     ),
     Mutant(
-        "vogue/model/policy.py", "self.temperature = temperature", "self.temperature = 1.0", "tests/test_trainer.py"
+        "vogue/model/policy.py", "= temperature, keep_logits_bytes", "= 1.0, keep_logits_bytes", "tests/test_trainer.py"
     ),
     Mutant("vogue/trainer.py", "loss * (self.ranks / divisor)", "loss / divisor * 2", "tests/test_trainer.py"),
     # The objective.
@@ -95,8 +95,8 @@ MUTANTS = (
     ),
     Mutant(
         "kernels/vogue_kernels/loss.py",
-        "(lengths > 0).sum().clamp(min=1))",
-        "len(lengths))",
+        "(lengths > 0).sum()\n",
+        "len(lengths)\n",
         "tests/kernels/test_loss.py",
     ),
     Mutant("kernels/vogue_kernels/loss.py", "advantage + per if", "advantage - per if", "tests/kernels/test_loss.py"),
@@ -212,8 +212,8 @@ MUTANTS = (
     ),
     Mutant(
         "kernels/vogue_kernels/gpu/__init__.py",
-        "len(batches) > 1 else None",
-        "len(batches) > 2 else None",
+        "len(batches) == 1:  # nothing",
+        "len(batches) <= 2:  # nothing",
         "tests/kernels/test_gpu.py",
         "every_kernel_test",
     ),

@@ -18,8 +18,10 @@ from gpu import SECTIONS, Report, Section, Settings  # noqa: E402
 
 
 @pytest.mark.slow
-def test_all_sections_run_on_tiny_shapes_without_a_gpu(tmp_path):
-    """In this process, which has imported most of what they need."""
+def test_all_sections_run_on_tiny_shapes_without_a_gpu(tmp_path, monkeypatch):
+    """In this process, which has imported most of what they need; other tests may have made it the rank of a run."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     for name in SECTIONS:
         gpu.run_section(name, tmp_path, Settings("cpu", quick=True, ends=time.monotonic() + 200))
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in SECTIONS}

@@ -30,7 +30,7 @@ def threads():
         ("ATEN_CPU_CAPABILITY=default", "portable"),
         ("VOGUE_CPU_PRODUCTS=f32", "\n"),
         ("VOGUE_CPU_PRODUCTS=bf16", ", products of bfloat16\n"),
-        ("VOGUE_CPU_PRODUCTS=amx", " by AMX\n"),
+        pytest.param("VOGUE_CPU_PRODUCTS=amx", " by AMX\n", marks=pytest.mark.long),
     ],
 )
 def test_every_kernel_test_passes_without_vector_instructions_and_by_each_product_of_bfloat16(setting, expected):

@@ -136,13 +136,15 @@ def test_an_architecture_without_a_row_takes_the_nearest_and_few_tokens_a_tile_o
 @pytest.mark.parametrize(
     "architecture, instructions",
     [
-        ("sm_80", {"mma.sync"}),
+        pytest.param("sm_80", {"mma.sync"}, marks=pytest.mark.long),
         ("sm_90", {"wgmma.mma_async", "cp.async.bulk.tensor"}),
         ("sm_100", {"tcgen05.mma", "cp.async.bulk.tensor"}),
-        ("sm_120", {"mma.sync"}),  # as sm_86 and sm_89: sm_80's tiles in 99 KB of shared memory
-        ("gfx942", {"v_mfma_f32"}),
+        pytest.param(
+            "sm_120", {"mma.sync"}, marks=pytest.mark.long
+        ),  # as sm_86 and sm_89: sm_80's tiles in 99 KB of shared memory
+        pytest.param("gfx942", {"v_mfma_f32"}, marks=pytest.mark.long),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",  # a set prints in any order
 )
 def test_what_the_kernels_compile_to(architecture, instructions, tmp_path):
     script = FOLDER.parent.parent / "bench" / "gpu_static.py"
