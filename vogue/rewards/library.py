@@ -2,8 +2,9 @@ r"""Rewards in the box, for `reward.functions`: text, choice, boxes, points, and
 
     reward:
       functions:
-        iou: {function: vogue.rewards.library:box, weight: 0.5, options: {threshold: 0.7}}
-        judge: {function: vogue.rewards.library:judge, weight: 0.3, options: {url: http://localhost:8000/v1, model: m}}
+        iou: {function: vogue.rewards.library:box, options: {threshold: 0.7}}
+        judge: {function: vogue.rewards.library:judge, options: {url: http://localhost:8000/v1, model: m}}
+      weights: {iou: 0.5, judge: 0.3}
 
 Each looks at what stands in the last <answer> or \boxed{}, and at the sample's `answer`: four numbers of a box
 (x1, y1, x2, y2), two of a point (x, y), in whatever unit the data has. One with an `accuracy` takes the checker's
