@@ -69,6 +69,14 @@ def test_layers_are_chosen_by_their_last_name(new_model, vision):
         adapted(new_model(), target_modules=["query"])
 
 
+def test_settings_of_adapters_that_nobody_asked_for_are_refused(config):
+    assert not config().lora.on
+    with pytest.raises(ConfigError, match=r"^lora\.alpha=64\.0: without lora\.rank the model itself is trained$"):
+        config("lora.alpha=64")
+    with pytest.raises(ConfigError, match=r"^lora\.target_modules=\[\]: no layer would have an adapter$"):
+        config("lora.rank=4", "lora.target_modules=[]")
+
+
 def saved(model, folder, base="some/base"):
     weights = {name: parameter.detach() for name, parameter in lora.adapter_parameters(model).items()}
     lora.save_adapter(weights, model, base, folder)

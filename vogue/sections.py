@@ -342,6 +342,15 @@ class LoraConfig(Section):
         False, description="checkpoints have the whole model too, with the adapter merged into it"
     )
 
+    @model_validator(mode="after")
+    def _adapters_are_asked_for(self) -> "LoraConfig":
+        if self.target_modules == []:
+            raise ValueError("lora.target_modules=[]: no layer would have an adapter")
+        for name, field in type(self).model_fields.items():
+            if not self.on and getattr(self, name) != field.default:
+                raise ValueError(f"lora.{name}={getattr(self, name)}: without lora.rank the model itself is trained")
+        return self
+
     @property
     def on(self) -> bool:
         """Whether there are adapters."""
