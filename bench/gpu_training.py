@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from gpu import Report, Settings
 from machines import machine_of
+from shapes import qwen_config, widen
 
 # What vogue.trainer imports besides torch and transformers. DeepSpeed is no option of it: on one rank too it starts the
 # process group (vogue.distributed), holds the optimizer (vogue.model.optimizer) and writes its state (.checkpoint).
@@ -67,7 +68,7 @@ def _plain(report: Report, settings: Settings, wide: bool) -> None:
 
     device, dtype = settings.device, torch.bfloat16 if settings.device == "cuda" else torch.float32
     prompt, n, length = (12, 2, 4) if settings.quick else (1024, 8, 128)
-    config = _config(wide)
+    config = qwen_config(wide)
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen2_5_VLForConditionalGeneration(config).to(dtype)
@@ -128,41 +129,6 @@ def _plain(report: Report, settings: Settings, wide: bool) -> None:
             report.add(what=f"plain loop, {'3b' if wide else 'tiny'}", **row)
 
 
-def _config(wide: bool):
-    """Qwen2.5-VL-3B's widths with two layers, or a tiny model's."""
-    from transformers import Qwen2_5_VLConfig
-
-    size, heads, of_keys, inner, vocab = (2048, 16, 2, 11008, 151_936) if wide else (128, 4, 2, 256, 512)
-    vision = {"hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16} if wide else {}
-    half = size // heads // 2
-    return Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": vocab,
-            "hidden_size": size,
-            "intermediate_size": inner,
-            "num_hidden_layers": 2,
-            "num_attention_heads": heads,
-            "num_key_value_heads": of_keys,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [half // 4, half * 3 // 8, half - half // 4 - half * 3 // 8],
-            },
-            "tie_word_embeddings": True,
-            "bos_token_id": None,
-            "eos_token_id": 0,
-            "pad_token_id": 0,
-        },
-        vision_config={
-            "depth": 2,
-            **(vision or {"hidden_size": 64, "intermediate_size": 128, "num_heads": 2}),
-            "out_hidden_size": size,
-            "fullatt_block_indexes": [1],
-        },
-        tie_word_embeddings=True,
-    )
-
-
 # --------------------------------------------------------------------------------------------------- vogue.trainer
 
 
@@ -177,7 +143,7 @@ def _trainer(folder: Path, wide: bool, steps: int, quick: bool) -> None:
         task = replace(task, prompts=2, n=2, completion=4)
     prepare(task, folder)
     if wide:
-        _widen(folder)
+        widen(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "bfloat16" if device == "cuda" else "float32"
     used = getattr(machine_of(device, torch.float32, quick=True), "used", None)
@@ -196,22 +162,6 @@ def _trainer(folder: Path, wide: bool, steps: int, quick: bool) -> None:
             start = time.perf_counter()
             trainer.save()
             print(json.dumps({"method": method, "checkpoint_s": time.perf_counter() - start}), flush=True)
-
-
-def _widen(folder: Path) -> None:
-    """Put a model of a 3B's widths, with random weights, in the place of the tiny one; its tokens stay."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    config, tiny = _config(wide=True), Qwen2_5_VLConfig.from_pretrained(folder)
-    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
-        setattr(config, name, getattr(tiny, name))
-    for name in ("eos_token_id", "pad_token_id"):
-        setattr(config.text_config, name, getattr(tiny.text_config, name))
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2_5_VLForConditionalGeneration(config).bfloat16()
-    model.generation_config.eos_token_id = tiny.text_config.eos_token_id
-    model.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import time
 from pathlib import Path
 
-import torch
 from contestants import Task, completions_of
 from datasets import Dataset
 from reward import varied
@@ -56,8 +55,11 @@ class Turns(TrainerCallback):
         self.wait(control)
 
 
-def run(connection, folder: Path, task: Task, part: str) -> None:
-    """Repetitions of a step; `part` "train" gives it the completions and leaves out what precedes the forward."""
+def run(connection, folder: Path, task: Task, part: str, dtype: str = "float32", adapters=None, **settings) -> None:
+    """Repetitions of a step; `part` "train" gives it the completions and leaves out what precedes the forward.
+
+    adapters: PEFT's configuration, to train them alone. settings: of `GRPOConfig`, in place of those below.
+    """
 
     def given(prompts, trainer):
         ids, _, _ = trainer._tokenize_prompts(prompts)
@@ -65,36 +67,38 @@ def run(connection, folder: Path, task: Task, part: str) -> None:
         return {"prompt_ids": ids, "completion_ids": tokens, "logprobs": None}
 
     trainer = Timed(
-        model=AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa"),
-        args=_config(folder, task),
+        model=AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa"),
+        args=_config(folder, task, settings),
         reward_funcs=[_reward],
         train_dataset=Dataset.from_list(_rows(folder)),
         processing_class=load_processor(str(folder)),
         callbacks=[Turns(connection, task, part)],
+        peft_config=adapters,
         rollout_func=given if part == "train" else None,
     )
     trainer.train()
 
 
-def _config(folder: Path, task: Task) -> GRPOConfig:
-    return GRPOConfig(
-        output_dir=str(folder / "trl"),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=task.micro_batch,
-        gradient_accumulation_steps=task.prompts * task.n // task.micro_batch,
-        num_generations=task.n,
-        max_completion_length=task.completion,
-        learning_rate=1e-6,
-        weight_decay=0.01,
-        lr_scheduler_type="constant",
-        max_steps=100_000,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+def _config(folder: Path, task: Task, settings: dict) -> GRPOConfig:
+    given = {
+        "output_dir": str(folder / "trl"),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": task.micro_batch,
+        "gradient_accumulation_steps": task.prompts * task.n // task.micro_batch,
+        "num_generations": task.n,
+        "max_completion_length": task.completion,
+        "learning_rate": 1e-6,
+        "weight_decay": 0.01,
+        "lr_scheduler_type": "constant",
+        "max_steps": 100_000,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return GRPOConfig(**given | settings)
 
 
 def _rows(folder: Path) -> list[dict]:

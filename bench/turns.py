@@ -47,12 +47,17 @@ def measured(connection) -> Iterator[dict]:
     connection.send(found | memory.found())
 
 
-def _quiet_worker(run: Callable, connection, *arguments) -> None:
+def quiet() -> None:
+    """Leave out what libraries say of themselves, and keep DeepSpeed to the CPU."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     warnings.filterwarnings("ignore")
+
+
+def _quiet_worker(run: Callable, connection, *arguments) -> None:
+    quiet()
     run(connection, *arguments)
 
 

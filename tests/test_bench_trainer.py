@@ -1,6 +1,8 @@
-"""bench/trainer.py runs: both trainers train on the same completions, taking turns."""
+"""bench/trainer.py and bench/real_size.py run: trainers train on the same completions, taking turns or by themselves."""
 
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,9 +12,12 @@ from ranks import environment
 pytestmark = pytest.mark.slow
 
 
+BENCH = Path(__file__).parents[1] / "bench"
+
+
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    monkeypatch.syspath_prepend(BENCH)
     monkeypatch.delitem(sys.modules, "trainer", raising=False)
     for name in os.environ.keys() - environment().keys():  # contestants are runs of their own
         monkeypatch.delenv(name)
@@ -34,3 +39,16 @@ def test_the_quick_training_row_times_both_trainers_and_writes_what_it_found(ben
 def test_a_micro_batch_of_trl_keeps_to_the_budget_and_divides_the_batch(bench):
     assert bench.DIGITS.micro_batch == 128  # of 256 completions: 128 x 60 tokens are less than 8,192, 256 x 60 aren't
     assert bench.PROMPT_HEAVY.micro_batch == 16
+
+
+@pytest.mark.long
+def test_the_step_of_real_size_runs_with_both_engines_and_with_trl(tmp_path):
+    command = [sys.executable, str(BENCH / "real_size.py"), "--quick", "--out", str(tmp_path / "found.json")]
+    subprocess.run(command, env=environment(), check=True, timeout=600)
+    vllm, hf, trl = json.loads((tmp_path / "found.json").read_text())["rows"]
+    for row in (vllm, hf):
+        assert row["largest_difference"] < 0.05  # bfloat16's rounding: tokens of a wrong image differ by nats
+        assert 0 < row["products_share"] < 1
+        assert row["peak_gb"] >= row["start_gb"] > 0 < row["sync_s"]
+    assert vllm["training_tflop"] == pytest.approx(hf["training_tflop"], rel=0.01)  # the same shapes
+    assert trl["step_s"] > 0 and "error" not in trl
