@@ -1,4 +1,4 @@
-"""bench/trainer.py and bench/real_size.py run: trainers train on the same completions, taking turns or by themselves."""
+"""bench/trainer.py and bench/real_size.py run: trainers take turns on the same completions, or are alone."""
 
 import json
 import os
