@@ -74,7 +74,8 @@ def straight_and_resumed(tmp_path_factory, model_folder, digits_folder):
             *(f"model.path={model_folder}", "model.dtype=float32", f"data.train={digits_folder}/train.parquet"),
             *("data.system_prompt=Think.", "data.max_prompt_tokens=128", "rollout.engine=hf", "rollout.prompts=4"),
             *("rollout.n=4", "rollout.max_tokens=12", "branch.probability=0.5"),
-            *("optimizer.lr=1e-3", f"trainer.output_dir={folder / name}"),
+            *("optimizer.lr=1e-3", "optimizer.vision_lr=1e-4", "optimizer.projector_lr=5e-4"),
+            *("optimizer.warmup_steps=3", f"trainer.output_dir={folder / name}"),
         ]
         if ranks == 1:
             subprocess.run([sys.executable, script, *given, *settings], env=environment(), check=True)

@@ -103,6 +103,8 @@ class Config(Section):
             "branch.probability's schedule": self.branch.probability is None,
             "perturb.anneal_at": self.perturb.anneal_at is not None and self.perturb.sigma > 0,
             "guidance.sign_transition": self.guidance.sign_transition is not None and self.guidance.alpha_per > 0,
+            "optimizer.lr_scheduler_type": self.optimizer.lr_scheduler_type != "constant",
+            "optimizer.warmup_ratio": self.optimizer.warmup_ratio > 0,
         }
         return [name for name, used in schedules.items() if used]
 

@@ -20,6 +20,7 @@ class Family:
 
     sizes: str  # name of the images' sizes, beside `pixel_values`
     tower: str  # name of the vision tower in `model.model`
+    projectors: tuple[str, ...]  # names in `model.model` of what brings its features to the text model
     patches: bool  # pixel_values are (patches, D) of all images; else (images, tiles, 3, height, width)
     grid_positions: bool  # positions (3, B, L) in time, height and width, by token types; else (B, L), counted
 
@@ -58,13 +59,26 @@ class Family:
         return (real.cumsum(dim=1) - 1).clamp(min=0)
 
 
-QWEN = Family("image_grid_thw", "visual", patches=True, grid_positions=True)
+QWEN = Family(
+    sizes="image_grid_thw",
+    tower="visual",
+    projectors=("visual.merger", "visual.deepstack_merger_list"),
+    patches=True,
+    grid_positions=True,
+)
+LLAVA = Family(
+    sizes="image_sizes",
+    tower="vision_tower",
+    projectors=("multi_modal_projector",),
+    patches=False,
+    grid_positions=False,
+)
 FAMILIES = {
     "qwen2_vl": QWEN,
     "qwen2_5_vl": QWEN,
     "qwen3_vl": QWEN,
     "qwen3_5": QWEN,
-    "llava_onevision": Family("image_sizes", "vision_tower", patches=False, grid_positions=False),
+    "llava_onevision": LLAVA,
 }
 
 

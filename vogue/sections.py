@@ -365,10 +365,40 @@ class OptimizerConfig(Section):
     betas: tuple[Share, Share] = Field(
         (0.9, 0.999), description="AdamW's decay rates of the mean and the mean square of gradients"
     )
-    warmup_steps: int = Field(
-        0, ge=0, description="optimizer updates in which the learning rate rises linearly; it is constant after them"
+    eps: Positive = Field(1e-8, description="AdamW's epsilon, added to the root of the mean square of gradients")
+    vision_lr: Positive | None = Field(
+        None, description="learning rate of the vision tower, without its projector; unset: optimizer.lr"
+    )
+    projector_lr: Positive | None = Field(
+        None,
+        description="learning rate of the projector between vision tower and text model; unset: optimizer.lr",
+    )
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="learning rate after the warm-up: constant, or falling to optimizer.min_lr_ratio of itself at the "
+        "end of trainer.steps, linearly or along half a cosine",
+    )
+    min_lr_ratio: Share = Field(
+        0.0, description="share of the learning rate that a schedule that falls ends at, with linear or cosine"
+    )
+    warmup_steps: int = Field(0, ge=0, description="optimizer updates in which the learning rate rises linearly")
+    warmup_ratio: Share = Field(
+        0.0, description="the same as a share of all optimizer updates, in place of optimizer.warmup_steps"
     )
     max_grad_norm: Positive = Field(1.0, description="norm that gradients are clipped to")
+
+    @model_validator(mode="after")
+    def _says_one_schedule(self) -> "OptimizerConfig":
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.warmup_steps} and optimizer.warmup_ratio={self.warmup_ratio} say the "
+                "same thing twice: set one of them"
+            )
+        if self.min_lr_ratio and self.lr_scheduler_type == "constant":
+            raise ValueError(
+                f"optimizer.min_lr_ratio={self.min_lr_ratio}: the rate of lr_scheduler_type=constant doesn't fall"
+            )
+        return self
 
 
 class TrainerConfig(Section):

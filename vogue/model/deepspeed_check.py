@@ -18,7 +18,7 @@ from pydantic import ValidationError
 PREFIX = "trainer.deepspeed"
 INSTEAD = {  # settings of vogue, for what DeepSpeed would decide otherwise
     "optimizer": "optimizer.lr, optimizer.betas and optimizer.weight_decay",
-    "scheduler": "optimizer.warmup_steps",
+    "scheduler": "optimizer.lr_scheduler_type and optimizer.warmup_steps",
     "gradient_clipping": "optimizer.max_grad_norm",
     "train_batch_size": "rollout.prompts, rollout.n and trainer.updates",
     "train_micro_batch_size_per_gpu": "trainer.micro_batch_tokens",

@@ -1,8 +1,13 @@
-"""What is trained, by AdamW with a linear warm-up, and how DeepSpeed holds it.
+"""What is trained, by AdamW with a schedule of its rates, and how DeepSpeed holds it.
 
-lr(u) = lr min(1, (u + 1) / (warmup_steps + 1))          of optimizer update u, counted from 0
+lr(u) = lr factor(u)                                     of optimizer update u of U, counted from 0; W of them warm up
+factor = (u + 1) / (W + 1)                               u < W
+       = 1                                               constant
+       = f + (1 − f) (1 − t)                             linear,  t = (u − W) / (U − W),  f = min_lr_ratio
+       = f + (1 − f) (1 + cos π t) / 2                   cosine
 """
 
+from math import cos, pi
 from typing import Any
 
 import deepspeed
@@ -12,6 +17,8 @@ from omegaconf import OmegaConf
 from vogue import distributed
 from vogue.config import Config
 from vogue.model.policy import Policy
+from vogue.sections import OptimizerConfig
+from vogue.settings import ConfigError
 
 
 def deepspeed_settings(config: Config) -> dict:
@@ -38,22 +45,54 @@ def own_settings(config: Config) -> dict[str, Any]:
 
 
 def start_deepspeed(policy: Policy, config: Config) -> deepspeed.DeepSpeedEngine:
-    """DeepSpeed's engine of the policy: all but what is frozen is trained, by AdamW with a linear warm-up."""
+    """DeepSpeed's engine of the policy: all but what is frozen is trained, by AdamW."""
     settings, model = config.optimizer, config.model
     if model.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         policy.train()  # transformers ignores it in a model that isn't training
     if model.freeze_vision:
         getattr(policy.model.model, policy.family.tower).requires_grad_(False)
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, settings.lr, settings.betas, weight_decay=settings.weight_decay)
-    warmup = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda update: min(1.0, (update + 1) / (settings.warmup_steps + 1))
-    )
+    groups = parameter_groups(policy, settings)
+    optimizer = torch.optim.AdamW(groups, settings.lr, settings.betas, settings.eps, settings.weight_decay)
+    updates = config.trainer.steps * config.trainer.updates
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: lr_factor(update, updates, settings))
     engine, *_ = deepspeed.initialize(
         model=policy,
         optimizer=optimizer,
-        lr_scheduler=warmup,  # pyright: ignore[reportArgumentType]
+        lr_scheduler=schedule,  # pyright: ignore[reportArgumentType]
         config=deepspeed_settings(config),
     )
     return engine
+
+
+def parameter_groups(policy: Policy, settings: OptimizerConfig) -> list[dict[str, Any]]:
+    """What is trained, as AdamW takes it: all at one rate, or in groups where a part of the model has its own.
+
+    Raises `ConfigError` for a rate of a part of which nothing is trained.
+    """
+    family, rest = policy.family, {name: x for name, x in policy.named_parameters() if x.requires_grad}
+    projectors = tuple(f"model.model.{module}." for module in family.projectors)
+    of_projector = {key for key in rest if key.startswith(projectors)}  # with Qwen it lies in the vision tower
+    of_tower = {key for key in rest if key.startswith(f"model.model.{family.tower}.")} - of_projector
+    groups = []
+    parts = {"vision_lr": ("the vision tower", of_tower), "projector_lr": ("the projector", of_projector)}
+    for name, (part, keys) in parts.items():
+        rate = getattr(settings, name)
+        if rate and not keys:
+            raise ConfigError(f"optimizer.{name}={rate}: nothing of {part} is trained")
+        if rate:
+            groups.append({"params": [rest.pop(key) for key in list(rest) if key in keys], "lr": rate})
+    # Those without a rate of their own first: theirs is the rate that is logged.
+    return [group for group in ({"params": list(rest.values())}, *groups) if group["params"]]
+
+
+def lr_factor(update: int, updates: int, settings: OptimizerConfig) -> float:
+    """What the learning rate of an optimizer update, counted from 0, is multiplied by; see above."""
+    warmup = settings.warmup_steps or round(settings.warmup_ratio * updates)
+    if update < warmup:
+        return (update + 1) / (warmup + 1)
+    if settings.lr_scheduler_type == "constant":
+        return 1.0
+    passed = min(1.0, (update - warmup) / max(updates - warmup, 1))
+    falls = 1 - passed if settings.lr_scheduler_type == "linear" else (1 + cos(pi * passed)) / 2
+    return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * falls
