@@ -230,7 +230,7 @@ def test_a_file_that_is_missing_or_not_yaml_is_named(tmp_path):
 
 @pytest.mark.parametrize("overrides", [[], ["method=grpo"], ["branch.probability=0.5", "data.system_prompt=''"]])
 def test_a_saved_configuration_is_read_back_as_it_was(tmp_path, overrides):
-    config = load(*overrides, "trainer.deepspeed.zero_optimization.stage=2", "trainer.wandb=project")
+    config = load(*overrides, "trainer.deepspeed.zero_optimization.stage=2", "trainer.report_to=[mlflow]")
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml", []) == config
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["method"] == config.method

@@ -443,7 +443,17 @@ class TrainerConfig(Section):
         description="seconds that a rank waits for the others before the run ends; what each was doing is then in "
         "stacks_rank*.txt of trainer.output_dir",
     )
-    wandb: str | None = Field(None, description="Weights & Biases project to log to; unset: none")
+    report_to: list[Literal["wandb", "swanlab", "mlflow", "trackio", "comet_ml", "clearml"]] = Field(
+        [], description="trackers that the run's metrics, evaluations and completions go to, beside its folder"
+    )
+    project: str = Field("vogue", description="project, or experiment in MLflow, of trainer.report_to")
+    run_name: str | None = Field(
+        None, description="name of the run in trainer.report_to; unset: that of trainer.output_dir's last folder"
+    )
+    tracker_args: dict[str, dict[str, Any]] = Field(
+        {},
+        description="further arguments of each tracker, as its own start takes them: {wandb: {entity: me, tags: [a]}}",
+    )
     deepspeed: dict[str, Any] = Field(
         {}, description="DeepSpeed settings, merged into vogue's own (ZeRO-3, or ZeRO-1 for a single rank)"
     )

@@ -6,6 +6,7 @@ completions.jsonl   sampled completions token by token, with their reward, branc
 completions/        their images
 tensorboard/        the same metrics as events
 config.yaml         the resolved configuration
+trackers.json       the run's ids in the trackers of `trainer.report_to` (`vogue.run.trackers`)
 """
 
 import json
@@ -20,6 +21,7 @@ from vogue.config import Config, dumped, flatten, load_config
 from vogue.evaluate import headline
 from vogue.run.folder import check_writable, read_rows, replace
 from vogue.run.records import FOLDER
+from vogue.run.trackers import Trackers
 from vogue.settings import ConfigError
 
 SHOWN = {"reward": "reward", "accuracy": "acc", "entropy": "H", "u_per": "u_per", "throughput/rollout": "tok/s"}
@@ -27,8 +29,8 @@ SHOWN = {"reward": "reward", "accuracy": "acc", "entropy": "H", "u_per": "u_per"
 STEPS_BEHIND = {"metrics.jsonl": 1, "completions.jsonl": 1, "evaluations.jsonl": 0}
 # Settings that leave what a run computes as it is.
 HARMLESS = (
-    *("trainer.output_dir", "trainer.save_every", "trainer.keep", "trainer.log_completions", "trainer.wandb"),
-    *("trainer.timeout", "rollout.memory"),
+    *("trainer.output_dir", "trainer.save_every", "trainer.keep", "trainer.log_completions", "trainer.timeout"),
+    *("trainer.report_to", "trainer.project", "trainer.run_name", "trainer.tracker_args", "rollout.memory"),
 )
 # Settings that a resumed run may change: those, and what is asked for. So is trainer.steps where no schedule reads it.
 RESUMABLE = (*HARMLESS, "trainer.eval_every", "trainer.eval_samples", "data.test", "data.test_limit")
@@ -107,7 +109,7 @@ class RunLog:
     def __init__(self, config: Config, start: int, console: Console):
         self.folder = config.trainer.output_dir
         self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start)
-        self.wandb = _wandb(config) if config.trainer.wandb else None
+        self.trackers = Trackers(config, start > 0)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.progress = Progress(*columns, TextColumn("{task.fields[shown]}"), console=console)
         self.task = self.progress.add_task(config.method, total=config.trainer.steps, completed=start, shown="")
@@ -119,13 +121,13 @@ class RunLog:
     def __exit__(self, *_) -> None:
         self.progress.stop()
         self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
+        self.trackers.finish()
 
     def step(self, step: int, metrics: dict[str, float], completions: list[dict]) -> None:
         self._append("metrics.jsonl", [{"step": step} | metrics])
         self._append("completions.jsonl", completions)
         self._scalars(step, metrics)
+        self.trackers.table(completions, step)
         shown = "  ".join(f"{label} {metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics)
         self.progress.update(self.task, completed=step + 1, shown=shown)
 
@@ -143,19 +145,10 @@ class RunLog:
     def _scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(values, step=step)
+        self.trackers.log(values, step)
 
     def _append(self, name: str, records: list[dict]) -> None:
         with open(self.folder / name, "a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())  # a checkpoint that comes after it relies on it
-
-
-def _wandb(config: Config):
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ImportError("trainer.wandb is set, but wandb isn't installed: pip install wandb") from None
-    return wandb.init(project=config.trainer.wandb, config=config.model_dump(mode="json"))

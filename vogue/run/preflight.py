@@ -21,7 +21,7 @@ from vogue.model.files import Checkpoint, read_checkpoint
 from vogue.model.lora import add_adapters
 from vogue.model.optimizer import own_settings
 from vogue.rewards import RewardError, check_function
-from vogue.run import logs
+from vogue.run import logs, trackers
 from vogue.run.chat_template import checked_preprocessor
 from vogue.run.folder import check_unlocked
 from vogue.run.memory import adapter_count, check_engine, check_length, checkpoint_bytes, shown, weight_count
@@ -53,6 +53,7 @@ def examine(config: Config, resume: bool) -> Preflight:
     if os.environ.get("RANK", "0") == "0":  # which writes there, and tries it
         found.of(logs.check_folder, config, resume)
         found.of(check_unlocked, config.trainer.output_dir)
+        found.problems += trackers.missing(config)
     if checkpoint := found.of(read_checkpoint, config.model.path):
         _examine_model(found, checkpoint, config)
         found.preprocessor = found.of(checked_preprocessor, config)
