@@ -3,5 +3,5 @@
 loading       from its checkpoint, partitioned          optimizer    AdamW and DeepSpeed's engine
 packing       rows, micro-batches, batches              attention    of rows that share a prompt
 policy        hidden states to statistics               checkpoint   saved and found again
-varlen        the attention on GPUs
+varlen        the attention on GPUs         vision       the vision tower's attention and patches
 """

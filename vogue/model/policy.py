@@ -20,6 +20,7 @@ from vogue.families import Family, family_of
 from vogue.method.uncertainty import OtherBranch, TokenStats
 from vogue.model.attention import FLEX, IMPLEMENTATIONS, OWN, attention_inputs, automatic
 from vogue.model.packing import PAD, Batch, Images
+from vogue.model.vision import prepare_tower
 from vogue.rollout.engine import BAN
 from vogue_kernels import BranchStats, LogprobStats, linear_branch_stats, linear_logprob
 
@@ -93,6 +94,7 @@ class Policy(nn.Module):
         if self.why_separate and attention in OWN:
             attention = "sdpa"
         model.set_attn_implementation({"text_config": attention})
+        prepare_tower(model, self.family)
         model.lm_head = PolicyHead(model.lm_head, temperature, banned, keep_logits_bytes)
         self.model = model
         self.attention = attention
