@@ -19,9 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .branches import compute_dtype
-from .inputs import IGNORE, Rows, as_rows
-from .operator import BranchStats, LogprobStats, linear_branch_stats, linear_logprob
+from .operator import IGNORE, BranchStats, LogprobStats, linear_branch_stats, linear_logprob
 
 
 def vocab_parallel_logprob(
@@ -55,9 +53,11 @@ def vocab_parallel_logprob(
     `linear_logprob` raises. It waits for the GPU and for the other ranks, so that no CUDA graph can hold it and
     torch.compile breaks its graph there.
     """
-    shard = _find_shard({"hidden": hidden}, weight, targets, bias, ignore_index, shift, group)
-    every = LogprobStats(*_gather(linear_logprob(*shard.inputs, temperature, backend, **options), group))
-    return LogprobStats(*shard.restore(*_merge_branch(shard, *every)[:4]))
+    shard = _find_shard(weight, targets, ignore_index, shift, group)
+    hidden = _SummedGradient.apply(hidden, group)
+    local = linear_logprob(hidden, weight, shard.targets, bias, temperature, backend, shift=shift, **options)
+    merged = _merge_branch(shard, local[0].dtype, *_gather(local, group))
+    return LogprobStats(*shard.restore(local, *merged[:4]))
 
 
 def vocab_parallel_branch_stats(
@@ -78,60 +78,59 @@ def vocab_parallel_branch_stats(
 
     As `vocab_parallel_logprob`, for two branches. The KLs are never negative, and 0 where the branches are identical.
     """
-    hiddens = {"hidden_p": hidden_p, "hidden_q": hidden_q}
-    shard = _find_shard(hiddens, weight, targets, bias, ignore_index, shift, group)
-    every = BranchStats(*_gather(linear_branch_stats(*shard.inputs, temperature, backend, **options), group))
-    p = _merge_branch(shard, every.logprob_p, every.entropy_p, every.lse_p, every.top_logprob_p)
-    q = _merge_branch(shard, every.logprob_q, every.entropy_q, every.lse_q, every.top_logprob_q)
+    shard = _find_shard(weight, targets, ignore_index, shift, group)
+    hiddens = [_SummedGradient.apply(hidden, group) for hidden in (hidden_p, hidden_q)]
+    local = linear_branch_stats(*hiddens, weight, shard.targets, bias, temperature, backend, shift=shift, **options)
+    every = BranchStats(*_gather(local, group))
+    dtype = local[0].dtype
+    p = _merge_branch(shard, dtype, every.logprob_p, every.entropy_p, every.lse_p, every.top_logprob_p)
+    q = _merge_branch(shard, dtype, every.logprob_q, every.entropy_q, every.lse_q, every.top_logprob_q)
     kls = _merge_kl(every.kl_pq, p, q), _merge_kl(every.kl_qp, q, p), _merge_symmetric_kl(every, p, q)
     others = p.lse, q.lse, p.top_logprob, q.top_logprob
-    return BranchStats(*shard.restore(p.logprob, q.logprob, p.entropy, q.entropy, *kls, *others))
+    return BranchStats(*shard.restore(local, p.logprob, q.logprob, p.entropy, q.entropy, *kls, *others))
 
 
 # ---------------------------------------------------------------------------------------------- who has which words
 
 
 class _Shard(NamedTuple):
-    rows: Rows
-    targets: Tensor  # (N,) counted from the shard's first word; some word of it where another shard has the target
-    owner: Tensor  # (N,) the rank of the group whose shard has the target
-    scored: Tensor  # (N,) bool: not skipped
+    targets: Tensor  # as given, counted from the shard's first word; some word of it where another shard has the target
+    owner: Tensor  # of each position that is scored: the rank of the group whose shard has the target
+    scored: Tensor  # bool, of each of them: not skipped
 
-    @property
-    def inputs(self):
-        return *self.rows.hiddens, self.rows.weight, self.targets, self.rows.bias
-
-    def restore(self, *results: Tensor):
-        """Results (N,) in the operators' dtype and the shape of the targets, 0 where they are skipped."""
-        dtype = compute_dtype(self.rows.weight)
-        return self.rows.restore(torch.where(self.scored, result, 0.0).to(dtype) for result in results)
+    def restore(self, local: Sequence[Tensor], *results: Tensor):
+        """Results in the dtype of the rank's own, 0 where they are skipped."""
+        return (torch.where(self.scored, result, 0.0).to(local[0].dtype) for result in results)
 
 
-def _find_shard(hiddens, weight, targets, bias, ignore_index, shift, group) -> _Shard:
+def _find_shard(weight: Tensor, targets: Tensor, ignore_index: int, shift: bool, group) -> _Shard:
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("a vocabulary spread over ranks needs torch.distributed; call init_process_group first")
     if (rank := dist.get_rank(group)) < 0:
         raise ValueError(f"this process, rank {dist.get_rank()}, isn't in the group that has the vocabulary")
     if hasattr(weight, "to_local"):
         raise ValueError("weight is a DTensor; pass weight.to_local(), this rank's rows of it, and the bias alike")
-    hiddens = {name: _SummedGradient.apply(hidden, group) for name, hidden in hiddens.items()}
-    rows = as_rows(hiddens, weight, targets, bias, ignore_index, shift)
-    scored = rows.targets != IGNORE
-    words = torch.where(scored, rows.targets, 0)
-    ends = torch.tensor(_lengths(rows, words, group), device=words.device).cumsum(0)
+    if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
+        raise TypeError(f"targets must be integers, got {targets.dtype}")
+    scored = (targets != IGNORE) & (targets != ignore_index)
+    words = torch.where(scored, targets, 0).long()
+    positions = (..., slice(1, None)) if shift and targets.dim() else ...  # shift scores each token but the first
+    lengths = _lengths(weight, words[positions], group)
+    ends = torch.tensor(lengths, device=words.device).cumsum(0)
     owner = torch.searchsorted(ends, words, right=True)
-    local = torch.where(owner == rank, words - ends[rank] + len(rows.weight), 0)
-    return _Shard(rows, local.masked_fill(~scored, IGNORE), owner, scored)
+    local = torch.where(owner == rank, words - ends[rank] + lengths[rank], 0)
+    return _Shard(local.masked_fill(~scored, IGNORE), owner[positions], scored[positions])
 
 
-def _lengths(rows: Rows, words: Tensor, group) -> list[int]:
+def _lengths(weight: Tensor, words: Tensor, group) -> list[int]:
     """The lengths of all shards. Raises on all ranks alike, before any of them waits for one that doesn't come.
 
     Ranks with other tokens, as where the group is one of data parallelism, would merge what doesn't belong together.
     """
+    words = words.flatten()
     lowest, highest = torch.aminmax(words) if len(words) else (words.sum(), words.sum())
     checksum = (words * torch.arange(1, len(words) + 1, device=words.device)).sum()
-    own = [words.new_tensor(size) for size in (len(rows.weight), rows.weight.shape[-1], len(words))]
+    own = [words.new_tensor(size) for size in (weight.shape[0], weight.shape[-1], len(words))]
     own = torch.stack([*own, checksum, lowest, highest])
     every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, own, group=group)
@@ -155,7 +154,7 @@ def _lengths(rows: Rows, words: Tensor, group) -> list[int]:
 
 
 class _Branch(NamedTuple):
-    """A branch's results over the whole vocabulary, (N,) float64, and its shards' shares of it, (ranks, N)."""
+    """A branch's results over the whole vocabulary, (...) float64, and its shards' shares of it, (ranks, ...)."""
 
     logprob: Tensor
     entropy: Tensor
@@ -164,21 +163,21 @@ class _Branch(NamedTuple):
     log_share: Tensor  # log w_s
 
 
-def _merge_branch(shard: _Shard, logprob: Tensor, entropy: Tensor, lse: Tensor, top_logprob: Tensor) -> _Branch:
-    """Takes every rank's results, (ranks, N)."""
+def _merge_branch(shard: _Shard, dtype: torch.dtype, logprob, entropy, lse, top_logprob) -> _Branch:
+    """Takes every rank's results, (ranks, ...) float64, and the dtype that theirs will have."""
     log_share = lse.log_softmax(0)
     owned = (logprob + log_share).gather(0, shard.owner.unsqueeze(0)).squeeze(0)
     spread = (log_share.exp() * (entropy - log_share)).sum(0)
     top = (top_logprob + log_share.detach()).amax(0)
-    # In float32 two words may have one log-probability; the likeliest token's is the target's where that is it alone.
-    dtype = compute_dtype(shard.rows.weight)
-    above = torch.nextafter(owned.detach().to(dtype), torch.full_like(owned, torch.inf, dtype=dtype))
+    # Rounded, two words' log-probabilities may be one; the likeliest token's is the target's only where that is it.
+    rounded = owned.detach().to(dtype)
+    above = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
     top = torch.where(owned.detach() == top, top, top.maximum(above.double()))
     return _Branch(owned, spread, lse.logsumexp(0), top, log_share)
 
 
 def _merge_kl(kl: Tensor, of: _Branch, other: _Branch) -> Tensor:
-    """KL(of‖other) (N,), from every rank's, (ranks, N): inside of the shards, and between them."""
+    """KL(of‖other) (...), from every rank's, (ranks, ...): inside of the shards, and between them."""
     share = of.log_share.exp()
     between = (share * (of.log_share - other.log_share)).sum(0)
     return (share * kl).sum(0) + between.clamp(min=0)  # one below zero is rounding
@@ -197,7 +196,7 @@ def _merge_symmetric_kl(every: BranchStats, p: _Branch, q: _Branch) -> Tensor:
 
 
 def _gather(results: Sequence[Tensor], group) -> list[Tensor]:
-    """Each result of every rank, (ranks, N) float64; the others' are constants, this rank's own has a gradient.
+    """Each result of every rank, (ranks, ...) float64; the others' are constants, this rank's own has a gradient.
 
     That is all of the gradient, since every rank has the same loss: what the others' results add to it is theirs.
     """

@@ -11,16 +11,11 @@ Where p_k is near 1, z_k − lse would be little but the rounding of both. So lo
 the words, whose log-probability is `linear_logprob`'s and free of it: log p_k = log p_top + (z_k − z_top).
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .branches import compute_dtype
-from .checks import check_arguments
-from .inputs import IGNORE, as_rows
-from .operator import linear_logprob
+from .operator import IGNORE, linear_logprob
 
 CHUNK_ELEMENTS = 1 << 22  # of the gathered rows of the weight, and of the hidden states: 16 MB of float32
 
@@ -32,12 +27,13 @@ def linear_logprob_of(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
-    **options: Any,
+    *,
+    keep_logits_bytes: int = 0,
 ) -> Tensor:
     """Log-probabilities of K given words per token under softmax((W h + bias) / τ), exactly.
 
     hidden: (..., D). words: (..., K) integers in [0, V), in any order, a word as often as you like; -100 marks a place
-    without a word, whose result is 0 and sends no gradient. All else is as in `linear_logprob`, which `options` go to.
+    without a word, whose result is 0 and sends no gradient. All else is as in `linear_logprob`.
 
     Returns (..., K) in nats, float32 (float64 for float64 inputs), never positive, differentiable in the hidden states,
     weight and bias (once). It takes the time of `linear_logprob` and that of K scalar products a token. Memory beyond
@@ -46,19 +42,22 @@ def linear_logprob_of(
 
     Raises ValueError for a word outside of the vocabulary and for K = 0, and what `linear_logprob` raises.
     """
-    if words.dim() == 0 or words.shape[-1] == 0:
-        raise ValueError(f"words must be (..., K) with at least one place for a word, got {tuple(words.shape)}")
     shape = words.shape
-    rows = as_rows({"hidden": hidden}, weight, words[..., 0], bias, IGNORE, shift=False)
-    (hidden,), weight, bias = rows.hiddens, rows.weight, rows.bias
-    check_arguments({"hidden": hidden}, weight, rows.targets, bias, temperature)
-    words = words.reshape(-1, shape[-1]).long()
+    if words.dim() == 0 or shape[-1] == 0:
+        raise ValueError(f"words must be (..., K) with at least one place for a word, got {tuple(shape)}")
+    if hidden.shape[:-1] != shape[:-1]:
+        raise ValueError(f"hidden must be {(*shape[:-1], 'D')}, got {tuple(hidden.shape)}, with words {tuple(shape)}")
+    rest = bias, temperature, backend
+    hidden, words = hidden.reshape(-1, hidden.shape[-1]), words.reshape(-1, shape[-1])
+    linear_logprob(hidden[:0], weight, words[:0, 0], *rest)  # of no token: it raises for what can't be used
+    words = words.long()
     _check_words(words, len(weight))
     with torch.no_grad():
-        logits = _logits(hidden, weight, bias, words, temperature)
+        logits = _logits(hidden, weight, bias, words) / temperature
         top = logits.argmax(1, keepdim=True)
         from_top = logits - logits.gather(1, top)
-    stats = linear_logprob(hidden, weight, words.gather(1, top).squeeze(1), bias, temperature, backend, **options)
+    target = words.gather(1, top).squeeze(1)
+    stats = linear_logprob(hidden, weight, target, *rest, keep_logits_bytes=keep_logits_bytes)
     results = _Given.apply(hidden, weight, bias, stats.lse, stats.logprob.detach(), from_top, words, temperature)
     return results.view(shape)
 
@@ -73,14 +72,18 @@ def _check_words(words: Tensor, vocab: int) -> None:
         )
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, words: Tensor, temperature: float) -> Tensor:
-    """(N, K): z of every word, −∞ where there is none."""
-    dtype = compute_dtype(weight)
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, words: Tensor) -> Tensor:
+    """(N, K): z τ of every word, −∞ where there is none. Inputs are rounded as `linear_logprob` rounds them."""
+    autocast = torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64
+    rounded = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+    dtype = torch.promote_types(rounded, torch.float32)
     logits = torch.full_like(words, -torch.inf, dtype=dtype)
     for token, place in _chunks((words != IGNORE).nonzero(), hidden.shape[1]):
         word = words[token, place]
-        products = (weight[word].to(dtype) * hidden[token].to(dtype)).sum(1)
-        logits[token, place] = (products if bias is None else products + bias[word].to(dtype)) / temperature
+        products = (weight[word].to(rounded).to(dtype) * hidden[token].to(rounded).to(dtype)).sum(1)
+        if bias is not None:
+            products += bias[word].to(rounded if autocast else dtype)
+        logits[token, place] = products
     return logits
 
 

@@ -6,7 +6,7 @@ import torch
 from test_linear_stats import Case, assert_as_exact_as_plain
 from test_operator import largest_allocation
 
-from vogue_kernels import IGNORE, linear_logprob_of, words
+from vogue_kernels import IGNORE, linear_logprob, linear_logprob_of, words
 
 CASES = [
     Case("normal", 7, 96, 32003, "f32"),
@@ -76,15 +76,22 @@ def test_only_the_gradients_asked_for_are_computed(backend):
     assert hidden.grad is not None and bias.grad is not None and weight.grad is None
 
 
-def test_options_reach_the_operator_and_float64_stays():
+def test_float64_stays_and_logits_can_be_kept():
     hidden, weight = torch.randn(4, 6).double().requires_grad_(), torch.randn(9, 6).double()
     chosen = torch.randint(9, (4, 3))
     found = linear_logprob_of(hidden, weight, chosen, temperature=0.5, keep_logits_bytes=1 << 20)
     expected = (hidden @ weight.T / 0.5).log_softmax(-1).gather(1, chosen)
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(*(torch.autograd.grad(x.exp().sum(), hidden)[0] for x in (found, expected)))
-    with pytest.raises(TypeError, match="no_such_option"):
-        linear_logprob_of(hidden, weight, chosen, no_such_option=1)
+
+
+def test_under_autocast_words_are_scored_as_by_the_operator(backend):
+    hidden, weight, bias = torch.randn(4, 60), torch.randn(90, 60), torch.randn(90)
+    chosen = torch.randint(90, (4, 3))
+    with torch.autocast(weight.device.type, dtype=torch.bfloat16):
+        found = linear_logprob_of(hidden, weight, chosen, bias, backend=backend)
+        one_by_one = [linear_logprob(hidden, weight, x, bias, backend=backend).logprob for x in chosen.unbind(1)]
+    torch.testing.assert_close(found, torch.stack(one_by_one, dim=1), rtol=1e-5, atol=1e-5)
 
 
 def test_no_allocation_is_of_tokens_times_words_times_width(monkeypatch):
@@ -107,7 +114,9 @@ def test_no_allocation_is_of_tokens_times_words_times_width(monkeypatch):
         (dict(words=torch.tensor([[0, -1], [2, 3]])), ValueError, r"words\[0, 1\] = -1 is outside .* only -100 marks"),
         (dict(words=torch.zeros(2, 0, dtype=torch.int64)), ValueError, r"at least one place for a word, got \(2, 0\)"),
         (dict(words=torch.zeros(2, 3)), TypeError, "must be integers, got torch.float32"),
-        (dict(words=torch.zeros(3, 3, dtype=torch.int64)), ValueError, r"hidden must be \(3, 8\), got \(2, 8\)"),
+        (dict(words=torch.zeros(3, 3, dtype=torch.int64)), ValueError, r"hidden must be \(3, 'D'\), got \(2, 8\)"),
+        (dict(hidden=torch.zeros(2, 7)), ValueError, r"hidden must be \(0, 8\), got \(0, 7\), with weight \(50, 8\)"),
+        (dict(bias=torch.zeros(49)), ValueError, r"bias must be \(50,\), got \(49,\)"),
         (dict(weight=torch.zeros(0)), ValueError, "under ZeRO-3 call the operator inside the forward of the module"),
         (dict(temperature=0), ValueError, "temperature must be positive"),
     ],
