@@ -4,7 +4,7 @@ A contender is what it computes, in words, and a function of no arguments that d
 words; a peer that isn't installed, or needs a GPU, raises when it is first run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ from vogue_kernels import (
 )
 
 ENOUGH = 1 << 40  # bytes: all logits are kept for the backward pass
+Kept = Mapping[str, Callable[[], int]]  # contenders that keep logits, and bytes for them: asked for when they run
+ALL_KEPT: Kept = {"vogue-kept": lambda: ENOUGH}
 
 
 class Contender(NamedTuple):
@@ -136,7 +138,7 @@ def gradients_of(results: Callable[[], Tensor], *wanted: Tensor) -> Callable[[],
     return lambda: torch.autograd.grad(results().sum(), wanted)
 
 
-def forward(given: Inputs) -> dict[str, Contender]:
+def forward(given: Inputs, kept: Kept = ALL_KEPT) -> dict[str, Contender]:
     p, q, weight, targets = given
     compiled = torch.compile(eager_forward, dynamic=False)
     logits = weight.new_empty(len(p), len(weight))
@@ -157,7 +159,7 @@ def forward(given: Inputs) -> dict[str, Contender]:
     }
 
 
-def backward(given: Inputs) -> dict[str, Contender]:
+def backward(given: Inputs, kept: Kept = ALL_KEPT) -> dict[str, Contender]:
     hidden, weight, targets = given.hidden_p.requires_grad_(), given.weight.requires_grad_(), given.targets
     logits = weight.new_empty(len(hidden), len(weight))
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
@@ -166,11 +168,12 @@ def backward(given: Inputs) -> dict[str, Contender]:
     def contender(computes, logprob):
         return Contender(computes, gradients_of(lambda: logprob(hidden, weight, targets), hidden, weight))
 
+    def keeping(room):
+        return lambda *x: linear_logprob(*x, keep_logits_bytes=room()).logprob
+
     return {
         "vogue": contender(f"{per_token}; entropy too", lambda *x: linear_logprob(*x).logprob),
-        "vogue-kept": contender(
-            f"{per_token}; entropy too; logits kept", lambda *x: linear_logprob(*x, keep_logits_bytes=ENOUGH).logprob
-        ),
+        **{name: contender(f"{per_token}; entropy too; logits kept", keeping(room)) for name, room in kept.items()},
         "reference": contender(f"{per_token}; entropy too", lambda *x: linear_logprob(*x, backend="torch").logprob),
         "eager": contender(per_token, eager_logprob),
         "compile": contender(per_token, torch.compile(eager_logprob, dynamic=False)),
@@ -189,7 +192,7 @@ def backward(given: Inputs) -> dict[str, Contender]:
     }
 
 
-def trainer(given: Inputs) -> dict[str, Contender]:
+def trainer(given: Inputs, kept: Kept = ALL_KEPT) -> dict[str, Contender]:
     """As `vogue.model.policy.PolicyHead` calls it: a bias that bans tokens, gradients of one branch alone."""
     other, hidden, weight = given.hidden_p, given.hidden_q.requires_grad_(), given.weight.requires_grad_()
     bias = weight.new_zeros(len(weight)).detach()
@@ -199,8 +202,9 @@ def trainer(given: Inputs) -> dict[str, Contender]:
     compiled = torch.compile(eager_trained, dynamic=False)
     computes = "both branches' statistics, gradients of one log-probability"
 
-    def vogue(**options):
+    def vogue(room=lambda: 0, backend="auto"):
         def logprob():
+            options = {"backend": backend, "keep_logits_bytes": room()}
             return linear_branch_stats(other, hidden, weight, given.targets, bias, **options).logprob_q
 
         return Contender(computes, gradients_of(logprob, hidden, weight))
@@ -209,7 +213,7 @@ def trainer(given: Inputs) -> dict[str, Contender]:
     multiplied = *((x, weight.T, logits) for x in (other, hidden, hidden)), (logits, weight, grad_hidden)
     return {
         "vogue": vogue(),
-        "vogue-kept": vogue(keep_logits_bytes=ENOUGH),
+        **{name: vogue(room) for name, room in kept.items()},
         "reference": vogue(backend="torch"),
         "eager": Contender(computes, gradients_of(lambda: eager_trained(*plain)[0], hidden, weight)),
         "compile": Contender(computes, gradients_of(lambda: compiled(*plain)[0], hidden, weight)),
@@ -217,7 +221,7 @@ def trainer(given: Inputs) -> dict[str, Contender]:
     }
 
 
-def divergence(given: Inputs) -> dict[str, Contender]:
+def divergence(given: Inputs, kept: Kept = ALL_KEPT) -> dict[str, Contender]:
     p, q, weight = (x.requires_grad_() for x in given[:3])
     logits = [weight.new_empty(len(p), len(weight)) for _ in range(2)]
     grad_hidden, grad_weight = torch.empty_like(p), torch.empty_like(weight)
@@ -231,12 +235,16 @@ def divergence(given: Inputs) -> dict[str, Contender]:
     multiplied += [(out, weight, grad_hidden) for out in logits]
     multiplied += [(out.T, x, grad_weight) for x, out in ((p, logits[0]), (q, logits[1]))]
 
-    def vogue(**options):
-        return contender(lambda: linear_branch_stats(p, q, weight, given.targets, **options).symmetric_kl)
+    def vogue(room=lambda: 0, backend="auto"):
+        def symmetric_kl():
+            options = {"backend": backend, "keep_logits_bytes": room()}
+            return linear_branch_stats(p, q, weight, given.targets, **options).symmetric_kl
+
+        return contender(symmetric_kl)
 
     return {
         "vogue": vogue(),
-        "vogue-kept": vogue(keep_logits_bytes=ENOUGH),
+        **{name: vogue(room) for name, room in kept.items()},
         "reference": vogue(backend="torch"),
         "eager": contender(lambda: eager_symmetric_kl(p, q, weight)),
         "compile": contender(lambda: compiled(p, q, weight)),
@@ -244,14 +252,14 @@ def divergence(given: Inputs) -> dict[str, Contender]:
     }
 
 
-def loss(given: Inputs) -> dict[str, Contender]:
+def loss(given: Inputs, kept: Kept = ALL_KEPT) -> dict[str, Contender]:
     """A whole loss: z = 1 for all tokens, ratio 1, advantages of both signs."""
     hidden, other, weight = given.hidden_p.requires_grad_(), given.hidden_q, given.weight.requires_grad_()
     targets, n = given.targets, len(given.targets)
     advantages = torch.ones(n, device=hidden.device)
     advantages[::2] = -1.0
     compiled = torch.compile(eager_trained, dynamic=False)
-    function, drawn = VogueLoss(), torch.ones(n, dtype=torch.bool, device=hidden.device)
+    drawn = torch.ones(n, dtype=torch.bool, device=hidden.device)
 
     def plain(statistics):
         logprob, entropy, symmetric = statistics(other, hidden, weight, None, targets)
@@ -272,9 +280,14 @@ def loss(given: Inputs) -> dict[str, Contender]:
         return Contender(computes, gradients_of(results, hidden, weight))
 
     whole, taken = "VOGUE's loss, its gradients", (hidden, weight, targets, advantages)
+
+    def vogue(room=lambda: 0):
+        return lambda: VogueLoss(keep_logits_bytes=room())(*taken, hidden_other=other, noisy=True)[0]
+
     return {
-        "vogue": contender(whole, lambda: function(*taken, hidden_other=other, noisy=True)[0]),
-        "vogue-grpo": contender("the loss with z = 0, one branch", lambda: function(*taken)[0]),
+        "vogue": contender(whole, vogue()),
+        **{name: contender(f"{whole}; logits kept", vogue(room)) for name, room in kept.items()},
+        "vogue-grpo": contender("the loss with z = 0, one branch", lambda: VogueLoss()(*taken)[0]),
         "eager": contender(whole, lambda: plain(eager_trained)),
         "compile": contender(f"{whole}; its statistics compiled", lambda: plain(compiled)),
         "liger": contender("GRPO's loss, its gradients (chunked)", liger),
@@ -283,7 +296,7 @@ def loss(given: Inputs) -> dict[str, Contender]:
 
 class Work(NamedTuple):
     title: str
-    make: Callable[[Inputs], dict[str, Contender]]
+    make: Callable[..., dict[str, Contender]]  # of the inputs, and of what is kept
     steps: tuple[str, ...]  # of roofline.py, whose bounds add up
 
 

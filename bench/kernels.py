@@ -4,6 +4,7 @@
     python bench/kernels.py --quick                                         # two minutes on two cores: `make bench`
     python bench/kernels.py --dtype float32 --shape 2048 151936 --tokens 1024 --contenders vogue eager floor
     python bench/kernels.py --work trainer kl loss                          # what else there is to be done
+    python bench/kernels.py --work backward --keep 20MB 0.5x all            # memory for time, against torch.compile
     python bench/kernels.py --errors                                        # relative errors against float64 too
 
 Contenders run in turns, so that a change of clocks or of other load meets them all, and the median of a contender's
@@ -19,6 +20,7 @@ again: who stores them needs a product less and may be ahead of it.
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -69,6 +71,12 @@ def print_section(section: dict) -> None:
         print(LINE.format(row["contender"], *found, *ratios, *rates, *memory, row["computes"]), flush=True)
 
 
+def kept(text: str) -> str:
+    if not re.fullmatch(r"all|\d+(\.\d+)?(MB|x)", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of all, a number of MB as 28MB, a share as 0.5x")
+    return text
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     found = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,6 +88,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("D", "V"), help="may be repeated")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192], help="of each branch")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
+    parser.add_argument(
+        "--keep", type=kept, nargs="+", default=["all"], metavar="HOW_MUCH",
+        help="logits that vogue-kept keeps for the backward pass, a contender each: all, 28MB, or 0.5x, with which all "
+        "of its memory is half of torch.compile's",
+    )  # fmt: skip
     parser.add_argument("--turns", type=int, default=15, help="of each contender")
     parser.add_argument("--seconds", type=float, default=300, help="in all; fewer turns are taken for it")
     parser.add_argument("--json", type=Path, help="write everything there too, after each section")
@@ -112,7 +125,7 @@ def main():
     end = start + options.seconds
     for index, (work, n, shape) in enumerate(todo):
         until = start + options.seconds * (index + 1) / len(todo)
-        given = machine, options.device, dtype, options.contenders, options.turns, until, end
+        given = machine, options.device, dtype, options.contenders, options.turns, until, end, options.keep
         results["sections"].append(run_section(work, n, shape, *given))
         write()
         print_section(results["sections"][-1])

@@ -1,12 +1,15 @@
 """Contenders in turns on one shape, whatever becomes of any of them: rows for bench/kernels.py and bench/gpu.py."""
 
 import os
+import re
 import time
 import traceback
+from collections.abc import Callable, Sequence
+from functools import cache
 from statistics import median
 
 import torch
-from contenders import WORK, Contender, eager_forward, inputs
+from contenders import ENOUGH, WORK, Contender, eager_forward, inputs
 from machines import Cpu, Gpu
 from roofline import of_work
 
@@ -28,6 +31,28 @@ def reason_not_to_run(name: str, machine: Gpu | Cpu) -> str | None:
     if name == "compile" and os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         return "torch.compile is disabled"
     return "needs a GPU" if name == "liger-ce" and isinstance(machine, Cpu) else None
+
+
+def room_for_logits(keep: str, contenders: dict[str, Contender], machine: Gpu | Cpu) -> Callable[[], int]:
+    """Bytes of logits to keep, by what `--keep` says: "all", "28MB", or "0.5x".
+
+    With the last, vogue's whole memory is that share of torch.compile's. Both are measured for it, once.
+    """
+    number, unit = re.fullmatch(r"([\d.]*)(all|MB|x)", keep).groups()
+    if unit != "x":
+        return lambda: ENOUGH if unit == "all" else int(float(number) * 1e6)
+
+    @cache
+    def room() -> int:
+        if reason := reason_not_to_run("compile", machine):
+            raise RuntimeError(reason)
+        peaks = []
+        for name in ("vogue", "compile"):
+            contenders[name].run()  # compiles
+            peaks.append(machine.peak_bytes(contenders[name].run)["torch_bytes"])
+        return max(0, int(float(number) * peaks[1]) - peaks[0])
+
+    return room
 
 
 def measure(contenders: dict[str, Contender], machine: Gpu | Cpu, turns: int, until: float, end: float) -> list[dict]:
@@ -70,19 +95,27 @@ def run_section(
     turns: int,
     until: float,
     end: float,
+    keeps: Sequence[str] = ("all",),
 ) -> dict:
-    """Measure contenders of one kind of work on one shape; `until` and `end` as in `measure`."""
+    """Measure contenders of one kind of work on one shape; `until` and `end` as in `measure`.
+
+    keeps: as in `room_for_logits`; "vogue-kept" is a contender for each of them.
+    """
     work, (width, vocab) = WORK[key], shape
-    contenders = work.make(inputs(n, width, vocab, device, dtype))
-    contenders = {name: contenders[name] for name in names if name in contenders}
+    contenders: dict[str, Contender] = {}
+    labels = {"vogue-kept" if keep == "all" else f"vogue-{keep}": keep for keep in keeps}
+    kept = {label: room_for_logits(keep, contenders, machine) for label, keep in labels.items()}
+    contenders |= work.make(inputs(n, width, vocab, device, dtype), kept)
+    names = [name for given in names for name in (labels if given == "vogue-kept" else (given,))]
+    competing = {name: contenders[name] for name in names if name in contenders}
     bound_ms, operations = of_work(work.steps, width, vocab, n, dtype.itemsize, machine.rates)
     section = {"work": key, "title": work.title, "D": width, "V": vocab, "tokens": n}
     section |= {"dtype": str(dtype).removeprefix("torch."), "bound_ms": bound_ms, "operations": operations}
-    section["rows"] = measure(contenders, machine, turns, until, end)
+    section["rows"] = measure(competing, machine, turns, until, end)
     for row in section["rows"]:
         if "ms" in row:
             row |= {"tflops": operations / row["ms"] / 1e9, "of_bound": bound_ms / row["ms"]}
-    contenders.clear()
+    contenders.clear(), competing.clear()
     machine.free()
     torch.compiler.reset()
     return section

@@ -2,6 +2,8 @@
 
 linear_branch_stats   log-probabilities, entropies and both KL directions of two branches
 linear_logprob        log-probability and entropy of one
+linear_logprob_of     log-probabilities of several given words a token
+vocab_parallel_branch_stats, vocab_parallel_logprob    where each rank has a part of the vocabulary
 VogueLoss             the loss for any trainer; its parts: guidance, shaped_advantage, clipped_surrogate,
                       token_weights
 """
@@ -16,6 +18,8 @@ from .loss import (
     token_weights,
 )
 from .operator import IGNORE, BranchStats, LogprobStats, available_backends, linear_branch_stats, linear_logprob
+from .parallel import vocab_parallel_branch_stats, vocab_parallel_logprob
+from .words import linear_logprob_of
 
 __version__ = "0.1.0"  # of both distributions, vogue and vogue-kernels, whose pyproject.toml read it here
 
@@ -31,6 +35,9 @@ __all__ = [
     "guidance",
     "linear_branch_stats",
     "linear_logprob",
+    "linear_logprob_of",
     "shaped_advantage",
     "token_weights",
+    "vocab_parallel_branch_stats",
+    "vocab_parallel_logprob",
 ]

@@ -12,9 +12,9 @@ import torch
 BENCH = Path(__file__).parents[2] / "bench"
 sys.path.append(str(BENCH))  # last: its kernels.py must not stand for a package of that name
 
-from contenders import CONTENDERS, WORK, Contender, inputs  # noqa: E402
+from contenders import CONTENDERS, ENOUGH, WORK, Contender, inputs  # noqa: E402
 from machines import machine_of  # noqa: E402
-from measuring import measure  # noqa: E402
+from measuring import measure, room_for_logits  # noqa: E402
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -38,7 +38,7 @@ def run(*arguments):
 def test_a_tiny_run_on_the_cpu_measures_every_contender_in_turns(tmp_path):
     contenders = [name for name in CONTENDERS if name != "compile"]  # which takes long to compile
     tiny = ["--shape", 32, 300, "--tokens", 3, 4, "--turns", 2, "--work", *WORK, "--contenders", *contenders]
-    done = run(*tiny, "--errors", "--json", tmp_path / "results.json")
+    done = run(*tiny, "--keep", "1.5MB", "all", "--errors", "--json", tmp_path / "results.json")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     error, sections = results["errors"][0], results["sections"]
@@ -47,6 +47,7 @@ def test_a_tiny_run_on_the_cpu_measures_every_contender_in_turns(tmp_path):
     for section in sections:
         rows = {row.pop("contender"): row for row in section["rows"]}
         assert {"vogue", "eager"} < set(rows)
+        assert section["work"] == "forward" or {"vogue-1.5MB", "vogue-kept"} < set(rows)
         needs = {name for name, row in rows.items() if "ms" not in row}
         assert needs == {"liger-ce", "cce"} & set(rows) and all("GPU" in rows[name]["note"] for name in needs)
         for name in set(rows) - needs:
@@ -72,12 +73,34 @@ def test_a_contender_that_fails_has_the_reason_in_its_row_and_the_others_go_on()
     assert c["turns"] == 2
 
 
+class Weighed:
+    """A machine on which a run needs as many MB as it returns."""
+
+    def peak_bytes(self, run):
+        return {"torch_bytes": run() * 10**6}
+
+
+def test_logits_are_kept_by_megabytes_or_up_to_a_share_of_what_torch_compile_needs(monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    contenders = {"vogue": Contender("", lambda: 10), "compile": Contender("", lambda: 78)}
+    kept = {keep: room_for_logits(keep, contenders, Weighed()) for keep in ("all", "28MB", "0.5x", "0.1x")}
+    assert {keep: room() for keep, room in kept.items()} == {"all": ENOUGH, "28MB": 28e6, "0.5x": 29e6, "0.1x": 0}
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    with pytest.raises(RuntimeError, match=r"torch\.compile is disabled"):
+        room_for_logits("0.5x", contenders, Weighed())()
+
+
+def test_an_amount_to_keep_that_cannot_be_read_is_told():
+    done = run("--keep", "half")
+    assert done.returncode == 2 and "'half' is none of all, a number of MB as 28MB, a share as 0.5x" in done.stderr
+
+
 def test_all_contenders_of_the_loss_that_know_it_compute_the_same_gradients():
     given = inputs(6, 16, 50, "cpu", torch.float32)
     work = WORK["loss"].make(given)
-    vogue, eager = (work[name].run() for name in ("vogue", "eager"))
-    for ours, theirs in zip(vogue, eager):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    vogue, kept, eager = (work[name].run() for name in ("vogue", "vogue-kept", "eager"))
+    for ours in (vogue, kept):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-6)
 
 
 def test_the_errors_beside_others_are_of_every_result_and_say_who_rounds(monkeypatch):

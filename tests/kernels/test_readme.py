@@ -1,5 +1,6 @@
 """The examples of kernels/README.md, run as they stand."""
 
+import os
 import re
 import subprocess
 import sys
@@ -46,3 +47,25 @@ def test_what_is_shown_of_the_example_with_trl_stands_in_it():
         block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "VogueTrainer(" in block
     )
     assert shown in (ROOT / "examples" / "trl_trainer.py").read_text()
+
+
+def example(told):
+    return next(block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if told in block)
+
+
+@pytest.mark.slow
+def test_the_example_of_a_vocabulary_over_ranks_is_as_exact_as_it_says(tmp_path):
+    (tmp_path / "example.py").write_text(example("init_process_group"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "example.py"]
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    assert [line.split(":")[0] for line in lines] == ["rank 0", "rank 1"]
+    errors = [float(error) for line in lines for error in re.findall(r"\de-\d\d", line)]
+    assert len(errors) == 6 and max(errors) < 1e-6
+
+
+def test_the_example_of_several_words_runs():
+    run(example("distillation.backward()"))
