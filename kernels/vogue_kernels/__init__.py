@@ -6,6 +6,7 @@ VogueLoss             the loss for any trainer; its parts: guidance, shaped_adva
                       token_weights
 """
 
+from .backends import available_backends
 from .loss import (
     GuidanceConfig,
     ShapedAdvantage,
@@ -15,7 +16,7 @@ from .loss import (
     shaped_advantage,
     token_weights,
 )
-from .operator import IGNORE, BranchStats, LogprobStats, available_backends, linear_branch_stats, linear_logprob
+from .operator import IGNORE, BranchStats, LogprobStats, linear_branch_stats, linear_logprob
 
 __version__ = "0.1.0"  # of both distributions, vogue and vogue-kernels, whose pyproject.toml read it here
 
