@@ -8,6 +8,7 @@ VogueLoss             the loss for any trainer; its parts: guidance, shaped_adva
                       token_weights
 """
 
+from .backends import available_backends
 from .loss import (
     GuidanceConfig,
     ShapedAdvantage,
@@ -17,7 +18,7 @@ from .loss import (
     shaped_advantage,
     token_weights,
 )
-from .operator import IGNORE, BranchStats, LogprobStats, available_backends, linear_branch_stats, linear_logprob
+from .operator import IGNORE, BranchStats, LogprobStats, linear_branch_stats, linear_logprob
 from .parallel import vocab_parallel_branch_stats, vocab_parallel_logprob
 from .words import linear_logprob_of
 

@@ -1,7 +1,7 @@
 """From the tensors that a trainer has to those that the operators take: rows of tokens, int64 targets, one dtype.
 
 But for autocast nothing here touches the weight. A copy or a cast of it would be as large as it is, and would keep the
-backward pass from reading it anew, as ZeRO-3 and FSDP2 need (operator.py).
+backward pass from reading it anew, as ZeRO-3 and FSDP2 need (registration.py).
 """
 
 from typing import Any, NamedTuple

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vogue_kernels import available_backends, cpu, linear_branch_stats, linear_logprob, operator
+from vogue_kernels import available_backends, backends, cpu, linear_branch_stats, linear_logprob
 
 FOLDER = Path(__file__).parent
 needs_library = pytest.mark.skipif(available_backends()["cpu"] is not None, reason="the library isn't compiled")
@@ -96,10 +96,10 @@ def test_the_backward_pass_adds_up_all_batches_of_tokens(tokens, threads):
 @needs_library
 def test_auto_takes_it_for_all_but_float64():
     for dtype, expected in ((torch.float32, cpu), (torch.bfloat16, cpu), (torch.float16, cpu)):
-        assert operator._implementation("auto", torch.zeros(2, 2, dtype=dtype)) is expected
-    assert operator._implementation("auto", torch.zeros(2, 2, dtype=torch.float64)).__name__.endswith("reference")
+        assert backends.implementation("auto", torch.zeros(2, 2, dtype=dtype)) is expected
+    assert backends.implementation("auto", torch.zeros(2, 2, dtype=torch.float64)).__name__.endswith("reference")
     with pytest.raises(ValueError, match=r"backend 'cpu' can't run: .* use torch for torch.float64"):
-        operator._implementation("cpu", torch.zeros(2, 2, dtype=torch.float64))
+        backends.implementation("cpu", torch.zeros(2, 2, dtype=torch.float64))
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def library(monkeypatch):
     def place(path):
         monkeypatch.setattr(cpu, "LIBRARY", path)
         cpu.why_not.cache_clear()
-        operator._warn_of_reference.cache_clear()
+        backends._warn_of_reference.cache_clear()
 
     yield place
     cpu.why_not.cache_clear()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_linear_stats import Case, assert_branch_stats_as_exact_as_plain
 
-from vogue_kernels import linear_logprob, operator
+from vogue_kernels import available_backends, backends, linear_logprob
 
 FOLDER = Path(__file__).parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -88,8 +88,8 @@ def test_the_weights_gradient_is_the_sum_over_all_batches_of_tokens(batches, mon
 
 def test_auto_leaves_the_interpreter_to_those_who_ask_for_it(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert operator.available_backends()["triton"] is None
-    assert operator._implementation("auto", torch.zeros(1, 1)).__name__ != "vogue_kernels.gpu"
+    assert available_backends()["triton"] is None
+    assert backends.implementation("auto", torch.zeros(1, 1)).__name__ != "vogue_kernels.gpu"
 
 
 def test_tensors_on_the_cpu_are_refused_though_there_is_a_gpu(monkeypatch):

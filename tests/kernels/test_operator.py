@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vogue_kernels import IGNORE, available_backends, linear_branch_stats, linear_logprob
-from vogue_kernels.operator import _fault_of_triton
+from vogue_kernels.backends import _fault_of_triton
 
 
 def inputs(n=6, d=8, v=50, dtype=torch.float32):

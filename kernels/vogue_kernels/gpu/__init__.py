@@ -23,7 +23,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..branches import log2_scale, numbers
 from ..kept import NARROWEST, KeptLogits, kept_logits
-from .kernels import forward_kernel, kept_gradient_kernel, logit_gradient_kernel, merge_kernel
+from .kernels import forward_kernel, kept_gradient_kernel, logit_gradient_kernel
+from .merge import merge_kernel
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from . import interpreter  # noqa: F401

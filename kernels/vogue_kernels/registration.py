@@ -1,0 +1,252 @@
+"""The torch.library operators: schema, fake and autograd, around a backend that sees only tokens that count.
+
+Under ZeRO-3 the weight is gathered before a module's forward, released after it and gathered again before its
+backward, each time by exchanging the parameter's `.data`. So the weight itself is saved for the backward pass, never a
+view, copy or cast of it, and is read there anew.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import implementation
+from .branches import Branch, compute_dtype, one_branch, two_branches
+from .checks import check_arguments
+from .inputs import IGNORE
+from .kept import kept_bytes, serve
+
+
+def _forward(backend: str, hiddens: list[Tensor], weight, targets, bias, temperature, keep) -> tuple[Tensor, ...]:
+    """Run a backend on the tokens that aren't skipped; the skipped ones get zeros. The kept logits come last."""
+    buffers = _empty_buffers(weight, len(targets), keep)
+    scored, length = _scored(targets, len(weight)), len(targets)
+    if scored is not None:
+        hiddens, targets = [hidden[scored] for hidden in hiddens], targets[scored]
+    if len(targets) == 0:
+        rows = _empty_rows(weight, length, 6 if len(hiddens) == 1 else 15)
+        return *(torch.zeros_like(x) for x in rows), *buffers
+    with _as_it_is(weight):
+        results = implementation(backend, weight).forward(hiddens, weight, targets, bias, temperature, buffers)
+    return *(_restore(scored, result.to(compute_dtype(weight)), length) for result in results), *buffers
+
+
+def _backward(backend: str, branches: list[Branch], weight, targets, bias, temperature, needs, buffers) -> list[Any]:
+    """The gradients of hidden states, weight and bias that are needed, in this order; contiguous, as the fakes say."""
+    *needs_hidden, needs_weight, needs_bias = needs
+    scored, length = _scored(targets, len(weight)), len(targets)
+    if scored is not None:
+        branches, targets = [branch.select(scored) for branch in branches], targets[scored]
+    wanted = [need or needs_weight or needs_bias for need in needs_hidden]
+    if len(targets) == 0 or not any(branch.used and want for branch, want in zip(branches, wanted, strict=True)):
+        hiddens = [weight.new_empty(length, weight.shape[1])] * len(branches)
+        return [gradient.zero_() for gradient in _empty_gradients(needs, (*hiddens, weight, bias))]
+    if not serve(branches):
+        buffers = [buffer[:0] for buffer in buffers]
+    with _as_it_is(weight):
+        grads_hidden, grad_weight, grad_bias = implementation(backend, weight).backward(
+            branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias, buffers
+        )
+    grads_hidden = [None if grad is None else _restore(scored, grad, length) for grad in grads_hidden]
+    gradients = zip(needs, (*grads_hidden, grad_weight, grad_bias), strict=True)
+    return [grad.contiguous() for need, grad in gradients if need]
+
+
+def _as_it_is(weight: Tensor):
+    """Autocast switched off: backends choose each product's dtype themselves."""
+    return torch.autocast(weight.device.type, enabled=False)
+
+
+def _scored(targets: Tensor, vocab: int) -> Tensor | None:
+    """Indices of the positions that aren't skipped, or None where that is all of them (then nothing is copied).
+
+    Raises ValueError for a target outside the vocabulary. Both are found with one wait for the GPU.
+    """
+    if targets.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("vogue_kernels can't run inside a CUDA graph: it waits for the GPU to find targets to skip")
+    if len(targets) == 0:
+        return None
+    lowest, highest = torch.stack(torch.aminmax(targets)).tolist()
+    if lowest >= 0 and highest < vocab:
+        return None
+    skipped = targets == IGNORE
+    bad = (((targets < 0) | (targets >= vocab)) & ~skipped).nonzero()
+    if len(bad):
+        position = int(bad[0])
+        raise ValueError(
+            f"targets[{position}] = {int(targets[position])} is outside [0, {vocab}); "
+            f"only {IGNORE} marks a position to skip"
+        )
+    return (~skipped).nonzero().squeeze(1)
+
+
+def _restore(scored: Tensor | None, tensor: Tensor, length: int) -> Tensor:
+    """Put the scored positions back among zeros."""
+    if scored is None:
+        return tensor
+    return tensor.new_zeros(length, *tensor.shape[1:]).index_copy_(0, scored, tensor)
+
+
+# ---------------------------------------------------------------------------------------------------- linear_logprob
+
+# Each operator returns its results first, then what the backward pass needs besides them. All wait for the GPU, which
+# the tag tells torch.compile, so that mode="reduce-overhead" leaves them out of its CUDA graphs.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
+def _empty_rows(weight: Tensor, length: int, count: int) -> tuple[Tensor, ...]:
+    return tuple(weight.new_empty(length, dtype=compute_dtype(weight)) for _ in range(count))
+
+
+def _empty_buffers(weight: Tensor, length: int, keep: Sequence[int]) -> tuple[Tensor, ...]:
+    """A buffer for each branch's kept logits, opaque bytes, so that their size doesn't depend on the backend."""
+    return tuple(weight.new_empty(kept_bytes(length, weight, at_most), dtype=torch.uint8) for at_most in keep)
+
+
+def _empty_gradients(needs: Sequence[bool], inputs: Sequence[Tensor | None]) -> list[Tensor]:
+    """Empty gradients of the inputs that need one, contiguous; an operator can't return None for the others."""
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for need, x in zip(needs, inputs, strict=True)
+        if need and x is not None
+    ]
+
+
+def _spread(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients, with None where none is needed."""
+    given = iter(gradients)
+    return [next(given) if need else None for need in needs]
+
+
+@torch.library.custom_op("vogue::linear_logprob", mutates_args=(), tags=_TAGS)
+def _linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    backend: str,
+    keep: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_arguments({"hidden": hidden}, weight, targets, bias, temperature)
+    return _forward(backend, [hidden], weight, targets, bias, temperature, keep)  # pyright: ignore[reportReturnType]
+
+
+@_linear_logprob.register_fake
+def _(hidden, weight, targets, bias, temperature, backend, keep):
+    check_arguments({"hidden": hidden}, weight, targets, bias, temperature)
+    return *_empty_rows(weight, targets.shape[0], 6), *_empty_buffers(weight, targets.shape[0], keep)
+
+
+@torch.library.custom_op("vogue::linear_logprob_backward", mutates_args=(), tags=_TAGS)
+def _linear_logprob_backward(
+    grads: Sequence[Tensor | None],
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    backend: str,
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    *saved, buffer = saved
+    branches = one_branch(grads, hidden, saved, temperature)
+    return _backward(backend, branches, weight, targets, bias, temperature, needs, [buffer])
+
+
+@_linear_logprob_backward.register_fake
+def _(grads, hidden, weight, targets, bias, temperature, backend, saved, needs):
+    return _empty_gradients(needs, (hidden, weight, bias))
+
+
+def _linear_logprob_setup(ctx, inputs, output):
+    hidden, weight, targets, bias, ctx.temperature, ctx.backend, _ = inputs
+    ctx.set_materialize_grads(False)  # None is how a result says that nobody asks for its gradient
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.save_for_backward(hidden, weight, targets, bias, output[1], *output[4:])
+
+
+def _linear_logprob_autograd(ctx, *grads):
+    hidden, weight, targets, bias, *saved = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    gradients = torch.ops.vogue.linear_logprob_backward(
+        grads[:3], hidden, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
+    )
+    grad_hidden, grad_weight, grad_bias = _spread(needs, gradients)
+    return grad_hidden, grad_weight, None, grad_bias, None, None, None
+
+
+_linear_logprob.register_autograd(_linear_logprob_autograd, setup_context=_linear_logprob_setup)
+
+
+# ---------------------------------------------------------------------------------------------- linear_branch_stats
+
+
+@torch.library.custom_op("vogue::linear_branch_stats", mutates_args=(), tags=_TAGS)
+def _linear_branch_stats(
+    hidden_p: Tensor,
+    hidden_q: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    backend: str,
+    keep: Sequence[int],
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+]:  # fmt: skip
+    check_arguments({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
+    results = _forward(backend, [hidden_p, hidden_q], weight, targets, bias, temperature, keep)
+    return results  # pyright: ignore[reportReturnType]
+
+
+@_linear_branch_stats.register_fake
+def _(hidden_p, hidden_q, weight, targets, bias, temperature, backend, keep):
+    check_arguments({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
+    return *_empty_rows(weight, targets.shape[0], 15), *_empty_buffers(weight, targets.shape[0], keep)
+
+
+@torch.library.custom_op("vogue::linear_branch_stats_backward", mutates_args=(), tags=_TAGS)
+def _linear_branch_stats_backward(
+    grads: Sequence[Tensor | None],
+    hidden_p: Tensor,
+    hidden_q: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    backend: str,
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    *saved, buffer_p, buffer_q = saved
+    branches = two_branches(grads, hidden_p, hidden_q, saved, temperature)
+    return _backward(backend, branches, weight, targets, bias, temperature, needs, [buffer_p, buffer_q])
+
+
+@_linear_branch_stats_backward.register_fake
+def _(grads, hidden_p, hidden_q, weight, targets, bias, temperature, backend, saved, needs):
+    return _empty_gradients(needs, (hidden_p, hidden_q, weight, bias))
+
+
+def _linear_branch_stats_setup(ctx, inputs, output):
+    hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[9:])
+    ctx.save_for_backward(hidden_p, hidden_q, weight, targets, bias, *output[2:6], *output[11:])
+
+
+def _linear_branch_stats_autograd(ctx, *grads):
+    hidden_p, hidden_q, weight, targets, bias, *saved = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+    gradients = torch.ops.vogue.linear_branch_stats_backward(
+        grads[:9], hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
+    )
+    grad_p, grad_q, grad_weight, grad_bias = _spread(needs, gradients)
+    return grad_p, grad_q, grad_weight, None, grad_bias, None, None, None
+
+
+_linear_branch_stats.register_autograd(_linear_branch_stats_autograd, setup_context=_linear_branch_stats_setup)
