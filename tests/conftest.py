@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model folder that is missing must not be looked for elsewhere
 
 import subprocess
+from collections import Counter
 
 import pytest
 import ranks
@@ -31,6 +32,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("long"):
             item.add_marker("slow")  # so that `-m "not slow"`, which takes the place of `-m "not long"`, leaves it out
+    slow = Counter(x.path for x in items if x.get_closest_marker("slow") and not x.get_closest_marker("long"))
+    items.sort(key=lambda item: -slow[item.path])  # the slowest files first: then two workers end at about the same time
 
 
 @pytest.fixture(scope="session")
