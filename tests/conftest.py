@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("long"):
             item.add_marker("slow")  # so that `-m "not slow"`, which takes the place of `-m "not long"`, leaves it out
     slow = Counter(x.path for x in items if x.get_closest_marker("slow") and not x.get_closest_marker("long"))
-    items.sort(key=lambda item: -slow[item.path])  # the slowest files first: then two workers end at about the same time
+    items.sort(key=lambda item: -slow[item.path])  # the slowest files first: two workers then end together
 
 
 @pytest.fixture(scope="session")
