@@ -208,6 +208,28 @@ def test_sharing_a_prompt_changes_little_in_float32(kind):
     assert_equal_to_separate_rows(kind, torch.float32, 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava_onevision"])
+def test_a_forward_that_takes_images_and_no_features_sees_them_all_the_same(kind, monkeypatch):
+    """As that of transformers 5.17 is, which takes features for any other keyword and leaves the images out."""
+    model = random_model(kind)
+    policy = Policy(model, 1.0)
+    rows = [row_of(model, kind, size, [10, 11], [20, 21]) for size in (1, 2, 1)]
+    batch = collate(rows, 0, token_mean=True)
+    expected = policy(batch).logprob
+    black = replace(batch.images, pixel_values=torch.zeros_like(batch.images.pixel_values))
+    assert (policy(replace(batch, images=black)).logprob - expected).abs().max() > 0.1
+    own = model.model.forward
+
+    def forward(pixel_values=None, **inputs):
+        inputs.pop("mm_encoder_outputs", None)
+        return own(pixel_values=pixel_values, **inputs)
+
+    monkeypatch.setattr(model.model, "forward", forward)
+    assert torch.equal(policy(batch).logprob, expected)
+    pixels = inputs_of(model, rows[0].views["raw"])  # and the tower is asked again by whoever asks for it
+    assert len(model.model.get_image_features(**pixels, return_dict=True).pooler_output) == 1
+
+
 def test_a_model_with_linear_attention_gets_separate_rows_and_says_why():
     policy = assert_equal_to_separate_rows("qwen3_5", torch.float32, 1e-5)
     assert policy.why_separate == "qwen3_5 has layers of linear_attention"

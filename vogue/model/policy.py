@@ -10,6 +10,7 @@ the prompt or to i's own completion (see attention), and every completion's posi
 each completion sees exactly what it would see alone. The vision tower sees each distinct image once.
 """
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -109,16 +110,14 @@ class Policy(nn.Module):
     def _hidden(self, batch: Batch) -> Tensor:
         """Hidden states (N, D) at the positions that predict the completions' tokens."""
         images = batch.images
-        body = self.model.model
         features = self._features(images or _blank(self.family, self.model))
         inputs = {"input_ids": batch.input_ids, "position_ids": self._positions(batch), "use_cache": False}
-        if images is not None:
-            inputs["mm_encoder_outputs"] = {"image": _in_order(features, images.order)}
         if self.why_separate:
             inputs["attention_mask"] = (batch.segments != PAD).long()
         else:
             inputs |= attention_inputs(self.attention, batch.segments, self.model.dtype)
-        hidden = body(**inputs).last_hidden_state.flatten(0, 1)[batch.positions]
+        seen = None if images is None else _in_order(features, images.order)
+        hidden = _see(self.model.model, seen, inputs).last_hidden_state.flatten(0, 1)[batch.positions]
         if images is None:
             # Under ZeRO-3 every rank must call the same modules, vision included, and have a gradient for each.
             hidden = hidden + 0 * sum(tensor.sum() for tensor in _tensors(features))
@@ -127,7 +126,12 @@ class Policy(nn.Module):
     def _features(self, images: Images):
         """What the vision tower makes of the images, as the model's own forward takes it."""
         given = self.family.tower_inputs(images.sizes, images.counts)
-        return self.model.model.get_image_features(images.pixel_values.to(self.model.dtype), **given, return_dict=True)
+        pixels = images.pixel_values.to(self.model.dtype)
+        features = self.model.model.get_image_features(pixels, **given, return_dict=True)
+        if layers := features.get("deepstack_features"):  # transformers 5.17 has all images' in one tensor a layer
+            lengths = [len(image) for image in features.pooler_output]
+            features.deepstack_features = [x.split(lengths) if isinstance(x, Tensor) else x for x in layers]
+        return features
 
     def _positions(self, batch: Batch) -> Tensor:
         """Positions of the prompt's tokens, each completion counting on from there."""
@@ -167,6 +171,26 @@ def _blank(family: Family, model: PreTrainedModel) -> Images:
     """The smallest input of the vision tower, as of a single prompt."""
     pixel_values, sizes = family.blank(model)
     return Images(pixel_values, sizes, (len(sizes),), tuple(range(len(sizes))))
+
+
+def _see(body: nn.Module, features, inputs: dict):
+    """The body's forward with images' features in place of images, None where there is none.
+
+    The forward of transformers 5.17 has no argument for features: it would take theirs for any other keyword, and leave
+    the images out in silence. It takes pixels, and asks the model's own `get_image_features` for what the vision tower
+    makes of them; here that answers with what the tower has made of them.
+    """
+    if features is None:
+        return body(**inputs)
+    if "mm_encoder_outputs" in inspect.signature(body.forward).parameters:
+        return body(**inputs, mm_encoder_outputs={"image": features})
+    if layers := features.get("deepstack_features"):
+        features.deepstack_features = [torch.cat(layer) for layer in layers]
+    body.get_image_features = lambda *_, **__: features
+    try:
+        return body(**inputs, pixel_values=features.pooler_output[0])
+    finally:
+        del body.get_image_features
 
 
 def _in_order(features, order: Sequence[int]):
