@@ -7,9 +7,9 @@ from vogue.model.deepspeed_check import deepspeed_problems
 from vogue.model.optimizer import own_settings
 
 
-def problems(*overrides):
+def problems(*overrides, settings=()):
     given = [f"trainer.deepspeed.{text}" for text in overrides]
-    config = load_config(None, ["model.path=some/model", *given])
+    config = load_config(None, ["model.path=some/model", *settings, *given])
     return deepspeed_problems(config.trainer.deepspeed, own_settings(config))
 
 
@@ -18,7 +18,7 @@ def problems(*overrides):
     [
         "zero_optimization.stage=3",
         "zero_optimization.stage3_param_persistence_threshold=0",
-        "zero_optimization.offload_optimizer.device=cpu",
+        "zero_optimization.offload_optimizer.device=none",
         "wall_clock_breakdown=true",
         "flops_profiler.enabled=true",
         "activation_checkpointing.partition_activations=true",
@@ -67,6 +67,18 @@ def test_what_deepspeed_knows_is_fine(override):
             "gradient_clipping=2: vogue sets that itself; its own setting is optimizer.max_grad_norm",
         ),
         ("optimizer.type=Adam", "optimizer={'type': 'Adam'}: vogue sets that itself; its own setting is optimizer.lr"),
+        (
+            "data_types.grad_accum_dtype=bf16",
+            "data_types.grad_accum_dtype=bf16: vogue sets that itself; its own setting is trainer.grad_accum_dtype",
+        ),
+        (
+            "zero_optimization.offload_optimizer.device=cpu",
+            "zero_optimization.offload_optimizer.device=cpu: set trainer.offload_optimizer=true, which this may only",
+        ),
+        (
+            "zero_optimization.offload_param.device=nvme",
+            "zero_optimization.offload_param.device=nvme: set trainer.offload_params=true, which this may only refine",
+        ),
         ("train_batch_size=8", "train_batch_size=8: vogue sets that itself; its own setting is rollout.prompts"),
     ],
 )
@@ -89,3 +101,35 @@ def test_all_misspelt_settings_are_told_at_once():
 def test_what_deepspeed_has_dropped_is_told_in_its_own_words():
     (problem,) = problems("nebula.enabled=true")
     assert "Nebula checkpointing has been removed" in problem
+
+
+OFFLOADED = "trainer.offload_optimizer=true", "trainer.offload_params=true"
+
+
+def test_what_is_offloaded_may_be_refined():
+    zero = "zero_optimization"
+    assert problems(settings=OFFLOADED) == []
+    assert problems(f"{zero}.offload_optimizer.ratio=0.5", f"{zero}.stage=3", settings=OFFLOADED) == []
+    assert problems(f"{zero}.stage=2", settings=OFFLOADED[:1]) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "stage", "told"),
+    [
+        ("trainer.offload_params=true", 2, "trainer.offload_params=true needs 3"),
+        ("trainer.offload_optimizer=true", 0, "trainer.offload_optimizer=true needs 1, 2 or 3"),
+        ("trainer.grad_accum_dtype=float32", 0, "trainer.grad_accum_dtype=float32 needs 1, 2 or 3 with model.dtype="),
+    ],
+)
+def test_what_zeros_stage_cannot_do_is_told(setting, stage, told):
+    (problem,) = problems(f"zero_optimization.stage={stage}", settings=[setting])
+    assert problem.startswith(f"trainer.deepspeed.zero_optimization.stage={stage}: {told}")
+
+
+def test_without_a_setting_the_sums_are_float32_where_deepspeed_can():
+    assert problems("zero_optimization.stage=0") == []
+    assert problems("zero_optimization.stage=0", settings=["model.dtype=float32"]) == []
+    assert (
+        problems("zero_optimization.stage=0", settings=["model.dtype=float32", "trainer.grad_accum_dtype=float32"])
+        == []
+    )

@@ -7,13 +7,15 @@ import subprocess
 import pytest
 import torch
 from ranks import environment, launcher
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from vogue.cli import main
 from vogue.config import load_config
 from vogue.model.files import read_checkpoint
 from vogue.run import memory
-from vogue.run.memory import check_engine, checkpoint_bytes, sequence_bytes
+from vogue.run.memory import check_engine, checkpoint_bytes, keeps_activations, sequence_bytes
+from vogue.run.preflight import Preflight, show
 from vogue.settings import ConfigError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -225,6 +227,26 @@ def test_a_disk_without_room_for_two_checkpoints_is_told(told, folder, monkeypat
     assert told() == ""
     usage.free -= 1
     assert "are free there, less than two checkpoints of " in told()
+
+
+def test_a_large_model_on_a_gpu_that_keeps_its_activations_is_a_warning(config):
+    off, on = config("model.gradient_checkpointing=false"), config("model.gradient_checkpointing=true")
+    assert keeps_activations(7_600_000_000, off, on_gpu=True).startswith(
+        "model.gradient_checkpointing=false with 7.6 billion weights: a GPU keeps "
+    )
+    for count, chosen, on_gpu in [(7.6e9, on, True), (7.6e9, off, False), (5e8, off, True)]:
+        assert keeps_activations(count, chosen, on_gpu) is None
+
+
+def test_warnings_are_shown_beside_what_is_fine(capsys):
+    found = Preflight(warnings=["model.path: odd"], fine={"model": "known"})
+    show(found, Console())
+    assert "warning: model.path: odd" in (told := capsys.readouterr().out) and "known" in told
+
+
+def test_liger_without_a_gpu_is_a_problem(told, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert told("model.liger=true") == "model.liger=true: Triton's kernels need a GPU"
 
 
 @pytest.mark.parametrize(("dtype", "stage"), [("float32", 1), ("bfloat16", 1), ("bfloat16", 3)])

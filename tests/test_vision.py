@@ -86,6 +86,17 @@ def test_a_tower_makes_a_call_for_each_length_of_a_window_and_layer():
     assert calls(prepared(plain)) == 3 + 3
 
 
+def test_recomputed_layers_take_the_plans_of_their_forward():
+    model = prepared(random_model("qwen2_5_vl", torch.float32)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = []
+    model.model.visual.blocks[0].mlp.register_forward_pre_hook(lambda *_: layers.append(1))
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        features(model).sum().backward()
+    assert len(layers) == 2
+    assert sum(event.count for event in profiled.key_averages() if event.key == "aten::_unique2") == 2  # not 4
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_patch_is_embedded_with_no_more_than_twice_the_convolutions_error(bias):
     generator = torch.Generator().manual_seed(0)

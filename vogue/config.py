@@ -93,6 +93,10 @@ class Config(Section):
                 f"trainer.eval_samples={self.trainer.eval_samples} completions would be alike with "
                 "trainer.eval_temperature=0, which takes the likeliest token each time: set it to 1"
             )
+        if self.trainer.grad_accum_dtype == "bfloat16" and self.model.dtype == "float32":
+            raise ValueError(
+                "trainer.grad_accum_dtype=bfloat16 would round the gradients of model.dtype=float32: leave it unset"
+            )
         if self.trainer.eval_every and not self.data.test:
             raise ValueError("trainer.eval_every is set, but data.test is not")
         return self

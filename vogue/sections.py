@@ -36,6 +36,11 @@ class ModelConfig(Section):
         "needs three matrix products where it needs four; it pays where memory is left over and the head takes a large "
         "share of a step (a small model, a large vocabulary). All logits are tokens x vocabulary x 2 bytes in bfloat16",
     )
+    liger: bool = Field(
+        False,
+        description="Liger's Triton kernels for norms, MLPs and rotations of the text model, on GPUs, for Qwen2-VL, "
+        "Qwen2.5-VL and Qwen3-VL",
+    )
     freeze_vision: bool = Field(False, description="don't train the vision tower")
 
 
@@ -442,6 +447,19 @@ class TrainerConfig(Section):
         1800.0,
         description="seconds that a rank waits for the others before the run ends; what each was doing is then in "
         "stacks_rank*.txt of trainer.output_dir",
+    )
+    grad_accum_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None,
+        description="dtype in which the gradients of an update's micro-batches are summed; unset: float32, but for "
+        "ZeRO's stage 0, where DeepSpeed takes model.dtype",
+    )
+    offload_optimizer: bool = Field(
+        False,
+        description="keep AdamW's state and the float32 weights in the host's memory, 12 bytes a weight, and update "
+        "them there, by DeepSpeed's CPUAdam, which is compiled at its first use",
+    )
+    offload_params: bool = Field(
+        False, description="keep the partitioned weights in the host's memory, too, until a layer needs them (ZeRO-3)"
     )
     report_to: list[Literal["wandb", "swanlab", "mlflow", "trackio", "comet_ml", "clearml"]] = Field(
         [], description="trackers that the run's metrics, evaluations and completions go to, beside its folder"

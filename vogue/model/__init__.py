@@ -3,5 +3,6 @@
 loading       from its checkpoint, partitioned          optimizer    AdamW and DeepSpeed's engine
 packing       rows, micro-batches, batches              attention    of rows that share a prompt
 policy        hidden states to statistics               checkpoint   saved and found again
-varlen        the attention on GPUs         vision       the vision tower's attention and patches
+varlen        the attention on GPUs                     vision       the vision tower's attention and patches
+liger         Liger's kernels in the text model         lora         adapters
 """

@@ -26,7 +26,9 @@ INSTEAD = {  # settings of vogue, for what DeepSpeed would decide otherwise
     "fp16": "model.dtype",
     "bf16.enabled": "model.dtype",
     "zero_allow_untested_optimizer": "none: the optimizer is vogue's",
+    "data_types.grad_accum_dtype": "trainer.grad_accum_dtype",
 }
+OFFLOADS = {"offload_optimizer": "trainer.offload_optimizer", "offload_param": "trainer.offload_params"}
 
 
 class _Asked(dict):
@@ -77,12 +79,29 @@ def _contradictions(chosen: dict[str, Any], own: dict[str, Any]) -> Iterator[str
             continue
         given, fixed = chosen[section], own.get(section)
         if name and isinstance(given, dict) and isinstance(fixed, dict):
-            given, fixed = given.get(name, fixed[name]), fixed[name]
+            given, fixed = given.get(name, fixed.get(name)), fixed.get(name)
         if given != fixed:
             yield f"{PREFIX}.{key}={given}: vogue sets that itself; its own setting is {instead}"
     for section, fixed in own.items():
         if isinstance(fixed, dict) and not isinstance(chosen.get(section, {}), dict):
             yield f"{PREFIX}.{section}={chosen[section]!r}: must be a section, with settings below it"
+            return
+    yield from _misplaced(chosen.get("zero_optimization", {}), own)
+
+
+def _misplaced(zero: dict[str, Any], own: dict[str, Any]) -> Iterator[str]:
+    """What ZeRO's stage can't do, and what is offloaded without vogue's setting, on which the optimizer depends."""
+    place, known = f"{PREFIX}.zero_optimization", own["zero_optimization"]
+    stage = zero.get("stage", known["stage"])
+    for name, setting in OFFLOADS.items():
+        section = zero.get(name)
+        device = section.get("device") if isinstance(section, dict) else None
+        if device in ("cpu", "nvme") and name not in known:
+            yield f"{place}.{name}.device={device}: set {setting}=true, which this may only refine"
+        if name in known and stage in (0, 1, 2) and (stage == 0 or name == "offload_param"):
+            yield f"{place}.stage={stage}: {setting}=true needs {'3' if name == 'offload_param' else '1, 2 or 3'}"
+    if stage == 0 and own["bf16"]["enabled"] and own.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+        yield f"{place}.stage=0: trainer.grad_accum_dtype=float32 needs 1, 2 or 3 with model.dtype=bfloat16"
 
 
 def _refused(item: Any, model: str, chosen: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from vogue import distributed
 from vogue.config import Config
 from vogue.model.files import TIED_BUT_DIFFERENT, is_finite, listed, misfit
+from vogue.model.liger import apply_liger
 from vogue.model.lora import add_adapters
 from vogue.model.optimizer import deepspeed_settings
 from vogue.settings import ConfigError
@@ -57,6 +58,8 @@ def load_model(config: Config, device: torch.device) -> PreTrainedModel:
     wrong = {name for name, weight in loaded.named_parameters() if not is_finite(_share(weight))}
     if found := set().union(*distributed.gather(wrong)):
         raise ConfigError(f"model.path={model.path}: NaN or infinity in {listed(found)}")
+    if model.liger:
+        apply_liger(loaded)
     if config.lora.on:
         add_adapters(loaded, config.lora, config.seed)
     return loaded

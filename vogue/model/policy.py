@@ -110,7 +110,8 @@ class Policy(nn.Module):
     def _hidden(self, batch: Batch) -> Tensor:
         """Hidden states (N, D) at the positions that predict the completions' tokens."""
         images = batch.images
-        features = self._features(images or _blank(self.family, self.model))
+        # Not on the weights' device: those that are offloaded are elsewhere.
+        features = self._features(images or _blank(self.family, self.model).to(batch.input_ids.device))
         inputs = {"input_ids": batch.input_ids, "position_ids": self._positions(batch), "use_cache": False}
         if self.why_separate:
             inputs["attention_mask"] = (batch.segments != PAD).long()

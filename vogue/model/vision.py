@@ -11,12 +11,13 @@ The patch embedding is a convolution whose kernel is as large as a patch, so tha
 The product has the same weight, in name and shape, and so the same checkpoints.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, PreTrainedModel
 
 from vogue.families import Family
@@ -77,14 +78,33 @@ def windows_attention(
 AttentionInterface.register(WINDOWS, windows_attention)
 
 
+class _Plan(NamedTuple):
+    """Windows by their length: `sizes` and `counts` of each, and an order (T,) of patches with the shortest first."""
+
+    sizes: list[int]
+    counts: list[int]
+    order: Tensor | None  # None where all are as long
+    back: Tensor | None  # its inverse
+
+
+# By the tensor of the windows' ends, while it lives: all layers of a forward, recomputed ones too, have the same one.
+_plans = WeakIdKeyDictionary()
+
+
+def _plan(ends: Tensor) -> _Plan:
+    if ends not in _plans:
+        lengths = ends.diff()
+        sizes, counts = (x.tolist() for x in lengths.unique(return_counts=True))
+        order = lengths.repeat_interleave(lengths).argsort(stable=True) if len(sizes) > 1 else None
+        _plans[ends] = _Plan(sizes, counts, order, None if order is None else order.argsort())
+    return _plans[ends]
+
+
 def _by_length(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> Tensor:
     """(T, H, D) to (T, H, D), the windows of each length in a call of their own."""
-    lengths = ends.diff()
-    sizes, counts = (x.tolist() for x in lengths.unique(return_counts=True))
-    if len(sizes) == 1:
+    sizes, counts, order, back = _plan(ends)
+    if order is None:
         return _of_one_length(query, key, value, sizes[0], scale)
-    order = lengths.repeat_interleave(lengths).argsort(stable=True)  # the shortest windows' patches first
-    back = order.argsort()
     parts = [size * count for size, count in zip(sizes, counts, strict=True)]
     sorted_parts = zip(*(_Permuted.apply(x, order, back).split(parts) for x in (query, key, value)), strict=True)
     found = [_of_one_length(*part, size, scale) for part, size in zip(sorted_parts, sizes, strict=True)]

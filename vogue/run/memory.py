@@ -70,6 +70,19 @@ def check_length(text: Any, config: Config) -> str:
     return f"at most {longest} with the completion; the model has {positions} positions"
 
 
+MANY_WEIGHTS = 1e9
+
+
+def keeps_activations(count: int, config: Config, on_gpu: bool) -> str | None:
+    """A warning where a GPU is to keep the activations of every layer of a model with `count` weights."""
+    if config.model.gradient_checkpointing or not on_gpu or count < MANY_WEIGHTS:
+        return None
+    return (
+        f"model.gradient_checkpointing=false with {count / 1e9:.3g} billion weights: a GPU keeps all that every layer "
+        "computes for the backward pass, and may run out of memory in the middle of a run"
+    )
+
+
 def check_engine(model: PreTrainedModel, config: Config) -> str:
     """What vLLM needs and has; raises `ConfigError` where one longest sequence doesn't fit beside the weights."""
     cache = sequence_bytes(model.config.get_text_config(), config)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -18,13 +19,22 @@ from vogue.data import DataError
 from vogue.inputs import Preprocessor
 from vogue.model.deepspeed_check import deepspeed_problems
 from vogue.model.files import Checkpoint, read_checkpoint
+from vogue.model.liger import check_liger
 from vogue.model.lora import add_adapters
 from vogue.model.optimizer import own_settings
 from vogue.rewards import RewardError, check_function
 from vogue.run import logs, trackers
 from vogue.run.chat_template import checked_preprocessor
 from vogue.run.folder import check_unlocked
-from vogue.run.memory import adapter_count, check_engine, check_length, checkpoint_bytes, shown, weight_count
+from vogue.run.memory import (
+    adapter_count,
+    check_engine,
+    check_length,
+    checkpoint_bytes,
+    keeps_activations,
+    shown,
+    weight_count,
+)
 from vogue.settings import ConfigError
 
 Result = TypeVar("Result")
@@ -32,9 +42,10 @@ Result = TypeVar("Result")
 
 @dataclass
 class Preflight:
-    """What was found: `problems`, a sentence each; `fine`, by part; and what makes prompts."""
+    """What was found: `problems` and `warnings`, a sentence each; `fine`, by part; and what makes prompts."""
 
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     fine: dict[str, str] = field(default_factory=dict)
     preprocessor: Preprocessor | None = None
 
@@ -73,11 +84,17 @@ def _check_engine_args(config: Config) -> None:
 
 
 def show(found: Preflight, console: Console) -> None:
-    """Print what was found fine."""
+    """Print what was found fine, and warnings."""
     table = Table("checked", "", show_edge=False)
     for part, text in found.fine.items():
         table.add_row(part, text)
     console.print(table)
+    warn(found, console)
+
+
+def warn(found: Preflight, console: Console) -> None:
+    for text in found.warnings:
+        console.print(f"warning: {text}", soft_wrap=True)
 
 
 def _examine_model(found: Preflight, checkpoint: Checkpoint, config: Config) -> None:
@@ -88,6 +105,10 @@ def _examine_model(found: Preflight, checkpoint: Checkpoint, config: Config) -> 
     if config.lora.on:
         found.of(add_adapters, model, config.lora, config.seed)
         found.fine["adapters"] = f"{adapter_count(model) / 1e6:.3g} million weights; the model itself is frozen"
+    if warning := keeps_activations(count, config, torch.cuda.is_available()):
+        found.warnings.append(warning)
+    if config.model.liger:
+        found.of(check_liger, model)
     checks = {"tokens": (check_length, model.config.get_text_config()), "disk": (check_disk, model)}
     if config.rollout.engine == "vllm":
         checks["engine"] = (check_engine, model)

@@ -44,6 +44,8 @@ def run(config: Config, resume: str | None, profile: frozenset[int] = frozenset(
     with ExitStack() as held:
         found = preflight.examine(config, resume is not None)
         preprocessor, data, held_out = _without_problems(found, config)
+        if rank == 0:
+            preflight.warn(found, console)
         with distributed.together(ConfigError):
             if rank == 0:
                 held.enter_context(locked(folder))
