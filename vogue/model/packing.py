@@ -116,7 +116,10 @@ def pack(rows: Iterable[AnyRow], budget: int) -> list[list[AnyRow]]:
     """Rows into micro-batches of at most `budget` tokens, of which at most a tenth is padding.
 
     Compared rows come first, so that few micro-batches have any, and the longest of each kind. A row longer than the
-    budget is a micro-batch of its own.
+    budget is a micro-batch of its own: a prompt with one completion, so that `data.max_prompt_tokens` and
+    `rollout.max_tokens` bound it. Patches of images aren't counted beside tokens, which bound them: a Qwen's image
+    token stands for four patches, and an image of LLaVA-OneVision has at least one tile's tokens and at most so many
+    tiles as its configuration lists.
     """
     packed: list[list[AnyRow]] = []
     longest = real = 0  # of the last micro-batch: the longest row's tokens, and those of all rows
