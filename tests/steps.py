@@ -42,7 +42,7 @@ def rows_of(trainer, group):
 
 
 def batches_of(trainer, groups):
-    return trainer.micro_batches(dict(enumerate(groups)), groups[0])
+    return trainer.micro_batches(dict(enumerate(groups)), groups[0], Means(), Clock())
 
 
 def objective_of(trainer, batch, signals=None, first=True) -> Objective:

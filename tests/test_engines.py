@@ -246,20 +246,52 @@ def final_weights(folder, step):
     return load_file(folder / f"checkpoints/step_{step:06d}/hf/model.safetensors")
 
 
+TOLD = ("trainer.log_completions=1000", "trainer.eval_every=3", "data.test_limit=5", "trainer.eval_samples=3")
+
+
 @pytest.fixture(scope="module")
-def on_two_ranks(train):
-    return train(2, "two", "trainer.steps=3")
+def on_one_rank(train, mixed_data):
+    return train(1, "one", "trainer.steps=3", *TOLD, f"data.test={mixed_data}")
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(train, mixed_data):
+    return train(2, "two", "trainer.steps=3", *TOLD, f"data.test={mixed_data}")
 
 
 CURVES = ("reward", "format", "loss", "entropy", "u_per", "grad_norm", "noisy_share", "tokens")
 
 
-def test_two_ranks_train_as_one_does(train, on_two_ranks):
-    one, two = metrics(train(1, "one", "trainer.steps=3")), metrics(on_two_ranks)
+def test_two_ranks_train_as_one_does(on_one_rank, on_two_ranks):
+    one, two = metrics(on_one_rank), metrics(on_two_ranks)
     assert len(one) == len(two) == 3
     assert all(row["grad_norm"] > 1e-3 for row in one)
     for a, b in zip(one, two, strict=True):
         assert {name: b[name] for name in CURVES} == pytest.approx({name: a[name] for name in CURVES}, rel=1e-4)
+        assert 0 < b["balance"] <= 1
+        assert "balance" not in a
+        assert 0 < b["time/rollout"] <= b["time/rollout_slowest"]
+        assert b["time/wait"] > 0
+
+
+def test_what_is_told_of_a_completion_does_not_depend_on_which_rank_trained_on_it(on_one_rank, on_two_ranks):
+    def told(folder):
+        rows = map(json.loads, (folder / "completions.jsonl").read_text().splitlines())
+        return {(row["step"], row["problem"], row["branch"], row["completion"], row["advantage"]): row for row in rows}
+
+    one, two = told(on_one_rank), told(on_two_ranks)
+    assert len(two) > 8
+    assert two.keys() < one.keys()  # rank 0's own
+    for key, row in two.items():
+        for name in ("entropy", "u_per"):
+            assert (row[name] is None) == (one[key][name] is None)
+            assert row[name] is None or row[name] == pytest.approx(one[key][name], rel=1e-3, abs=1e-5)
+
+
+def test_problems_that_ranks_share_get_the_answers_that_one_rank_gets(on_one_rank, on_two_ranks):
+    one, two = ((folder / "evaluations.jsonl").read_text() for folder in (on_one_rank, on_two_ranks))
+    assert len(json.loads(one.splitlines()[0])["right"]) == 5  # 3 on one rank, 2 on the other
+    assert two == one
 
 
 def test_two_ranks_go_on_from_a_checkpoint_as_if_they_had_not_stopped(train, on_two_ranks):

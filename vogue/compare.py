@@ -44,7 +44,7 @@ def read_outcome(folder: Path) -> Outcome:
     tail = rows[-max(1, round(TAIL * len(rows))) :]
     found = {name: [row[name] for row in tail if name in row] for name in TRAINING}
     training = {name: mean(values) for name, values in found.items() if values}
-    training["seconds"] = median(sum(row[f"time/{phase}"] for phase in PHASES) for row in rows)
+    training["seconds"] = median(sum(row.get(f"time/{phase}", 0.0) for phase in PHASES) for row in rows)
     return Outcome(last["n"], first["right"], last["right"], training)
 
 

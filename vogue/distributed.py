@@ -7,8 +7,8 @@ import re
 import socket
 import sys
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import NoReturn
 
@@ -125,8 +125,10 @@ def gather(value) -> list:
 
 
 @contextmanager
-def together(*kinds: type[Exception]) -> Iterator[None]:
+def together(*kinds: type[Exception], meeting: Callable[[], AbstractContextManager] = nullcontext) -> Iterator[None]:
     """Where the block raises one of `kinds` on some ranks, all ranks raise it: the first such rank's.
+
+    meeting  what the wait for the others lies in: a clock's phase
 
     Every rank calls, and waits for the others at the end of the block, which may have no collective of its own before
     what can fail. The errors are of one text each.
@@ -136,6 +138,8 @@ def together(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         mine = error
-    failed = [error for error in gather(mine) if error is not None]
+    with meeting():
+        errors = gather(mine)
+    failed = [error for error in errors if error is not None]
     if failed:
         raise failed[0] from mine

@@ -45,11 +45,11 @@ class Judged:
 
 
 def generate(
-    engine: Engine, preprocessor: Preprocessor, config: Config, samples: Sequence[Sample], first: int = 0
+    engine: Engine, preprocessor: Preprocessor, config: Config, samples: Sequence[Sample], numbers: Sequence[int]
 ) -> list[list[Completion]]:
-    """`trainer.eval_samples` completions for each sample's raw image; `first` numbers the first one, and its draws."""
+    """`trainer.eval_samples` completions for each sample's raw image; a sample's number seeds what is drawn for it."""
     requests: list[Request] = []
-    for number, sample in enumerate(samples, first):
+    for number, sample in zip(numbers, samples, strict=True):
         view = preprocessor.view(preprocessor.images(sample))
         seed = seed_for(config.seed, Purpose.EVALUATION, number)
         requests.append(Request(preprocessor.prompt(sample, view), view, seed))
@@ -58,11 +58,11 @@ def generate(
 
 
 def judge(
-    engine: Engine, preprocessor: Preprocessor, config: Config, samples: Sequence[Sample], first: int = 0
+    engine: Engine, preprocessor: Preprocessor, config: Config, samples: Sequence[Sample], numbers: Sequence[int]
 ) -> list[Judged]:
     """The completions of `generate` and their scores."""
-    groups = generate(engine, preprocessor, config, samples, first)
-    places = [(number,) for number in range(first, first + len(samples))]
+    groups = generate(engine, preprocessor, config, samples, numbers)
+    places = [(number,) for number in numbers]
     temperature = config.trainer.sampling_temperature
     scores = score_groups(engine, preprocessor, config, samples, groups, places, temperature)
     return [Judged(sample, tuple(group), s) for sample, group, s in zip(samples, groups, scores, strict=True)]
@@ -117,7 +117,7 @@ def evaluate_model(config: Config, views: Sequence[str], console: Console) -> di
             seen = chunk
             if view == "noisy":  # made chunk by chunk, so that not all of them are in memory
                 seen = [_perturbed(preprocessor, sample, config, number) for number, sample in enumerate(chunk, start)]
-            found = judge(engine, preprocessor, config, seen, start)
+            found = judge(engine, preprocessor, config, seen, range(start, start + len(seen)))
             judged[view] += [replace(item, sample=sample) for item, sample in zip(found, chunk, strict=True)]
     return judged
 
@@ -138,7 +138,7 @@ def answer_benchmark(
     engine, preprocessor = _start(config, samples)
     groups = []
     for start, chunk in _chunks(samples, "evaluate", console):
-        groups += generate(engine, preprocessor, config, chunk, start)
+        groups += generate(engine, preprocessor, config, chunk, range(start, start + len(chunk)))
     return [read_answers(benchmark, problem, group) for problem, group in zip(problems, groups, strict=True)]
 
 

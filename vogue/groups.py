@@ -149,8 +149,8 @@ def in_updates(groups: Sequence[Group], updates: int) -> list[dict[int, Group]]:
     ]
 
 
-def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: bool) -> list[Row]:
-    """Groups by their number in the step as rows: one a group, or one a completion where a model can't share a prompt.
+def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: bool, rank: int = 0) -> list[Row]:
+    """This rank's groups by their number as rows: one a group, or one a completion where none can share a prompt.
 
     A group that is longer than `trainer.micro_batch_tokens` is several rows, each with the prompt again, so that memory
     is bounded; a row of one completion may be longer all the same.
@@ -183,7 +183,7 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
                     others=(other,) if compared else (),
                     sources=tuple(group.sources[i] if shown else RAW for i in part),
                     paid=paid and shown,
-                    places=tuple(Place(number, i) for i in part),
+                    places=tuple(Place(number, i, rank) for i in part),
                 )
                 made.append(row)
     return made

@@ -8,6 +8,7 @@ the run's settled state (`vogue.state`).
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -22,7 +23,16 @@ from vogue.seeds import Purpose, rng_for, seed_for
 from vogue.settings import ConfigError
 from vogue.state import RunState
 
+REMAKING_THREADS = 4
 NOISY_COST = 4 / 3  # of training on a group with z = 1, in that of another one: it adds a forward without gradient
+
+
+class Origin(NamedTuple):
+    """All that an item is made of, beside the seed and the step; a few bytes, which any rank can make it again from."""
+
+    index: int  # of the sample in the data
+    number: int  # of the prompt in its step, over all ranks and rounds
+    draws: tuple[bool, ...]  # (G,) z of each completion
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,11 @@ class Item:
     draws: tuple[bool, ...]  # (G,) z of each completion
     update: int = 0  # which of the step's optimizer updates trains on it
     skipped: int = 0  # samples before it that were to be here and are broken
+    index: int = -1  # of its sample in the data, where the loader chose it
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(self.index, self.number, self.draws)
 
 
 class Loader:
@@ -93,12 +108,21 @@ class Loader:
         """The item of a sample, or with `data.broken=skip` of the first behind it that can be used."""
         for skipped in range(len(self.samples)):
             try:
-                sample = self.samples[(position + skipped) % len(self.samples)]
-                return replace(self.item(sample, step, number, draws), skipped=skipped)
+                index = (position + skipped) % len(self.samples)
+                return replace(self.item(self.samples[index], step, number, draws), skipped=skipped, index=index)
             except DataError:
                 if self.config.data.broken == "refuse":
                     raise
         raise DataError("data.broken=skip: there is no sample left that can be used")
+
+    def again(self, origins: Sequence[Origin], step: int) -> dict[Origin, Item]:
+        """The items of other ranks, made again: the same tokens and pixels. Raises `DataError` with the first bad one.
+
+        In threads, since the ranks wait for it: decoding and T(x) leave the interpreter's lock to one another.
+        """
+        with ThreadPoolExecutor(REMAKING_THREADS, initializer=_one_openmp_thread) as pool:
+            made = pool.map(lambda o: self.item(self.samples[o.index], step, o.number, o.draws), origins)
+            return dict(zip(origins, made, strict=True))
 
     def item(self, sample: Sample, step: int, number: int, draws: tuple[bool, ...]) -> Item:
         """Prompt `number` of the step, perturbed where a draw, NoisyRollout or a measuring step reads T(x)."""

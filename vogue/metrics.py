@@ -17,6 +17,8 @@ from torch import Tensor
 
 from vogue import distributed
 
+WAIT = "wait"
+
 
 class Mean(NamedTuple):
     """A part of a mean: a sum of values, and their count or the sum of their weights."""
@@ -31,18 +33,47 @@ def mean_over(tokens: Tensor, values: Tensor) -> Mean:
 
 
 class Clock:
-    """Seconds of each phase of a step, added up where it comes more than once; one may lie within another."""
+    """Seconds of each phase of a step, added up where it comes more than once; one may lie within another.
+
+    What a phase waits for other ranks is in "wait" and not in the phase.
+    """
 
     def __init__(self):
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {WAIT: 0.0}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, waited = time.perf_counter(), self.seconds[WAIT]
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        waited = self.seconds[WAIT] - waited
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start - waited
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around that in which ranks meet; one doesn't lie within another."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # this rank's own work isn't waiting
+        start = time.perf_counter()
+        yield
+        self.seconds[WAIT] += time.perf_counter() - start
+
+    def over_ranks(self) -> dict[str, float]:
+        """`time/PHASE`, the mean over the ranks, and `time/PHASE_slowest`, that of the rank that took longest.
+
+        On one rank, which waits for nobody, there is the first alone, and no "wait".
+        """
+        parts = distributed.gather(self.seconds)
+        if len(parts) == 1:
+            return {f"time/{phase}": seconds for phase, seconds in self.seconds.items() if phase != WAIT}
+        found = {}
+        for phase in self.seconds:
+            values = [part[phase] for part in parts]
+            found[f"time/{phase}"] = sum(values) / len(values)
+            if phase != WAIT:
+                found[f"time/{phase}_slowest"] = max(values)
+        return found
 
 
 class Means:

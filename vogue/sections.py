@@ -419,7 +419,9 @@ class TrainerConfig(Section):
         Path("runs/vogue"), description="folder of the run: metrics, completions, plots and checkpoints"
     )
     micro_batch_tokens: Count = Field(
-        8192, description="most tokens of a forward, of prompts and completions together; a longer group is cut"
+        8192,
+        description="most tokens of a forward, of prompts with their images and completions together; a longer group "
+        "is cut, but a prompt with one completion isn't",
     )
     shared_prefix: bool = Field(True, description="compute a prompt once for all completions of its group")
     save_every: int = Field(50, ge=0, description="steps between checkpoints; 0: only one at the end")

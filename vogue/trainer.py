@@ -54,13 +54,14 @@ from vogue.metrics import Clock, Means, peak_memory
 from vogue.model import checkpoint
 from vogue.model.loading import load_model
 from vogue.model.optimizer import start_deepspeed
-from vogue.model.packing import Batch, Place, collate, pack, spread
+from vogue.model.packing import Batch, Place, collate
 from vogue.model.policy import Policy
 from vogue.objective import objective, uncertainties
 from vogue.rewards import RewardError, verifier
 from vogue.rewards.groups import score_groups
 from vogue.rollout import create_engine
 from vogue.rollout.engine import media_token_ids
+from vogue.sharing import IDLE, IDLE_COMPARED, Load, balance, bring_home, deal, exchange
 from vogue.state import RunState
 from vogue_kernels import GuidanceConfig
 
@@ -123,13 +124,14 @@ class Trainer:
         clock, means, settled = Clock(), Means(), self.state.settled
         try:
             groups = self.roll_out(means, clock)  # x' = T(x), z, o_1..o_G, r, A
-        except FAILURES:
+            with clock("train"):
+                traces = self.update(groups, means, clock)  # u_out, u_per, A^, the clipped surrogate
+        except FAILURES:  # no weight has changed yet
             self.state.settled = settled
             raise
-        with clock("train"):
-            traces = self.update(groups, means, clock)  # u_out, u_per, A^, the clipped surrogate
+        traces = bring_home(traces, self.rank)
         groups = [
-            replace(group, traces=tuple(traces.get(Place(number, i)) for i in range(len(group.completions))))
+            replace(group, traces=tuple(traces.get(Place(number, i, self.rank)) for i in range(len(group.completions))))
             for number, group in enumerate(groups)
         ]
         self.step += 1
@@ -139,13 +141,14 @@ class Trainer:
         return StepResult(self.step_metrics(means, clock), groups)
 
     def step_metrics(self, means: Means, clock: Clock) -> dict[str, float]:
-        """The step's means over all ranks, this rank's seconds a phase, and all ranks' tokens in those seconds."""
+        """The step's means over all ranks, seconds a phase, and all ranks' tokens in those of the slowest one."""
         metrics = means.over_ranks() | {"lr": self.deepspeed.get_lr()[0], "memory_gb": peak_memory()}
-        metrics |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
+        metrics |= clock.over_ranks()
         metrics |= distributed.total({"verifier_failures": float(verifier.take_failures())}, self.device)
         mine = {"rollout": means["tokens"].total, "train": means["trained_share"].total}
         for phase, tokens in distributed.total(mine, self.device).items():
-            metrics[f"throughput/{phase}"] = tokens / clock.seconds[phase]
+            slowest = f"time/{phase}_slowest" if self.ranks > 1 else f"time/{phase}"
+            metrics[f"throughput/{phase}"] = tokens / metrics[slowest]
         return metrics
 
     def roll_out(self, means: Means, clock: Clock) -> list[Group]:
@@ -157,7 +160,7 @@ class Trainer:
         rollout = self.config.rollout
         groups: list[Group] = []
         for number in range(rollout.rounds):
-            with distributed.together(*FAILURES):
+            with distributed.together(*FAILURES, meeting=clock.waiting):
                 with clock("data"):
                     items = self.loader.items(self.step, number) if number else self.loader.load_ahead(self.step)
                     means.add("broken_share", sum(item.skipped for item in items), len(items))
@@ -187,12 +190,13 @@ class Trainer:
     def update(self, groups: list[Group], means: Means, clock: Clock) -> dict[Place, Trace]:
         """`trainer.updates` optimizer updates, each on its share of the step's prompts.
 
-        Returns the traces of the completions that went through a forward.
+        Returns the traces of the completions that went through a forward here, of other ranks' too. Raises `DataError`,
+        on all ranks, before anything changes.
         """
         config, traces = self.config, {}
         updates = in_updates(groups, config.trainer.updates)
         with clock("pack"):
-            packed = [self.micro_batches(part, groups[0]) for part in updates]
+            packed = [self.micro_batches(part, groups[0], means, clock) for part in updates]
         if len(updates) > 1:
             # The later ones start from another policy than the one that generated: its signals are computed first, in
             # the same packing, so that the first ratio is 1 to rounding.
@@ -234,21 +238,26 @@ class Trainer:
         there = batch.to(self.device)
         return replace(batch, old=self.signals(there, self.deepspeed(there)))
 
-    def micro_batches(self, groups: dict[int, Group], some: Group) -> list[Batch]:
-        """Of an update's groups, those with compared rows first, as many on every rank and in the same order.
+    def micro_batches(self, groups: dict[int, Group], some: Group, means: Means, clock: Clock) -> list[Batch]:
+        """This rank's share of an update's rows, whoever generated them (`vogue.sharing`); `groups` are its own.
 
-        Every rank has to take part in as many forwards of each kind as the others, and has `some` group for it.
+        Micro-batches with compared rows come first, as many on every rank and in the same order. Every rank has to take
+        part in as many forwards of each kind as the others, and has `some` group for it.
         """
         config = self.config
-        packed = pack(rows(groups, config, self.step, self.shared_prefix), config.trainer.micro_batch_tokens)
-        compared = sum(micro_batch[0].compared for micro_batch in packed)
-        counts = distributed.largest([compared, len(packed) - compared], self.device)
-        if not any(counts):
-            counts = [0, 1]  # nothing sends a gradient, but the optimizer's moments and decay go on
-        filled = spread(packed[:compared], counts[0], idle_row(some, compared=True))
-        filled += spread(packed[compared:], counts[1], idle_row(some, compared=False))
+        own = rows(groups, config, self.step, self.shared_prefix, self.rank)
+        with clock.waiting():
+            loads = distributed.gather([Load(self.rank, i, row.tokens, row.others) for i, row in enumerate(own)])
+        shares = deal([load for part in loads for load in part], config.trainer.micro_batch_tokens, self.ranks)
+        if self.ranks > 1:
+            means.add("balance", *balance(shares))
+        origins = [groups[row.places[0].group].item.origin for row in own]
+        taken = exchange(shares, own, origins, self.loader, self.step, clock)
+        taken |= {load: own[load.number] for load in loads[self.rank]}
+        taken |= {load: idle_row(some, compared=bool(load.others)) for load in (IDLE, IDLE_COMPARED)}
         pad_id, token_mean = self.processor.tokenizer.pad_token_id, config.loss.aggregation == "token-mean"
-        return [collate(part, pad_id, token_mean=token_mean) for part in filled]
+        filled = ([taken[load] for load in micro_batch] for micro_batch in shares[self.rank])
+        return [collate(micro_batch, pad_id, token_mean=token_mean) for micro_batch in filled]
 
     def check_gradient(self, norm: float, means: Means) -> None:
         """Add the update's norm, which is of all ranks; raises FloatingPointError after too many that aren't finite.
@@ -274,17 +283,15 @@ class Trainer:
 
     def evaluate(self, samples: Sequence[Sample]) -> list[Judged]:
         """Judge `samples` with the rollout engine's weights, shared over the ranks; every rank gets all results."""
-        size = -(-len(samples) // self.ranks)
-        numbers = range(len(samples))[self.rank * size : (self.rank + 1) * size]
+        numbers = range(self.rank, len(samples), self.ranks)  # in turns, since neighbours are often of one kind
         mine: list[Judged] = []
         with distributed.together(*FAILURES):
             for start in range(0, len(numbers), CHUNK):
                 chunk = numbers[start : start + CHUNK]
-                part = [samples[i] for i in chunk]
-                mine += judge(self.engine, self.preprocessor, self.config, part, chunk[0])
+                mine += judge(self.engine, self.preprocessor, self.config, [samples[i] for i in chunk], chunk)
         # Not the samples: every rank has them, and their images may be large.
         parts = distributed.gather([(judged.completions, judged.scores) for judged in mine])
-        found = (one for part in parts for one in part)
+        found = (parts[i % self.ranks][i // self.ranks] for i in range(len(samples)))
         return [Judged(sample, *one) for sample, one in zip(samples, found, strict=True)]
 
     def save(self) -> None:

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,8 +26,9 @@ from vogue.rollout.engine import Completion
 class Place(NamedTuple):
     """Where a completion stands among a step's groups."""
 
-    group: int
+    group: int  # among those of its rank
     completion: int
+    rank: int = 0  # that generated it, which may not be the one that trains on it
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,29 @@ class Batch:
 MAX_PADDING = 0.1  # of a micro-batch's tokens
 
 
-def pack(rows: Iterable[Row], budget: int) -> list[list[Row]]:
+class Sized(Protocol):
+    """All that packing reads of a row."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def others(self) -> Sequence[str]: ...
+
+
+AnyRow = TypeVar("AnyRow", bound=Sized)
+
+
+def pack(rows: Iterable[AnyRow], budget: int) -> list[list[AnyRow]]:
     """Rows into micro-batches of at most `budget` tokens, of which at most a tenth is padding.
 
     Compared rows come first, so that few micro-batches have any, and the longest of each kind. A row longer than the
-    budget is a micro-batch of its own.
+    budget is a micro-batch of its own: a prompt with one completion, so that `data.max_prompt_tokens` and
+    `rollout.max_tokens` bound it. Patches of images aren't counted beside tokens, which bound them: a Qwen's image
+    token stands for four patches, and an image of LLaVA-OneVision has at least one tile's tokens and at most so many
+    tiles as its configuration lists.
     """
-    packed: list[list[Row]] = []
+    packed: list[list[AnyRow]] = []
     longest = real = 0  # of the last micro-batch: the longest row's tokens, and those of all rows
     for row in sorted(rows, key=lambda row: (len(row.others), row.tokens), reverse=True):
         if packed:
@@ -118,7 +135,7 @@ def pack(rows: Iterable[Row], budget: int) -> list[list[Row]]:
     return packed
 
 
-def spread(micro_batches: list[list[Row]], count: int, filler: Row) -> list[list[Row]]:
+def spread(micro_batches: list[list[AnyRow]], count: int, filler: AnyRow) -> list[list[AnyRow]]:
     """Exactly `count` micro-batches: every rank must run as many forwards as the others (ZeRO-3's collectives).
 
     The largest are cut in two, both with compared rows where there were any (so not one with a single such row); where
@@ -126,17 +143,17 @@ def spread(micro_batches: list[list[Row]], count: int, filler: Row) -> list[list
     """
     spread_out = list(micro_batches)
     while len(spread_out) < count and any(map(_can_be_cut, spread_out)):
-        i = max(range(len(spread_out)), key=lambda i: (_can_be_cut(spread_out[i]), _tokens(spread_out[i])))
+        i = max(range(len(spread_out)), key=lambda i: (_can_be_cut(spread_out[i]), tokens_of(spread_out[i])))
         spread_out[i : i + 1] = [spread_out[i][::2], spread_out[i][1::2]]
     return spread_out + [[filler]] * (count - len(spread_out))
 
 
-def _tokens(rows: Sequence[Row]) -> int:
+def tokens_of(rows: Sequence[Sized]) -> int:
     return sum(row.tokens for row in rows)
 
 
-def _can_be_cut(rows: Sequence[Row]) -> bool:
-    return (sum(row.compared for row in rows) or len(rows)) > 1
+def _can_be_cut(rows: Sequence[Sized]) -> bool:
+    return (sum(bool(row.others) for row in rows) or len(rows)) > 1
 
 
 def collate(rows: Sequence[Row], pad_id: int, *, token_mean: bool) -> Batch:

@@ -54,6 +54,9 @@ GROUPS = (
 MACHINE = (
     ("Tokens a second, rollout", "", "throughput/rollout"),
     ("Tokens a second, training", "", "throughput/train"),
+    ("Rollout of the slowest rank", "s", "time/rollout_slowest"),
+    ("Ranks waiting for one another, between phases", "s", "time/wait"),
+    ("Time of micro-batches in which a rank computes", "%", "balance"),
     ("Peak memory", "GB", "memory_gb"),
     ("Trainer against engine, |Δ log-probability|", "nats", "mismatch/logprob"),
     ("Trainer against engine, KL", "nats", "mismatch/kl"),
@@ -181,7 +184,7 @@ def phase_seconds(run: Run) -> dict[str, float]:
         values = [row.get(f"time/{phase}", 0.0) for row in run.metrics]
         seconds[phase] = sum(values) / len(values)
     rest = seconds.pop("train") - sum(seconds[phase] for phase in TRAIN_PHASES)
-    order = ("data", "rollout", "reward", *TRAIN_PHASES, "rest of train", "sync")
+    order = ("data", "rollout", "reward", *TRAIN_PHASES, "rest of train", "sync", "wait")
     seconds["rest of train"] = max(0.0, rest)
     return {phase: seconds[phase] for phase in order}
 
@@ -325,7 +328,7 @@ def _distinct(run: Run) -> list[Point]:
 
 def _seconds(run: Run) -> list[Point]:
     rows = [row for row in run.metrics if "time/train" in row]
-    return [Point(row["step"], sum(row[f"time/{phase}"] for phase in PHASES)) for row in rows]
+    return [Point(row["step"], sum(row.get(f"time/{phase}", 0.0) for phase in PHASES)) for row in rows]
 
 
 def _gap(methods: Sequence[Method]) -> tuple[Panel, str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from vogue.settings import ConfigError
 
-PHASES = ("data", "rollout", "reward", "train", "sync")  # of a step, one after the other
+PHASES = ("data", "rollout", "reward", "train", "sync", "wait")  # of a step; only several ranks wait for one another
 TRAIN_PHASES = ("pack", "old", "forward", "backward", "update")  # within "train"
 LOCK = ".lock"
 FULL = (errno.ENOSPC, errno.EDQUOT)

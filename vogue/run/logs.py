@@ -24,7 +24,10 @@ from vogue.run.records import FOLDER
 from vogue.run.trackers import Trackers
 from vogue.settings import ConfigError
 
-SHOWN = {"reward": "reward", "accuracy": "acc", "entropy": "H", "u_per": "u_per", "throughput/rollout": "tok/s"}
+SHOWN = {
+    **{"reward": "reward", "accuracy": "acc", "entropy": "H", "u_per": "u_per", "throughput/rollout": "tok/s"},
+    "time/wait": "wait s",  # of several ranks
+}
 # How far the last row's step is behind the number of steps: steps are counted from 0, evaluations come after a step.
 STEPS_BEHIND = {"metrics.jsonl": 1, "completions.jsonl": 1, "evaluations.jsonl": 0}
 # Settings that leave what a run computes as it is.
