@@ -4,7 +4,7 @@
 
 Each row of ROWS is an environment of its own, made by pip in a temporary folder and deleted after, and shows
 
-  without   the installation where there is no compiler: it succeeds, and the `torch` backend computes
+  without   the installation where there is no compiler: it succeeds, the `torch` backend computes and says why
   with      the installation with one: the `cpu` backend computes
   tests     the tests of tests/kernels that take less than ten seconds each, against what was installed
   triton    the same for the Triton backend, in Triton's interpreter
@@ -44,11 +44,14 @@ TOOLS = ("setuptools>=77", "cmake>=3.25", "ninja", "pytest", "pytest-timeout", "
 
 VERSIONS = "import platform, torch, triton; print(platform.python_version(), torch.__version__, triton.__version__)"
 BACKEND = """
-import warnings; warnings.simplefilter("ignore")
+import warnings
 import torch, vogue_kernels
-stats = vogue_kernels.linear_logprob(torch.zeros(1, 4), torch.zeros(8, 4), torch.tensor([3]))
+with warnings.catch_warnings(record=True) as told:
+    stats = vogue_kernels.linear_logprob(torch.zeros(1, 4), torch.zeros(8, 4), torch.tensor([3]))
 assert abs(stats.entropy.exp().item() - 8) < 1e-5
-print("cpu" if vogue_kernels.available_backends()["cpu"] is None else "torch")
+why = any("its library wasn't compiled: it needs a C++ compiler" in str(warning.message) for warning in told)
+compiled = vogue_kernels.available_backends()["cpu"] is None
+print("cpu" if compiled else "torch, and says why" if why else "torch, in silence")
 """
 
 

@@ -30,7 +30,7 @@ def vocab_parallel_logprob(
     temperature: float = 1.0,
     backend: str = "auto",
     *,
-    group: dist.ProcessGroup | None,
+    group: "dist.ProcessGroup | None",
     ignore_index: int = IGNORE,
     shift: bool = False,
     **options: Any,
@@ -69,7 +69,7 @@ def vocab_parallel_branch_stats(
     temperature: float = 1.0,
     backend: str = "auto",
     *,
-    group: dist.ProcessGroup | None,
+    group: "dist.ProcessGroup | None",
     ignore_index: int = IGNORE,
     shift: bool = False,
     **options: Any,
@@ -79,8 +79,9 @@ def vocab_parallel_branch_stats(
     As `vocab_parallel_logprob`, for two branches. The KLs are never negative, and 0 where the branches are identical.
     """
     shard = _find_shard(weight, targets, ignore_index, shift, group)
-    hiddens = [_SummedGradient.apply(hidden, group) for hidden in (hidden_p, hidden_q)]
-    local = linear_branch_stats(*hiddens, weight, shard.targets, bias, temperature, backend, shift=shift, **options)
+    hidden_p, hidden_q = _SummedGradient.apply(hidden_p, group), _SummedGradient.apply(hidden_q, group)
+    given = weight, shard.targets, bias, temperature, backend
+    local = linear_branch_stats(hidden_p, hidden_q, *given, shift=shift, **options)
     every = BranchStats(*_gather(local, group))
     dtype = local[0].dtype
     p = _merge_branch(shard, dtype, every.logprob_p, every.entropy_p, every.lse_p, every.top_logprob_p)

@@ -187,7 +187,7 @@ def _see(body: nn.Module, features, inputs: dict):
         return body(**inputs, mm_encoder_outputs={"image": features})
     if layers := features.get("deepstack_features"):
         features.deepstack_features = [torch.cat(layer) for layer in layers]
-    body.get_image_features = lambda *_, **__: features
+    body.get_image_features = lambda *_, **__: features  # pyright: ignore[reportArgumentType]
     try:
         return body(**inputs, pixel_values=features.pooler_output[0])
     finally:
