@@ -344,6 +344,18 @@ def test_two_ranks_sample_dynamically_as_one_does_and_go_on_from_a_checkpoint(tr
         assert {name: b[name] for name in names} == pytest.approx({name: a[name] for name in names}, rel=1e-4, abs=1e-6)
 
 
+BOTH_VIEWS = ("method=noisy_rollout", "branch.probability=0", "rollout.noisy_share=0.5", "trainer.updates=2")
+
+
+@pytest.mark.long
+def test_two_ranks_train_on_groups_of_both_views_as_one_does(train):
+    one, two = (metrics(train(n, f"both-{n}", *BOTH_VIEWS, "trainer.steps=2")) for n in (1, 2))
+    names = ("reward", "loss", "grad_norm", "entropy", "tokens", "noisy_share")
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two, strict=True):
+        assert {name: b[name] for name in names} == pytest.approx({name: a[name] for name in names}, rel=1e-4, abs=1e-6)
+
+
 def test_two_ranks_each_with_vllm_train_and_stay_in_step(train):
     rows = metrics(train(2, "vllm", "trainer.steps=2", "optimizer.lr=1e-3", engine="vllm"))
     assert len(rows) == 2
