@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vogue.method.advantage import group_advantages, mixed, passk_advantages
+from vogue.method.advantage import group_advantages, mixed, passk_advantages, rloo_advantages
 
 groups = st.lists(st.floats(0, 1, width=32), min_size=2, max_size=8).map(lambda r: torch.tensor([r]))
 
@@ -84,3 +84,14 @@ def test_a_k_that_no_group_has_is_refused():
     for k in (0, 3):
         with pytest.raises(ValueError, match=f"k is {k}; it must be from 1 to the 2 responses"):
             passk_advantages(torch.tensor([[True, False]]), k)
+
+
+def test_unscaled_and_leave_one_out_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.5], [0.1, 0.1, 0.1, 0.1]])
+    unscaled, left_out = group_advantages(rewards, scaled=False), rloo_advantages(rewards)
+    assert unscaled[0].tolist() == pytest.approx([0.625, -0.375, -0.375, 0.125])  # the mean is 0.375
+    # The others' means are 0.5/3, 1.5/3, 1.5/3 and 1/3.
+    assert left_out[0].tolist() == pytest.approx([0.833333, -0.5, -0.5, 0.166667], abs=1e-6)
+    assert unscaled[1].tolist() == left_out[1].tolist() == [0, 0, 0, 0]
+    with pytest.raises(ValueError, match="must be"):
+        rloo_advantages(torch.ones(1, 1))

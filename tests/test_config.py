@@ -39,7 +39,8 @@ def load(*overrides, path=None):
         ("model.path=", "model.path='': string should have at least 1 character"),
         (
             "method=ppo",
-            "method='ppo': input should be 'vogue', 'grpo', 'dapo', 'noisy_rollout', 'entropy', 'passk' or 'dupl'",
+            "method='ppo': input should be 'vogue', 'grpo', 'dapo', 'dr_grpo', 'gspo', 'rloo', 'noisy_rollout', "
+            "'entropy', 'passk' or 'dupl'",
         ),
         ("guidance.divergence=forward", "unknown setting guidance.divergence"),
         ("uncertainty.estimator=k2", "uncertainty.estimator='k2': input should be 'exact', 'k3' or 'sampled'"),
@@ -136,6 +137,14 @@ def test_a_setting_cannot_contradict_the_method(override):
         (["method=passk", "rollout.n=3"], "advantage.k=4 is more than rollout.n=3"),
         (["method=dapo", "loss.clip_high=0.2"], "method=dapo fixes loss.clip_high=0.28, but it is set to 0.2"),
         (["method=grpo", "advantage.kind=passk"], "method=grpo fixes advantage.kind=group, but it is set to passk"),
+        (
+            ["method=rloo", "advantage.scale=none"],
+            "advantage.scale=none: only advantage.kind=group is scaled, not rloo",
+        ),
+        (
+            ["loss.importance_mode=token_mask"],
+            "loss.importance_mode=token_mask: without loss.importance_cap nothing reads it",
+        ),
         (["rollout.noisy_share=0.5"], "method=vogue fixes rollout.noisy_share=0.0, but it is set to 0.5"),
         (
             ["method=noisy_rollout", "rollout.noisy_share=0.05"],
@@ -165,7 +174,13 @@ def test_each_method_is_its_papers():
     assert (dapo.loss.clip_low, dapo.loss.clip_high, dapo.loss.aggregation) == (0.2, 0.28, "token-mean")
     assert (dapo.rollout.rounds, dapo.reward.overlong_buffer) == (4, 0.2)
     assert (noisy.rollout.noisy_count, noisy.rollout.n, noisy.perturb.anneal_at) == (4, 8, pytest.approx(40 / 60))
-    assert {config.branch.probability for config in (entropy, passk, dapo, noisy)} == {0}
+    unscaled, sequences, others = (load(f"method={name}") for name in ("dr_grpo", "gspo", "rloo"))
+    assert (unscaled.advantage.scale, unscaled.loss.aggregation) == ("none", "constant")
+    assert (sequences.loss.importance_level, sequences.loss.aggregation) == ("sequence", "sequence-mean")
+    assert (sequences.loss.clip_low, sequences.loss.clip_high) == (3e-4, 4e-4)
+    assert others.advantage.kind == "rloo"
+    found = (entropy, passk, dapo, noisy, unscaled, sequences, others)
+    assert {config.branch.probability for config in found} == {0}
 
 
 def test_the_authors_code_is_a_method_whose_noise_and_upper_clip_may_be_changed():

@@ -9,7 +9,8 @@ from steps import TWO_BY_TWO, batches_of, generated, objective_of, with_settings
 from vogue.method.uncertainty import OtherBranch, Signals, TokenStats, read_signals
 from vogue.metrics import Mean, Means
 from vogue.model.packing import Batch
-from vogue.objective import has_gradient, objective, uncertainties
+from vogue.objective import engine_correction, has_gradient, objective, uncertainties
+from vogue.rollout.engine import Completion
 from vogue_kernels import GuidanceConfig, VogueLoss, linear_branch_stats, linear_logprob
 
 LENGTHS = (3, 1, 4, 2)  # of completions; the first two are compared with the other branch
@@ -22,7 +23,7 @@ def batch_of(advantages, paid, noisy, token_mean, engine_logprob=None):
     nothing = dict.fromkeys(("input_ids", "token_types", "segments", "images", "positions", "targets"))
     return Batch(
         **nothing,
-        completions=(),
+        completions=tuple(Completion((0,) * length, (0.0,) * length, "", True) for length in LENGTHS),
         places=(),
         advantages=advantages,
         engine_logprob=torch.full((N,), torch.nan) if engine_logprob is None else engine_logprob,
@@ -141,3 +142,46 @@ def test_several_views_may_be_compared_with_the_trained_one(new_trainer, config)
     ]
     for a, b in zip(*gradients, strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm() + 1e-8
+
+
+PLAIN = GuidanceConfig(0.0, 1.0, 0.0, 1.0)
+
+
+def test_a_sequences_ratio_is_the_geometric_mean_of_its_tokens_and_clipped_as_one(config):
+    nothing = torch.zeros(N, dtype=torch.bool)
+    batch = batch_of(torch.tensor([1.0] * 3 + [2.0] + [-1.0] * 4 + [1.0] * 2), nothing, nothing, False)
+    # Ratios of the tokens of completions of 3, 1, 4 and 2; their geometric means are 2, 1.1, 0.5 and 1.2.
+    ratios = torch.tensor([1.0, 2.0, 4.0, 1.1, 0.25, 1.0, 0.5, 0.5, 1.44, 1.0], dtype=torch.float64)
+    logprob = ratios.log().requires_grad_()
+    old = Signals(torch.zeros(N, dtype=torch.float64), torch.zeros(N), None)
+    settings = config("loss.importance_level=sequence", "loss.clip_low=0.6", "loss.clip_high=0.3").loss
+    loss, metrics = objective(
+        replace(batch, old=old), Signals(logprob, torch.zeros(N), None), settings, PLAIN, 1.0, first=True
+    )
+    # A mean over its tokens is each completion's s A: 1.3, where 2 is clipped; 1.1 x 2; -0.5; and 1.2.
+    assert loss.item() == pytest.approx(-(1.3 + 2.2 - 0.5 + 1.2))
+    assert metrics["clip_fraction"] == (3, N)
+    gradient = torch.autograd.grad(loss, logprob)[0]
+    expected = [0.0] * 3 + [-2.2] + [0.5 / 4] * 4 + [-1.2 / 2] * 2  # d s A / d log pi_t = s A / T
+    assert gradient.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("token_truncate", [1.0, 2.0, 2.0, 1.5, 0.5, 1.0, 2.0, 1.0, 2.0, 0.25]),
+        ("token_mask", [1.0, 2.0, 0.0, 1.5, 0.5, 1.0, 0.0, 1.0, 0.0, 0.25]),
+        # The products are 8, 1.5, 1.5 and 1.
+        ("sequence_truncate", [2.0] * 3 + [1.5] * 5 + [1.0] * 2),
+        ("sequence_mask", [0.0] * 3 + [1.5] * 5 + [1.0] * 2),
+    ],
+)
+def test_what_corrects_for_the_engines_policy_by_hand(mode, expected, config):
+    ratios = torch.tensor([1.0, 1.9999, 4.0, 1.5, 0.5, 1.0, 3.0, 1.0, 4.0, 0.25])
+    nothing = torch.zeros(N, dtype=torch.bool)
+    batch = batch_of(torch.ones(N), nothing, nothing, True, -ratios.log())
+    assert engine_correction(ratios.log(), batch, 2.0, mode).tolist() == pytest.approx(expected, abs=1e-3)
+    settings = config("loss.importance_cap=2", f"loss.importance_mode={mode}").loss
+    signals = Signals(torch.zeros(N), torch.zeros(N), None)
+    loss = objective(batch, signals, settings, PLAIN, 1.0, first=False).loss
+    assert loss.item() == pytest.approx(-sum(expected), abs=1e-2)

@@ -72,6 +72,17 @@ def test_a_token_mean_and_a_sequence_mean_by_hand(new_trainer):
     assert found["sequence-mean"] == pytest.approx(-(1.0 - 2.0) / 2)
 
 
+def test_a_constant_divisor_is_the_completions_times_the_most_tokens(new_trainer):
+    trainer = new_trainer("method=dr_grpo", *TWO_BY_TWO)
+    groups = groups_of_step(trainer)
+    _, sums = weights_after(trainer, groups)
+    batches = batches_of(trainer, groups)
+    total = sum(float((batch.weights * batch.advantages).sum()) for batch in batches)  # at a ratio of 1
+    assert sums["loss"].count == 2 * 2 * 12  # completions, and rollout.max_tokens
+    assert sums["loss"].total == pytest.approx(-total, rel=1e-4, abs=1e-6)
+    assert {float(weight) for batch in batches for weight in batch.weights} == {1.0}
+
+
 def test_the_importance_cap_multiplies_by_the_truncated_ratio_to_the_engine(new_trainer, config):
     trainer = with_settings(new_trainer(*TWO_BY_TWO), config("method=grpo", "loss.importance_cap=2"))
     (batch,) = batches_of(trainer, drawn(both_groups(trainer, 1), torch.zeros(1, 2, dtype=torch.bool)))

@@ -78,7 +78,12 @@ MUTANTS = (
     Mutant("vogue/trainer.py", "loss * (self.ranks / divisor)", "loss / divisor * 2", "tests/test_trainer.py"),
     # The objective.
     Mutant("vogue/objective.py", "torch.where(comparable,", "torch.where(~comparable,", "tests/test_objective.py"),
-    Mutant("vogue/objective.py", ".clamp(max=settings.importance_cap)", "", "tests/test_objective.py"),
+    Mutant("vogue/objective.py", ".clamp(max=cap)", "", "tests/test_objective.py"),
+    Mutant("vogue/objective.py", "/ lengths.repeat_interleave(lengths)", "", "tests/test_objective.py"),
+    # Ranks.
+    Mutant("vogue/sharing.py", "(-claims[claim], claim)", "(claims[claim], claim)", "tests/test_sharing.py"),
+    Mutant("vogue/sharing.py", "pack(loads, middle)", "pack(loads, budget)", "tests/test_sharing.py"),
+    Mutant("vogue/loader.py", "o.number, o.draws", "0, o.draws", "tests/test_sharing.py"),
     Mutant("vogue/objective.py", "(advantages != 0).any()", "(advantages != 0).all()", "tests/test_objective.py"),
     Mutant("vogue/objective.py", "guidance, sign)", "guidance, 1.0)", "tests/test_raw_rollouts.py"),
     Mutant(

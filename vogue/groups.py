@@ -11,7 +11,7 @@ from vogue.config import Config
 from vogue.estimates import pass_at_k
 from vogue.inputs import NOISY, RAW
 from vogue.loader import Item
-from vogue.method.advantage import group_advantages, mixed, passk_advantages
+from vogue.method.advantage import group_advantages, mixed, passk_advantages, rloo_advantages
 from vogue.metrics import Means
 from vogue.model.packing import Place, Row
 from vogue.objective import has_gradient
@@ -101,10 +101,13 @@ def judged(group: Group, scores: Iterable[Score], config: Config) -> Group:
             for score, value in zip(scores, punishments, strict=True)
         ]
     scores = tuple(scores)
-    if config.advantage.kind == "passk":
-        advantages = passk_advantages(torch.tensor([[score.accuracy == 1 for score in scores]]), config.advantage.k)
+    rewards, settings = torch.tensor([[score.reward for score in scores]]), config.advantage
+    if settings.kind == "passk":
+        advantages = passk_advantages(torch.tensor([[score.accuracy == 1 for score in scores]]), settings.k)
+    elif settings.kind == "rloo":
+        advantages = rloo_advantages(rewards)
     else:
-        advantages = group_advantages(torch.tensor([[score.reward for score in scores]]))
+        advantages = group_advantages(rewards, scaled=settings.scale == "group")
     kept = group.kept
     if config.loss.drop_unfinished:
         kept = tuple(keep and completion.finished for keep, completion in zip(kept, group.completions, strict=True))

@@ -3,8 +3,9 @@ r"""The loss of a batch from its signals: VOGUE's shaped advantage, PPO's clippe
     Â    = A + g_out + z sign g_per                     `vogue_kernels.loss` has the bonuses
     loss = Σ_t w_t c_t · −min(ρ_t Â_t, clip(ρ_t, 1 − ε_low, 1 + ε_high) Â_t)
 
-ρ = π / π_old, with the policy before the step's first update; c = min(cap, π_old / π_engine) where
-`loss.importance_cap` is set, else 1; w is the token's weight in the batch. All functions here are pure.
+ρ = π / π_old, with the policy before the step's first update, or the geometric mean of a completion's (GSPO, arXiv
+2507.18071); c corrects for the engine's π where `loss.importance_cap` is set (`engine_correction`), else it is 1; w is
+the token's weight in the batch. All functions here are pure.
 """
 
 from typing import NamedTuple
@@ -36,12 +37,15 @@ def objective(
     old = batch.old or signals._replace(logprob=signals.logprob.detach())
     shaped = shaped_advantage(batch.advantages, old.u_out, old.u_per, batch.paid, guidance, sign)
     clips = settings.clip_low, settings.clip_high, settings.clip_dual
-    token_loss, clipped = clipped_surrogate(signals.logprob, old.logprob, shaped.advantage, *clips)
+    logprob = signals.logprob
+    if settings.importance_level == "sequence":
+        logprob = with_sequence_ratio(logprob, old.logprob, lengths_of(batch))
+    token_loss, clipped = clipped_surrogate(logprob, old.logprob, shaped.advantage, *clips)
     # The engine's log-probability says nothing of the trained view where it saw another one.
     comparable = ~batch.engine_logprob.isnan()
     mismatch = torch.where(comparable, old.logprob - batch.engine_logprob, 0.0)
     if settings.importance_cap is not None:
-        token_loss = token_loss * mismatch.exp().clamp(max=settings.importance_cap)
+        token_loss = token_loss * engine_correction(mismatch, batch, settings.importance_cap, settings.importance_mode)
     loss = (batch.weights * token_loss).sum()
 
     trained = sending_gradient(batch)
@@ -57,6 +61,41 @@ def objective(
     if signals.u_per is not None:
         metrics["per_capped"] = mean_over(trained & batch.paid, shaped.per_capped)
     return Objective(loss, metrics)
+
+
+def with_sequence_ratio(logprob: Tensor, old_logprob: Tensor, lengths: Tensor) -> Tensor:
+    """Log-probabilities (N,) whose ratio to the old ones is that of their whole completion, of `lengths` (S,) tokens.
+
+    s = exp(mean_t (log π_t − log π_old,t)), and at every token the gradient s ∇ log π_t: GSPO-token (arXiv 2507.18071,
+    eq. 14), which is GSPO where a completion's tokens have one advantage, and takes VOGUE's where they haven't.
+    """
+    found = logprob.detach()
+    means = per_completion(found - old_logprob, lengths) / lengths.repeat_interleave(lengths)
+    return old_logprob + means + (logprob - found)
+
+
+def engine_correction(mismatch: Tensor, batch: Batch, cap: float, mode: str) -> Tensor:
+    """What multiplies the tokens' loss (N,) since the engine's policy generated them and not the trainer's.
+
+    mismatch  (N,) nats, log (π_old / π_engine) of each token; of a sequence, their sum over the completion
+    mode      `loss.importance_mode`: ratios above `cap` become it (truncate), or 0 (mask)
+    """
+    if mode.startswith("sequence"):
+        mismatch = per_completion(mismatch, lengths_of(batch))
+    if mode.endswith("mask"):
+        return torch.where(mismatch.exp() <= cap, mismatch.exp(), 0.0)
+    return mismatch.exp().clamp(max=cap)
+
+
+def lengths_of(batch: Batch) -> Tensor:
+    """Tokens (S,) of each of the batch's completions."""
+    return torch.tensor([len(c.token_ids) for c in batch.completions], device=batch.advantages.device)
+
+
+def per_completion(values: Tensor, lengths: Tensor) -> Tensor:
+    """At each token (N,) the sum of `values` (N,) over its completion; `lengths` (S,) add up to N."""
+    owner = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
+    return values.new_zeros(len(lengths)).index_add(0, owner, values)[owner]
 
 
 def uncertainties(batch: Batch, stats: TokenStats, *, measuring: bool) -> dict[str, Mean]:

@@ -16,6 +16,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "vogue": {"rollout.noisy_share": 0.0},
     "grpo": GRPO,
     "dapo": GRPO | {"loss.clip_low": 0.2, "loss.clip_high": 0.28, "loss.aggregation": "token-mean"},
+    "dr_grpo": GRPO | {"advantage.scale": "none", "loss.aggregation": "constant"},
+    "gspo": GRPO | {"loss.importance_level": "sequence", "loss.aggregation": "sequence-mean"},
+    "rloo": GRPO | {"advantage.kind": "rloo"},
     "noisy_rollout": {name: value for name, value in GRPO.items() if name != "rollout.noisy_share"},
     "entropy": {name: value for name, value in GRPO.items() if name != "guidance.alpha_out"},
     "passk": GRPO | {"advantage.kind": "passk"},
@@ -38,6 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
 STARTS: dict[str, dict[str, Any]] = {
     "dapo": {"rollout.rounds": 4, "reward.overlong_buffer": 0.2},
     "noisy_rollout": {"rollout.noisy_share": 0.5, "perturb.anneal_at": 2 / 3},
+    "gspo": {"loss.clip_low": 3e-4, "loss.clip_high": 4e-4},
     "dupl": {"perturb.preset": "paper", "perturb.sigma": 0.2, "loss.clip_high": 0.3},
 }
 

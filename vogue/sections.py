@@ -185,12 +185,22 @@ class UncertaintyConfig(Section):
 class AdvantageConfig(Section):
     """How rewards become the advantage A of a completion in its group."""
 
-    kind: Literal["group", "passk"] = Field(
+    kind: Literal["group", "rloo", "passk"] = Field(
         "group",
-        description="group: (reward - mean) / std, as in GRPO; passk: by right and wrong answers, as in Pass@k "
-        "Training",
+        description="group: (reward - mean) / std, as in GRPO; rloo: reward - mean of the group's others; passk: by "
+        "right and wrong answers, as in Pass@k Training",
+    )
+    scale: Literal["group", "none"] = Field(
+        "group",
+        description="what advantage.kind=group divides by: the group's std, or nothing, as in Dr. GRPO",
     )
     k: Count = Field(4, description="k of Pass@k Training, with advantage.kind=passk; at most rollout.n")
+
+    @model_validator(mode="after")
+    def _scale_is_read(self) -> "AdvantageConfig":
+        if self.kind != "group" and self.scale != "group":
+            raise ValueError(f"advantage.scale={self.scale}: only advantage.kind=group is scaled, not {self.kind}")
+        return self
 
 
 class OwnReward(Section):
@@ -308,8 +318,15 @@ class LossConfig(Section):
     clip_high: NonNegative = Field(
         0.2, description="the ratio pi / pi_old is clipped above at 1 + clip_high; VOGUE's paper states neither clip"
     )
-    aggregation: Literal["token-mean", "sequence-mean"] = Field(
-        "token-mean", description="mean over all tokens, or over completions of each one's token mean"
+    aggregation: Literal["token-mean", "sequence-mean", "constant"] = Field(
+        "token-mean",
+        description="mean over all tokens; over completions of each one's token mean; or constant: over completions of "
+        "each one's sum / rollout.max_tokens, as in Dr. GRPO",
+    )
+    importance_level: Literal["token", "sequence"] = Field(
+        "token",
+        description="what has a ratio pi / pi_old: each token, or each completion, the geometric mean of its tokens' "
+        "(GSPO)",
     )
     drop_unfinished: bool = Field(
         False,
@@ -325,6 +342,19 @@ class LossConfig(Section):
         description="multiply a token's loss by min(importance_cap, trainer's probability / engine's); unset: by "
         "nothing",
     )
+    importance_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = Field(
+        "token_truncate",
+        description="what that ratio is of, a token or a whole completion, and what becomes of one above "
+        "importance_cap: truncate gives it the cap, mask leaves its loss out",
+    )
+
+    @model_validator(mode="after")
+    def _mode_is_read(self) -> "LossConfig":
+        if self.importance_cap is None and self.importance_mode != "token_truncate":
+            raise ValueError(
+                f"loss.importance_mode={self.importance_mode}: without loss.importance_cap nothing reads it"
+            )
+        return self
 
 
 class LoraConfig(Section):

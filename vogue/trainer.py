@@ -205,7 +205,9 @@ class Trainer:
         sign = branch.bonus_sign(self.step, config.trainer.steps, config.guidance.sign_transition)
         for number, (part, batches) in enumerate(zip(updates, packed, strict=True)):
             lengths = kept_lengths(part.values())
-            weight = float(sum(lengths) if config.loss.aggregation == "token-mean" else len(lengths))
+            items = {"token-mean": sum(lengths), "sequence-mean": len(lengths)}
+            items["constant"] = len(lengths) * config.rollout.max_tokens
+            weight = float(items[config.loss.aggregation])
             # Of all ranks: with a divisor of its own, a rank with fewer tokens would weigh more. 1 where none has any.
             divisor = distributed.total({"weight": weight}, self.device)["weight"] or 1.0
             for i, batch in enumerate(batches):
@@ -255,7 +257,7 @@ class Trainer:
         taken = exchange(shares, own, origins, self.loader, self.step, clock)
         taken |= {load: own[load.number] for load in loads[self.rank]}
         taken |= {load: idle_row(some, compared=bool(load.others)) for load in (IDLE, IDLE_COMPARED)}
-        pad_id, token_mean = self.processor.tokenizer.pad_token_id, config.loss.aggregation == "token-mean"
+        pad_id, token_mean = self.processor.tokenizer.pad_token_id, config.loss.aggregation != "sequence-mean"
         filled = ([taken[load] for load in micro_batch] for micro_batch in shares[self.rank])
         return [collate(micro_batch, pad_id, token_mean=token_mean) for micro_batch in filled]
 

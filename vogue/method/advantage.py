@@ -1,6 +1,8 @@
 r"""Advantages of a group's responses against each other, without a value model.
 
 group    A_i = (r_i − mean(r)) / (std(r) + ε)                    GRPO, arXiv 2402.03300
+         A_i = r_i − mean(r)                                     the same unscaled: Dr. GRPO, arXiv 2503.20783
+rloo     A_i = r_i − mean(r_j, j ≠ i)                            REINFORCE leave-one-out, arXiv 2402.14740
 passk    R = 1 − C(N⁻, k) / C(N, k),   s = √(R (1 − R))          Pass@k Training, arXiv 2508.10751
          A⁺ = (1 − R) / s                                        right responses
          A⁻ = (1 − R − C(N⁻ − 1, k − 1) / C(N − 1, k − 1)) / s   the N⁻ wrong ones of N
@@ -12,8 +14,10 @@ import torch
 from torch import Tensor
 
 
-def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
+def group_advantages(rewards: Tensor, eps: float = 1e-6, *, scaled: bool = True) -> Tensor:
     """GRPO's advantages (P, G) of the rewards (P, G) of P groups of G responses; exactly 0 in a group of equals.
+
+    Not `scaled`, they aren't divided by the std, which weighs groups of nearly equal rewards up (Dr. GRPO).
 
     std is the sample one (divided by G − 1). The papers only say "std"; TRL, verl and EasyR1,
     from whose runs the published settings come, all take torch.std's default, and at G = 5 the
@@ -27,10 +31,19 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
         group, response = (~rewards.isfinite()).nonzero()[0].tolist()
         value = rewards[group, response].item()
         raise ValueError(f"the reward of response {response} in group {group} is {value}.")
-    deviations = rewards - rewards.mean(dim=1, keepdim=True)
-    advantages = deviations / (rewards.std(dim=1, keepdim=True) + eps)
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    if scaled:
+        advantages = advantages / (rewards.std(dim=1, keepdim=True) + eps)
     # The mean of equal rewards may differ from them in the last bit.
     return advantages.where(mixed(rewards)[:, None], 0)
+
+
+def rloo_advantages(rewards: Tensor) -> Tensor:
+    """Each reward (P, G) without the mean of the others of its group: G / (G − 1) times its deviation from all's mean.
+
+    Raises ValueError as `group_advantages` does.
+    """
+    return group_advantages(rewards, scaled=False) * (rewards.shape[1] / (rewards.shape[1] - 1))
 
 
 def passk_advantages(right: Tensor, k: int) -> Tensor:
