@@ -44,24 +44,37 @@ class Judged:
         return sum(score.accuracy == 1 for score in self.scores)
 
 
-def generate(
-    engine: Engine, preprocessor: Preprocessor, config: Config, samples: Sequence[Sample], first: int = 0
-) -> list[list[Completion]]:
-    """`trainer.eval_samples` completions for each sample's raw image; `first` numbers the first one, and its draws."""
+def requests_for(
+    preprocessor: Preprocessor, config: Config, samples: Sequence[Sample], first: int = 0
+) -> list[Request]:
+    """What is asked of each sample's raw image; `first` numbers the first one, and its draws.
+
+    Raises DataError for an image that can't be read.
+    """
     requests: list[Request] = []
     for number, sample in enumerate(samples, first):
         view = preprocessor.view(preprocessor.images(sample))
         seed = seed_for(config.seed, Purpose.EVALUATION, number)
         requests.append(Request(preprocessor.prompt(sample, view), view, seed))
+    return requests
+
+
+def generate(engine: Engine, config: Config, requests: list[Request]) -> list[list[Completion]]:
+    """`trainer.eval_samples` completions for each request."""
     settings = config.trainer
     return engine.generate(requests, settings.eval_samples, config.rollout.max_tokens, settings.sampling_temperature)
 
 
 def judge(
-    engine: Engine, preprocessor: Preprocessor, config: Config, samples: Sequence[Sample], first: int = 0
+    engine: Engine,
+    preprocessor: Preprocessor,
+    config: Config,
+    samples: Sequence[Sample],
+    requests: list[Request],
+    first: int = 0,
 ) -> list[Judged]:
-    """The completions of `generate` and their scores."""
-    groups = generate(engine, preprocessor, config, samples, first)
+    """The completions of the samples' requests and their scores."""
+    groups = generate(engine, config, requests)
     places = [(number,) for number in range(first, first + len(samples))]
     temperature = config.trainer.sampling_temperature
     scores = score_groups(engine, preprocessor, config, samples, groups, places, temperature)
@@ -117,7 +130,8 @@ def evaluate_model(config: Config, views: Sequence[str], console: Console) -> di
             seen = chunk
             if view == "noisy":  # made chunk by chunk, so that not all of them are in memory
                 seen = [_perturbed(preprocessor, sample, config, number) for number, sample in enumerate(chunk, start)]
-            found = judge(engine, preprocessor, config, seen, start)
+            requests = requests_for(preprocessor, config, seen, start)
+            found = judge(engine, preprocessor, config, seen, requests, start)
             judged[view] += [replace(item, sample=sample) for item, sample in zip(found, chunk, strict=True)]
     return judged
 
@@ -138,7 +152,7 @@ def answer_benchmark(
     engine, preprocessor = _start(config, samples)
     groups = []
     for start, chunk in _chunks(samples, "evaluate", console):
-        groups += generate(engine, preprocessor, config, chunk, start)
+        groups += generate(engine, config, requests_for(preprocessor, config, chunk, start))
     return [read_answers(benchmark, problem, group) for problem, group in zip(problems, groups, strict=True)]
 
 

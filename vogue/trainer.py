@@ -31,7 +31,7 @@ from vogue import distributed
 from vogue.config import Config
 from vogue.data import DataError, Sample
 from vogue.data.dataset import Checked
-from vogue.evaluate import CHUNK, Judged, judge
+from vogue.evaluate import CHUNK, Judged, judge, requests_for
 from vogue.groups import (
     Group,
     Trace,
@@ -126,6 +126,7 @@ class Trainer:
         except FAILURES:
             self.state.settled = settled
             raise
+        self.engine.sleep()
         with clock("train"):
             traces = self.update(groups, means, clock)  # u_out, u_per, A^, the clipped surrogate
         groups = [
@@ -157,10 +158,11 @@ class Trainer:
         rollout = self.config.rollout
         groups: list[Group] = []
         for number in range(rollout.rounds):
+            # Apart from the rollout: ranks that share an engine would wait in it for one that has failed here.
+            with distributed.together(*FAILURES), clock("data"):
+                items = self.loader.items(self.step, number) if number else self.loader.load_ahead(self.step)
+                means.add("broken_share", sum(item.skipped for item in items), len(items))
             with distributed.together(*FAILURES):
-                with clock("data"):
-                    items = self.loader.items(self.step, number) if number else self.loader.load_ahead(self.step)
-                    means.add("broken_share", sum(item.skipped for item in items), len(items))
                 with clock("rollout"):
                     generated = generate(self.engine, self.config, items, self.step)
                 with clock("reward"):
@@ -277,11 +279,13 @@ class Trainer:
         size = -(-len(samples) // self.ranks)
         numbers = range(len(samples))[self.rank * size : (self.rank + 1) * size]
         mine: list[Judged] = []
-        with distributed.together(*FAILURES):
-            for start in range(0, len(numbers), CHUNK):
-                chunk = numbers[start : start + CHUNK]
-                part = [samples[i] for i in chunk]
-                mine += judge(self.engine, self.preprocessor, self.config, part, chunk[0])
+        for start in range(0, size, CHUNK):  # as many on every rank: those that share an engine generate together
+            part = [samples[i] for i in numbers[start : start + CHUNK]]
+            first = self.rank * size + start
+            with distributed.together(*FAILURES):
+                requests = requests_for(self.preprocessor, self.config, part, first)
+            with distributed.together(*FAILURES):
+                mine += judge(self.engine, self.preprocessor, self.config, part, requests, first)
         # Not the samples: every rank has them, and their images may be large.
         parts = distributed.gather([(judged.completions, judged.scores) for judged in mine])
         found = (one for part in parts for one in part)
