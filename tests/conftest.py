@@ -66,12 +66,22 @@ def new_model(processor):
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory, processor, new_model, samples):
-    """A Hugging Face folder, as `vogue warmstart` leaves it: a model that answers in the format, with any digit.
+    """A Hugging Face folder, as `vogue warmstart` leaves it: a model that answers in the format, with any digit."""
+    return write_answering(new_model(), processor, samples, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def wide_model_folder(tmp_path_factory, processor, new_model, samples):
+    """The same of a model whose layers can be cut in two: every attention has two heads or more."""
+    return write_answering(new_model(hidden_size=128), processor, samples, tmp_path_factory.mktemp("wide"))
+
+
+def write_answering(model, processor, samples, folder):
+    """Teach a model to answer in the format, and write it to a folder.
 
     Without the format every reward would be 0, and every advantage, loss and gradient too.
     """
-    folder = tmp_path_factory.mktemp("model")
-    model, preprocessor = new_model(), Preprocessor(processor, "Think.", 512)
+    preprocessor = Preprocessor(processor, "Think.", 512)
     answers = [processor.tokenizer(f"<think></think>\\boxed{{{digit}}}<|im_end|>")["input_ids"] for digit in range(10)]
     completions = tuple(Completion(tuple(ids), (0.0,) * len(ids), "", True) for ids in answers)
     rows = []

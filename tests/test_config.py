@@ -102,6 +102,13 @@ def test_a_folder_or_no_text_in_place_of_a_configuration_file(tmp_path):
         load(path=tmp_path / "run.yaml")
 
 
+@pytest.mark.parametrize("setting", ["tensor_parallel=2", "sleep=true"])
+def test_what_vllm_alone_can_do_is_refused_with_another_engine(setting, config):
+    config("rollout.engine=vllm", f"rollout.{setting}")
+    with pytest.raises(ConfigError, match=rf"^rollout\.{setting} is vLLM's, but rollout\.engine=hf"):
+        config("rollout.engine=hf", f"rollout.{setting}")
+
+
 def test_evaluations_sample_as_the_rollout_does_unless_told_otherwise():
     assert load().trainer.eval_temperature == 1.0
     assert load("rollout.temperature=0.7").trainer.eval_temperature == 0.7

@@ -47,11 +47,12 @@ def processor_of(kind, tokenizer, chat_template):
             video_token="<|video_pad|>",
             chat_template=chat_template,
         )
-    patch = 16 if kind == "qwen3_vl" else 14
+    third = kind in ("qwen3_vl", "qwen3_5")
+    patch = 16 if third else 14
     pixels = {"size": {"shortest_edge": 2 * (2 * patch) ** 2, "longest_edge": 64 * (2 * patch) ** 2}}
     pixels["patch_size"] = patch
     whole, video = Qwen2VLProcessor, Qwen2VLVideoProcessor
-    if kind == "qwen3_vl":
+    if third:
         whole, video = Qwen3VLProcessor, Qwen3VLVideoProcessor
     return whole(Qwen2VLImageProcessor(**pixels), tokenizer, video(**pixels), chat_template=chat_template)
 
@@ -103,7 +104,8 @@ def disagreement(trainer):
     return (ours - theirs).abs().max().item()
 
 
-def check(kind, processor, folder):
+def trainer_of(kind, processor, folder, *overrides):
+    """A trainer of a random model, on a prompt without an image, one with one and one with two."""
     tokenizer = copy.deepcopy(processor.tokenizer)
     processor_of(kind, tokenizer, processor.chat_template).save_pretrained(folder / "model")
     save_as_published(kind, model_of(kind, tokenizer), folder / "model")
@@ -116,6 +118,7 @@ def check(kind, processor, folder):
         "rollout.kv_cache_gb=0.1",
         "trainer.deepspeed.zero_optimization.stage=0",
         f"trainer.output_dir={folder / 'run'}",
+        *overrides,
     ]
     config = load_config(None, settings)
     images = [Image.effect_noise(size, 90).convert("RGB") for size in [(90, 40), (28, 28), (28, 56)]]
@@ -125,7 +128,11 @@ def check(kind, processor, folder):
         Sample("Is <image> in <image>?", "no", (images[1], images[2])),
     ]
     preprocessor = Preprocessor(load_processor(config.model.path), "", 512)
-    trainer = Trainer(config, check_samples(samples, preprocessor.lengths), preprocessor, resume=None)
+    return Trainer(config, check_samples(samples, preprocessor.lengths), preprocessor, resume=None)
+
+
+def check(kind, processor, folder):
+    trainer = trainer_of(kind, processor, folder)
     assert disagreement(trainer) < 1e-4
     with torch.no_grad():
         for parameter in trainer.policy.model.parameters():
@@ -137,7 +144,7 @@ def check(kind, processor, folder):
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "llava_onevision"])
 def test_vllm_follows_the_policy(kind, processor, tmp_path):
-    """Before and after its weights change, on a prompt without an image, one with one and one with two.
+    """Before and after its weights change.
 
     In a process of its own, and not as a rank of this one's run: vLLM's engines in one share their process groups.
     """

@@ -20,6 +20,7 @@ from vogue.evaluate import (
     judge,
     pass_at_k,
     powers_of_two,
+    requests_for,
     summary,
     write_judged,
 )
@@ -114,11 +115,16 @@ def test_an_estimate_reads_as_percent_with_its_interval():
     assert str(Estimate(0.5, 0.4219, 0.578)) == "50.0% [42.2, 57.8]"
 
 
+def judge_all(engine, preprocessor, config, samples, numbers=None):
+    numbers = numbers or range(len(samples))
+    return judge(engine, preprocessor, config, samples, requests_for(preprocessor, config, samples, numbers), numbers)
+
+
 def test_judging_depends_on_the_number_of_a_problem_and_not_on_its_company(config, processor, preprocessor, samples):
     settings = config("trainer.eval_samples=2")
     engine = HfEngine(settings, processor)
-    together = judge(engine, preprocessor, settings, samples[:3], range(3))
-    alone = judge(engine, preprocessor, settings, samples[2:3], [2])
+    together = judge_all(engine, preprocessor, settings, samples[:3])
+    alone = judge_all(engine, preprocessor, settings, samples[2:3], numbers=[2])
     for ours, theirs in zip(alone[0].completions, together[2].completions):
         assert (ours.token_ids, ours.finished) == (theirs.token_ids, theirs.finished)
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)  # of another batch: float32 rounding
@@ -131,8 +137,7 @@ def test_judging_depends_on_the_number_of_a_problem_and_not_on_its_company(confi
 def test_an_evaluation_has_a_temperature_of_its_own(config, processor, preprocessor, samples):
     def answers(*overrides, seed=0):
         chosen = config(f"seed={seed}", "trainer.eval_samples=1", "rollout.temperature=5", *overrides)
-        found = judge(engine, preprocessor, chosen, samples, range(len(samples)))
-        return [item.completions[0].token_ids for item in found]
+        return [item.completions[0].token_ids for item in judge_all(engine, preprocessor, chosen, samples)]
 
     engine = HfEngine(config(), processor)
     assert answers() != answers(seed=1)

@@ -19,6 +19,7 @@ class Recorder(HfEngine):
 
     def generate(self, requests, n, max_tokens, temperature):
         self.asked = [*getattr(self, "asked", []), *requests]
+        self.calls = getattr(self, "calls", 0) + 1
         return super().generate(requests, n, max_tokens, temperature)
 
 
@@ -75,6 +76,8 @@ def test_without_a_description_that_can_be_read_nothing_is_asked(engine, config,
     assert None not in answers[3:]
     assert len(engine.asked) == 2
     assert blind_answers(engine, preprocessor, config(*DESIGN), asked[:1], samples[:1], [0], 1.0) == [None]
+    # For nothing too: of ranks that share an engine another one may have something to ask.
+    assert (engine.calls, len(engine.asked)) == (2, 2)
 
 
 def group(*texts):

@@ -87,7 +87,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     judged = evaluate_model(config, arguments.views, console)
     groups = {view: by_category(items) for view, items in judged.items()}
     first, last = arguments.views[0], arguments.views[-1]
-    title = f"{config.model.path}: {_completions(n)} a problem"
+    title = f"{_model(config)}: {_completions(n)} a problem"
     table = Table("category", "view", "problems", *(f"pass@{k}" for k in pass_at), title=title)
     for category in groups[first]:
         for view in arguments.views:
@@ -123,7 +123,7 @@ def _evaluate_benchmark(config: Config, arguments: argparse.Namespace, pass_at: 
     if extractor:
         answered = ask_extractor(benchmark, answered, extractor, arguments.extract_all, console)
     n = config.trainer.eval_samples
-    title = f"{config.model.path}, {arguments.benchmark}: {_completions(n)} a problem"
+    title = f"{_model(config)}, {arguments.benchmark}: {_completions(n)} a problem"
     table = Table("", "of", *(f"pass@{k}" for k in pass_at), title=title)
     for name, count, estimates in benchmark_table(benchmark, answered, pass_at):
         table.add_row(name, str(count), *map(str, estimates))
@@ -341,6 +341,12 @@ def _pass_at(asked: tuple[int, ...] | None, n: int) -> tuple[int, ...]:
     if max(asked) > n:
         raise ConfigError(f"--pass-at {max(asked)} needs --samples {max(asked)} or more, but it is {n}")
     return tuple(sorted({1, *asked}))
+
+
+def _model(config: Config) -> str:
+    """What is evaluated: the model, with its adapter where it has one."""
+    adapter = config.lora.adapter
+    return config.model.path + (f" with {adapter}" if adapter else "")
 
 
 def _completions(n: int) -> str:

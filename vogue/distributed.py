@@ -117,11 +117,20 @@ def largest(values: list[int], device: torch.device) -> list[int]:
     return found.tolist()
 
 
-def gather(value) -> list:
-    """`value` of every rank, in order of rank."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+def gather(value, group: dist.ProcessGroup | None = None) -> list:
+    """`value` of every rank, or of those of a group, in order of rank."""
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values
+
+
+def neighbours(count: int, seconds: float) -> dist.ProcessGroup:
+    """This rank's group of `count` consecutive ranks, which waits for its members for at most so many seconds.
+
+    All ranks call. What the group gathers goes through the hosts' memory, not the GPUs'.
+    """
+    group, _ = dist.new_subgroups(group_size=count, backend="gloo", timeout=timedelta(seconds=seconds))
+    return group
 
 
 @contextmanager

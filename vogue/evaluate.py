@@ -44,24 +44,37 @@ class Judged:
         return sum(score.accuracy == 1 for score in self.scores)
 
 
-def generate(
-    engine: Engine, preprocessor: Preprocessor, config: Config, samples: Sequence[Sample], numbers: Sequence[int]
-) -> list[list[Completion]]:
-    """`trainer.eval_samples` completions for each sample's raw image; a sample's number seeds what is drawn for it."""
+def requests_for(
+    preprocessor: Preprocessor, config: Config, samples: Sequence[Sample], numbers: Sequence[int]
+) -> list[Request]:
+    """What is asked of each sample's raw image; a sample's number seeds what is drawn for it.
+
+    Raises DataError for an image that can't be read.
+    """
     requests: list[Request] = []
     for number, sample in zip(numbers, samples, strict=True):
         view = preprocessor.view(preprocessor.images(sample))
         seed = seed_for(config.seed, Purpose.EVALUATION, number)
         requests.append(Request(preprocessor.prompt(sample, view), view, seed))
+    return requests
+
+
+def generate(engine: Engine, config: Config, requests: list[Request]) -> list[list[Completion]]:
+    """`trainer.eval_samples` completions for each request."""
     settings = config.trainer
     return engine.generate(requests, settings.eval_samples, config.rollout.max_tokens, settings.sampling_temperature)
 
 
 def judge(
-    engine: Engine, preprocessor: Preprocessor, config: Config, samples: Sequence[Sample], numbers: Sequence[int]
+    engine: Engine,
+    preprocessor: Preprocessor,
+    config: Config,
+    samples: Sequence[Sample],
+    requests: list[Request],
+    numbers: Sequence[int],
 ) -> list[Judged]:
-    """The completions of `generate` and their scores."""
-    groups = generate(engine, preprocessor, config, samples, numbers)
+    """The completions of the samples' requests and their scores."""
+    groups = generate(engine, config, requests)
     places = [(number,) for number in numbers]
     temperature = config.trainer.sampling_temperature
     scores = score_groups(engine, preprocessor, config, samples, groups, places, temperature)
@@ -117,7 +130,9 @@ def evaluate_model(config: Config, views: Sequence[str], console: Console) -> di
             seen = chunk
             if view == "noisy":  # made chunk by chunk, so that not all of them are in memory
                 seen = [_perturbed(preprocessor, sample, config, number) for number, sample in enumerate(chunk, start)]
-            found = judge(engine, preprocessor, config, seen, range(start, start + len(seen)))
+            numbers = range(start, start + len(seen))
+            requests = requests_for(preprocessor, config, seen, numbers)
+            found = judge(engine, preprocessor, config, seen, requests, numbers)
             judged[view] += [replace(item, sample=sample) for item, sample in zip(found, chunk, strict=True)]
     return judged
 
@@ -138,7 +153,8 @@ def answer_benchmark(
     engine, preprocessor = _start(config, samples)
     groups = []
     for start, chunk in _chunks(samples, "evaluate", console):
-        groups += generate(engine, preprocessor, config, chunk, range(start, start + len(chunk)))
+        numbers = range(start, start + len(chunk))
+        groups += generate(engine, config, requests_for(preprocessor, config, chunk, numbers))
     return [read_answers(benchmark, problem, group) for problem, group in zip(problems, groups, strict=True)]
 
 

@@ -294,6 +294,16 @@ class RolloutConfig(Section):
     )
     memory: Share = Field(0.4, description="share of a GPU's memory that vLLM takes")
     kv_cache_gb: Positive = Field(1.0, description="size of vLLM's KV cache on a CPU, in GB a rank")
+    tensor_parallel: Count = Field(
+        1,
+        description="ranks that share one engine of vLLM, each with its part of every layer (tensor parallelism); "
+        "divides the number of ranks",
+    )
+    sleep: bool = Field(
+        False,
+        description="while the policy trains, vLLM gives the memory of its weights and KV cache away, and takes it "
+        "back for the next rollout; on GPUs only",
+    )
     engine_args: dict[str, Any] = Field(
         {},
         description="further arguments of vLLM's engine, by its own names: {max_num_seqs: 64, enforce_eager: true}",
@@ -303,6 +313,12 @@ class RolloutConfig(Section):
     def _arguments_have_an_engine(self) -> "RolloutConfig":
         if self.engine_args and self.engine != "vllm":
             raise ValueError(f"rollout.engine_args are vLLM's, but rollout.engine={self.engine}")
+        if self.tensor_parallel > 1 and self.engine != "vllm":
+            raise ValueError(
+                f"rollout.tensor_parallel={self.tensor_parallel} is vLLM's, but rollout.engine={self.engine}"
+            )
+        if self.sleep and self.engine != "vllm":
+            raise ValueError(f"rollout.sleep=true is vLLM's, but rollout.engine={self.engine}")
         return self
 
     @property

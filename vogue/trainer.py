@@ -31,7 +31,7 @@ from vogue import distributed
 from vogue.config import Config
 from vogue.data import DataError, Sample
 from vogue.data.dataset import Checked
-from vogue.evaluate import CHUNK, Judged, judge
+from vogue.evaluate import CHUNK, Judged, judge, requests_for
 from vogue.groups import (
     Group,
     Trace,
@@ -124,6 +124,7 @@ class Trainer:
         clock, means, settled = Clock(), Means(), self.state.settled
         try:
             groups = self.roll_out(means, clock)  # x' = T(x), z, o_1..o_G, r, A
+            self.engine.sleep()
             with clock("train"):
                 traces = self.update(groups, means, clock)  # u_out, u_per, A^, the clipped surrogate
         except FAILURES:  # no weight has changed yet
@@ -160,10 +161,11 @@ class Trainer:
         rollout = self.config.rollout
         groups: list[Group] = []
         for number in range(rollout.rounds):
+            # Apart from the rollout: ranks that share an engine would wait in it for one that has failed here.
+            with distributed.together(*FAILURES, meeting=clock.waiting), clock("data"):
+                items = self.loader.items(self.step, number) if number else self.loader.load_ahead(self.step)
+                means.add("broken_share", sum(item.skipped for item in items), len(items))
             with distributed.together(*FAILURES, meeting=clock.waiting):
-                with clock("data"):
-                    items = self.loader.items(self.step, number) if number else self.loader.load_ahead(self.step)
-                    means.add("broken_share", sum(item.skipped for item in items), len(items))
                 with clock("rollout"):
                     generated = generate(self.engine, self.config, items, self.step)
                 with clock("reward"):
@@ -287,10 +289,13 @@ class Trainer:
         """Judge `samples` with the rollout engine's weights, shared over the ranks; every rank gets all results."""
         numbers = range(self.rank, len(samples), self.ranks)  # in turns, since neighbours are often of one kind
         mine: list[Judged] = []
-        with distributed.together(*FAILURES):
-            for start in range(0, len(numbers), CHUNK):
-                chunk = numbers[start : start + CHUNK]
-                mine += judge(self.engine, self.preprocessor, self.config, [samples[i] for i in chunk], chunk)
+        for start in range(0, -(-len(samples) // self.ranks), CHUNK):  # as many on every rank: some share an engine
+            chunk = numbers[start : start + CHUNK]
+            part = [samples[i] for i in chunk]
+            with distributed.together(*FAILURES):
+                requests = requests_for(self.preprocessor, self.config, part, chunk)
+            with distributed.together(*FAILURES):
+                mine += judge(self.engine, self.preprocessor, self.config, part, requests, chunk)
         # Not the samples: every rank has them, and their images may be large.
         parts = distributed.gather([(judged.completions, judged.scores) for judged in mine])
         found = (parts[i % self.ranks][i // self.ranks] for i in range(len(samples)))

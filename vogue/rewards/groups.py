@@ -71,6 +71,7 @@ def blind_answers(
             except DataError:  # the sample is known to be good: its description is too long
                 continue
             requests[number] = Request(prompt, nothing, seed)
-    outputs = engine.generate([*requests.values()], 1, config.rollout.max_tokens, temperature) if requests else []
+    # Asked even where there is nothing to ask: ranks that share an engine call it as often as each other.
+    outputs = engine.generate([*requests.values()], 1, config.rollout.max_tokens, temperature)
     answers = {number: output[0].text for number, output in zip(requests, outputs, strict=True)}
     return [answers.get(number) for number in range(len(completions))]

@@ -15,9 +15,9 @@ from vogue.run.memory import check_engine, check_length
 def create_engine(config: Config, processor: ProcessorMixin, model: PreTrainedModel | None = None) -> Engine:
     """Start the engine `config.rollout.engine` with the weights of `config.model.path` and `config.lora.adapter`.
 
-    `model` is the one whose weights it is to follow, if any, and that gives it an adapter's. Without one, what loading
-    the model would check is checked here, on its files, and raises `ConfigError`. Raises `ImportError` naming the extra
-    where the engine isn't installed.
+    `model` is the one whose weights it is to follow, if any, and that gives it an adapter's; `hf` generates with that
+    very model where it is whole. Without one, what loading the model would check is checked here, on its files, and
+    raises `ConfigError`. Raises `ImportError` naming the extra where the engine isn't installed.
     """
     if model is None:
         _check_model(config)
@@ -29,11 +29,11 @@ def create_engine(config: Config, processor: ProcessorMixin, model: PreTrainedMo
         return VllmEngine(config, processor, model)
     from vogue.rollout.hf import HfEngine
 
-    return HfEngine(config, processor)
+    return HfEngine(config, processor, model)
 
 
 def _with_adapter(config: Config, processor: ProcessorMixin) -> Engine:
-    """An engine with weights that are merged in the host's memory first."""
+    """An engine of a model with an adapter, which vLLM gets merged into its weights, in the host's memory first."""
     model = load_adapted(config.model.path, config.model.dtype, config.lora)
     engine = create_engine(config, processor, model)
     engine.load_weights(((whole.name, whole.merged()) for whole in whole_parameters(model)), version=0)

@@ -1,7 +1,7 @@
 """A rollout engine takes prompts and the policy's weights, and gives completions.
 
-An engine has `generate`, `load_weights` and `version`; there are two: `vllm.py`, and `hf.py` where vLLM can't be
-installed. Each rank has its own, with the whole model, and generates for its own prompts.
+An engine has `generate`, `sleep`, `load_weights` and `version`; there are two: `vllm.py`, and `hf.py` where vLLM can't
+be installed. A rank generates for its own prompts; ranks that share an engine of vLLM call it together.
 """
 
 from collections.abc import Iterable
@@ -47,8 +47,13 @@ class Engine(Protocol):
     def generate(self, requests: list[Request], n: int, max_tokens: int, temperature: float) -> list[list[Completion]]:
         """Generate `n` completions for each request; at temperature 0, which takes n = 1, of the likeliest tokens.
 
-        Log-probabilities are then those of temperature 1.
+        Log-probabilities are then those of temperature 1. Every rank calls as often as the others, even for nothing:
+        those that share an engine wait for each other here.
         """
+        ...
+
+    def sleep(self) -> None:
+        """Give memory to training until the next `load_weights`, before which nothing can be generated, if at all."""
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...

@@ -2,30 +2,41 @@
 
 Prompts are read once for all their completions; then a token of every completion at a time. A completion draws one
 uniform number a token from its request's own generator and takes the token whose share of [0, 1) holds it.
+
+Where the policy's weights are whole on this rank the engine generates with them, adapters included, and nothing has to
+be copied. Where ZeRO-3 partitions them it has a model of its own: gathering every layer for every token would take far
+longer than copying all of them once a step.
 """
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForImageTextToText, DynamicCache, ProcessorMixin
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, Cache, PreTrainedModel, ProcessorMixin
 
 from vogue.config import Config
 from vogue.families import family_of
 from vogue.inputs import cat_images
+from vogue.rollout.cache import roomy_cache
 from vogue.rollout.engine import BAN, Completion, Request, media_token_ids
 
 SEQUENCES = 512  # generated at a time
 
 
 class HfEngine:
-    """A `vogue.rollout.engine.Engine` on transformers, with its own copy of the model."""
+    """A `vogue.rollout.engine.Engine` on transformers.
 
-    def __init__(self, config: Config, processor: ProcessorMixin):
+    `model` is the one whose weights the engine is to follow, and generates with where they are whole; None where the
+    engine keeps the checkpoint's.
+    """
+
+    def __init__(self, config: Config, processor: ProcessorMixin, model: PreTrainedModel | None = None):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = AutoModelForImageTextToText.from_pretrained(config.model.path, dtype=config.model.dtype)
-        self.model.to(self.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
+        self._copies = model is None or any(map(_is_partitioned, model.parameters()))
+        own: Any = _read(config) if self._copies else model
+        self.model = own.to(self.device)
         self.tokenizer = processor.tokenizer
         self.family = family_of(self.model)
         self.ends = _end_tokens(self.model, self.tokenizer)
@@ -36,7 +47,8 @@ class HfEngine:
     def generate(self, requests: list[Request], n: int, max_tokens: int, temperature: float) -> list[list[Completion]]:
         size = max(1, SEQUENCES // n)
         parts = (requests[start : start + size] for start in range(0, len(requests), size))
-        return [group for part in parts for group in self._generate(part, n, max_tokens, temperature)]
+        with _generating(self.model):
+            return [group for part in parts for group in self._generate(part, n, max_tokens, temperature)]
 
     @torch.no_grad()
     def _generate(self, requests: list[Request], n: int, max_tokens: int, temperature: float) -> list[list[Completion]]:
@@ -65,19 +77,24 @@ class HfEngine:
         images = self._images(requests)
         positions = self.family.positions(self.model, ids, types, real, images.get(self.family.sizes))
         after = positions[..., -1] + 1  # the last token is text, and at the highest position so far
-        cache = DynamicCache(config=self.model.config)
-        common = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        cache = roomy_cache(self.model.config)
         if self.family.grid_positions:
             images["mm_token_type_ids"] = types
-        output = self.model(input_ids=ids, attention_mask=real, position_ids=positions, **images, **common)
-        cache.batch_repeat_interleave(n)
+        logits = self._next(cache, input_ids=ids, attention_mask=real, position_ids=positions, **images)
+        # Not `batch_repeat_interleave`, which layers of linear attention lack.
+        cache.reorder_cache(torch.arange(len(ids), device=self.device).repeat_interleave(n))
         after, real = after.repeat_interleave(n, dim=-1), real.repeat_interleave(n, dim=0)
-        drawn = yield output.logits[:, -1].repeat_interleave(n, dim=0)
+        drawn = yield logits.repeat_interleave(n, dim=0)
         while True:
             real = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
-            output = self.model(input_ids=drawn, attention_mask=real, position_ids=after[..., None], **common)
+            drawn = yield self._next(cache, input_ids=drawn, attention_mask=real, position_ids=after[..., None])
             after = after + 1
-            drawn = yield output.logits[:, -1]
+
+    def _next(self, cache: Cache, **inputs: Tensor) -> Tensor:
+        """The logits (S, V) after the last of the tokens that `inputs` add to those in the cache."""
+        hidden = self.model.model(past_key_values=cache, use_cache=True, **inputs).last_hidden_state[:, -1:]
+        # By its weight alone: the policy's head gives statistics of tokens in place of logits.
+        return nn.functional.linear(hidden, self.model.lm_head.weight)[:, -1]
 
     def _prompts(self, requests: list[Request]) -> tuple[Tensor, Tensor, Tensor]:
         """Pad the prompts on the left; returns token ids, token types and which tokens are real, each (requests, P)."""
@@ -106,13 +123,49 @@ class HfEngine:
         text = opened + self.tokenizer.decode(token_ids[:length], skip_special_tokens=True)
         return Completion(tuple(token_ids[:length]), tuple(logprobs[:length]), text, finished)
 
+    def sleep(self) -> None:
+        """Nothing is given away: the policy's own weights take no further memory, and a copy's stay where they are."""
+
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copy the trainer's weights and mark them as those of update `version`."""
-        parameters = dict(self.model.named_parameters())
-        for name, tensor in weights:
-            parameters[name].copy_(tensor)
+        """Mark the weights as those of update `version`, which are copied where the engine has a model of its own.
+
+        Where it generates with the policy's, it has them already, and doesn't touch `weights`.
+        """
+        if self._copies:
+            parameters = dict(self.model.named_parameters())
+            for name, tensor in weights:
+                parameters[name].copy_(tensor)
         self.version = version
+
+
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_numel")  # which DeepSpeed's ZeRO-3 gives it
+
+
+def _read(config: Config) -> PreTrainedModel:
+    """A model of the engine's own."""
+    model = AutoModelForImageTextToText.from_pretrained(config.model.path, dtype=config.model.dtype)
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _generating(model: PreTrainedModel) -> Iterator[None]:
+    """The model as it generates, and afterwards as it was.
+
+    Plain attention: the policy's own is of rows that share a prompt, and knows no cache. No module in training:
+    gradient checkpointing would turn the cache off.
+    """
+    text: Any = model.config.get_text_config()
+    attention, training = text._attn_implementation, [module for module in model.modules() if module.training]
+    model.set_attn_implementation({"text_config": "sdpa"})
+    model.eval()
+    try:
+        yield
+    finally:
+        model.set_attn_implementation({"text_config": attention})
+        for module in training:
+            module.training = True
 
 
 def _end_tokens(model, tokenizer) -> frozenset[int]:

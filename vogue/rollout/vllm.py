@@ -1,7 +1,16 @@
-"""vLLM generates in the trainer's own process, one engine a rank.
+"""vLLM generates in the trainer's own process: one engine a rank, or one that `rollout.tensor_parallel` ranks share.
 
 The engine is given prompts as the policy reads them: whole token ids, and the image features that the trainer has made
 already, so that no image is preprocessed twice and the two can't disagree about one.
+
+Ranks that share an engine each hold a part of every layer and run the same schedule: they pool their prompts, generate
+all of them together, and each keeps the completions of its own.
+
+With `rollout.sleep` the engine has memory for the rollout alone:
+
+    generate            weights and KV cache
+    sleep               neither, while the policy trains
+    load_weights        the weights, which all come anew; the KV cache from the next `generate` on
 """
 
 import contextlib
@@ -15,10 +24,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.core_model_loading import revert_weight_conversion
 
+from vogue import distributed
 from vogue.config import Config
 from vogue.families import family_of_processor
 from vogue.rollout.engine import BAN, Completion, Request, media_token_ids
@@ -33,8 +44,10 @@ logging.getLogger("vllm").addHandler(logging.NullHandler())  # it warns before i
 
 try:
     import vllm
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.inputs import EngineInput, mm_input, tokens_input
     from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+    from vllm.platforms import current_platform
     from vllm.sampling_params import RequestOutputKind
 except ImportError as error:
     raise ImportError(
@@ -49,20 +62,32 @@ SETTINGS = {  # of vogue, for what vLLM would be told otherwise
     "seed": "seed",
     "gpu_memory_utilization": "rollout.memory",
     "kv_cache_memory_bytes": "rollout.kv_cache_gb",
+    "tensor_parallel_size": "rollout.tensor_parallel",
+    "enable_sleep_mode": "rollout.sleep",
 }
+WEIGHTS, KV_CACHE = "weights", "kv_cache"  # vLLM's names of what it wakes
 
 
 def check_engine_args(config: Config) -> None:
     """Raise `ConfigError` for one of `rollout.engine_args` that vLLM doesn't know, or that vogue decides."""
     known, fixed = {field.name for field in dataclasses.fields(vllm.EngineArgs)}, _fixed(config)
     for name, value in config.rollout.engine_args.items():
-        if name in SETTINGS or name in fixed or "parallel" in name:  # ranks don't share an engine
+        if name in SETTINGS or name in fixed or "parallel" in name:  # a rank is one worker
             instead = SETTINGS.get(name, "none: the training relies on it")
             raise ConfigError(f"rollout.engine_args.{name}={value}: vogue sets this; the setting is {instead}")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
             meant = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ConfigError(f"rollout.engine_args.{name}={value}: vLLM has no such argument{meant}")
+
+
+def check_sleep(config: Config) -> None:
+    """Raise `ConfigError` where `rollout.sleep` is asked of a platform that vLLM can't free memory on."""
+    if config.rollout.sleep and not current_platform.is_sleep_mode_available():
+        raise ConfigError(
+            f"rollout.sleep=true: vLLM can't put its memory to sleep on this platform, {current_platform.device_type}; "
+            "leave it unset"
+        )
 
 
 def _fixed(config: Config) -> dict[str, Any]:
@@ -77,12 +102,23 @@ def _fixed(config: Config) -> dict[str, Any]:
         # As vLLM does it by itself, every rank would take the first GPU.
         "distributed_executor_backend": "external_launcher" if "LOCAL_RANK" in os.environ else None,
         "mm_device_do_normalize": False,  # pixels come normalised, not as bytes
+        "tensor_parallel_size": config.rollout.tensor_parallel,
+        "enable_sleep_mode": config.rollout.sleep,
         "seed": config.seed,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         # Prefill in chunks would rewind a seeded request's generator, which a CPU's can't do.
         **({} if torch.cuda.is_available() else {"enable_chunked_prefill": False}),
     }
+
+
+def _talk_by_gloo() -> None:
+    """Let ranks that share an engine on a CPU talk through torch.distributed.
+
+    vLLM's own channel is shared memory under one name for all runs on a machine, which outlives the run that made it:
+    the next run would find it there and fail.
+    """
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
 
 
 class VllmEngine:
@@ -92,6 +128,7 @@ class VllmEngine:
     """
 
     def __init__(self, config: Config, processor: ProcessorMixin, model: PreTrainedModel | None):
+        check_sleep(config)
         on_gpu = torch.cuda.is_available()
         platform: dict[str, Any] = {"gpu_memory_utilization": config.rollout.memory}
         if not on_gpu:
@@ -100,6 +137,7 @@ class VllmEngine:
                 "enforce_eager": True,
                 "max_num_batched_tokens": max(longest_sequence(config), CPU_BATCHED_TOKENS),
             }
+            _talk_by_gloo()
         arguments = _fixed(config) | {"enable_prefix_caching": True, **platform, **config.rollout.engine_args}
         set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
         self.llm = vllm.LLM(**arguments)
@@ -112,31 +150,49 @@ class VllmEngine:
         self._family = family_of_processor(processor)
         self._request_ids = map(str, itertools.count())  # vLLM hands results out in their order
         self._model: Any = model
+        self._sleeps = config.rollout.sleep
+        self._asleep: set[str] = set()  # WEIGHTS, KV_CACHE: what has no memory at present
+        shared = config.rollout.tensor_parallel
+        self._group = distributed.neighbours(shared, config.trainer.timeout) if shared > 1 else None
         self.version = 0
 
     def generate(self, requests: list[Request], n: int, max_tokens: int, temperature: float) -> list[list[Completion]]:
-        sampling = [
-            vllm.SamplingParams(
-                n=n,
-                seed=request.seed,
-                temperature=temperature,
-                max_tokens=max_tokens,
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=False,  # it would decode token by token, and each log-probability's token again
-                logit_bias=self._banned,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            for request in requests
-        ]
+        if WEIGHTS in self._asleep:
+            raise RuntimeError("vLLM sleeps, and its weights are gone: load_weights must come before generate")
+        self._wake(KV_CACHE)
+        prompts = [(self._input(request), request.seed) for request in requests]
+        pools = [prompts] if self._group is None else distributed.gather(prompts, self._group)
         with self._stance():
-            for request, parameters in zip(requests, sampling, strict=True):
-                self.llm.llm_engine.add_request(next(self._request_ids), self._input(request), parameters)
+            for prompt, seed in itertools.chain(*pools):
+                parameters = vllm.SamplingParams(
+                    n=n,
+                    seed=seed,
+                    temperature=temperature,
+                    max_tokens=max_tokens,
+                    logprobs=0,
+                    flat_logprobs=True,
+                    detokenize=False,  # it would decode token by token, and each log-probability's token again
+                    logit_bias=self._banned,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
+                self.llm.llm_engine.add_request(next(self._request_ids), prompt, parameters)
             outputs: list[Any] = self.llm.wait_for_completion(use_tqdm=False)  # vLLM's RequestOutput
+        if self._group is not None:
+            outputs = self._own(outputs, pools)
         return [
             [self._completion(item, request.prompt.opened) for item in output.outputs]
             for request, output in zip(requests, outputs, strict=True)
         ]
+
+    def _own(self, outputs: list[Any], pools: list[list]) -> list[Any]:
+        """This rank's part of what the ranks of its group have generated together."""
+        # Each rank samples for itself what all of them continue: had one drawn other tokens, all would be wrong.
+        sampled = hash(tuple(tuple(item.token_ids) for output in outputs for item in output.outputs))
+        if len(set(distributed.gather(sampled, self._group))) > 1:
+            raise RuntimeError("the ranks that share an engine of vLLM have sampled different tokens")
+        place = dist.get_rank(self._group)
+        start = sum(map(len, pools[:place]))
+        return outputs[start : start + len(pools[place])]
 
     def _input(self, request: Request) -> EngineInput:
         """Make vLLM's input: the prompt with its images' features, as vLLM's own preprocessing would give them.
@@ -166,8 +222,22 @@ class VllmEngine:
         text = opened + self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return Completion(token_ids, tuple(logprobs.logprobs), text, output.finish_reason == "stop")
 
+    def sleep(self) -> None:
+        """With `rollout.sleep`, give the memory of weights and KV cache away until the next `load_weights`."""
+        if self._sleeps:
+            self.llm.sleep(level=2)  # which drops the weights: all of them come anew
+            self._asleep = {WEIGHTS, KV_CACHE}
+
+    def _wake(self, part: str) -> None:
+        """Take the memory of WEIGHTS or KV_CACHE back, if it was given away."""
+        if part in self._asleep:
+            torch.cuda.empty_cache()  # what the trainer has freed, and its allocator would keep from vLLM
+            self.llm.wake_up([part])
+            self._asleep.remove(part)
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take the trainer's weights, streamed, and mark them as those of update `version`."""
+        self._wake(WEIGHTS)
         with self._stance():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._as_in_checkpoint(weights)})
         # What was computed with the old weights: keys and values, and image embeddings. The worker has dropped its

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from vogue.config import Config
+from vogue.distributed import rank_count
 from vogue.families import family_of
 from vogue.model.lora import adapter_parameters, whole_parameters
 from vogue.settings import ConfigError
@@ -84,8 +85,14 @@ def keeps_activations(count: int, config: Config, on_gpu: bool) -> str | None:
 
 
 def check_engine(model: PreTrainedModel, config: Config) -> str:
-    """What vLLM needs and has; raises `ConfigError` where one longest sequence doesn't fit beside the weights."""
-    cache = sequence_bytes(model.config.get_text_config(), config)
+    """What vLLM needs and has on each of the ranks that share it.
+
+    Raises `ConfigError` where ranks can't share it, or one longest sequence doesn't fit beside the weights.
+    """
+    _check_sharing(model, config)
+    text, shared = model.config.get_text_config(), config.rollout.tensor_parallel
+    # A rank has its part of the heads of keys and values, and one whole where there are fewer of them than ranks.
+    cache = sequence_bytes(text, config) // min(shared, text.num_key_value_heads)
     if not torch.cuda.is_available():
         given = config.rollout.kv_cache_gb * GB
         if cache > given:
@@ -94,7 +101,7 @@ def check_engine(model: PreTrainedModel, config: Config) -> str:
                 f"{shown(cache)}"
             )
         return f"a longest sequence takes {shown(cache)} of vLLM's {shown(given)}"
-    weights = weight_count(model) * weight_bytes(config)
+    weights = weight_count(model) * weight_bytes(config) // shared
     total = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory
     given = config.rollout.memory * total
     if weights + cache > given:
@@ -103,6 +110,28 @@ def check_engine(model: PreTrainedModel, config: Config) -> str:
             f"needs for the weights, {shown(weights)}, and one longest sequence, {shown(cache)}"
         )
     return f"weights {shown(weights)} and a longest sequence {shown(cache)} of vLLM's {shown(given)}"
+
+
+def _check_sharing(model: PreTrainedModel, config: Config) -> None:
+    """Raise `ConfigError` where `rollout.tensor_parallel` ranks can't share the model in equal parts."""
+    shared, ranks = config.rollout.tensor_parallel, rank_count()
+    told = f"rollout.tensor_parallel={shared}"
+    if ranks % shared:
+        alone = ": a single process, as `vogue eval` is, takes 1" if ranks == 1 else ""
+        raise ConfigError(f"{told} doesn't divide the number of ranks, {ranks}{alone}")
+    text, vision = model.config.get_text_config(), model.config.vision_config
+    sees = getattr(vision, "num_heads", None) or vision.num_attention_heads
+    for count, of in (
+        (text.num_attention_heads, "heads of attention"),
+        (sees, "heads of the vision tower's attention"),
+    ):
+        if count % shared:
+            raise ConfigError(f"{told} doesn't divide the model's {count} {of}")
+    few, many = sorted((shared, text.num_key_value_heads))
+    if many % few:
+        raise ConfigError(
+            f"{told} and the model's {text.num_key_value_heads} heads of keys and values: one must divide the other"
+        )
 
 
 def shown(size: float) -> str:

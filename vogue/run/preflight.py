@@ -72,15 +72,16 @@ def examine(config: Config, resume: bool) -> Preflight:
             found.of(check_vocabulary, found.preprocessor, checkpoint)
     found.problems += deepspeed_problems(config.trainer.deepspeed, own_settings(config))
     found.of(check_function, config.reward)
-    if config.rollout.engine_args:
-        found.of(_check_engine_args, config)
+    if config.rollout.engine_args or config.rollout.sleep:
+        _check_vllm(found, config)
     return found
 
 
-def _check_engine_args(config: Config) -> None:
-    from vogue.rollout.vllm import check_engine_args  # importing vLLM takes seconds
+def _check_vllm(found: Preflight, config: Config) -> None:
+    from vogue.rollout.vllm import check_engine_args, check_sleep  # importing vLLM takes seconds
 
-    check_engine_args(config)
+    found.of(check_engine_args, config)
+    found.of(check_sleep, config)
 
 
 def show(found: Preflight, console: Console) -> None:
