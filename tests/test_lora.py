@@ -16,8 +16,8 @@ from vogue.model import lora
 from vogue.model.checkpoint import gathered_weights
 from vogue.model.files import read_checkpoint
 from vogue.run.memory import checkpoint_bytes
-from vogue.sections import LoraConfig
 from vogue.settings import ConfigError
+from vogue.training_sections import LoraConfig
 
 
 def adapted(model, **settings):

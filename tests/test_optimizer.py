@@ -7,8 +7,8 @@ from transformers import AutoModelForImageTextToText
 
 from vogue.model.optimizer import lr_factor, parameter_groups
 from vogue.model.policy import Policy
-from vogue.sections import OptimizerConfig
 from vogue.settings import ConfigError
+from vogue.training_sections import OptimizerConfig
 
 
 def factors(updates, **settings):

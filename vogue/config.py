@@ -21,17 +21,15 @@ from vogue.sections import (
     BranchConfig,
     DataConfig,
     GuidanceConfig,
-    LoraConfig,
     LossConfig,
     ModelConfig,
-    OptimizerConfig,
     PerturbConfig,
     RewardConfig,
     RolloutConfig,
-    TrainerConfig,
     UncertaintyConfig,
 )
 from vogue.settings import Section, check, read_settings
+from vogue.training_sections import LoraConfig, OptimizerConfig, TrainerConfig
 
 
 class Config(Section):

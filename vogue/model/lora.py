@@ -17,8 +17,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from vogue.families import family_of
 from vogue.model.files import read_checkpoint
-from vogue.sections import LoraConfig
 from vogue.settings import ConfigError
+from vogue.training_sections import LoraConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 NAME = "default"  # PEFT's, of a model's one adapter
