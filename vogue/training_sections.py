@@ -1,4 +1,4 @@
-"""The settings of what is trained, by which steps, and of the run: adapters, optimizer, trainer; see `vogue.sections`."""
+"""The settings of what is trained, by which steps, and of the run: adapters, optimizer and trainer."""
 
 # pydantic's defaults stand first in Field, where pyright doesn't look for them.
 # pyright: reportCallIssue=false
