@@ -94,6 +94,14 @@ def likeliest(rank):
     return (results.logprob == results.top_logprob).view(2, 60), (hidden @ weight.T)[[0, 60]].argmax(-1)
 
 
+def nearly_the_likeliest(rank):
+    """The first shard's two words differ by a rounding that is seen beside log 2, and not beside log 44."""
+    weight = torch.full((62, 1), 0.999)
+    weight[0], weight[1], weight[2:20] = 1.0, 1 - 2**-24, -100.0
+    results = ONE(torch.ones(3, 1), *of_rank(rank, weight), torch.tensor([0, 1, 30]))
+    return results.logprob, results.top_logprob
+
+
 def refusals(rank):
     """What both ranks are told; a rank that were told nothing would wait for the other for ever."""
     raw, _, weight, targets = small()
@@ -116,7 +124,7 @@ def refusal(*args):
         return f"{type(error).__name__}: {error}"
 
 
-SITUATIONS = (cases, skipped, empty, double, equal_branches, near_branches, likeliest, refusals)
+SITUATIONS = (cases, skipped, empty, double, equal_branches, near_branches, likeliest, nearly_the_likeliest, refusals)
 
 
 def be_a_rank(rank, folder):
@@ -216,6 +224,13 @@ def test_the_likeliest_word_of_all_shards_is_the_one_that_has_its_log_probabilit
     is_top, expected = ranks[0]["likeliest"]
     assert is_top.sum(-1).tolist() == [1, 1]
     assert torch.equal(is_top.int().argmax(-1), expected)
+
+
+def test_a_word_that_is_second_by_less_than_is_left_of_it_is_not_the_likeliest(ranks):
+    logprob, top_logprob = ranks[0]["nearly_the_likeliest"]
+    assert logprob[0] == logprob[1]
+    assert (logprob == top_logprob).tolist() == [True, False, False]
+    torch.testing.assert_close(top_logprob, logprob[:1].expand(3))
 
 
 def test_every_rank_is_told_what_only_one_does_otherwise(ranks):
