@@ -280,3 +280,7 @@ def load(engine, checkpoint: Path, config: Config) -> None:
     path, _ = engine.load_checkpoint(str(checkpoint / DEEPSPEED), tag="state", load_module_strict=not config.lora.on)
     if path is None:
         raise ConfigError(f"--resume: DeepSpeed found nothing to load in {checkpoint}")
+    # A run whose optimizer was offloaded, and no longer is, or the other way round, has saved another class' settings.
+    optimizer = engine.basic_optimizer
+    for group in optimizer.param_groups:
+        group.update({name: value for name, value in optimizer.defaults.items() if name not in group})

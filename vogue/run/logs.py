@@ -36,7 +36,11 @@ HARMLESS = (
     *("trainer.report_to", "trainer.project", "trainer.run_name", "trainer.tracker_args", "rollout.memory"),
 )
 # Settings that a resumed run may change: those, and what is asked for. So is trainer.steps where no schedule reads it.
-RESUMABLE = (*HARMLESS, "trainer.eval_every", "trainer.eval_samples", "data.test", "data.test_limit")
+# Where the optimizer's state is held changes what a run computes by rounding alone, and may be what it needs to go on.
+RESUMABLE = (
+    *(*HARMLESS, "trainer.eval_every", "trainer.eval_samples", "data.test", "data.test_limit"),
+    "trainer.offload_optimizer",
+)
 
 
 def check_folder(config: Config, resume: bool) -> None:
