@@ -14,19 +14,19 @@ from vogue.config import Config
 from vogue.model.policy import Policy
 
 
-def deepspeed_settings(config: Config) -> dict:
+def deepspeed_settings(config: Config, ranks: int | None = None) -> dict:
     """What `deepspeed.initialize` takes: vogue's own settings with `trainer.deepspeed` merged into them."""
-    merged: Any = OmegaConf.to_container(OmegaConf.merge(own_settings(config), config.trainer.deepspeed))
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(own_settings(config, ranks), config.trainer.deepspeed))
     return merged
 
 
-def own_settings(config: Config) -> dict[str, Any]:
-    """vogue's own settings of DeepSpeed.
+def own_settings(config: Config, ranks: int | None = None) -> dict[str, Any]:
+    """vogue's own settings of DeepSpeed, on so many ranks, unset on those of this run.
 
     ZeRO's stage is 3, and 1 for a single rank that asks for nothing else: there is nothing to partition then, and stage
     3's hooks take a quarter of a small model's step.
     """
-    partitions = distributed.rank_count() > 1 or "zero_optimization" in config.trainer.deepspeed
+    partitions = (ranks or distributed.rank_count()) > 1 or "zero_optimization" in config.trainer.deepspeed
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

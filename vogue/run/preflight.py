@@ -25,6 +25,7 @@ from vogue.run import logs
 from vogue.run.chat_template import checked_preprocessor
 from vogue.run.folder import check_unlocked
 from vogue.run.memory import adapter_count, check_engine, check_length, checkpoint_bytes, shown, weight_count
+from vogue.run.plan import told_of
 from vogue.settings import ConfigError
 
 Result = TypeVar("Result")
@@ -87,7 +88,11 @@ def _examine_model(found: Preflight, checkpoint: Checkpoint, config: Config) -> 
     if config.lora.on:
         found.of(add_adapters, model, config.lora, config.seed)
         found.fine["adapters"] = f"{adapter_count(model) / 1e6:.3g} million weights; the model itself is frozen"
-    checks = {"tokens": (check_length, model.config.get_text_config()), "disk": (check_disk, model)}
+    checks = {
+        "tokens": (check_length, model.config.get_text_config()),
+        "memory": (told_of, model),
+        "disk": (check_disk, model),
+    }
     if config.rollout.engine == "vllm":
         checks["engine"] = (check_engine, model)
     for part, (check, given) in checks.items():
