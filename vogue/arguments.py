@@ -35,6 +35,14 @@ PUZZLES = {
     "size": (224, "width and height of an image, in pixels"),
     "seed": (0, "seed of everything random"),
 }
+PLAN_HELP = """\
+It is arithmetic on the settings and the model's config.json: no weight is read, none need be there, and nothing is
+fetched. All prompts and completions are taken for as long as they may be, each prompt's image for as large as
+data.max_pixels allows. Without --memory, and where there is no GPU, a run on this machine's CPUs is planned. Exit code
+1: it doesn't fit; the settings that would make it fit are listed. docs/memory.md says what fits where.
+
+  vogue plan examples/qwen2_5_vl.yaml --gpus 8 --memory 80
+  vogue plan run.yaml rollout.max_tokens=8192 --gpus 8 --nodes 2 --memory 80 --json"""
 EVAL_HELP = """\
 completions have up to rollout.max_tokens tokens, behind the system prompt of reward.design, and are sampled at
 rollout.temperature unless trainer.eval_temperature says otherwise: trainer.eval_temperature=0 --samples 1 is greedy.
@@ -140,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     _add_train(commands)
+    _add_plan(commands)
     _add_sweep(commands)
     _add_eval(commands)
     _add_score(commands)
@@ -180,6 +189,15 @@ def _add_train(commands) -> None:
         help="write a torch profiler trace of these steps, counted from 0, into trainer.output_dir/profile: 3,5",
     )
     command.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+
+
+def _add_plan(commands) -> None:
+    command = _add(commands, "plan", "which memory a run would take, phase by phase, and whether it fits", PLAN_HELP)
+    _add_config(command)
+    command.add_argument("--gpus", type=_count, metavar="N", help="GPUs of a machine (default: those here, or 1)")
+    command.add_argument("--memory", type=_gigabytes, metavar="GB", help="memory of a GPU (default: of those here)")
+    command.add_argument("--nodes", type=_count, default=1, metavar="N", help="machines (default 1)")
+    command.add_argument("--json", action="store_true", help="print all of it as JSON, in bytes and tokens")
 
 
 def _add_sweep(commands) -> None:
@@ -355,6 +373,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, but is {text!r}")
     return int(text)
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of GB above 0, but is {text!r}")
+    return size
 
 
 def _counts(text: str) -> tuple[int, ...]:

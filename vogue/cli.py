@@ -1,4 +1,4 @@
-"""The command `vogue`: warmstart, train, sweep, eval, score, report, merge, data, doctor.
+"""The command `vogue`: warmstart, train, plan, sweep, eval, score, report, merge, data, doctor.
 
 A wrong setting or sample ends a command with one message on standard error and exit code 2, before anything is
 trained or overwritten.
@@ -64,6 +64,20 @@ def train(arguments: argparse.Namespace) -> int:
     if arguments.check:
         return check(config, arguments.resume)
     return run(config, arguments.resume, arguments.profile)
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    _quiet()
+    config = load_config(*_file_and_overrides(arguments.settings))
+    from vogue.run import plan as module
+
+    ranks, memory, on_gpu = module.machine(arguments.gpus, arguments.memory)
+    made = module.make_plan(config, ranks * arguments.nodes, memory, on_gpu=on_gpu, nodes=arguments.nodes)
+    if arguments.json:
+        print(module.as_json(made))
+    else:
+        module.show(made, Console())
+    return FOUND if made.problems else 0
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -319,6 +333,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 COMMANDS = {
     "train": train,
+    "plan": plan,
     "sweep": sweep,
     "eval": evaluate,
     "score": score,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
@@ -28,6 +28,7 @@ from vogue.settings import ConfigError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FETCHED = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]  # of a model on the hub
 LFS = b"version https://git-lfs"
+HUB_NAME = r"[\w-][\w.-]*/[\w.-]+"
 SHOWN = 3  # names of a list that a message says in full
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 TIED_BUT_DIFFERENT = (
@@ -54,7 +55,7 @@ def find_folder(path: str) -> Path:
         return folder
     if folder.exists():
         raise ConfigError(f"model.path={path}: this is a file; the model's folder is wanted")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or folder.parent.is_dir():  # no name on the hub
+    if not re.fullmatch(HUB_NAME, path) or folder.parent.is_dir():  # no name on the hub
         raise ConfigError(f"model.path={path}: no such folder")
     offline = constants.HF_HUB_OFFLINE
     try:
@@ -84,6 +85,30 @@ def read_checkpoint(path: str) -> Checkpoint:
     except ConfigError as error:
         raise ConfigError(f"model.path={path}: {error}") from None
     return Checkpoint(folder, files, model)
+
+
+def configured_model(path: str) -> PreTrainedModel:
+    """The model of the config.json at `path`, on the meta device, whether its weights are there or not.
+
+    path  a folder, or a name on the hub whose config.json is in the hub's cache; nothing is fetched
+
+    Raises `ConfigError` where there is none, or it isn't of a model that vogue trains.
+    """
+    folder = Path(path)
+    if not folder.exists() and re.fullmatch(HUB_NAME, path):
+        cached = try_to_load_from_cache(path, "config.json")
+        if not isinstance(cached, str):
+            raise ConfigError(
+                f"model.path={path}: no such folder, and its config.json isn't in the hub's cache; it alone is needed: "
+                f"`hf download {path} config.json`"
+            )
+        folder = Path(cached).parent
+    if not folder.is_dir():
+        raise ConfigError(f"model.path={path}: no such folder")
+    try:
+        return _planned(folder)
+    except ConfigError as error:
+        raise ConfigError(f"model.path={path}: {error}") from None
 
 
 def misfit(info: Mapping[str, Any], config: Any) -> str:

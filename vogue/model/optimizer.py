@@ -27,21 +27,21 @@ SUB_GROUP = 200_000_000
 ACCUMULATORS = {"float32": "fp32", "bfloat16": "bf16"}  # DeepSpeed's names
 
 
-def deepspeed_settings(config: Config) -> dict:
+def deepspeed_settings(config: Config, ranks: int | None = None) -> dict:
     """What `deepspeed.initialize` takes: vogue's own settings with `trainer.deepspeed` merged into them."""
-    merged: Any = OmegaConf.to_container(OmegaConf.merge(own_settings(config), config.trainer.deepspeed))
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(own_settings(config, ranks), config.trainer.deepspeed))
     return merged
 
 
-def own_settings(config: Config) -> dict[str, Any]:
-    """vogue's own settings of DeepSpeed.
+def own_settings(config: Config, ranks: int | None = None) -> dict[str, Any]:
+    """vogue's own settings of DeepSpeed, on so many ranks, unset on those of this run.
 
     ZeRO's stage is 3, and 1 for a single rank that asks for nothing else: there is nothing to partition then, and stage
     3's hooks take a quarter of a small model's step.
     """
     trainer = config.trainer
     given = trainer.deepspeed.get("zero_optimization")
-    partitions = distributed.rank_count() > 1 or given is not None or trainer.offload_params
+    partitions = (ranks or distributed.rank_count()) > 1 or given is not None or trainer.offload_params
     zero: dict[str, Any] = {"stage": 3 if partitions else 1, "sub_group_size": SUB_GROUP}
     # Pinned memory lets a GPU copy while it computes; without a GPU there is none.
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

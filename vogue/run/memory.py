@@ -34,12 +34,17 @@ def adapter_count(model: torch.nn.Module) -> int:
 
 def checkpoint_bytes(model: PreTrainedModel, config: Config) -> int:
     """Size of a checkpoint: `hf`, and DeepSpeed's weights, master weights and AdamW's two moments."""
-    weights, whole = weight_count(model), model.model
+    weights, whole, saved = weight_count(model), model.model, weights_on_disk(model, config)
     if config.lora.on:
-        adapters = adapter_count(model)
-        return (2 * adapters + weights * config.lora.save_merged) * weight_bytes(config) + 12 * adapters
+        return saved + (weight_bytes(config) + 12) * adapter_count(model)
     frozen = weight_count(getattr(whole, family_of(model).tower)) if config.model.freeze_vision else 0
-    return 2 * weights * weight_bytes(config) + 12 * (weights - frozen)
+    return saved + weights * weight_bytes(config) + 12 * (weights - frozen)
+
+
+def weights_on_disk(model: PreTrainedModel, config: Config) -> int:
+    """Size of a checkpoint's weights as transformers and PEFT read them: `hf`, `adapter` or both."""
+    adapters, weights = adapter_count(model), weight_count(model)
+    return (adapters + weights * (config.lora.save_merged or not config.lora.on)) * weight_bytes(config)
 
 
 def weight_bytes(config: Config) -> int:
@@ -48,10 +53,14 @@ def weight_bytes(config: Config) -> int:
 
 def sequence_bytes(text: Any, config: Config) -> int:
     """Size of one longest sequence's keys and values in the engine; `text` is the model's text configuration."""
+    return longest_sequence(config) * cache_bytes(text, config)
+
+
+def cache_bytes(text: Any, config: Config) -> int:
+    """Size of a token's keys and values."""
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token = 2 * kinds.count("full_attention") * text.num_key_value_heads * head * weight_bytes(config)
-    return longest_sequence(config) * token
+    return 2 * kinds.count("full_attention") * text.num_key_value_heads * head * weight_bytes(config)
 
 
 def longest_sequence(config: Config) -> int:

@@ -35,6 +35,7 @@ from vogue.run.memory import (
     shown,
     weight_count,
 )
+from vogue.run.plan import told_of
 from vogue.settings import ConfigError
 
 Result = TypeVar("Result")
@@ -110,7 +111,11 @@ def _examine_model(found: Preflight, checkpoint: Checkpoint, config: Config) -> 
         found.warnings.append(warning)
     if config.model.liger:
         found.of(check_liger, model)
-    checks = {"tokens": (check_length, model.config.get_text_config()), "disk": (check_disk, model)}
+    checks = {
+        "tokens": (check_length, model.config.get_text_config()),
+        "memory": (told_of, model),
+        "disk": (check_disk, model),
+    }
     if config.rollout.engine == "vllm":
         checks["engine"] = (check_engine, model)
     for part, (check, given) in checks.items():
