@@ -247,7 +247,6 @@ def test_the_examples_fit_where_they_say(example, name, ranks, memory, largest, 
     config = load_config(ROOT / f"examples/{example}.yaml", [f"model.path={folder_of(name)}"])
     sizes = sizes_of(adapted(config), config)
     run = layout_of(config, sizes, ranks, memory * 1e9, on_gpu=True)
-    run = replace(run, tensor_parallel=4) if name == "32B" else run
     assert problems_of(sizes, run) == []
     highest = max(phases(sizes, run), key=lambda phase: phase.total)
     assert highest.name == "training"

@@ -94,7 +94,7 @@ def exchange(
     wanted = {load for load in _all(shares[loader.rank]) if load.rank != loader.rank}
     parcels = {load: parcel for sent in distributed.gather(own) for load, parcel in sent.items() if load in wanted}
     with distributed.together(DataError, meeting=clock.waiting):
-        items = loader.again({parcel.origin for parcel in parcels.values()}, step)
+        items = loader.again(list({parcel.origin: None for parcel in parcels.values()}), step)
     return {load: _opened(parcel, items[parcel.origin]) for load, parcel in parcels.items()}
 
 

@@ -14,6 +14,7 @@ Figures of a GPU are arithmetic alone; those of a CPU are held to measurements (
 
 from dataclasses import dataclass, field
 
+from vogue.rollout.cache import ROOM
 from vogue.run.sizes import Blocks, Layout, Sizes
 
 GPU_RUNTIME = 2e9  # CUDA's context, NCCL's buffers, what the allocator can't fill
@@ -122,8 +123,8 @@ def sequence_bytes(sizes: Sizes, run: Layout) -> float:
 
 
 def _engine(sizes: Sizes, run: Layout) -> float:
-    if run.engine == "hf":
-        return float(run.item * sizes.weights)
+    if run.engine == "hf":  # it generates with the policy's own weights where they are whole
+        return 0.0 if run.shards == 1 else float(run.item * sizes.weights)
     return run.engine_share * run.memory if run.on_gpu else engine_weights(sizes, run) + run.kv_cache
 
 
@@ -142,8 +143,8 @@ def _generating(sizes: Sizes, run: Layout) -> float:
     if run.engine == "vllm":
         return 0.0
     sequences = min(run.prompts, max(1, HF_SEQUENCES // run.n)) * run.n
-    # The cache grows by a token at a time, into memory that is new: what was freed is too small for it, and stays.
-    cache = 2 * sequences * sequence_bytes(sizes, run)
+    # With room for tokens to come; while a layer takes more, it has its keys and values twice.
+    cache = sequences * (run.longest + ROOM) * sizes.token_cache * (1 + 1 / sizes.text.layers)
     # One layer's keys and values, repeated for every head of the queries.
     repeated = 2 * sequences * run.longest * sizes.text.query * run.item if run.repeats_keys else 0
     # Two float32 log-probabilities, and a float64 sum, of a token's logits.

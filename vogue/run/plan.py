@@ -22,7 +22,7 @@ from vogue.model.lora import add_adapters
 from vogue.model.optimizer import deepspeed_settings
 from vogue.run.memory import GB, check_length, shown
 from vogue.run.phases import Phase, engine_weights, phases, sequence_bytes
-from vogue.run.sizes import BUCKET, LIVE, SUB_GROUP, Layout, Sizes, sizes_of
+from vogue.run.sizes import BUCKET, LIVE, Layout, Sizes, sizes_of
 from vogue.settings import ConfigError, check
 
 DTYPES = {"fp32": 4, "fp16": 2, "bf16": 2, "float32": 4, "float16": 2, "bfloat16": 2}  # as DeepSpeed says them
@@ -155,7 +155,6 @@ def layout_of(config: Config, sizes: Sizes, ranks: int, memory: float, *, on_gpu
 
     Every prompt is taken for as long as it may be, and all of it for one image, as large as `data.max_pixels` allows.
     """
-    given = flatten(config)  # of settings that not every version has
     deepspeed = deepspeed_settings(config, ranks)
     zero, item = deepspeed["zero_optimization"], getattr(torch, config.model.dtype).itemsize
     accumulated = deepspeed.get("data_types", {}).get("grad_accum_dtype")
@@ -175,13 +174,13 @@ def layout_of(config: Config, sizes: Sizes, ranks: int, memory: float, *, on_gpu
         save_merged=config.lora.save_merged,
         checkpointing=config.model.gradient_checkpointing,
         repeats_keys=not on_gpu or config.model.attention in ("sdpa", "eager"),
-        liger=bool(given.get("model.liger", False)),
+        liger=config.model.liger,
         kept_logits=config.model.keep_logits_gb * GB,
         engine=rollout.engine,
         engine_share=rollout.memory,
         kv_cache=rollout.kv_cache_gb * GB,
-        tensor_parallel=int(given.get("rollout.tensor_parallel", 1)),
-        sleep=bool(given.get("rollout.sleep", False)),
+        tensor_parallel=rollout.tensor_parallel,
+        sleep=rollout.sleep,
         prompts=-(-rollout.prompts // ranks),
         updates=trainer.updates,
         n=rollout.n,
@@ -194,7 +193,7 @@ def layout_of(config: Config, sizes: Sizes, ranks: int, memory: float, *, on_gpu
         steps=trainer.steps,
         keep=trainer.keep,
         bucket=int(zero.get("reduce_bucket_size", BUCKET)),
-        sub_group=int(zero.get("sub_group_size", SUB_GROUP)),
+        sub_group=int(zero["sub_group_size"]),
         live=int(zero.get("stage3_max_live_parameters", LIVE)),
     )
 

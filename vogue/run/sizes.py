@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from vogue.config import Config
 from vogue.families import family_of
 from vogue.model.lora import whole_parameters
+from vogue.model.optimizer import SUB_GROUP
 from vogue.run.memory import adapter_count, cache_bytes, checkpoint_bytes, weight_count, weights_on_disk
 
-# DeepSpeed's own where `trainer.deepspeed` has none: weights of a bucket of gradients, of an update's part, gathered.
-BUCKET, SUB_GROUP, LIVE = 500_000_000, 1_000_000_000, 1_000_000_000
+# DeepSpeed's own where `trainer.deepspeed` has none: weights of a bucket of gradients, and gathered at a time.
+BUCKET, LIVE = 500_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
