@@ -121,8 +121,14 @@ def test_two_ranks_of_which_one_failed_end_as_if_it_had_not(failing, tmp_path):
     assert same(final(tmp_path / "failed"), final(folder))
 
 
+SHARED = ("rollout.engine=vllm", "rollout.tensor_parallel=2", "rollout.kv_cache_gb=0.1")
+
+
 @pytest.mark.slow
-def test_an_image_that_is_lost_during_a_run_on_two_ranks(settings, tmp_path, samples):
+@pytest.mark.parametrize(
+    "engine", [pytest.param((), id="own"), pytest.param(SHARED, id="shared", marks=pytest.mark.long)]
+)
+def test_an_image_that_is_lost_during_a_run_on_two_ranks(engine, settings, tmp_path, samples, wide_model_folder):
     (tmp_path / "images").mkdir()
     rows = []
     for number, sample in enumerate(samples):
@@ -137,6 +143,7 @@ def test_an_image_that_is_lost_during_a_run_on_two_ranks(settings, tmp_path, sam
         "    return [float(i % 2) for i in range(len(completions))]\n"
     )
     chosen = [f"data.train={tmp_path}/data.json", f"reward.function={tmp_path}/rewards.py:own", "trainer.steps=9"]
+    chosen += [f"model.path={wide_model_folder}", *engine] if engine else []
     code, told, err = on_two_ranks(*settings, *chosen, "trainer.save_every=0")
     assert code == 2
     assert len(told) == 1
