@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from ranks import environment
 
 from vogue.cli import main
@@ -233,6 +234,27 @@ def test_weights_are_counted_from_the_configuration_alone(name, folder_of):
     assert (sizes.text.layers, sizes.text.query, sizes.text.key) == (layers, 128 * heads, 128 * keys)
     assert (sizes.text.inner, sizes.tower.hidden, sizes.tower.gated, sizes.text.rms) == (inner, 1280, True, True)
     assert sizes.token_cache == 2 * layers * 128 * keys * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "attending", "tower"),  # of the text model's layers; width and MLP of the tower, and whether it is gated
+    [
+        (transformers.Qwen2VLConfig, 80, (1280, 4 * 1280, False)),
+        (transformers.Qwen3VLConfig, 32, (1152, 4304, False)),
+        (transformers.Qwen3_5Config, 8, (1152, 4304, False)),
+        (transformers.LlavaOnevisionConfig, 32, (1152, 4304, False)),
+    ],
+)
+def test_every_family_has_sizes(kind, attending, tower):
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(kind())
+    config = load_config(None, ["model.path=none"])
+    sizes = sizes_of(model, config)
+    assert sizes.text.attending == attending
+    assert (sizes.tower.hidden, sizes.tower.inner, sizes.tower.gated) == tower
+    run = layout_of(config, sizes, 8, 80e9, on_gpu=True)
+    assert run.shared_prefix == (attending == sizes.text.layers)  # linear attention can't share a prompt
+    assert all(phase.total > 0 for phase in phases(sizes, run))
 
 
 @pytest.mark.parametrize(

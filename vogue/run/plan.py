@@ -32,7 +32,7 @@ COLUMNS = {  # of the table, and the parts of a phase that each one sums
     "engine": ("engine",),
     "layers": ("activations", "working"),
     "head": ("head",),
-    "other": ("images", "runtime"),
+    "other": ("images", "files", "runtime"),
 }
 # What makes a run smaller, in the order in which it is worth trying: what costs least of the run comes first.
 CHANGES: tuple[tuple[str, Any], ...] = (
