@@ -69,6 +69,12 @@ class Config(Section):
         n = self.rollout.n
         if self.advantage.kind == "passk" and self.advantage.k > n:
             raise ValueError(f"advantage.k={self.advantage.k} is more than rollout.n={n}")
+        if self.advantage.kind != "group" and self.advantage.scale != "group":
+            scale, kind = self.advantage.scale, self.advantage.kind
+            raise ValueError(f"advantage.scale={scale}: only advantage.kind=group is scaled, not {kind}")
+        mode = self.loss.importance_mode
+        if self.loss.importance_cap is None and mode != "token_truncate":
+            raise ValueError(f"loss.importance_mode={mode}: without loss.importance_cap nothing reads it")
         if self.method == "noisy_rollout" and not 0 < self.rollout.noisy_count < n:
             share = self.rollout.noisy_share
             raise ValueError(

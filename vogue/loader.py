@@ -45,10 +45,15 @@ class Item:
     draws: tuple[bool, ...]  # (G,) z of each completion
     update: int = 0  # which of the step's optimizer updates trains on it
     skipped: int = 0  # samples before it that were to be here and are broken
-    index: int = -1  # of its sample in the data, where the loader chose it
+    index: int | None = None  # of its sample in the data, where `Loader.items` chose it
 
     @property
     def origin(self) -> Origin:
+        """Raises ValueError for an item that `Loader.items` hasn't made."""
+        if self.index is None:
+            raise ValueError(
+                f"prompt {self.number} isn't one of the loader's choice: no other rank could make it again"
+            )
         return Origin(self.index, self.number, self.draws)
 
 

@@ -199,12 +199,6 @@ class AdvantageConfig(Section):
     )
     k: Count = Field(4, description="k of Pass@k Training, with advantage.kind=passk; at most rollout.n")
 
-    @model_validator(mode="after")
-    def _scale_is_read(self) -> "AdvantageConfig":
-        if self.kind != "group" and self.scale != "group":
-            raise ValueError(f"advantage.scale={self.scale}: only advantage.kind=group is scaled, not {self.kind}")
-        return self
-
 
 class OwnReward(Section):
     """A reward function of your own: one of `reward.functions`."""
@@ -366,11 +360,3 @@ class LossConfig(Section):
         description="what that ratio is of, a token or a whole completion, and what becomes of one above "
         "importance_cap: truncate gives it the cap, mask leaves its loss out",
     )
-
-    @model_validator(mode="after")
-    def _mode_is_read(self) -> "LossConfig":
-        if self.importance_cap is None and self.importance_mode != "token_truncate":
-            raise ValueError(
-                f"loss.importance_mode={self.importance_mode}: without loss.importance_cap nothing reads it"
-            )
-        return self

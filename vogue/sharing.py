@@ -78,11 +78,11 @@ def balance(shares: Sequence[Share]) -> Mean:
 
 
 def exchange(
-    shares: Sequence[Share], rows: Sequence[Row], origins: Sequence[Origin], loader: Loader, step: int, clock: Clock
+    shares: Sequence[Share], rows: Sequence[Row], items: Sequence[Item], loader: Loader, step: int, clock: Clock
 ) -> dict[Load, Row]:
     """The rows that this rank gets of others, who each give what is dealt away of their `rows`.
 
-    origins  of the rows' prompts
+    items  that each of the rows is of
 
     Collective; nothing is sent where every rank keeps what it has. Raises, on all ranks, the `DataError` of a prompt
     that one of them can't make again.
@@ -90,12 +90,12 @@ def exchange(
     leaving = [load for new, share in enumerate(shares) for load in _all(share) if load.rank not in (new, NOBODY)]
     if not leaving:
         return {}
-    own = {load: _parcel(rows[load.number], origins[load.number]) for load in leaving if load.rank == loader.rank}
+    own = {load: _parcel(rows[load.number], items[load.number].origin) for load in leaving if load.rank == loader.rank}
     wanted = {load for load in _all(shares[loader.rank]) if load.rank != loader.rank}
     parcels = {load: parcel for sent in distributed.gather(own) for load, parcel in sent.items() if load in wanted}
     with distributed.together(DataError, meeting=clock.waiting):
-        items = loader.again(list({parcel.origin: None for parcel in parcels.values()}), step)
-    return {load: _opened(parcel, items[parcel.origin]) for load, parcel in parcels.items()}
+        again = loader.again(sorted({parcel.origin for parcel in parcels.values()}), step)
+    return {load: _opened(parcel, again[parcel.origin]) for load, parcel in parcels.items()}
 
 
 def bring_home(traces: Mapping[Place, Trace], rank: int) -> dict[Place, Trace]:

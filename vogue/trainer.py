@@ -255,8 +255,8 @@ class Trainer:
         shares = deal([load for part in loads for load in part], config.trainer.micro_batch_tokens, self.ranks)
         if self.ranks > 1:
             means.add("balance", *balance(shares))
-        origins = [groups[row.places[0].group].item.origin for row in own]
-        taken = exchange(shares, own, origins, self.loader, self.step, clock)
+        items = [groups[row.places[0].group].item for row in own]
+        taken = exchange(shares, own, items, self.loader, self.step, clock)
         taken |= {load: own[load.number] for load in loads[self.rank]}
         taken |= {load: idle_row(some, compared=bool(load.others)) for load in (IDLE, IDLE_COMPARED)}
         pad_id, token_mean = self.processor.tokenizer.pad_token_id, config.loss.aggregation != "sequence-mean"
