@@ -54,52 +54,79 @@ TOKENS = {"many": 1024, "few": 64}  # of a batch, for which a tile is picked
 # Name: kernel, constants, key of the tile. Terms of a gradient that isn't asked for are compiled out: these are those
 # that a training launches (PolicyHead always has a bias), and those with everything.
 NOTHING_KEPT = {"KEEP_P": False, "KEEP_Q": False, "KEPT": gpu.NARROWEST}
+ONE_HEAD, UNCAPPED = {"weight_q": None, "bias_q": None, "D_q": None}, {"inverse_softcap": None}
+PLAIN = ONE_HEAD | UNCAPPED
 FORWARD, GRADIENT, MERGE = gpu.forward_kernel, gpu.logit_gradient_kernel, gpu.merge_kernel
 LOGPROB = {"LOGPROB": True, "ENTROPY": False, "CROSS": False, "WRITE_A": True, "WRITE_B": False}
 ENTROPY = {**LOGPROB, "ENTROPY": True}
 EVERYTHING = {"LOGPROB": True, "ENTROPY": True, "CROSS": True, "WRITE_A": True, "WRITE_B": True}
 VARIANTS = {
-    "forward": (FORWARD, {"BOTH": False, "BIAS": False, **NOTHING_KEPT}, "forward"),
-    "forward, bias": (FORWARD, {"BOTH": False, "BIAS": True, **NOTHING_KEPT}, "forward with bias"),
+    "forward": (FORWARD, {"BOTH": False, "BIAS": False, **PLAIN, **NOTHING_KEPT}, "forward"),
+    "forward, bias": (FORWARD, {"BOTH": False, "BIAS": True, **PLAIN, **NOTHING_KEPT}, "forward with bias"),
     "forward, bias, kept": (
         FORWARD,
-        {"BOTH": False, "BIAS": True, **NOTHING_KEPT, "KEEP_P": True},
+        {"BOTH": False, "BIAS": True, **PLAIN, **NOTHING_KEPT, "KEEP_P": True},
         "forward with bias",
     ),
-    "forward both": (FORWARD, {"BOTH": True, "BIAS": False, **NOTHING_KEPT}, "forward both"),
-    "forward both, bias": (FORWARD, {"BOTH": True, "BIAS": True, **NOTHING_KEPT}, "forward both"),
-    "gradient of logprob": (GRADIENT, {"BOTH": False, "BIAS": False, **LOGPROB}, "gradient of logprob"),
-    "gradient of logprob, bias": (GRADIENT, {"BOTH": False, "BIAS": True, **LOGPROB}, "gradient"),
-    "gradient, entropy": (GRADIENT, {"BOTH": False, "BIAS": False, **ENTROPY}, "gradient"),
-    "gradient, entropy, bias": (GRADIENT, {"BOTH": False, "BIAS": True, **ENTROPY}, "gradient"),
-    "gradient both": (GRADIENT, {"BOTH": True, "BIAS": False, **EVERYTHING}, "gradient both"),
-    "gradient both, bias": (GRADIENT, {"BOTH": True, "BIAS": True, **EVERYTHING}, "gradient both"),
+    "forward both": (FORWARD, {"BOTH": True, "BIAS": False, **PLAIN, **NOTHING_KEPT}, "forward both"),
+    "forward both, bias": (FORWARD, {"BOTH": True, "BIAS": True, **PLAIN, **NOTHING_KEPT}, "forward both"),
+    "gradient of logprob": (GRADIENT, {"BOTH": False, "BIAS": False, **PLAIN, **LOGPROB}, "gradient of logprob"),
+    "gradient of logprob, bias": (GRADIENT, {"BOTH": False, "BIAS": True, **PLAIN, **LOGPROB}, "gradient"),
+    "gradient, entropy": (GRADIENT, {"BOTH": False, "BIAS": False, **PLAIN, **ENTROPY}, "gradient"),
+    "gradient, entropy, bias": (GRADIENT, {"BOTH": False, "BIAS": True, **PLAIN, **ENTROPY}, "gradient"),
+    "gradient both": (GRADIENT, {"BOTH": True, "BIAS": False, **PLAIN, **EVERYTHING}, "gradient both"),
+    "gradient both, bias": (GRADIENT, {"BOTH": True, "BIAS": True, **PLAIN, **EVERYTHING}, "gradient both"),
+}
+# What is compiled for many tokens in bfloat16: with a softcap, and with a head of its own for the second branch.
+FURTHER = {
+    "forward, bias, softcap": (FORWARD, {"BOTH": False, "BIAS": True, **NOTHING_KEPT, **ONE_HEAD}, "forward with bias"),
+    "forward both, softcap": (FORWARD, {"BOTH": True, "BIAS": False, **NOTHING_KEPT, **ONE_HEAD}, "forward both"),
+    "forward both, own head": (
+        FORWARD,
+        {"BOTH": True, "BIAS": False, "bias_q": None, **NOTHING_KEPT, **UNCAPPED},
+        "forward both",
+    ),
+    "gradient of logprob, softcap": (
+        GRADIENT,
+        {"BOTH": False, "BIAS": False, **LOGPROB, **ONE_HEAD},
+        "gradient of logprob",
+    ),
+    "gradient both, softcap": (GRADIENT, {"BOTH": True, "BIAS": False, **EVERYTHING, **ONE_HEAD}, "gradient both"),
+    "gradient both, own head": (
+        GRADIENT,
+        {"BOTH": True, "BIAS": False, "bias_q": None, **EVERYTHING, **UNCAPPED},
+        "gradient both",
+    ),
 }
 # Kernels without a product, whose tile is always the same.
 SMALL = {
     "merge": (MERGE, {"BOTH": False, **gpu.MERGE_OPTIONS}, None),
     "merge both": (MERGE, {"BOTH": True, **gpu.MERGE_OPTIONS}, None),
-    "gradient of kept": (gpu.kept_gradient_kernel, {"LOGPROB": True, "ENTROPY": True, **gpu.KEPT_OPTIONS}, None),
+    "gradient of kept": (
+        gpu.kept_gradient_kernel,
+        {"LOGPROB": True, "ENTROPY": True, "CAPPED": False, **gpu.KEPT_OPTIONS},
+        None,
+    ),
 }
 RESULTS = (*BranchStats._fields, "max_p", "logsum_p", "max_q", "logsum_q")
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 MATRICES = {
     **dict.fromkeys(("hidden_p", "hidden_q", "hidden_a", "hidden_b"), "tokens"),
-    "weight": "vocab",
+    **dict.fromkeys(("weight", "weight_q"), "vocab"),
 }
-IN_DTYPE = (*MATRICES, "bias", "gradient_a", "gradient_b", "gradient", "kept_p", "kept_q", "kept")
+IN_DTYPE = (*MATRICES, "bias", "bias_q", "gradient_a", "gradient_b", "gradient", "kept_p", "kept_q", "kept")
 FLOATS = (
     *("partial", "target_logits", "numbers_a", "numbers_b", "numbers", "reference_p", "reference_q", "reference"),
     *RESULTS,
 )
 POINTERS = {"targets": "*i64", **dict.fromkeys(FLOATS, "*fp32")}
-MULTIPLES_OF_16 = ("V", "D", "stride", "width", "columns", "columns_p", "columns_q")
+MULTIPLES_OF_16 = ("V", "D", "D_q", "stride", "width", "columns", "columns_p", "columns_q")
 
 
 def compile_variant(name: str, dtype: str, architecture: str, tokens: str = "many") -> dict:
     """Compile as a launch with aligned tensors would, and return what the compiled kernel uses."""
-    kernel, _, key = (VARIANTS | SMALL)[name]
+    kernel, _, key = (VARIANTS | FURTHER | SMALL)[name]
     tile = gpu.pick_tile(key, DTYPES[dtype], architecture, TOKENS[tokens]) if key else None
     signature, constants, aligned = specialize(name, dtype, tile)
     options = {option: constants.pop(option) for option in OPTIONS if option in constants}
@@ -134,15 +161,19 @@ def compile_variant(name: str, dtype: str, architecture: str, tokens: str = "man
 
 def specialize(name: str, dtype: str, tile: gpu.Tile | None) -> tuple[dict, dict, list]:
     """(types of the kernel's arguments, constants and options, arguments known to be multiples of 16)."""
-    kernel, constants, _ = (VARIANTS | SMALL)[name]
+    kernel, constants, _ = (VARIANTS | FURTHER | SMALL)[name]
     constants = {**(gpu.launch_options(tile, tile.depth) if tile else {}), **constants}
     element = {"bf16": "bf16", "f32": "fp32"}[dtype]
-    types = {**POINTERS, **dict.fromkeys(IN_DTYPE, f"*{element}"), "log2_scale": "fp32"}
+    types = {**POINTERS, **dict.fromkeys(IN_DTYPE, f"*{element}"), "log2_scale": "fp32", "inverse_softcap": "fp32"}
     if tile and tile.tma:
         blocks = {"tokens": tile.tokens, "vocab": tile.vocab}
         types |= {name: f"tensordesc<{element}[{blocks[side]}, {tile.depth}]>" for name, side in MATRICES.items()}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in MULTIPLES_OF_16]
+    aligned = [
+        name
+        for name, kind in signature.items()
+        if kind.startswith("*") or (name in MULTIPLES_OF_16 and kind != "constexpr")
+    ]
     return signature, constants, aligned
 
 
@@ -179,22 +210,23 @@ def amd_code(compiled) -> Code:
 
 
 def spills_among_products(machine_code: str) -> int:
-    """Instructions that spill or reload in the loop over D, the innermost one around the products.
+    """Instructions that spill or reload in a loop over D, an innermost one around products; two heads have one each.
 
-    What a program stores once, before its loops, isn't among them. Where no loop is found, all before the last product
-    counts.
+    What a program stores once, before its loops or between them, isn't among them. Where a product is in no loop, all
+    before the last product counts.
     """
     products = [match.start() for match in PRODUCTS.finditer(machine_code)]
     if not products:
         return 0
     labels = {match[1]: match.start() for match in LABEL.finditer(machine_code)}
-    loops = [
-        (labels[match[1]], match.start())
-        for match in BRANCH.finditer(machine_code, products[-1])
-        if labels.get(match[1], products[0] + 1) <= products[0]
-    ]
-    start, end = min(loops, key=lambda loop: loop[1], default=(0, products[-1]))
-    return len(SPILLS.findall(machine_code[start:end]))
+    branches = [(labels.get(match[1]), match.start()) for match in BRANCH.finditer(machine_code)]
+    loops = [(start, end) for start, end in branches if start is not None and start < end]
+    around = set()
+    for product in products:
+        spans = [(start, end) for start, end in loops if start <= product < end]
+        # The shortest: a block at the end of the code that waits, and returns into the loop, looks like a longer one.
+        around.add(min(spans, key=lambda span: span[1] - span[0], default=(0, products[-1])))
+    return sum(len(SPILLS.findall(machine_code[start:end])) for start, end in around)
 
 
 def programs(architecture: str, registers: int, shared: int, warps: int) -> int:
@@ -225,6 +257,8 @@ def cases(architectures, dtypes, tokens):
         for dtype in dtypes:
             for batch in tokens if dtype == "bf16" else ("many",):
                 yield from ((architecture, dtype, batch, name) for name in VARIANTS)
+        if "bf16" in dtypes and "many" in tokens:
+            yield from ((architecture, "bf16", "many", name) for name in FURTHER)
         yield from ((architecture, "f32", "many", name) for name in SMALL)
 
 

@@ -18,16 +18,18 @@ static void keep_tile(
   std::copy_n(running.maximum, rows, reference);
 }
 
-// hiddens: one or two (N, D); weight: (V, D), float32, bfloat16 or float16; targets: (N,) in [0, V); bias: (V,) float32.
-// scale: of differences of h Wᵀ + bias to bits. Returns the running sums of each share of the vocabulary, (branches,
-// 3 or 4, shares, N) float64: maximum, sum, weighted and, for two branches, cross; and the target's logit, (branches, N)
-// float32. kept_logits, references: of each branch, see KeptLogits; their K and number of tiles say how many are kept.
+// hiddens: one or two (N, D); weights: (V, D) of each head, float32, bfloat16 or float16, of both branches or of one
+// each; targets: (N,) in [0, V); biases: (V,) float32, of each head. With z = h Wᵀ + bias, l is z, or tanh(z / softcap)
+// where inverse_softcap isn't 0; scale: of differences of l to bits. Returns the running sums of each share of the
+// vocabulary, (branches, 3 or 4, shares, N) float64: maximum, sum, weighted and, for two branches, cross; and the
+// target's l, (branches, N) float32. kept_logits, references: of each branch, see KeptLogits; their K and number of
+// tiles say how many are kept.
 std::tuple<Tensor, Tensor> forward(
-    at::TensorList hiddens, const Tensor& weight, const Tensor& targets, const std::optional<Tensor>& bias,
-    double scale, at::TensorList kept_logits, at::TensorList references) {
-  const Products products = products_for(weight.scalar_type());
-  const int64_t branches = hiddens.size(), n = targets.size(0), vocab = weight.size(0), depth = weight.size(1);
-  const int64_t width = tile_columns(products, depth), tiles = (vocab + width - 1) / width;
+    at::TensorList hiddens, at::TensorList weights, const Tensor& targets, const Biases& biases, double scale,
+    double inverse_softcap, at::TensorList kept_logits, at::TensorList references) {
+  const Products products = products_for(weights[0].scalar_type());
+  const int64_t branches = hiddens.size(), heads = weights.size(), n = targets.size(0), vocab = weights[0].size(0);
+  const int64_t width = logit_columns(products, weights), tiles = (vocab + width - 1) / width;
   const int64_t shares = std::min<int64_t>(at::get_num_threads(), tiles), fields = branches == 2 ? 4 : 3;
   const std::vector<Panels> panels = pack_hidden_states(products, hiddens);
   const Tensor partial = at::zeros({branches, fields, shares, n}, at::kDouble);
@@ -36,26 +38,30 @@ std::tuple<Tensor, Tensor> forward(
   double* sums = partial.mutable_data_ptr<double>();
   float* found = target_logits.mutable_data_ptr<float>();
   const int64_t* target = targets.const_data_ptr<int64_t>();
-  const float* biases = bias_of(bias);
-  const View columns = transposed(view(weight));
+  const std::vector<const float*> bias = pointers(biases);
+  auto head_of = [&](int64_t branch) { return std::min(branch, heads - 1); };
 
   parallel(products, shares, [&](int64_t share) {
-    const Tiles tile(products, width, depth, width);
+    std::vector<Tiles> tile;  // of each head
+    for (const Tensor& weight : weights) tile.emplace_back(products, width, weight.size(1), width);
     const Buffer logits(branches * products.panel * width * sizeof(float));
     for (int64_t t = tiles * share / shares; t < tiles * (share + 1) / shares; ++t) {
       const int64_t first = t * width, count = std::min(width, vocab - first);
-      products.pack_tile(columns, first, count, panels[0].depth(), tile[0]);
+      for (int64_t head = 0; head < heads; ++head)
+        products.pack_tile(transposed(view(weights[head])), first, count, tile[head].depth(), tile[head][0]);
       for (int64_t row = 0; row < n; row += products.panel) {
         const int64_t rows = std::min(products.panel, n - row);
         Running running[2];
         for (int64_t branch = 0; branch < branches; ++branch) {
           float* out = logits.floats() + branch * products.panel * width;
           products.multiply(panels[branch].depth(), round_up(count, products.group),
-                            panels[branch][row / products.panel], tile[0], out, width, false);
+                            panels[branch][row / products.panel], tile[head_of(branch)][0], out, width, false);
           auto field = [&](int64_t f) { return sums + ((branch * fields + f) * shares + share) * n + row; };
-          running[branch] = {out, field(0), field(1), field(2), branches == 2 ? field(3) : nullptr};
+          const float* added = bias[head_of(branch)];
+          running[branch] = {out,      added ? added + first : nullptr,      field(0), field(1),
+                             field(2), branches == 2 ? field(3) : nullptr};
         }
-        processor().statistics(rows, count, width, biases ? biases + first : nullptr, static_cast<float>(scale),
+        processor().statistics(rows, count, width, static_cast<float>(scale), static_cast<float>(inverse_softcap),
                                running[0], branches == 2 ? &running[1] : nullptr);
         for (int64_t branch = 0; branch < branches; ++branch) {
           const KeptLogits kept{kept_logits[branch], references[branch]};

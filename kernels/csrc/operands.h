@@ -108,10 +108,9 @@ class Tiles {
   Buffer buffer_;
 };
 
-// Of the tiles of a right operand as deep as that.
+// Of the tiles of a right operand as deep as that; at most kMostColumns.
 inline int64_t tile_columns(const Products& products, int64_t depth) {
   constexpr int64_t kBytes = 512 << 10;  // of a packed tile: it is to stay in the second-level cache
-  constexpr int64_t kMostColumns = 128;
   const int64_t fitting = kBytes / (round_up(depth, products.depth_group) * products.element_bytes);
   return std::clamp(fitting / products.group * products.group, products.group, kMostColumns);
 }
@@ -153,6 +152,20 @@ struct KeptLogits {
   bool holds(int64_t end) const { return end <= logits.size(1); }  // a tile that ends there
 };
 
-inline const float* bias_of(const std::optional<Tensor>& bias) { return bias ? bias->const_data_ptr<float>() : nullptr; }
+// Of each head, (V,) float32 or none.
+typedef c10::List<std::optional<Tensor>> Biases;
+
+inline std::vector<const float*> pointers(const Biases& biases) {
+  std::vector<const float*> data;
+  for (const std::optional<Tensor> bias : biases) data.push_back(bias ? bias->const_data_ptr<float>() : nullptr);
+  return data;
+}
+
+// Words of the vocabulary in a tile of logits: it suits the wider of two heads.
+inline int64_t logit_columns(const Products& products, at::TensorList weights) {
+  int64_t depth = 0;
+  for (const Tensor& weight : weights) depth = std::max(depth, weight.size(1));
+  return tile_columns(products, depth);
+}
 
 }  // namespace vogue

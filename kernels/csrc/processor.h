@@ -38,23 +38,28 @@ struct Products {
   void (*release)();
 };
 
-// One branch of some tokens, whose logits of one tile of the vocabulary are at hand. Everything after `logits` is the
+constexpr int64_t kMostColumns = 128;  // of a tile of logits
+
+// One branch of some tokens, whose logits of one tile of the vocabulary are at hand. Everything after `bias` is the
 // running state of these tokens, one number for each, with e = 2^((l − maximum) scale):
 struct Running {
-  float* logits;     // (rows, stride)
-  double* maximum;   // of l = h Wᵀ + bias
+  float* logits;      // (rows, stride)
+  const float* bias;  // of the tile's columns; null: none
+  double* maximum;    // of l = h Wᵀ + bias or, with a softcap, tanh((h Wᵀ + bias) / softcap)
   double* sum;       // Σ e
   double* weighted;  // Σ e (l − maximum)
   double* cross;     // Σ e (l − maximum − the same of the other branch); only with two branches
 };
 
-// The numbers of a branch for the gradient of its logits, each (tokens,), `stride` apart:
+// The numbers of a branch for the gradient of its h Wᵀ + bias, each (tokens,), `stride` apart:
 // m, log2 s, c0 ... c4 with p = 2^((l − m) scale − log2 s), q the same of the other branch, and
 //   gradient = p (c0 + c1 log2 p + c2 (log2 p − log2 q)) − c3 q + c4 [column is the target]
+// With a softcap that is multiplied by the slope of the tanh, 1 − l².
 struct Numbers {
   float* logits;  // (rows, logits_stride), overwritten by the gradient if `written`
   int64_t logits_stride;
   const float* bias;  // what the logits still lack; null: nothing
+  bool kept;          // they are what the forward pass kept, and so capped already
   const float* numbers;
   int64_t stride;
   bool written;
@@ -65,9 +70,11 @@ struct Processor {
   Products f32, bf16;    // of operands in float32, and in pairs of bf16
   Products amx;          // of bf16 as torch's brgemm wants them, which is to take the place of `multiply`
   bool multiplies_bf16;  // it has instructions for products of bf16; else `bf16` is for tests
-  // Add the bias (null: none) to a tile of logits in place, and take the tile into the running sums. b: null for one.
+  // Add the bias to a tile of logits and cap them, in place, and take the tile into the running sums. inverse_softcap:
+  // 0 for none, here and below. b: null for one.
   void (*statistics)(
-      int64_t rows, int64_t columns, int64_t stride, const float* bias, float scale, const Running& a, const Running* b);
+      int64_t rows, int64_t columns, int64_t stride, float scale, float inverse_softcap, const Running& a,
+      const Running* b);
   // Write a tile's logits less the maxima.
   void (*keep)(int64_t rows, int64_t columns, int64_t stride, const float* logits, const double* maximum, Rows out);
   // The logits again, from what was kept of them and what was subtracted.
@@ -75,8 +82,8 @@ struct Processor {
       int64_t rows, int64_t columns, int64_t stride, const Rows& kept, const float* reference, float* logits);
   // Turn a tile of logits into the gradient. `targets` count from the tile's first column. b: null for one.
   void (*gradients)(
-      int64_t rows, int64_t columns, const int64_t* targets, int64_t first, float scale, const Numbers& a,
-      const Numbers* b);
+      int64_t rows, int64_t columns, const int64_t* targets, int64_t first, float scale, float inverse_softcap,
+      const Numbers& a, const Numbers* b);
   // Write rows of float32 in another type.
   void (*round)(int64_t rows, int64_t columns, int64_t stride, const float* in, Rows out);
 };

@@ -1,28 +1,55 @@
-"""What the backends have in common: branches in the backward pass, and the running sums of the compiled kernels.
+"""What the backends have in common: heads, branches in the backward pass, the running sums of the compiled kernels.
 
 A backend is a module with two functions, which take checked arguments and tokens none of which is skipped:
 
-    forward(hiddens, weight, targets, bias, temperature, buffers)
+    forward(hiddens, heads, targets, scaling, buffers)
         one branch: the results of LogprobStats, then maximum and logsum; two: the results of BranchStats, then maximum
         and logsum of each; all (N,). Maximum and logsum are for the backward pass, which alone understands them.
         So are the logits that it writes to the buffers, one for each branch, as far as they have room (kept.py).
-    backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias, buffers)
-        (gradients of the branches' hidden states, of weight, of bias), None where they aren't needed.
+    backward(branches, heads, targets, scaling, needs, buffers)
+        (gradients of the branches' hidden states, of the heads' weights, of their biases), three lists with None where
+        `needs` says that they aren't needed.
+
+There is one head, of both branches, or one for each. Two have one vocabulary and one dtype; their widths may differ.
 """
 
 import ctypes
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 LN2 = math.log(2)
+T = TypeVar("T")
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of the computation and of its results."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+class Head(NamedTuple):
+    """An output projection: its logits are z = W h + bias."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+
+
+class Scaling(NamedTuple):
+    """What becomes of a logit z before the softmax: l / τ, where l = c tanh(z / c) with a softcap c, else z.
+
+    A gradient of l times the slope ∂l/∂z = 1 − (l / c)² is one of z.
+    """
+
+    temperature: float
+    softcap: float | None
+
+
+def of_branch(each: Sequence[T], i: int) -> T:
+    """What belongs to the head of branch i, of one for each head."""
+    return each[-1] if i else each[0]  # the second branch has the last head, be it its own or the only one
 
 
 class Branch(NamedTuple):
@@ -33,7 +60,7 @@ class Branch(NamedTuple):
     logsum: Tensor
     entropy: Tensor
     kl: Tensor | None  # KL(p‖q)
-    g_logprob: Tensor | None  # what arrives at a result, over τ: ∂/∂(h Wᵀ + bias) = ∂/∂logits / τ
+    g_logprob: Tensor | None  # what arrives at a result, over τ: ∂/∂l = ∂/∂(l / τ) / τ
     g_entropy: Tensor | None
     g_kl: Tensor | None  # of KL(p‖q)
     g_kl_other: Tensor | None  # of KL(q‖p)
@@ -51,6 +78,21 @@ class Branch(NamedTuple):
 
     def select(self, index) -> "Branch":
         return Branch(*(field if field is None else field[index] for field in self))  # pyright: ignore[reportArgumentType]
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for: of each branch's hidden states, of each head's weight and bias."""
+
+    hidden: list[bool]
+    weight: list[bool]
+    bias: list[bool]
+
+    def of_logits(self, branches: list[Branch]) -> list[bool]:
+        """Of which branches' logits the gradient is computed: it isn't 0, and something is asked for that it's in."""
+        return [
+            branch.used and (hidden or of_branch(self.weight, i) or of_branch(self.bias, i))
+            for i, (branch, hidden) in enumerate(zip(branches, self.hidden, strict=True))
+        ]
 
 
 def one_branch(grads, hidden, saved, temperature) -> list[Branch]:
@@ -90,12 +132,14 @@ def _over(grads, temperature) -> list[Tensor | None]:
 
 # ----------------------------------------------------------------------------------------- the compiled kernels
 
-# They work in bits on l = h Wᵀ + bias, before the division by τ: e = 2^((l − max) scale), scale = 1 / (τ ln 2).
+# They work in bits on l = z, before the division by τ: e = 2^((l − max) scale), scale = 1 / (τ ln 2). With a softcap c
+# they work on l = tanh(z / c), and the scale has the factor c: so nothing is multiplied by it, and what is subtracted
+# from a logit can't be fused with such a product, whose rounding error would be left where equal branches must give 0.
 
 
-def log2_scale(temperature: float) -> float:
-    """log₂(e) / τ, rounded to float32 as in the kernels, so that the merge agrees with them."""
-    return ctypes.c_float(1 / (temperature * LN2)).value
+def log2_scale(scaling: Scaling) -> float:
+    """log₂(e) / τ, times a softcap, rounded to float32 as in the kernels, so that the merge agrees with them."""
+    return ctypes.c_float((scaling.softcap or 1.0) / (scaling.temperature * LN2)).value
 
 
 def merge(partial: Tensor, target_logits: Tensor, scale: float) -> tuple[Tensor, ...]:

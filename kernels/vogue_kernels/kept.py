@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .branches import Branch, compute_dtype
+from .branches import Branch, Scaling, compute_dtype
 
+LOWEST_SOFTCAP = 16  # over τ: below it capped logits aren't kept
 NARROWEST = 64  # words of a tile for whose references a buffer has room; with narrower ones it keeps a little less
 ALIGNMENT = 16  # bytes
 
@@ -71,6 +72,16 @@ def kept_logits(buffer: Tensor, length: int, weight: Tensor, width: int) -> Kept
     references = buffer[start : start + tiles * length * reference.itemsize]
     logits = buffer[:end].view(weight.dtype).view(length, columns)
     return KeptLogits(logits, references.view(reference).view(tiles, length), width)
+
+
+def worth_keeping(scaling: Scaling) -> bool:
+    """Whether what would be kept is exact enough for gradients of log-probabilities and entropies.
+
+    A capped logit's gradient has the factor 1 − (l / c)². At a distance x below the largest one its error is up to
+    2 x τ / c units in the last place, and p's factor is e^(−x): with c ≥ 16 τ that is less than a gradient's own
+    rounding, with a small cap, at which the largest logits have a factor near 0 and the others not, it is more.
+    """
+    return scaling.softcap is None or scaling.softcap >= LOWEST_SOFTCAP * scaling.temperature
 
 
 def serve(branches: list[Branch]) -> bool:

@@ -162,8 +162,8 @@ class VogueLoss(nn.Module):
     aggregation: as in `token_weights`. divergence: "symmetric" (the paper's), "forward" KL(raw‖noisy) or "reverse"
     KL(noisy‖raw). rollout: the branch that tokens with z = 1 were generated from and are trained on, "drawn" (noisy,
     Algorithm 1's) or "raw" (the authors' code's). entropy: u_out of the branch that is "trained", or "drawn", that of
-    the noisy one where z = 1. backend, keep_logits_bytes: as in `linear_branch_stats`; the trained branch's logits are
-    what is kept. Raises ValueError for an unknown name.
+    the noisy one where z = 1. backend, softcap, keep_logits_bytes: as in `linear_branch_stats`; the trained branch's
+    logits are what is kept. Raises ValueError for an unknown name.
     """
 
     def __init__(
@@ -179,6 +179,7 @@ class VogueLoss(nn.Module):
         rollout: str = "raw",
         entropy: str = "trained",
         clip_dual: float | None = None,
+        softcap: float | None = None,
         keep_logits_bytes: int = 0,
     ):
         super().__init__()
@@ -190,7 +191,7 @@ class VogueLoss(nn.Module):
             raise ValueError(f"clip_dual must be above 1, got {clip_dual}")
         self.guidance = guidance
         self.clip_low, self.clip_high, self.clip_dual = clip_low, clip_high, clip_dual
-        self.temperature = temperature
+        self.temperature, self.softcap = temperature, softcap
         self.aggregation = aggregation
         self.divergence = divergence
         self.rollout, self.entropy = rollout, entropy
@@ -266,20 +267,20 @@ class VogueLoss(nn.Module):
     def _statistics(self, hidden, hidden_other, weight, targets, bias, noisy):
         """(logprob, u_out, u_per or None) of the trained branch; the other one is read only where it's needed."""
         rest = weight, targets, bias, self.temperature, self.backend
-        keep = self.keep_logits_bytes
+        options = {"softcap": self.softcap, "keep_logits_bytes": self.keep_logits_bytes}
         entropy_drawn = self.entropy == "drawn" and self.rollout == "raw" and self.guidance.alpha_out > 0
         if not noisy.any() or not (self.guidance.alpha_per > 0 or entropy_drawn):
-            stats = linear_logprob(hidden, *rest, keep_logits_bytes=keep)
+            stats = linear_logprob(hidden, *rest, **options)
             return stats.logprob, stats.entropy.detach(), None
         if hidden_other is None:
             raise ValueError("tokens with z = 1 need hidden_other, the hidden states of the other branch")
         other = hidden_other.detach()
         if self.rollout == "raw":
-            stats = linear_branch_stats(hidden, other, *rest, keep_logits_bytes=keep)
+            stats = linear_branch_stats(hidden, other, *rest, **options)
             entropy = torch.where(noisy, stats.entropy_q, stats.entropy_p) if entropy_drawn else stats.entropy_p
             logprob = stats.logprob_p
         else:
-            stats = linear_branch_stats(other, hidden, *rest, keep_logits_bytes=keep)
+            stats = linear_branch_stats(other, hidden, *rest, **options)
             logprob, entropy = stats.logprob_q, stats.entropy_q
         return logprob, entropy.detach(), getattr(stats, DIVERGENCES[self.divergence]).detach()
 

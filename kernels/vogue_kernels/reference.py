@@ -1,7 +1,7 @@
 """The mathematics of the operators in plain PyTorch: the truth for tests, the fallback everywhere.
 
-With logits a = (W h_p + bias) / τ and b = (W h_q + bias) / τ, p = softmax(a), q = softmax(b), keep per token and
-branch, over tiles of the vocabulary, the running maximum m and
+With logits a = l_p / τ and b = l_q / τ, where l is W h + bias, or c tanh((W h + bias) / c) with a softcap c, and
+p = softmax(a), q = softmax(b), keep per token and branch, over tiles of the vocabulary, the running maximum m and
 
     s = Σ e^(a−m)      t = Σ e^(a−m) (a−m)      x = Σ e^(a−m) ((a−m_a) − (b−m_b))
 
@@ -19,7 +19,8 @@ The backward pass computes each tile of logits again that wasn't kept. With g_r 
     ∂a_v = g_logp (1[v=y] − p_v) − g_H p_v (log p_v + H) + g_KL(p‖q) p_v (log p_v − log q_v − KL(p‖q))
            + g_KL(q‖p) (p_v − q_v) + g_lse p_v
 
-and the same with p and q exchanged for b. Inputs of float64 are computed in float64, all others in float32.
+and the same with p and q exchanged for b; a capped logit's is multiplied by its slope, 1 − (l / c)². Inputs of float64
+are computed in float64, all others in float32.
 """
 
 # A gradient is None where none is needed, which `needs_...` and the branches' own fields say.
@@ -31,7 +32,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .branches import Branch, compute_dtype
+from .branches import Branch, Head, Needs, Scaling, compute_dtype, of_branch
 from .kept import KeptLogits, kept_logits
 
 TILE_ELEMENTS = 1 << 20  # of a tile of logits: 4 MB of float32; larger leaves the cache, smaller pays in launches
@@ -42,19 +43,18 @@ SLICE_ELEMENTS = 1 << 22  # of a slice of the hidden states or of the weight: 16
 # ---------------------------------------------------------------------------------------------------- forward
 
 
-def forward(hiddens, weight, targets, bias, temperature, buffers):
-    """As branches.py says; the maximum is that of the logits, the logsum in nats."""
+def forward(hiddens, heads, targets, scaling, buffers):
+    """As branches.py says; the maximum is that of l / τ, the logsum in nats."""
     block = _one_branch if len(hiddens) == 1 else _two_branches
-    kept = _kept(buffers, targets, weight)
+    weight, kept = heads[0].weight, _kept(buffers, targets, heads)
     blocks = [
         block(
             [_upcast(hidden[rows]) for hidden in hiddens],
-            weight,
-            bias,
-            temperature,
+            heads,
+            scaling,
             [_RunningSoftmax(weight, targets[rows], logits.select(rows)) for logits in kept],
         )
-        for rows in _blocks(hiddens[0], weight)
+        for rows in _blocks(targets, heads)
     ]
     return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
 
@@ -111,21 +111,21 @@ class _RunningSoftmax:
         return self.maximum + self.sum.log()
 
 
-def _one_branch(hiddens, weight, bias, temperature, softmaxes):
+def _one_branch(hiddens, heads, scaling, softmaxes):
     (softmax,) = softmaxes
-    for tile in _tiles(weight):
-        softmax.add(_logits(hiddens[0], weight, bias, temperature, tile), tile)
+    for tile in _tiles(heads):
+        softmax.add(_logits(hiddens[0], heads[0], scaling, tile), tile)
     logsum = softmax.sum.log()
     return softmax.logprob(), softmax.entropy(), softmax.lse(), -logsum, softmax.maximum, logsum
 
 
-def _two_branches(hiddens, weight, bias, temperature, softmaxes):
+def _two_branches(hiddens, heads, scaling, softmaxes):
     hidden_p, hidden_q = hiddens
     p, q = softmaxes
     cross_p, cross_q = torch.zeros_like(p.sum), torch.zeros_like(p.sum)  # Σ e^(·−m) (a − b), shifted
-    for tile in _tiles(weight):
-        a = _logits(hidden_p, weight, bias, temperature, tile)
-        b = _logits(hidden_q, weight, bias, temperature, tile)
+    for tile in _tiles(heads):
+        a = _logits(hidden_p, of_branch(heads, 0), scaling, tile)
+        b = _logits(hidden_q, of_branch(heads, 1), scaling, tile)
         shift_a, shift_b = p.shift(a, tile), q.shift(b, tile)
         exp_a, exp_b, difference, moved = a.exp(), b.exp(), a - b, shift_a - shift_b
         weighted_a, weighted_b = a.mul_(exp_a).sum(1), b.mul_(exp_b).sum(1)
@@ -160,64 +160,83 @@ def _two_branches(hiddens, weight, bias, temperature, softmaxes):
 # ---------------------------------------------------------------------------------------------------- backward
 
 
-def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias, buffers):
-    """As branches.py says; vocabulary tiles are the outer loop, so that a tile of the weight's gradient is whole when
+def backward(branches, heads, targets, scaling, needs: Needs, buffers):
+    """As branches.py says; vocabulary tiles are the outer loop, so that a tile of a weight's gradient is whole when
     it is written.
     """
-    active = [
-        branch.used and (need or needs_weight or needs_bias)
-        for branch, need in zip(branches, needs_hidden, strict=True)
-    ]
+    active, dtype = needs.of_logits(branches), compute_dtype(heads[0].weight)
     grad_hidden = [
-        torch.zeros_like(branch.hidden, dtype=compute_dtype(weight)) if need else None
-        for branch, need in zip(branches, needs_hidden, strict=True)
+        torch.zeros_like(branch.hidden, dtype=dtype) if need else None
+        for branch, need in zip(branches, needs.hidden, strict=True)
     ]
-    grad_weight = torch.empty_like(weight) if needs_weight else None
-    grad_bias = torch.empty_like(bias) if needs_bias else None
-    kept = _kept(buffers, targets, weight)
-    for tile in _tiles(weight):
-        w = _upcast(weight[tile])
-        tile_weight = torch.zeros_like(w) if needs_weight else None
-        tile_bias = w.new_zeros(len(w)) if needs_bias else None
-        for rows in _blocks(branches[0].hidden, weight):
+    grads = [
+        Head(
+            torch.empty_like(head.weight) if needs_weight else None, torch.empty_like(head.bias) if needs_bias else None
+        )
+        for head, needs_weight, needs_bias in zip(heads, needs.weight, needs.bias, strict=True)
+    ]
+    kept = _kept(buffers, targets, heads)
+    for tile in _tiles(heads):
+        weights = [_upcast(head.weight[tile]) for head in heads]
+        sums = [_zero_sums(grad, w) for grad, w in zip(grads, weights, strict=True)]
+        for rows in _blocks(targets, heads):
             block = [branch.select(rows) for branch in branches]
             block = [branch._replace(hidden=_upcast(branch.hidden)) for branch in block]
             logits = [
-                partial(_kept_or_new, logits.select(rows), branch.hidden, weight, bias, temperature, tile)
-                for logits, branch in zip(kept, block, strict=True)
+                partial(_kept_or_new, kept[i].select(rows), branch.hidden, of_branch(heads, i), scaling, tile)
+                for i, branch in enumerate(block)
             ]
-            for i, grad_logits in _logit_gradients(block, active, logits, targets[rows], tile):
-                if needs_hidden[i]:
-                    grad_hidden[i][rows].addmm_(grad_logits, w)
-                if needs_weight:
+            for i, grad_logits in _logit_gradients(block, active, logits, targets[rows], scaling, tile):
+                tile_weight, tile_bias = of_branch(sums, i)
+                if needs.hidden[i]:
+                    grad_hidden[i][rows].addmm_(grad_logits, of_branch(weights, i))
+                if tile_weight is not None:
                     tile_weight.addmm_(grad_logits.t(), block[i].hidden)
-                if needs_bias:
+                if tile_bias is not None:
                     tile_bias += grad_logits.sum(0)
-        if needs_weight:
-            grad_weight[tile] = tile_weight
-        if needs_bias:
-            grad_bias[tile] = tile_bias
-    grad_hidden = [None if grad is None else grad.to(weight.dtype) for grad in grad_hidden]
-    return grad_hidden, grad_weight, grad_bias
+        for grad, total in zip(grads, sums, strict=True):
+            for whole, part in zip(grad, total, strict=True):
+                if whole is not None:
+                    whole[tile] = part
+    grad_hidden = [None if grad is None else grad.to(heads[0].weight.dtype) for grad in grad_hidden]
+    return grad_hidden, [grad.weight for grad in grads], [grad.bias for grad in grads]
 
 
-def _logit_gradients(block, active, logits, targets, tile):
-    """Yield (index of the branch, gradient of its logits (n, v)) for the active branches of one block and tile.
+def _zero_sums(grad: Head, w: Tensor) -> Head:
+    """Of a tile (v, D) of a head, where its gradients are needed, in the computing dtype."""
+    return Head(
+        None if grad.weight is None else torch.zeros_like(w), None if grad.bias is None else w.new_zeros(len(w))
+    )
 
-    logits: a function for each branch that gives this tile of them.
+
+def _logit_gradients(block, active, logits, targets, scaling, tile):
+    """Yield (index of the branch, gradient of its W h + bias (n, v)) for the active branches of one block and tile.
+
+    logits: a function for each branch that gives this tile of l / τ.
     """
     crossing = any(on and branch.crosses for on, branch in zip(active, block, strict=True))
-    logps = [
-        logits_of().sub_(branch.maximum.unsqueeze(1)).sub_(branch.logsum.unsqueeze(1)) if on or crossing else None
-        for on, branch, logits_of in zip(active, block, logits, strict=True)
-    ]
+    logps, slopes = [None] * len(block), [None] * len(block)
+    for i, branch in enumerate(block):
+        if active[i] or crossing:
+            logps[i] = logits[i]()
+            slopes[i] = _slope(logps[i], scaling) if active[i] else None
+            logps[i].sub_(branch.maximum.unsqueeze(1)).sub_(branch.logsum.unsqueeze(1))
     for i, branch in enumerate(block):
         if active[i]:
-            yield i, _logit_gradient(branch, logps[i], logps[1 - i] if crossing else None, targets, tile)
+            gradient = _logit_gradient(branch, logps[i], logps[1 - i] if crossing else None, targets, tile)
+            yield i, gradient if slopes[i] is None else gradient.mul_(slopes[i])
 
 
-def _kept_or_new(kept: KeptLogits, hidden, weight, bias, temperature, tile) -> Tensor:
-    return kept.get(tile) if kept.holds(tile) else _logits(hidden, weight, bias, temperature, tile)
+def _slope(logits: Tensor, scaling: Scaling) -> Tensor | None:
+    """1 − (l / c)² of l / τ; None without a softcap, where it is 1."""
+    if scaling.softcap is None:
+        return None
+    part = logits / (scaling.softcap / scaling.temperature)
+    return (1 - part) * (1 + part)  # near ±1 it has digits that 1 − part² loses
+
+
+def _kept_or_new(kept: KeptLogits, hidden, head, scaling, tile) -> Tensor:
+    return kept.get(tile) if kept.holds(tile) else _logits(hidden, head, scaling, tile)
 
 
 def _logit_gradient(branch: Branch, logp: Tensor, logq: Tensor | None, targets: Tensor, tile: slice) -> Tensor:
@@ -246,19 +265,21 @@ def _logit_gradient(branch: Branch, logp: Tensor, logq: Tensor | None, targets: 
 # ---------------------------------------------------------------------------------------------------- both
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, tile: slice) -> Tensor:
-    """The logits (h Wᵀ + bias) / τ of one tile; h and W are raised to the computing type first, so that nothing is
-    rounded to bfloat16.
+def _logits(hidden: Tensor, head: Head, scaling: Scaling, tile: slice) -> Tensor:
+    """The logits l / τ of one tile; h and W are raised to the computing type first, so that nothing is rounded to
+    bfloat16.
     """
-    logits = hidden @ _upcast(weight[tile]).t()
-    if bias is not None:
-        logits += bias[tile]
-    return logits if temperature == 1 else logits.div_(temperature)
+    logits = hidden @ _upcast(head.weight[tile]).t()
+    if head.bias is not None:
+        logits += head.bias[tile]
+    if scaling.softcap is not None:
+        logits.div_(scaling.softcap).tanh_().mul_(scaling.softcap)
+    return logits if scaling.temperature == 1 else logits.div_(scaling.temperature)
 
 
-def _kept(buffers: list[Tensor], targets: Tensor, weight: Tensor) -> list[KeptLogits]:
-    width = _tile_shape(weight.shape[1], len(weight))[1]
-    return [kept_logits(buffer, len(targets), weight, width) for buffer in buffers]
+def _kept(buffers: list[Tensor], targets: Tensor, heads: list[Head]) -> list[KeptLogits]:
+    columns = _tile_shape(heads)[1]
+    return [kept_logits(buffer, len(targets), heads[0].weight, columns) for buffer in buffers]
 
 
 def _upcast(tensor: Tensor) -> Tensor:
@@ -271,18 +292,19 @@ def _locate(targets: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
     return local.clamp(0, tile.stop - tile.start - 1).unsqueeze(1), (targets >= tile.start) & (targets < tile.stop)
 
 
-def _tile_shape(width: int, vocab: int) -> tuple[int, int]:
-    """The size of a tile of logits: (tokens, vocabulary entries)."""
+def _tile_shape(heads: list[Head]) -> tuple[int, int]:
+    """The size of a tile of logits: (tokens, vocabulary entries). It suits the wider of two heads."""
+    width, vocab = max(head.weight.shape[1] for head in heads), len(heads[0].weight)
     columns = max(1, min(vocab, VOCAB_TILE, SLICE_ELEMENTS // width))
     return max(1, min(TILE_ELEMENTS // columns, SLICE_ELEMENTS // width)), columns
 
 
-def _blocks(hidden: Tensor, weight: Tensor) -> list[slice]:
+def _blocks(targets: Tensor, heads: list[Head]) -> list[slice]:
     """Cut the tokens into slices."""
-    size = _tile_shape(weight.shape[1], weight.shape[0])[0]
-    return [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]
+    size = _tile_shape(heads)[0]
+    return [slice(start, min(start + size, len(targets))) for start in range(0, len(targets), size)]
 
 
-def _tiles(weight: Tensor) -> list[slice]:
-    size = _tile_shape(weight.shape[1], weight.shape[0])[1]
-    return [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
+def _tiles(heads: list[Head]) -> list[slice]:
+    vocab, size = len(heads[0].weight), _tile_shape(heads)[1]
+    return [slice(start, min(start + size, vocab)) for start in range(0, vocab, size)]

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from .backends import implementation
-from .branches import Branch, compute_dtype, one_branch, two_branches
+from .branches import Branch, Head, Needs, Scaling, compute_dtype, one_branch, two_branches
 from .checks import check_arguments
-from .inputs import IGNORE
+from .inputs import IGNORE, heads_of
 from .kept import kept_bytes, serve
 
 
-def _forward(backend: str, hiddens: list[Tensor], weight, targets, bias, temperature, keep) -> tuple[Tensor, ...]:
+def _forward(backend: str, hiddens: list[Tensor], heads: list[Head], targets, scaling, keep) -> tuple[Tensor, ...]:
     """Run a backend on the tokens that aren't skipped; the skipped ones get zeros. The kept logits come last."""
+    weight = heads[0].weight
     buffers = _empty_buffers(weight, len(targets), keep)
     scored, length = _scored(targets, len(weight)), len(targets)
     if scored is not None:
@@ -28,29 +29,35 @@ def _forward(backend: str, hiddens: list[Tensor], weight, targets, bias, tempera
         rows = _empty_rows(weight, length, 6 if len(hiddens) == 1 else 15)
         return *(torch.zeros_like(x) for x in rows), *buffers
     with _as_it_is(weight):
-        results = implementation(backend, weight).forward(hiddens, weight, targets, bias, temperature, buffers)
+        results = implementation(backend, weight).forward(hiddens, heads, targets, scaling, buffers)
     return *(_restore(scored, result.to(compute_dtype(weight)), length) for result in results), *buffers
 
 
-def _backward(backend: str, branches: list[Branch], weight, targets, bias, temperature, needs, buffers) -> list[Any]:
-    """The gradients of hidden states, weight and bias that are needed, in this order; contiguous, as the fakes say."""
-    *needs_hidden, needs_weight, needs_bias = needs
-    scored, length = _scored(targets, len(weight)), len(targets)
+def _backward(
+    backend: str, branches: list[Branch], heads: list[Head], targets, scaling, needed: Sequence[bool], buffers
+) -> list[Any]:
+    """The gradients that are needed, of the branches' hidden states, then of each head's weight and bias; contiguous,
+    as the fakes say.
+    """
+    n, of_heads = len(branches), needed[len(branches) :][: 2 * len(heads)]
+    needs = Needs(list(needed[:n]), list(of_heads[::2]), list(of_heads[1::2]))
+    weight, length = heads[0].weight, len(targets)
+    scored = _scored(targets, len(weight))
     if scored is not None:
         branches, targets = [branch.select(scored) for branch in branches], targets[scored]
-    wanted = [need or needs_weight or needs_bias for need in needs_hidden]
-    if len(targets) == 0 or not any(branch.used and want for branch, want in zip(branches, wanted, strict=True)):
-        hiddens = [weight.new_empty(length, weight.shape[1])] * len(branches)
-        return [gradient.zero_() for gradient in _empty_gradients(needs, (*hiddens, weight, bias))]
+    if len(targets) == 0 or not any(needs.of_logits(branches)):
+        hiddens = [weight.new_empty(length, branch.hidden.shape[1]) for branch in branches]
+        inputs = *hiddens, *(tensor for head in heads for tensor in head)
+        return [gradient.zero_() for gradient in _empty_gradients(needed[: len(inputs)], inputs)]
     if not serve(branches):
         buffers = [buffer[:0] for buffer in buffers]
     with _as_it_is(weight):
-        grads_hidden, grad_weight, grad_bias = implementation(backend, weight).backward(
-            branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias, buffers
+        grads_hidden, grads_weight, grads_bias = implementation(backend, weight).backward(
+            branches, heads, targets, scaling, needs, buffers
         )
     grads_hidden = [None if grad is None else _restore(scored, grad, length) for grad in grads_hidden]
-    gradients = zip(needs, (*grads_hidden, grad_weight, grad_bias), strict=True)
-    return [grad.contiguous() for need, grad in gradients if need]
+    of_heads = [grad for pair in zip(grads_weight, grads_bias, strict=True) for grad in pair]
+    return [grad.contiguous() for grad in (*grads_hidden, *of_heads) if grad is not None]
 
 
 def _as_it_is(weight: Tensor):
@@ -119,6 +126,12 @@ def _spread(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor |
     return [next(given) if need else None for need in needs]
 
 
+def _needs(ctx, *positions: int) -> list[bool]:
+    """Whether the arguments at these positions need a gradient. torch drops the last ones that have their default."""
+    given = ctx.needs_input_grad
+    return [i < len(given) and given[i] for i in positions]
+
+
 @torch.library.custom_op("vogue::linear_logprob", mutates_args=(), tags=_TAGS)
 def _linear_logprob(
     hidden: Tensor,
@@ -128,14 +141,16 @@ def _linear_logprob(
     temperature: float,
     backend: str,
     keep: Sequence[int],
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_arguments({"hidden": hidden}, weight, targets, bias, temperature)
-    return _forward(backend, [hidden], weight, targets, bias, temperature, keep)  # pyright: ignore[reportReturnType]
+    heads, scaling = [Head(weight, bias)], Scaling(temperature, softcap)
+    check_arguments({"hidden": hidden}, heads, targets, scaling)
+    return _forward(backend, [hidden], heads, targets, scaling, keep)  # pyright: ignore[reportReturnType]
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, targets, bias, temperature, backend, keep):
-    check_arguments({"hidden": hidden}, weight, targets, bias, temperature)
+def _(hidden, weight, targets, bias, temperature, backend, keep, softcap=None):
+    check_arguments({"hidden": hidden}, [Head(weight, bias)], targets, Scaling(temperature, softcap))
     return *_empty_rows(weight, targets.shape[0], 6), *_empty_buffers(weight, targets.shape[0], keep)
 
 
@@ -150,19 +165,21 @@ def _linear_logprob_backward(
     backend: str,
     saved: Sequence[Tensor],
     needs: Sequence[bool],
+    softcap: float | None = None,
 ) -> list[Tensor]:
     *saved, buffer = saved
     branches = one_branch(grads, hidden, saved, temperature)
-    return _backward(backend, branches, weight, targets, bias, temperature, needs, [buffer])
+    scaling = Scaling(temperature, softcap)
+    return _backward(backend, branches, [Head(weight, bias)], targets, scaling, needs, [buffer])
 
 
 @_linear_logprob_backward.register_fake
-def _(grads, hidden, weight, targets, bias, temperature, backend, saved, needs):
+def _(grads, hidden, weight, targets, bias, temperature, backend, saved, needs, softcap=None):
     return _empty_gradients(needs, (hidden, weight, bias))
 
 
 def _linear_logprob_setup(ctx, inputs, output):
-    hidden, weight, targets, bias, ctx.temperature, ctx.backend, _ = inputs
+    hidden, weight, targets, bias, ctx.temperature, ctx.backend, _, ctx.softcap = inputs
     ctx.set_materialize_grads(False)  # None is how a result says that nobody asks for its gradient
     ctx.mark_non_differentiable(*output[3:])
     ctx.save_for_backward(hidden, weight, targets, bias, output[1], *output[4:])
@@ -170,12 +187,12 @@ def _linear_logprob_setup(ctx, inputs, output):
 
 def _linear_logprob_autograd(ctx, *grads):
     hidden, weight, targets, bias, *saved = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    needs = _needs(ctx, 0, 1, 3)
     gradients = torch.ops.vogue.linear_logprob_backward(
-        grads[:3], hidden, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
+        grads[:3], hidden, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs, ctx.softcap
     )
     grad_hidden, grad_weight, grad_bias = _spread(needs, gradients)
-    return grad_hidden, grad_weight, None, grad_bias, None, None, None
+    return grad_hidden, grad_weight, None, grad_bias, None, None, None, None
 
 
 _linear_logprob.register_autograd(_linear_logprob_autograd, setup_context=_linear_logprob_setup)
@@ -194,18 +211,23 @@ def _linear_branch_stats(
     temperature: float,
     backend: str,
     keep: Sequence[int],
+    softcap: float | None = None,
+    weight_q: Tensor | None = None,
+    bias_q: Tensor | None = None,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ]:  # fmt: skip
-    check_arguments({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
-    results = _forward(backend, [hidden_p, hidden_q], weight, targets, bias, temperature, keep)
+    heads, scaling = heads_of(weight, bias, weight_q, bias_q), Scaling(temperature, softcap)
+    check_arguments({"hidden_p": hidden_p, "hidden_q": hidden_q}, heads, targets, scaling)
+    results = _forward(backend, [hidden_p, hidden_q], heads, targets, scaling, keep)
     return results  # pyright: ignore[reportReturnType]
 
 
 @_linear_branch_stats.register_fake
-def _(hidden_p, hidden_q, weight, targets, bias, temperature, backend, keep):
-    check_arguments({"hidden_p": hidden_p, "hidden_q": hidden_q}, weight, targets, bias, temperature)
+def _(hidden_p, hidden_q, weight, targets, bias, temperature, backend, keep, softcap=None, weight_q=None, bias_q=None):
+    heads, hiddens = heads_of(weight, bias, weight_q, bias_q), {"hidden_p": hidden_p, "hidden_q": hidden_q}
+    check_arguments(hiddens, heads, targets, Scaling(temperature, softcap))
     return *_empty_rows(weight, targets.shape[0], 15), *_empty_buffers(weight, targets.shape[0], keep)
 
 
@@ -221,32 +243,40 @@ def _linear_branch_stats_backward(
     backend: str,
     saved: Sequence[Tensor],
     needs: Sequence[bool],
+    softcap: float | None = None,
+    weight_q: Tensor | None = None,
+    bias_q: Tensor | None = None,
 ) -> list[Tensor]:
     *saved, buffer_p, buffer_q = saved
     branches = two_branches(grads, hidden_p, hidden_q, saved, temperature)
-    return _backward(backend, branches, weight, targets, bias, temperature, needs, [buffer_p, buffer_q])
+    heads, scaling = heads_of(weight, bias, weight_q, bias_q), Scaling(temperature, softcap)
+    return _backward(backend, branches, heads, targets, scaling, needs, [buffer_p, buffer_q])
 
 
 @_linear_branch_stats_backward.register_fake
-def _(grads, hidden_p, hidden_q, weight, targets, bias, temperature, backend, saved, needs):
-    return _empty_gradients(needs, (hidden_p, hidden_q, weight, bias))
+def _(
+    grads, hidden_p, hidden_q, weight, targets, bias, temperature, backend, saved, needs,
+    softcap=None, weight_q=None, bias_q=None,
+):  # fmt: skip
+    return _empty_gradients(needs, (hidden_p, hidden_q, weight, bias, weight_q, bias_q))
 
 
 def _linear_branch_stats_setup(ctx, inputs, output):
-    hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, _ = inputs
+    hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, _, ctx.softcap, weight_q, bias_q = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[9:])
-    ctx.save_for_backward(hidden_p, hidden_q, weight, targets, bias, *output[2:6], *output[11:])
+    ctx.save_for_backward(hidden_p, hidden_q, weight, targets, bias, weight_q, bias_q, *output[2:6], *output[11:])
 
 
 def _linear_branch_stats_autograd(ctx, *grads):
-    hidden_p, hidden_q, weight, targets, bias, *saved = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+    hidden_p, hidden_q, weight, targets, bias, weight_q, bias_q, *saved = ctx.saved_tensors
+    needs = _needs(ctx, 0, 1, 2, 4, 9, 10)
     gradients = torch.ops.vogue.linear_branch_stats_backward(
-        grads[:9], hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs
-    )
-    grad_p, grad_q, grad_weight, grad_bias = _spread(needs, gradients)
-    return grad_p, grad_q, grad_weight, None, grad_bias, None, None, None
+        grads[:9], hidden_p, hidden_q, weight, targets, bias, ctx.temperature, ctx.backend, saved, needs,
+        ctx.softcap, weight_q, bias_q,
+    )  # fmt: skip
+    grad_p, grad_q, grad_weight, grad_bias, grad_weight_q, grad_bias_q = _spread(needs, gradients)
+    return grad_p, grad_q, grad_weight, None, grad_bias, None, None, None, None, grad_weight_q, grad_bias_q
 
 
 _linear_branch_stats.register_autograd(_linear_branch_stats_autograd, setup_context=_linear_branch_stats_setup)

@@ -9,23 +9,22 @@ import torch
 from vogue_kernels import IGNORE, BranchStats, LogprobStats
 
 
-def logits(hidden, weight, bias, temperature):
+def logits(hidden, weight, bias, temperature, softcap=None):
     products = torch.nn.functional.linear(hidden, weight, bias)
-    return (products if products.dtype == torch.float64 else products.float()) / temperature
+    products = products if products.dtype == torch.float64 else products.float()
+    return (products if softcap is None else softcap * torch.tanh(products / softcap)) / temperature
 
 
-def log_softmax(hidden, weight, bias, temperature):
-    return torch.log_softmax(logits(hidden, weight, bias, temperature), dim=-1)
-
-
-def linear_logprob(hidden, weight, targets, bias=None, temperature=1.0):
-    a = logits(hidden, weight, bias, temperature)
+def linear_logprob(hidden, weight, targets, bias=None, temperature=1.0, softcap=None):
+    a = logits(hidden, weight, bias, temperature, softcap)
     logp = torch.log_softmax(a, dim=-1)
     return LogprobStats(*_skip(targets, _pick(logp, targets), _entropy(logp), a.logsumexp(-1), _top(logp)))
 
 
-def linear_branch_stats(hidden_p, hidden_q, weight, targets, bias=None, temperature=1.0):
-    a, b = (logits(hidden, weight, bias, temperature) for hidden in (hidden_p, hidden_q))
+def linear_branch_stats(
+    hidden_p, hidden_q, weight, targets, bias=None, temperature=1.0, softcap=None, weight_q=None, bias_q=None
+):
+    a, b = both_logits(hidden_p, hidden_q, weight, bias, temperature, softcap, weight_q, bias_q)
     logp, logq = torch.log_softmax(a, dim=-1), torch.log_softmax(b, dim=-1)
     forward, reverse = (logp.exp() * (logp - logq)).sum(-1), (logq.exp() * (logq - logp)).sum(-1)
     results = (_pick(logp, targets), _pick(logq, targets), _entropy(logp), _entropy(logq), forward, reverse)
@@ -33,11 +32,18 @@ def linear_branch_stats(hidden_p, hidden_q, weight, targets, bias=None, temperat
     return BranchStats(*_skip(targets, *results, (forward + reverse) / 2, *others))
 
 
-def divergence_terms(hidden_p, hidden_q, weight, bias, temperature):
+def both_logits(hidden_p, hidden_q, weight, bias, temperature, softcap=None, weight_q=None, bias_q=None):
+    head_q = (weight, bias) if weight_q is None else (weight_q, bias_q)
+    return logits(hidden_p, weight, bias, temperature, softcap), logits(hidden_q, *head_q, temperature, softcap)
+
+
+def divergence_terms(hidden_p, hidden_q, weight, bias, temperature, softcap=None, weight_q=None, bias_q=None):
     """Σ p |log p − log q| in float64, (N,): the size of what cancels in KL(p‖q)."""
-    raw, noisy, weight = hidden_p.double(), hidden_q.double(), weight.double()
-    bias = None if bias is None else bias.double()
-    logp, logq = log_softmax(raw, weight, bias, temperature), log_softmax(noisy, weight, bias, temperature)
+    hidden_p, hidden_q, weight, bias, weight_q, bias_q = (
+        None if x is None else x.double() for x in (hidden_p, hidden_q, weight, bias, weight_q, bias_q)
+    )
+    both = both_logits(hidden_p, hidden_q, weight, bias, temperature, softcap, weight_q, bias_q)
+    logp, logq = (x.log_softmax(-1) for x in both)
     return (logp.exp() * (logp - logq).abs()).sum(-1)
 
 

@@ -74,7 +74,7 @@ def test_the_number_of_threads_changes_results_by_no_more_than_their_rounding(dt
 def test_the_vocabulary_is_shared_among_the_threads_of_torch(count, threads):
     threads(count)
     nothing = [torch.empty(4, 0)], [torch.empty(0, 4)]  # is kept
-    arguments = [torch.randn(4, 8)], torch.randn(2000, 8), torch.randint(2000, (4,)), None, 1.0, *nothing
+    arguments = [torch.randn(4, 8)], [torch.randn(2000, 8)], torch.randint(2000, (4,)), [None], 1.0, 0.0, *nothing
     partial, _ = torch.ops.vogue_cpu.forward(*arguments)
     assert partial.shape == (1, 3, count, 4)
 

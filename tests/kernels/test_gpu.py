@@ -155,16 +155,16 @@ def test_what_the_kernels_compile_to(architecture, instructions, tmp_path):
     done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     compiled = json.loads((tmp_path / "static.json").read_text())["compiled"]
-    # Eleven variants, thrice or once, and three kernels without a product.
-    assert len(compiled) == (36 if architecture == "sm_90" else 14)
+    # Eleven variants, thrice or once, six with a softcap or two heads, and three kernels without a product.
+    assert len(compiled) == (42 if architecture == "sm_90" else 20)
     for row in compiled:
         assert row["spills_among_products"] == 0, row
         # But for these forward kernels some bytes a tile may be spilled, outside of the loop over D.
         whole = row["dtype"] == "bf16" and "forward" in row["kernel"] and "kept" not in row["kernel"]
-        assert row["local_bytes"] <= (0 if whole else 512), row
+        assert row["local_bytes"] <= (0 if whole else 1024 if "softcap" in row["kernel"] else 512), row
         assert row["programs_per_sm"] >= 1, row
         assert row["dtype"] == "f32" or set(row["instructions"]) == instructions, row
         if "gradient" in row["kernel"] and architecture != "gfx942":
             assert row["wide_stores"] > 0 and row["narrow_stores"] == 0, row
-        if row["kernel"].startswith("forward both"):
+        if row["kernel"].startswith("forward both") and "softcap" not in row["kernel"]:  # a tanh has a sign
             assert row["negations"] == 0, row  # of a product: equal branches would diverge by its rounding error

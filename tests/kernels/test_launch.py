@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vogue_kernels.branches import one_branch, two_branches
+from vogue_kernels.branches import Head, Needs, Scaling, one_branch, two_branches
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
+SCALING = Scaling(temperature=0.7, softcap=None)
 QWEN_3B, QWEN_7B = (2048, 151936), (3584, 152064)  # D, V of Qwen2.5-VL
 KERNELS = ("forward_kernel", "logit_gradient_kernel", "merge_kernel", "kept_gradient_kernel")
 
@@ -95,20 +96,21 @@ def run_logprob(gpu, n, size, bias=None, entropy=False, keep=0, **changed):
     """(launches forward, backward, of the merge, of kept logits) of a branch's log-probability, or its entropy too."""
     inputs = {"hidden": tensor(n, size[0]), "weight": tensor(size[1], size[0])} | changed
     targets, row = tensor(n, dtype=torch.int64), tensor(n, dtype=torch.float32)
-    args, buffers = (inputs["weight"], targets, bias, 0.7), [tensor(keep, dtype=torch.uint8)]
+    args, buffers = ([Head(inputs["weight"], bias)], targets, SCALING), [tensor(keep, dtype=torch.uint8)]
     gpu.module.forward([inputs["hidden"]], *args, buffers)
     branches = one_branch([row, row if entropy else None, None], inputs["hidden"], [row] * 3, 0.7)
-    gpu.module.backward(branches, *args, [True], True, bias is not None, buffers)
+    gpu.module.backward(branches, *args, Needs([True], [True], [bias is not None]), buffers)
     return [recorder.launches for recorder in gpu.recorders.values()]
 
 
 def run_branches(gpu, n, size, bias=None):
     """(launches forward, backward, of the merge, of kept logits) of everything."""
     hiddens, weight = [tensor(n, size[0]) for _ in range(2)], tensor(size[1], size[0])
-    args, row = (weight, tensor(n, dtype=torch.int64), bias, 0.7), tensor(n, dtype=torch.float32)
+    args = [Head(weight, bias)], tensor(n, dtype=torch.int64), SCALING
+    row = tensor(n, dtype=torch.float32)
     gpu.module.forward(hiddens, *args, NOTHING * 2)
     branches = two_branches([row] * 9, *hiddens, [row] * 8, 0.7)
-    gpu.module.backward(branches, *args, [True, True], True, bias is not None, NOTHING * 2)
+    gpu.module.backward(branches, *args, Needs([True, True], [True], [bias is not None]), NOTHING * 2)
     return [recorder.launches for recorder in gpu.recorders.values()]
 
 
@@ -232,11 +234,12 @@ def test_many_tokens_come_in_batches_and_a_chunk_is_finished_before_the_next(gpu
 @pytest.mark.parametrize("needed", ["raw", "noisy"])
 def test_a_divergence_whose_gradient_one_branch_needs_writes_that_one(needed, gpu):
     n, (depth, vocab) = 5, QWEN_3B
-    args = (tensor(vocab, depth), tensor(n, dtype=torch.int64), None, 1.0)
+    args = [Head(tensor(vocab, depth), None)], tensor(n, dtype=torch.int64), Scaling(1.0, None)
     row, needs = tensor(n, dtype=torch.float32), [needed == "raw", needed == "noisy"]
     branches = two_branches([None] * 6 + [row, None, None], tensor(n, depth), tensor(n, depth), [row] * 8, 1.0)
-    gradients, *others = gpu.module.backward(branches, *args, needs, False, False, NOTHING * 2)
-    assert [gradient is not None for gradient in (*gradients, *others)] == [*needs, False, False]
+    gradients, *others = gpu.module.backward(branches, *args, Needs(needs, [False], [False]), NOTHING * 2)
+    assert [gradient is not None for gradient in gradients] == needs
+    assert others == [[None], [None]]
     for launch in gpu.recorders["logit_gradient_kernel"].launches:
         arguments = launch.arguments
         assert [arguments["BOTH"], arguments["WRITE_A"], arguments["WRITE_B"]] == [True, *needs]
@@ -274,9 +277,10 @@ def test_around_the_kernels_one_batch_is_neither_copied_nor_joined_nor_cleared(g
     row = tensor(n, dtype=torch.float32)
     branches = one_branch([row, None, None], hidden, [row] * 3, 0.7)
     with Operators() as forward:
-        gpu.module.forward([hidden], weight, targets, None, 0.7, NOTHING)
+        gpu.module.forward([hidden], [Head(weight, None)], targets, SCALING, NOTHING)
     with Operators() as backward:
-        gpu.module.backward(branches, weight, targets, None, 0.7, [False], True, False, NOTHING)
+        needs = Needs([False], [True], [False])
+        gpu.module.backward(branches, [Head(weight, None)], targets, SCALING, needs, NOTHING)
     chunks = -(-vocab // gpu.module.chunk_size(vocab, n))
     assert not forward.counts
     assert backward.counts.pop("mm") == chunks

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from vogue_kernels import IGNORE, BranchStats, LogprobStats, linear_branch_stats, linear_logprob, reference
+from vogue_kernels.branches import Head
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 GRADIENTS = ("grad weight", "grad bias")
@@ -100,13 +101,15 @@ def assert_as_exact_as_plain(actual, plain, truth, names, size=lambda name, true
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}, plain {plain_error:.2e}"
 
 
-def assert_branch_stats_as_exact_as_plain(case, backend, **options):
+def assert_branch_stats_as_exact_as_plain(case, backend, softcap=None, **options):
+    naive = partial(oracle.linear_branch_stats, softcap=softcap)
+    options |= {"softcap": softcap}
     raw, noisy, weight, targets, bias = case.inputs()
     args = ([raw, noisy], weight, targets, bias, case.temperature)
-    truth = evaluate(oracle.linear_branch_stats, *args, dtype=torch.float64)
-    plain = evaluate(oracle.linear_branch_stats, *args)
+    truth = evaluate(naive, *args, dtype=torch.float64)
+    plain = evaluate(naive, *args)
     actual = evaluate(lambda *a, **k: linear_branch_stats(*a, **k, backend=backend, **options), *args)
-    terms = oracle.divergence_terms(raw, noisy, weight, bias, case.temperature).max()
+    terms = oracle.divergence_terms(raw, noisy, weight, bias, case.temperature, softcap).max()
     values, gradients = zip(actual, plain, truth, strict=True)
     assert_as_exact_as_plain(*values, BranchStats._fields, lambda name, true: terms if "kl" in name else true)
     largest = {"grad weight": max(raw.abs().max(), noisy.abs().max()), "grad bias": 1}
@@ -287,7 +290,7 @@ def test_the_references_weight_gradient_is_the_sum_over_all_batches_of_tokens(ba
     vocab, rows = 17, 6 // batches
     monkeypatch.setattr("vogue_kernels.reference.TILE_ELEMENTS", rows * vocab)
     hidden = torch.randn(6, 3, dtype=torch.float64)
-    assert len(reference._blocks(hidden, torch.empty(vocab, 3))) == batches
+    assert len(reference._blocks(torch.empty(6), [Head(torch.empty(vocab, 3), None)])) == batches
     targets, given, gradients = torch.randint(vocab, (6,)), torch.randn(6), []
     weight = torch.randn(vocab, 3, dtype=torch.float64, requires_grad=True)
     for operator in (partial(linear_logprob, backend="torch"), oracle.linear_logprob):

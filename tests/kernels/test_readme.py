@@ -42,6 +42,15 @@ def test_in_another_trainer_our_errors_are_as_small_as_it_says_and_smaller_than_
     assert all(min(errors) > 1e-3 for errors in theirs)
 
 
+@pytest.mark.slow
+def test_the_example_of_distillation_prints_the_errors_of_float32():
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    printed = run(next(block for block in blocks if "weight_q=" in block)).splitlines()
+    assert [line.split()[0] for line in printed] == ["forward", "reverse"]
+    errors = [float(error) for line in printed for error in re.findall(r"\d+e-\d\d", line)]
+    assert len(errors) == 6 and max(errors) <= 1e-5
+
+
 def test_what_is_shown_of_the_example_with_trl_stands_in_it():
     shown = next(
         block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "VogueTrainer(" in block

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..branches import log2_scale, merge, numbers
+from ..branches import log2_scale, merge, numbers, of_branch
 from ..kept import kept_logits
 
 LIBRARY = Path(__file__).with_name("_C.so")
@@ -34,54 +34,65 @@ def description() -> str:
     return torch.ops.vogue_cpu.description()
 
 
-def forward(hiddens, weight, targets, bias, temperature, buffers):
+def forward(hiddens, heads, targets, scaling, buffers):
     """As branches.py says."""
-    scale = log2_scale(temperature)
-    kept = _kept(buffers, targets, weight)
+    scale = log2_scale(scaling)
+    kept = _kept(buffers, targets, heads)
     partial, target_logits = torch.ops.vogue_cpu.forward(
         hiddens,
-        weight,
+        [head.weight for head in heads],
         targets.contiguous(),
-        _float(bias),
+        [_float(head.bias) for head in heads],
         scale,
+        _inverse_softcap(scaling),
         [branch.logits for branch in kept],
         [branch.reference for branch in kept],
     )
     return merge(partial, target_logits.double(), scale)
 
 
-def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias, buffers):
+def backward(branches, heads, targets, scaling, needs, buffers):
     """As branches.py says."""
-    needs = zip(needs_hidden, branches, strict=True)
-    written = [branch.used and (need or needs_weight or needs_bias) for need, branch in needs]
+    written = needs.of_logits(branches)
     crosses = any(branch.crosses for branch, on in zip(branches, written, strict=True) if on)
     sides = [i for i, on in enumerate(written) if on or crosses]
-    kept = _kept(buffers, targets, weight)
+    kept = _kept(buffers, targets, heads)
     gradients = torch.ops.vogue_cpu.backward(
         [branches[i].hidden for i in sides],
         [numbers(branches[i]) for i in sides],
-        weight,
+        [of_branch(range(len(heads)), i) for i in sides],
+        [head.weight for head in heads],
         targets.contiguous(),
-        _float(bias),
-        log2_scale(temperature),
+        [_float(head.bias) for head in heads],
+        log2_scale(scaling),
+        _inverse_softcap(scaling),
         [kept[i].logits for i in sides],
         [kept[i].reference for i in sides],
         [written[i] for i in sides],
-        [written[i] and needs_hidden[i] for i in sides],
-        needs_weight,
-        needs_bias,
+        [written[i] and needs.hidden[i] for i in sides],
+        needs.weight,
+        needs.bias,
     )
     given = iter(gradients)
-    grad_hidden = [
+    grads_hidden = [
         None if not need else next(given) if on else torch.zeros_like(branch.hidden)
-        for need, on, branch in zip(needs_hidden, written, branches, strict=True)
+        for need, on, branch in zip(needs.hidden, written, branches, strict=True)
     ]
-    return grad_hidden, next(given) if needs_weight else None, next(given).to(bias.dtype) if needs_bias else None
+    grads_weight, grads_bias = [], []
+    for head, needs_weight, needs_bias in zip(heads, needs.weight, needs.bias, strict=True):
+        grads_weight.append(next(given) if needs_weight else None)
+        grads_bias.append(next(given).to(head.bias.dtype) if needs_bias else None)
+    return grads_hidden, grads_weight, grads_bias
 
 
-def _kept(buffers, targets, weight):
-    width = torch.ops.vogue_cpu.tile_columns(weight)
-    return [kept_logits(buffer, len(targets), weight, width) for buffer in buffers]
+def _kept(buffers, targets, heads):
+    weights = [head.weight for head in heads]
+    width = torch.ops.vogue_cpu.tile_columns(weights)
+    return [kept_logits(buffer, len(targets), weights[0], width) for buffer in buffers]
+
+
+def _inverse_softcap(scaling):
+    return 0.0 if scaling.softcap is None else 1 / scaling.softcap
 
 
 def _float(bias):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..branches import log2_scale, numbers
+from ..branches import Head, Scaling, log2_scale, numbers, of_branch
 from ..kept import NARROWEST, KeptLogits, kept_logits
 from .kernels import forward_kernel, kept_gradient_kernel, logit_gradient_kernel
 from .merge import merge_kernel
@@ -98,51 +98,44 @@ def pick_tile(kernel: str, dtype: torch.dtype, architecture: str, tokens: int) -
 # ---------------------------------------------------------------------------------------------------- forward
 
 
-def forward(hiddens, weight, targets, bias, temperature, buffers):
+def forward(hiddens, heads, targets, scaling, buffers):
     """As branches.py says."""
-    hiddens, weight, targets = [h.contiguous() for h in hiddens], weight.contiguous(), targets.contiguous()
+    hiddens, heads, targets = [h.contiguous() for h in hiddens], _contiguous(heads), targets.contiguous()
     results = tuple(targets.new_empty(len(targets), dtype=torch.float32) for _ in range(6 if len(hiddens) == 1 else 15))
-    kept = _kept(buffers, targets, weight)
+    kept = _kept(buffers, targets, heads)
     for rows in _batches(targets):
-        sums = _running_sums(
-            [h[rows] for h in hiddens],
-            weight,
-            targets[rows],
-            bias,
-            temperature,
-            [logits.select(rows) for logits in kept],
-        )
-        _merge(*sums, [result[rows] for result in results], temperature)
+        kept_rows = [logits.select(rows) for logits in kept]
+        sums = _running_sums([h[rows] for h in hiddens], heads, targets[rows], scaling, kept_rows)
+        _merge(*sums, [result[rows] for result in results], scaling)
     return results
 
 
-def _running_sums(hiddens, weight, targets, bias, temperature, kept) -> tuple[Tensor, Tensor]:
+def _running_sums(hiddens, heads, targets, scaling, kept) -> tuple[Tensor, Tensor]:
     """The running sums of shares of the vocabulary and the targets' logits, as the forward kernel says.
 
     kept: of each branch, to be filled.
     """
-    n, (vocab, width), both = len(targets), weight.shape, len(hiddens) == 2
-    tile = _tile("forward both" if both else "forward" if bias is None else "forward with bias", hiddens, weight)
-    blocks, tiles = -(-n // tile.tokens), -(-vocab // tile.vocab)
+    n, (weight, bias), both = len(targets), heads[0], len(hiddens) == 2
+    tile = _tile("forward both" if both else "forward" if bias is None else "forward with bias", hiddens, heads)
+    blocks, tiles = -(-n // tile.tokens), -(-len(weight) // tile.vocab)
     share = share_size(blocks, tiles, _processors(weight))
     splits = -(-tiles // share)
     partial = targets.new_empty((len(hiddens), 4 if both else 3, splits, n), dtype=torch.float32)
     target_logits = targets.new_empty((len(hiddens), n), dtype=torch.float32)
     with torch.cuda.device_of(weight):
         forward_kernel[(blocks * splits,)](
-            *_matrices(tile, hiddens[0], hiddens[-1], weight),
-            weight if bias is None else bias, targets, partial, target_logits,
+            *_matrices(tile, hiddens, heads), *_biases(heads), targets, partial, target_logits,
             *(logits.logits if logits.columns else weight for logits in (kept[0], kept[-1])),
             *(logits.reference if logits.columns else partial for logits in (kept[0], kept[-1])),
-            n, vocab, width, log2_scale(temperature), splits, share,
+            n, *_sizes(heads), *_scales(scaling), splits, share,
             kept[0].columns, kept[-1].columns, max(logits.reference.stride(0) for logits in kept),
             BOTH=both, BIAS=bias is not None, KEEP_P=kept[0].columns > 0, KEEP_Q=both and kept[1].columns > 0,
-            KEPT=NARROWEST, **launch_options(tile, width),
+            KEPT=NARROWEST, **launch_options(tile, *(head.weight.shape[1] for head in heads)),
         )  # fmt: skip
     return partial, target_logits
 
 
-def _merge(partial: Tensor, target_logits: Tensor, results: list[Tensor], temperature: float) -> None:
+def _merge(partial: Tensor, target_logits: Tensor, results: list[Tensor], scaling: Scaling) -> None:
     """Fill the results of `forward` for a batch of tokens."""
     n, splits, both = partial.shape[3], partial.shape[2], len(results) == 15
     if not both:
@@ -151,7 +144,7 @@ def _merge(partial: Tensor, target_logits: Tensor, results: list[Tensor], temper
         results = [*values, maximum, logsum, maximum, logsum]
     with torch.cuda.device_of(partial):
         merge_kernel[(-(-n // MERGE_OPTIONS["TOKENS"]),)](
-            partial, target_logits, *results, n, splits, log2_scale(temperature),
+            partial, target_logits, *results, n, splits, log2_scale(scaling),
             BOTH=both, **MERGE_OPTIONS,
         )  # fmt: skip
 
@@ -172,24 +165,31 @@ class _Side(NamedTuple):
     """A branch whose logits are needed, for a batch of tokens."""
 
     hidden: Tensor
+    head: int
     numbers: Tensor  # the kernel's
     kept: KeptLogits
     written: bool  # its logits have a gradient
     grad_hidden: Tensor | None  # float32, to be added to
 
 
-def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_weight, needs_bias, buffers):
+def backward(branches, heads, targets, scaling, needs, buffers):
     """As branches.py says."""
-    weight = weight.contiguous()
-    grad_hidden = [
+    heads, written = _contiguous(heads), needs.of_logits(branches)
+    reached = {of_branch(range(len(heads)), i) for i, on in enumerate(written) if on}
+    grads_hidden = [
         branch.hidden.new_zeros(branch.hidden.shape, dtype=torch.float32) if need else None
-        for branch, need in zip(branches, needs_hidden, strict=True)
+        for branch, need in zip(branches, needs.hidden, strict=True)
     ]
-    grad_weight = torch.empty_like(weight) if needs_weight else None
-    grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
-    written = [
-        branch.used and (need or needs_weight or needs_bias)
-        for branch, need in zip(branches, needs_hidden, strict=True)
+    grads = [
+        Head(
+            None
+            if not needs.weight[i]
+            else torch.empty_like(head.weight)
+            if i in reached
+            else torch.zeros_like(head.weight),
+            torch.zeros_like(head.bias, dtype=torch.float32) if needs.bias[i] else None,
+        )
+        for i, head in enumerate(heads)
     ]
     used = [branch for branch, on in zip(branches, written, strict=True) if on]
     terms = {
@@ -197,53 +197,79 @@ def backward(branches, weight, targets, bias, temperature, needs_hidden, needs_w
         "ENTROPY": any(branch.g_entropy is not None for branch in used),
         "CROSS": any(branch.crosses for branch in used),
     }
-    kept = _kept(buffers, targets, weight)
+    kept = _kept(buffers, targets, heads)
     batches = []
     for rows in _batches(targets):
         sides = [
             _Side(
                 branch.hidden[rows].contiguous(),
+                of_branch(range(len(heads)), i),
                 numbers(branch.select(rows)),
-                logits.select(rows),
-                on,
-                None if grad is None else grad[rows],
+                kept[i].select(rows),
+                written[i],
+                None if grads_hidden[i] is None else grads_hidden[i][rows],
             )
-            for on, branch, logits, grad in zip(written, branches, kept, grad_hidden, strict=True)
-            if on or terms["CROSS"]
+            for i, branch in enumerate(branches)
+            if written[i] or terms["CROSS"]
         ]
         batches.append((targets[rows].contiguous(), sides))
-    _add_gradients(batches, weight, bias, temperature, terms, grad_weight, grad_bias)
-    grad_hidden = [None if grad is None else grad.to(weight.dtype) for grad in grad_hidden]
-    return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(bias.dtype)
+    _add_gradients(batches, heads, scaling, terms, grads)
+    grads_hidden = [None if grad is None else grad.to(heads[0].weight.dtype) for grad in grads_hidden]
+    grads_bias = [
+        None if grad.bias is None else grad.bias.to(head.bias.dtype) for grad, head in zip(grads, heads, strict=True)
+    ]
+    return grads_hidden, [grad.weight for grad in grads], grads_bias
 
 
-def _add_gradients(batches, weight, bias, temperature, terms, grad_weight, grad_bias):
+def _add_gradients(batches, heads, scaling, terms, grads):
     """Add to all gradients, in a loop over chunks of the vocabulary and, within it, over batches of tokens.
 
-    In this order a chunk of the weight's gradient is written once.
+    In this order a chunk of a weight's gradient is written once.
     """
-    stacked = [_stack([side.hidden for side in sides if side.written]) for _, sides in batches]
-    columns = chunk_size(len(weight), max(len(targets) for targets, _ in batches))
-    buffer = weight.new_empty(max(len(hiddens) for hiddens in stacked), columns)
-    for first in range(0, len(weight), columns):
-        chunk = slice(first, first + columns)
-        w, chunk_weight = weight[chunk], None
-        for (targets, sides), hiddens in zip(batches, stacked, strict=True):
-            grad_logits = buffer[: len(hiddens), : len(w)]
+    stacks, vocab = [_stacks(sides, len(heads)) for _, sides in batches], len(heads[0].weight)
+    columns = chunk_size(vocab, max(len(targets) for targets, _ in batches))
+    buffer = heads[0].weight.new_empty(max(stack[-1].rows.stop for stack in stacks), columns)
+    for first in range(0, vocab, columns):
+        chunk = slice(first, min(first + columns, vocab))
+        sums = [None] * len(heads)
+        for (targets, sides), stack in zip(batches, stacks, strict=True):
+            grad_logits = buffer[: stack[-1].rows.stop, : chunk.stop - first]
             parts = iter(grad_logits.split(len(targets)))
             outputs = [next(parts) if side.written else None for side in sides]
-            _write_logit_gradients(outputs, sides, weight, bias, targets, temperature, first, terms)
+            _write_logit_gradients(outputs, sides, heads, targets, scaling, first, terms)
             for side, output in zip(sides, outputs, strict=True):
                 if output is not None and side.grad_hidden is not None:
-                    _add_product(side.grad_hidden, output, w)
-            if grad_weight is not None and len(batches) == 1:  # nothing to add to: it is rounded once, where it belongs
-                torch.mm(grad_logits.t(), hiddens, out=grad_weight[chunk])
-            elif grad_weight is not None:
-                chunk_weight = _add_product(chunk_weight, grad_logits.t(), hiddens)
-            if grad_bias is not None:
-                grad_bias[chunk] += grad_logits.sum(0, dtype=torch.float32)
-        if chunk_weight is not None:
-            grad_weight[chunk] = chunk_weight
+                    _add_product(side.grad_hidden, output, heads[side.head].weight[chunk])
+            for head, rows, hiddens in stack:
+                grad, grad_weight = grad_logits[rows], grads[head].weight
+                if grad_weight is not None and len(batches) == 1:  # nothing to add to: rounded once, where it belongs
+                    torch.mm(grad.t(), hiddens, out=grad_weight[chunk])
+                elif grad_weight is not None:
+                    sums[head] = _add_product(sums[head], grad.t(), hiddens)
+                if grads[head].bias is not None:
+                    grads[head].bias[chunk] += grad.sum(0, dtype=torch.float32)
+        for grad, total in zip(grads, sums, strict=True):
+            if total is not None:
+                grad.weight[chunk] = total
+
+
+class _Stack(NamedTuple):
+    """What of a batch's gradient of the logits belongs to one head."""
+
+    head: int
+    rows: slice  # of the gradient
+    hiddens: Tensor  # the hidden states of these rows
+
+
+def _stacks(sides: list[_Side], heads: int) -> list[_Stack]:
+    """Of the heads that have a written side; in the order of the sides, so that their rows are those of the buffer."""
+    stacks, end = [], 0
+    for head in range(heads):
+        hiddens = [side.hidden for side in sides if side.written and side.head == head]
+        if hiddens:
+            start, end = end, end + sum(len(hidden) for hidden in hiddens)
+            stacks.append(_Stack(head, slice(start, end), hiddens[0] if len(hiddens) == 1 else torch.cat(hiddens)))
+    return stacks
 
 
 def chunk_size(vocab: int, tokens: int) -> int:
@@ -253,53 +279,55 @@ def chunk_size(vocab: int, tokens: int) -> int:
     return -(-vocab // chunks // 256) * 256
 
 
-def _stack(hiddens: list[Tensor]) -> Tensor:
-    return hiddens[0] if len(hiddens) == 1 else torch.cat(hiddens)
-
-
-def _write_logit_gradients(outputs, sides, weight, bias, targets, temperature, first, terms):
+def _write_logit_gradients(outputs, sides, heads, targets, scaling, first, terms):
     """Fill each output that isn't None, (n, columns), with the gradient of a side's logits from column `first` on."""
     width = next(output for output in outputs if output is not None).shape[1]
-    plain = bias is None and not terms["ENTROPY"]
+    heads = _heads_of(sides, heads)
+    plain = not terms["ENTROPY"] and all(head.bias is None for head in heads)
     kernel = "gradient both" if len(sides) == 2 else "gradient of logprob" if plain else "gradient"
-    tile = _tile(kernel, [side.hidden for side in sides], weight)
+    tile = _tile(kernel, [side.hidden for side in sides], heads)
     # Words whose logits all sides have kept; without a divergence, for whose gradient none are, all sides are written.
     known = min(max(min(side.kept.columns for side in sides) - first, 0), width)
     if known < width:  # logits that are computed again are so in tiles as in the forward pass, to round alike
         known -= known % tile.vocab
     if known:
         for output, side in zip(outputs, sides, strict=True):
-            _write_gradients_of_kept(output[:, :known], side, targets, temperature, first, terms)
+            _write_gradients_of_kept(output[:, :known], side, targets, scaling, first, terms)
     if known < width:
         rest = [output if output is None else output[:, known:] for output in outputs]
-        _write_gradients_of_new(rest, sides, weight, bias, targets, temperature, first + known, terms, tile)
+        _write_gradients_of_new(rest, sides, heads, targets, scaling, first + known, terms, tile)
 
 
-def _write_gradients_of_kept(output, side: _Side, targets, temperature, first, terms):
+def _heads_of(sides: list[_Side], heads: list[Head]) -> list[Head]:
+    """The heads that these sides have, in their order: one or two."""
+    return [heads[i] for i in dict.fromkeys(side.head for side in sides)]
+
+
+def _write_gradients_of_kept(output, side: _Side, targets, scaling, first, terms):
     n, columns = output.shape
     grid = (-(-n // KEPT_OPTIONS["TOKENS"]), -(-columns // NARROWEST))
     with torch.cuda.device_of(output):
         kept_gradient_kernel[grid](
             side.kept.logits, side.kept.reference, targets, side.numbers, output,
-            n, log2_scale(temperature), first, columns, output.stride(0), side.kept.columns,
+            n, log2_scale(scaling), first, columns, output.stride(0), side.kept.columns,
             side.kept.reference.stride(0),
-            LOGPROB=terms["LOGPROB"], ENTROPY=terms["ENTROPY"], **KEPT_OPTIONS,
+            LOGPROB=terms["LOGPROB"], ENTROPY=terms["ENTROPY"], CAPPED=scaling.softcap is not None, **KEPT_OPTIONS,
         )  # fmt: skip
 
 
-def _write_gradients_of_new(outputs, sides, weight, bias, targets, temperature, first, terms, tile):
-    n, (vocab, width), both = len(targets), weight.shape, len(sides) == 2
+def _write_gradients_of_new(outputs, sides, heads, targets, scaling, first, terms, tile):
+    n, both = len(targets), len(sides) == 2
     some = next(output for output in outputs if output is not None)
     grid = (-(-n // tile.tokens) * -(-some.shape[1] // tile.vocab),)
-    with torch.cuda.device_of(weight):
+    with torch.cuda.device_of(some):
         logit_gradient_kernel[grid](
-            *_matrices(tile, sides[0].hidden, sides[-1].hidden, weight),
-            weight if bias is None else bias, targets,
+            *_matrices(tile, [side.hidden for side in sides], heads), *_biases(heads), targets,
             sides[0].numbers, sides[-1].numbers,
             some if outputs[0] is None else outputs[0], some if outputs[-1] is None else outputs[-1],
-            n, vocab, width, log2_scale(temperature), first, some.shape[1], some.stride(0),
+            n, *_sizes(heads), *_scales(scaling), first, some.shape[1], some.stride(0),
             BOTH=both, WRITE_A=outputs[0] is not None, WRITE_B=both and outputs[1] is not None,
-            BIAS=bias is not None, **terms, **launch_options(tile, width),
+            BIAS=heads[0].bias is not None, **terms,
+            **launch_options(tile, *(head.weight.shape[1] for head in heads)),
         )  # fmt: skip
 
 
@@ -321,16 +349,21 @@ def _batches(targets: Tensor) -> list[slice]:
     return [slice(start, start + MOST_TOKENS) for start in range(0, len(targets), MOST_TOKENS)]
 
 
-def _kept(buffers: list[Tensor], targets: Tensor, weight: Tensor) -> list[KeptLogits]:
-    return [kept_logits(buffer, len(targets), weight, NARROWEST) for buffer in buffers]
+def _contiguous(heads: list[Head]) -> list[Head]:
+    return [Head(weight.contiguous(), None if bias is None else bias.contiguous()) for weight, bias in heads]
 
 
-def _tile(kernel: str, hiddens: list[Tensor], weight: Tensor) -> Tile:
-    if weight.is_cuda:
-        tile = pick_tile(kernel, weight.dtype, _architecture(weight), len(hiddens[0]))
+def _kept(buffers: list[Tensor], targets: Tensor, heads: list[Head]) -> list[KeptLogits]:
+    return [kept_logits(buffer, len(targets), heads[0].weight, NARROWEST) for buffer in buffers]
+
+
+def _tile(kernel: str, hiddens: list[Tensor], heads: list[Head]) -> Tile:
+    weights = [head.weight for head in heads]
+    if weights[0].is_cuda:
+        tile = pick_tile(kernel, weights[0].dtype, _architecture(weights[0]), len(hiddens[0]))
     else:
         tile = INTERPRETER_TILE
-    aligned = all(x.data_ptr() % 16 == 0 for x in (*hiddens, weight)) and weight[0].nbytes % 16 == 0
+    aligned = all(x.data_ptr() % 16 == 0 for x in (*hiddens, *weights)) and all(w[0].nbytes % 16 == 0 for w in weights)
     return DEFAULT_TILE if tile.tma and not aligned else tile
 
 
@@ -340,12 +373,26 @@ def _architecture(weight: Tensor) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(weight.device))
 
 
-def _matrices(tile: Tile, hidden_a: Tensor, hidden_b: Tensor, weight: Tensor) -> tuple:
-    """What the kernels take for these matrices: the tensors, or descriptors for TMA."""
-    if not tile.tma:
-        return hidden_a, hidden_b, weight
-    a, b = (_described(hidden, tile.tokens, tile.depth) for hidden in (hidden_a, hidden_b))
-    return a, b, _described(weight, tile.vocab, tile.depth)
+def _matrices(tile: Tile, hiddens: list[Tensor], heads: list[Head]) -> tuple:
+    """What the kernels take for both hidden states and both weights: the tensors, or descriptors for TMA."""
+    matrices = [(hidden, tile.tokens) for hidden in (hiddens[0], hiddens[-1])]
+    matrices += [(head.weight, tile.vocab) for head in heads]
+    given = [_described(matrix, rows, tile.depth) if tile.tma else matrix for matrix, rows in matrices]
+    return *given, *[None] * (4 - len(given))
+
+
+def _biases(heads: list[Head]) -> tuple:
+    """Of both heads; in the place of a first one that there isn't stands a tensor, which isn't read."""
+    return heads[0].weight if heads[0].bias is None else heads[0].bias, heads[1].bias if len(heads) == 2 else None
+
+
+def _sizes(heads: list[Head]) -> tuple:
+    """V, D and, of a second head, D_q."""
+    return *heads[0].weight.shape, heads[1].weight.shape[1] if len(heads) == 2 else None
+
+
+def _scales(scaling: Scaling) -> tuple:
+    return log2_scale(scaling), None if scaling.softcap is None else 1 / scaling.softcap
 
 
 def _described(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -353,14 +400,14 @@ def _described(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [rows, columns])
 
 
-def launch_options(tile: Tile, width: int) -> dict:
-    """The kernels' constants and the compiler's options that a tile fixes."""
+def launch_options(tile: Tile, *widths: int) -> dict:
+    """The kernels' constants and the compiler's options that a tile fixes, for the widths of the heads."""
     return {
         "TOKENS": tile.tokens,
         "VOCAB": tile.vocab,
         "DEPTH": tile.depth,
         "GROUP": GROUP,
-        "WHOLE_DEPTH": width % tile.depth == 0,
+        "WHOLE_DEPTH": all(width % tile.depth == 0 for width in widths),
         "TMA": tile.tma,
         "num_warps": tile.warps,
         "num_stages": tile.stages,

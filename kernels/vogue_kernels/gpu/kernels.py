@@ -1,10 +1,10 @@
 """The Triton kernels. In the two large ones a program takes one block of tokens, and reads a tile of the weight
 once for both branches.
 
-With l = h Wᵀ + bias, and a = l − m of branch p and b of branch q, the logits below their maximum, the forward kernel
-keeps, per token and branch, over its share of the vocabulary
+With l = h Wᵀ + bias, or tanh((h Wᵀ + bias) / softcap), and a = l − m of branch p and b of branch q, the logits below
+their maximum, the forward kernel keeps, per token and branch, over its share of the vocabulary
 
-    m = max l      s = Σ 2^(c a)      t = Σ 2^(c a) a      x = Σ 2^(c a) (a − b)        c = log2(e) / τ
+    m = max l      s = Σ 2^(c a)      t = Σ 2^(c a) a      x = Σ 2^(c a) (a − b)        c = log2(e) softcap / τ
 
 and leaves the rest to the merge kernel (merge.py), which adds the shares up in float64. A share is short (MOST_TILES in
 __init__.py), because in float32 a sum over a thousand tiles would be the largest error of all. Everything is relative
@@ -15,8 +15,11 @@ The backward kernel computes one tile of logits again and writes the gradient of
 
     ∂l_v = p_v (c₀ + c₁ log2 p_v + c₂ (log2 p_v − log2 q_v)) − c₃ q_v + c₄ 1[v=y]
 
-with the per-token numbers c of __init__.py. The matrix products with it are left to cuBLAS. Of logits that the forward
-kernel kept (kept.py), a kernel without a product writes it.
+with the per-token numbers c of __init__.py; times the slope 1 − l_v² where the logits are capped. The matrix products
+with it are left to cuBLAS. Of logits that the forward kernel kept (kept.py), a kernel without a product writes it.
+
+A branch may have a head of its own, of another width: then a program multiplies one after the other. What there isn't,
+a softcap or such a head, is None and compiled out.
 
 Where the tile says TMA, hidden states and weight come as tensor descriptors, whose loads give 0 outside the matrix.
 Otherwise rows past the last token and columns past the vocabulary read the last one again, so that no load of whole
@@ -30,6 +33,7 @@ import triton.language as tl
 # Stands for −∞: differences and multiples of it stay finite, and 0 · finite is 0 where 0 · ∞ is NaN.
 LOWEST = tl.constexpr(-1e30)
 NO = tl.constexpr(False)
+YES = tl.constexpr(True)
 
 
 @triton.jit(do_not_specialize=["N", "splits", "tiles", "reference_stride"])
@@ -37,7 +41,9 @@ def forward_kernel(
     hidden_p,  # (N, D); with TMA descriptors of blocks (TOKENS, DEPTH)
     hidden_q,  # (N, D); unused unless BOTH
     weight,  # (V, D); with TMA a descriptor of blocks (VOCAB, DEPTH)
+    weight_q,  # (V, D_q), of branch q, as hidden_q then is (N, D_q); None: it has `weight`
     bias,  # (V,); unused unless BIAS
+    bias_q,  # (V,), of a weight_q; or None
     targets,  # (N,) int64
     partial,  # (branches, fields, splits, N) float32, the fields m, s, t and, if BOTH, x
     target_logits,  # (branches, N) float32: l of the target
@@ -48,7 +54,9 @@ def forward_kernel(
     N,
     V,
     D,
-    log2_scale,  # log2(e) / τ
+    D_q,  # None without a weight_q
+    log2_scale,  # log2(e) / τ, times a softcap
+    inverse_softcap,  # None without one
     splits,  # shares of the vocabulary
     tiles,  # of the vocabulary in a share
     columns_p,
@@ -76,14 +84,14 @@ def forward_kernel(
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(V, VOCAB))):
         columns = tile * VOCAB + tl.arange(0, VOCAB)
         a, b = _products(
-            hidden_p, hidden_q, weight, block * TOKENS, tile * VOCAB, N, V, D,
+            hidden_p, hidden_q, weight, weight_q, block * TOKENS, tile * VOCAB, N, V, D, D_q,
             BOTH, TOKENS, VOCAB, DEPTH, WHOLE_DEPTH, TMA,
         )  # fmt: skip
         target = tl.load(targets + rows, inside, -1).to(tl.int32)
         here = (target >= tile * VOCAB) & (target < (tile + 1) * VOCAB)
-        a = _with_bias(a, bias, columns, V, BIAS)
+        a, _ = _finish(a, bias, columns, V, inverse_softcap, BIAS)
         if BOTH:
-            b = _with_bias(b, bias, columns, V, BIAS)
+            b, _ = _finish_q(b, bias, weight_q, bias_q, columns, V, inverse_softcap, BIAS)
         if tl.max(here.to(tl.int32), 0) != 0:
             _store_target(target_logits + rows, a, target, columns, here)
             if BOTH:
@@ -128,7 +136,9 @@ def logit_gradient_kernel(
     hidden_a,  # (N, D); it, hidden_b and weight with TMA as above
     hidden_b,  # (N, D); unused unless BOTH
     weight,  # (V, D)
+    weight_q,  # of branch b, and None unless BOTH; as above
     bias,  # (V,); unused unless BIAS
+    bias_q,
     targets,  # (N,) int64
     numbers_a,  # (7, N) float32: m, log2 s, c₀, c₁, c₂, c₃, c₄ of branch a
     numbers_b,  # the same of branch b; unused unless BOTH
@@ -137,7 +147,9 @@ def logit_gradient_kernel(
     N,
     V,
     D,
+    D_q,
     log2_scale,
+    inverse_softcap,
     first,
     width,
     stride,
@@ -161,21 +173,27 @@ def logit_gradient_kernel(
     local = tile * VOCAB + tl.arange(0, VOCAB)
     columns = first + local
     a, b = _products(
-        hidden_a, hidden_b, weight, block * TOKENS, first + tile * VOCAB, N, V, D,
+        hidden_a, hidden_b, weight, weight_q, block * TOKENS, first + tile * VOCAB, N, V, D, D_q,
         BOTH, TOKENS, VOCAB, DEPTH, WHOLE_DEPTH, TMA,
     )  # fmt: skip
-    a = _log2_softmax(a, bias, columns, V, log2_scale, numbers_a + safe, N, BIAS)
+    a, slope_a = _finish(a, bias, columns, V, inverse_softcap, BIAS)
+    a = _log2_softmax(a, log2_scale, numbers_a + safe, N)
     if BOTH:
-        b = _log2_softmax(b, bias, columns, V, log2_scale, numbers_b + safe, N, BIAS)
+        b, slope_b = _finish_q(b, bias, weight_q, bias_q, columns, V, inverse_softcap, BIAS)
+        b = _log2_softmax(b, log2_scale, numbers_b + safe, N)
 
     hit = tl.load(targets + safe).to(tl.int32)[:, None] == columns[None, :]
     inside = (rows < N)[:, None] & (local < width)[None, :]
     out = rows.to(tl.int64)[:, None] * stride + local[None, :]
     if WRITE_A:
         gradient = _logit_gradient(a, b, hit, numbers_a + safe, N, LOGPROB, ENTROPY, CROSS)
+        if inverse_softcap is not None:
+            gradient *= slope_a
         tl.store(gradient_a + out, gradient.to(gradient_a.dtype.element_ty), inside)
     if WRITE_B:
         gradient = _logit_gradient(b, a, hit, numbers_b + safe, N, LOGPROB, ENTROPY, CROSS)
+        if inverse_softcap is not None:
+            gradient *= slope_b
         tl.store(gradient_b + out, gradient.to(gradient_b.dtype.element_ty), inside)
 
 
@@ -195,6 +213,7 @@ def kept_gradient_kernel(
     reference_stride,
     LOGPROB: tl.constexpr,
     ENTROPY: tl.constexpr,
+    CAPPED: tl.constexpr,
     TOKENS: tl.constexpr,
     KEPT: tl.constexpr,
 ):
@@ -205,9 +224,11 @@ def kept_gradient_kernel(
     inside = (rows < N)[:, None] & (local < width)[None, :]
     logits = tl.load(kept + rows.to(tl.int64)[:, None] * columns + (first + local)[None, :], inside, 0.0).to(tl.float32)
     logits += tl.load(reference + (first // KEPT + tile).to(tl.int64) * reference_stride + safe)[:, None]
-    logp = _log2_softmax(logits, reference, local, 0, log2_scale, numbers + safe, N, NO)
+    logp = _log2_softmax(logits, log2_scale, numbers + safe, N)
     hit = tl.load(targets + safe).to(tl.int32)[:, None] == (first + local)[None, :]
     found = _logit_gradient(logp, logp, hit, numbers + safe, N, LOGPROB, ENTROPY, NO)
+    if CAPPED:
+        found *= (1.0 - logits) * (1.0 + logits)
     out = gradient + rows.to(tl.int64)[:, None] * stride + local[None, :]
     tl.store(out, found.to(gradient.dtype.element_ty), inside)
 
@@ -225,7 +246,7 @@ def _program(blocks, columns, GROUP: tl.constexpr):
 
 @triton.jit
 def _products(
-    hidden_a, hidden_b, weight, row, column, N, V, D, BOTH: tl.constexpr,
+    hidden_a, hidden_b, weight, weight_q, row, column, N, V, D, D_q, BOTH: tl.constexpr,
     TOKENS: tl.constexpr, VOCAB: tl.constexpr, DEPTH: tl.constexpr, WHOLE_DEPTH: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """h Wᵀ of both branches, (TOKENS, VOCAB) float32; twice the first without BOTH."""
@@ -235,8 +256,13 @@ def _products(
         w = _load_tile(weight, column, start, V, D, VOCAB, DEPTH, WHOLE_DEPTH, TMA)
         h_a = _load_tile(hidden_a, row, start, N, D, TOKENS, DEPTH, WHOLE_DEPTH, TMA)
         a = _add_product(a, h_a, w)
-        if BOTH:
+        if BOTH and weight_q is None:
             h_b = _load_tile(hidden_b, row, start, N, D, TOKENS, DEPTH, WHOLE_DEPTH, TMA)
+            b = _add_product(b, h_b, w)
+    if weight_q is not None:
+        for start in range(0, D_q, DEPTH):
+            w = _load_tile(weight_q, column, start, V, D_q, VOCAB, DEPTH, WHOLE_DEPTH, TMA)
+            h_b = _load_tile(hidden_b, row, start, N, D_q, TOKENS, DEPTH, WHOLE_DEPTH, TMA)
             b = _add_product(b, h_b, w)
     return a, b if BOTH else a
 
@@ -269,10 +295,44 @@ def _load_tile(
 
 
 @triton.jit
-def _with_bias(products, bias, columns, V, BIAS: tl.constexpr):
+def _finish(products, bias, columns, V, inverse_softcap, BIAS: tl.constexpr):
+    """(l, its slope), from h Wᵀ. Without a softcap the slope is no number of anything."""
     if BIAS:
         products += tl.load(bias + tl.minimum(columns, V - 1)).to(tl.float32)[None, :]
-    return products
+    slope = products
+    if inverse_softcap is not None:
+        products, slope = _capped(products * inverse_softcap)
+    return products, slope
+
+
+@triton.jit
+def _finish_q(products, bias, weight_q, bias_q, columns, V, inverse_softcap, BIAS: tl.constexpr):
+    """The same of branch q, whose bias is that of its head."""
+    if weight_q is None:
+        products, slope = _finish(products, bias, columns, V, inverse_softcap, BIAS)
+    elif bias_q is None:
+        products, slope = _finish(products, bias, columns, V, inverse_softcap, NO)
+    else:
+        products, slope = _finish(products, bias_q, columns, V, inverse_softcap, YES)
+    return products, slope
+
+
+@triton.jit
+def _capped(x):
+    """(tanh x, its slope 1 − tanh² x), both to some ulp of their own size: the first near 0 too, where what is capped
+    is as exact as what isn't, the second near ±1, where 1 − l² would have lost its digits. libdevice's tanh isn't in
+    the interpreter.
+    """
+    size, square = tl.abs(x), x * x
+    e = tl.exp2(-2.88539008 * size)  # e^(−2|x|)
+    rest = 2.0 * e / (1.0 + e)  # 1 − |tanh x|
+    # (tanh x / x − 1) / x² up to 0.625, minimax; relative error of tanh 4.4e-9.
+    p = -0.00570498677 * square + 0.020639087
+    p = p * square - 0.053739715
+    p = p * square + 0.133314422
+    p = p * square - 0.333332819
+    far = tl.where(x < 0, rest - 1.0, 1.0 - rest)
+    return tl.where(size < 0.625, x + x * square * p, far), rest * (2.0 - rest)
 
 
 @triton.jit
@@ -309,9 +369,8 @@ def _keep(
 
 
 @triton.jit
-def _log2_softmax(products, bias, columns, V, log2_scale, numbers, N, BIAS: tl.constexpr):
-    products = _with_bias(products, bias, columns, V, BIAS)
-    return (products - tl.load(numbers)[:, None]) * log2_scale - tl.load(numbers + N)[:, None]
+def _log2_softmax(logits, log2_scale, numbers, N):
+    return (logits - tl.load(numbers)[:, None]) * log2_scale - tl.load(numbers + N)[:, None]
 
 
 @triton.jit
