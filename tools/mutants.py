@@ -210,8 +210,8 @@ MUTANTS = (
     # The weight's gradient over batches of tokens.
     Mutant(
         "kernels/vogue_kernels/reference.py",
-        "                if needs_weight:\n                    tile",
-        "                if needs_weight and 2 * rows.start != len(targets):\n                    tile",
+        "                if tile_weight is not None:\n                    tile",
+        "                if tile_weight is not None and 2 * rows.start != len(targets):\n                    tile",
         "tests/kernels/test_linear_stats.py",
         "references_weight",
     ),

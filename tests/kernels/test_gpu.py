@@ -161,7 +161,8 @@ def test_what_the_kernels_compile_to(architecture, instructions, tmp_path):
         assert row["spills_among_products"] == 0, row
         # But for these forward kernels some bytes a tile may be spilled, outside of the loop over D.
         whole = row["dtype"] == "bf16" and "forward" in row["kernel"] and "kept" not in row["kernel"]
-        assert row["local_bytes"] <= (0 if whole else 1024 if "softcap" in row["kernel"] else 512), row
+        # The slopes of a softcap take as many registers again as the logits.
+        assert row["local_bytes"] <= (0 if whole else 2048 if "softcap" in row["kernel"] else 512), row
         assert row["programs_per_sm"] >= 1, row
         assert row["dtype"] == "f32" or set(row["instructions"]) == instructions, row
         if "gradient" in row["kernel"] and architecture != "gfx942":
