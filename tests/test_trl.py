@@ -302,11 +302,7 @@ def test_a_base_model_that_peft_wrapped_is_patched_and_a_head_with_an_adapter_re
         add_branch_head(head.get_base_model(), temperature=1.0)
 
 
-def test_what_the_head_cant_do_is_refused(new_model, new_trainer):
-    model = new_model()
-    model.config.text_config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="qwen2_5_vl caps its logits"):
-        add_branch_head(model, 1.0)
+def test_what_cant_be_trained_is_refused(new_trainer):
     with pytest.raises(TypeError, match="must be a VogueConfig, got GRPOConfig"):
         VogueTrainer("model", [by_length], GRPOConfig(bf16=False, use_cpu=True))
     with pytest.raises(ValueError, match="branch_rollout is 'noisy'; choose one of raw, drawn"):
@@ -320,6 +316,16 @@ def test_a_model_that_scales_its_logits_is_scored_by_the_scaled_ones(new_model, 
     ids = processor.tokenizer("What is the sum?", return_tensors="pt")["input_ids"]
     expected = (model(input_ids=ids).logits[0, :-1] / (8.0 * 0.5)).log_softmax(-1)
     model.config.text_config.logits_scaling = 8.0  # Granite divides by it
+    add_branch_head(model, temperature=0.5)
+    outputs = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    torch.testing.assert_close(outputs.log_probs[0], expected.gather(1, ids[0, 1:, None])[:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_caps_its_logits_is_scored_by_the_capped_ones(new_model, processor):
+    model = new_model()
+    ids = processor.tokenizer("What is the sum?", return_tensors="pt")["input_ids"]
+    expected = (5.0 * (model(input_ids=ids).logits[0, :-1] / 5.0).tanh() / 0.5).log_softmax(-1)
+    model.config.text_config.final_logit_softcapping = 5.0  # as Gemma 2 does
     add_branch_head(model, temperature=0.5)
     outputs = model(input_ids=ids, labels=ids, fused_lm_head=True)
     torch.testing.assert_close(outputs.log_probs[0], expected.gather(1, ids[0, 1:, None])[:, 0], rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -129,6 +129,7 @@ def neighbours(count: int, seconds: float) -> dist.ProcessGroup:
 
     All ranks call. What the group gathers goes through the hosts' memory, not the GPUs'.
     """
+    group: Any
     group, _ = dist.new_subgroups(group_size=count, backend="gloo", timeout=timedelta(seconds=seconds))
     return group
 

@@ -233,15 +233,14 @@ def add_branch_head(model: PreTrainedModel, temperature: float) -> None:
     other call is the one that was there before, so that generating and saving stay as they are. temperature divides the
     logits. Call it before the model is wrapped by DDP or FSDP, and with PEFT on the base model.
 
-    Raises ValueError for a model whose logits are capped, or whose head has an adapter.
+    Raises ValueError for a model whose head has an adapter.
     """
     text_config = model.config.get_text_config()
-    if getattr(text_config, "final_logit_softcapping", None) is not None:
-        raise ValueError(f"{model.config.model_type} caps its logits (final_logit_softcapping), which isn't supported")
     head = model.get_output_embeddings()
     if head is None or hasattr(head, "base_layer"):
         raise ValueError("the model has no head" if head is None else "the head has an adapter, which isn't supported")
-    _let_head_compare(head, temperature / _logit_scale(text_config))
+    softcap = getattr(text_config, "final_logit_softcapping", None)
+    _let_head_compare(head, temperature / _logit_scale(text_config), softcap)
     before = model.forward
 
     # The signature of the model's class: `generate` validates its keyword arguments against it.
@@ -275,28 +274,34 @@ def add_branch_head(model: PreTrainedModel, temperature: float) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def _let_head_compare(head: nn.Module, temperature: float) -> None:
+def _let_head_compare(head: nn.Module, temperature: float, softcap: float | None) -> None:
     """`head(hidden, other, targets)` gives statistics of the tokens; `head(hidden)` is the projection, as before."""
     projection = head.forward
 
     def forward(self, hidden: Tensor, other: Tensor | None = None, targets: Tensor | None = None):
         if other is None or targets is None:
             return projection(hidden)
-        return _statistics(hidden, other, targets, self.weight, self.bias, temperature)
+        return _statistics(hidden, other, targets, self.weight, self.bias, temperature, softcap)
 
     head.forward = types.MethodType(forward, head)
 
 
 def _statistics(
-    hidden: Tensor, other: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, temperature: float
+    hidden: Tensor,
+    other: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability, entropy and symmetric KL (N,) of tokens of which the first M have another branch, (M, D)."""
     m, parts = len(other), []
     if m:
-        both = linear_branch_stats(hidden[:m], other, weight, targets[:m], bias, temperature)
+        both = linear_branch_stats(hidden[:m], other, weight, targets[:m], bias, temperature, softcap=softcap)
         parts.append((both.logprob_p, both.entropy_p, both.symmetric_kl.detach()))
     if m < len(hidden) or not m:
-        alone = linear_logprob(hidden[m:], weight, targets[m:], bias, temperature)
+        alone = linear_logprob(hidden[m:], weight, targets[m:], bias, temperature, softcap=softcap)
         parts.append((alone.logprob, alone.entropy, torch.zeros_like(alone.logprob)))
     logprob, entropy, symmetric_kl = map(torch.cat, zip(*parts, strict=True))
     return logprob, entropy, symmetric_kl

@@ -37,6 +37,13 @@ class Head(NamedTuple):
     bias: Tensor | None  # (V,)
 
 
+class HeadGradients(NamedTuple):
+    """Gradients of a head, or parts of them, where they are needed."""
+
+    weight: Tensor | None  # (V, D)
+    bias: Tensor | None  # (V,)
+
+
 class Scaling(NamedTuple):
     """What becomes of a logit z before the softmax: l / τ, where l = c tanh(z / c) with a softcap c, else z.
 

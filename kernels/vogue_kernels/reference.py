@@ -28,11 +28,12 @@ are computed in float64, all others in float32.
 # pyright: reportArgumentType=false, reportOperatorIssue=false
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .branches import Branch, Head, Needs, Scaling, compute_dtype, of_branch
+from .branches import Branch, Head, HeadGradients, Needs, Scaling, compute_dtype, of_branch
 from .kept import KeptLogits, kept_logits
 
 TILE_ELEMENTS = 1 << 20  # of a tile of logits: 4 MB of float32; larger leaves the cache, smaller pays in launches
@@ -170,7 +171,7 @@ def backward(branches, heads, targets, scaling, needs: Needs, buffers):
         for branch, need in zip(branches, needs.hidden, strict=True)
     ]
     grads = [
-        Head(
+        HeadGradients(
             torch.empty_like(head.weight) if needs_weight else None, torch.empty_like(head.bias) if needs_bias else None
         )
         for head, needs_weight, needs_bias in zip(heads, needs.weight, needs.bias, strict=True)
@@ -202,9 +203,9 @@ def backward(branches, heads, targets, scaling, needs: Needs, buffers):
     return grad_hidden, [grad.weight for grad in grads], [grad.bias for grad in grads]
 
 
-def _zero_sums(grad: Head, w: Tensor) -> Head:
+def _zero_sums(grad: HeadGradients, w: Tensor) -> HeadGradients:
     """Of a tile (v, D) of a head, where its gradients are needed, in the computing dtype."""
-    return Head(
+    return HeadGradients(
         None if grad.weight is None else torch.zeros_like(w), None if grad.bias is None else w.new_zeros(len(w))
     )
 
@@ -215,7 +216,8 @@ def _logit_gradients(block, active, logits, targets, scaling, tile):
     logits: a function for each branch that gives this tile of l / τ.
     """
     crossing = any(on and branch.crosses for on, branch in zip(active, block, strict=True))
-    logps, slopes = [None] * len(block), [None] * len(block)
+    logps: list[Any] = [None] * len(block)
+    slopes: list[Any] = [None] * len(block)
     for i, branch in enumerate(block):
         if active[i] or crossing:
             logps[i] = logits[i]()

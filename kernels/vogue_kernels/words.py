@@ -7,6 +7,8 @@ a bounded number of which is gathered at a time. Their gradients are
 
     ∂h = Σ_k g_k W_k / τ        ∂W_v = Σ_{k: word v} g_k h / τ        ∂lse = − Σ_k g_k
 
+or, where logits are capped, with the cap's slope at each of them.
+
 Where p_k is near 1, z_k − lse would be little but the rounding of both. So log p_k is reckoned from the likeliest of
 the words, whose log-probability is `linear_logprob`'s and free of it: log p_k = log p_top + (z_k − z_top).
 """
@@ -28,6 +30,7 @@ def linear_logprob_of(
     temperature: float = 1.0,
     backend: str = "auto",
     *,
+    softcap: float | None = None,
     keep_logits_bytes: int = 0,
 ) -> Tensor:
     """Log-probabilities of K given words per token under softmax((W h + bias) / τ), exactly.
@@ -47,18 +50,19 @@ def linear_logprob_of(
         raise ValueError(f"words must be (..., K) with at least one place for a word, got {tuple(shape)}")
     if hidden.shape[:-1] != shape[:-1]:
         raise ValueError(f"hidden must be {(*shape[:-1], 'D')}, got {tuple(hidden.shape)}, with words {tuple(shape)}")
-    rest = bias, temperature, backend
+    rest, cap = (bias, temperature, backend), {"softcap": softcap}
     hidden, words = hidden.reshape(-1, hidden.shape[-1]), words.reshape(-1, shape[-1])
-    linear_logprob(hidden[:0], weight, words[:0, 0], *rest)  # of no token: it raises for what can't be used
+    linear_logprob(hidden[:0], weight, words[:0, 0], *rest, **cap)  # of no token: it raises for what can't be used
     words = words.long()
     _check_words(words, len(weight))
     with torch.no_grad():
-        logits = _logits(hidden, weight, bias, words) / temperature
+        logits, slope = _capped(_logits(hidden, weight, bias, words), softcap)
+        logits, slope = logits / temperature, slope / temperature
         top = logits.argmax(1, keepdim=True)
         from_top = logits - logits.gather(1, top)
     target = words.gather(1, top).squeeze(1)
-    stats = linear_logprob(hidden, weight, target, *rest, keep_logits_bytes=keep_logits_bytes)
-    results = _Given.apply(hidden, weight, bias, stats.lse, stats.logprob.detach(), from_top, words, temperature)
+    stats = linear_logprob(hidden, weight, target, *rest, **cap, keep_logits_bytes=keep_logits_bytes)
+    results = _Given.apply(hidden, weight, bias, stats.lse, stats.logprob.detach(), from_top, slope, words)
     return results.view(shape)
 
 
@@ -73,7 +77,7 @@ def _check_words(words: Tensor, vocab: int) -> None:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, words: Tensor) -> Tensor:
-    """(N, K): z τ of every word, −∞ where there is none. Inputs are rounded as `linear_logprob` rounds them."""
+    """(N, K): W_k h + bias_k of every word, −∞ where there is none; inputs are rounded as in `linear_logprob`."""
     autocast = torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64
     rounded = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
     dtype = torch.promote_types(rounded, torch.float32)
@@ -87,6 +91,14 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, words: Tensor) 
     return logits
 
 
+def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Logits as they are or capped, and the slope of that, 1 − (l / c)²: (N, K) each."""
+    if softcap is None:
+        return logits, torch.ones_like(logits)
+    there, part = logits > -torch.inf, torch.tanh(logits / softcap)
+    return torch.where(there, softcap * part, logits), 1 - part.square()
+
+
 def _chunks(places: Tensor, width: int):
     """(token, place) of places (P, 2), as many at a time as have CHUNK_ELEMENTS."""
     return (chunk.unbind(1) for chunk in places.split(max(1, CHUNK_ELEMENTS // width)))
@@ -96,17 +108,16 @@ class _Given(torch.autograd.Function):
     """The results from their distance to the likeliest word's, with the gradient of z − lse."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, lse, top_logprob, from_top, words, temperature):
-        ctx.save_for_backward(hidden, weight, bias, words)  # the weight itself, as in operator.py
-        ctx.temperature = temperature
+    def forward(ctx, hidden, weight, bias, lse, top_logprob, from_top, slope, words):
+        ctx.save_for_backward(hidden, weight, bias, slope, words)  # the weight itself, as in registration.py
         return torch.where(words == IGNORE, 0.0, top_logprob.unsqueeze(1) + from_top)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        hidden, weight, bias, words = ctx.saved_tensors
+        hidden, weight, bias, slope, words = ctx.saved_tensors
         grad = grad.masked_fill(words == IGNORE, 0.0)
-        of_logits = grad / ctx.temperature
+        of_logits = grad * slope
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = _of_hidden(of_logits, weight, words).to(hidden.dtype) if needs_hidden else None
         grad_weight = _of_weight(of_logits, hidden, weight, words) if needs_weight else None

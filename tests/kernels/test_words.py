@@ -52,6 +52,23 @@ def test_given_words_and_their_gradients_are_as_exact_as_plain_pytorch(case, chu
     assert_as_exact_as_plain(*gradients, ["grad hidden", "grad weight", "grad bias"])
 
 
+@pytest.mark.parametrize("softcap", [3.0, 30.0])
+def test_capped_logits_of_given_words_are_those_of_the_capped_softmax(softcap, backend):
+    hidden, _, weight, targets, bias = Case("normal", 9, 48, 700, "f32", 1.3, True).inputs()
+    chosen = some_words(targets, 700)
+
+    def capped(hidden, weight, chosen, bias, temperature):
+        logits = softcap * ((hidden @ weight.T + bias) / softcap).tanh() / temperature
+        return torch.where(chosen == IGNORE, 0.0, logits.log_softmax(-1).gather(1, chosen.clamp(min=0)))
+
+    args = hidden, weight, chosen, bias, 1.3
+    truth = evaluate(capped, *args, dtype=torch.float64)
+    found = evaluate(lambda *a: linear_logprob_of(*a, backend, softcap=softcap), *args)
+    for values, expected in zip(found, truth, strict=True):
+        for value, true in zip(values, expected, strict=True):
+            assert (value - true).abs().max() <= 2e-6 * true.abs().max()
+
+
 def test_a_flat_softmax_gives_every_word_its_share(backend):
     shape = torch.zeros(2, 3, 4), torch.zeros(8, 4), torch.tensor([[[0, 7], [3, 3], [5, IGNORE]], [[IGNORE] * 2] * 3])
     found = linear_logprob_of(*shape, backend=backend)

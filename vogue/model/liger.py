@@ -39,6 +39,10 @@ class FusedRMSNorm(nn.Module):
 class FusedMLP(nn.Module):
     """An MLP of the family's with Liger's kernel between its products."""
 
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
     def forward(self, x: Tensor) -> Tensor:
         from liger_kernel.transformers.functional import liger_swiglu
 

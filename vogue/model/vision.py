@@ -71,7 +71,8 @@ def windows_attention(
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if query.is_cuda and why_not_flash(query.dtype, query.shape[-1]) is None:
         ends, longest = cu_seq_lens_q, max_length_q
-        return varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling).unsqueeze(0), None
+        found: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling)
+        return found.unsqueeze(0), None
     return _by_length(query, key, value, cu_seq_lens_q, scaling).unsqueeze(0), None
 
 
@@ -107,7 +108,7 @@ def _by_length(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: f
         return _of_one_length(query, key, value, sizes[0], scale)
     parts = [size * count for size, count in zip(sizes, counts, strict=True)]
     sorted_parts = zip(*(_Permuted.apply(x, order, back).split(parts) for x in (query, key, value)), strict=True)
-    found = [_of_one_length(*part, size, scale) for part, size in zip(sorted_parts, sizes, strict=True)]
+    found = [_of_one_length(q, k, v, size, scale) for (q, k, v), size in zip(sorted_parts, sizes, strict=True)]
     return _Permuted.apply(torch.cat(found), back, order)
 
 

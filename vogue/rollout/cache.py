@@ -26,16 +26,17 @@ class RoomyLayer(DynamicLayer):
             self._room = end + ROOM
             self._whole = [x.new_empty(*x.shape[:2], self._room, x.shape[3]) for x in (key_states, value_states)]
             if start:
-                for whole, held in zip(self._whole, (self.keys, self.values), strict=True):
-                    whole[:, :, :start] = held
+                held: Any = (self.keys, self.values)
+                for whole, before in zip(self._whole, held, strict=True):
+                    whole[:, :, :start] = before
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         for whole, new in zip(self._whole, (key_states, value_states), strict=True):
             whole[:, :, start:end] = new
         self.keys, self.values = (whole[:, :, :end] for whole in self._whole)
         return self.keys, self.values
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Put the sequences of these numbers (S',) in the place of all."""
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Put the sequences of these numbers (S',) int64 in the place of all."""
         super().reorder_cache(beam_idx)
         self._room = 0  # they are tensors of their own now
 

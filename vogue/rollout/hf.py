@@ -82,7 +82,8 @@ class HfEngine:
             images["mm_token_type_ids"] = types
         logits = self._next(cache, input_ids=ids, attention_mask=real, position_ids=positions, **images)
         # Not `batch_repeat_interleave`, which layers of linear attention lack.
-        cache.reorder_cache(torch.arange(len(ids), device=self.device).repeat_interleave(n))
+        copies: Any = torch.arange(len(ids), device=self.device).repeat_interleave(n)
+        cache.reorder_cache(copies)
         after, real = after.repeat_interleave(n, dim=-1), real.repeat_interleave(n, dim=0)
         drawn = yield logits.repeat_interleave(n, dim=0)
         while True:

@@ -15,13 +15,13 @@ states' gradient, whatever V.
 # pyright: reportCallIssue=false, reportOptionalSubscript=false
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..branches import Head, Scaling, log2_scale, numbers, of_branch
+from ..branches import Head, HeadGradients, Scaling, log2_scale, numbers, of_branch
 from ..kept import NARROWEST, KeptLogits, kept_logits
 from .kernels import forward_kernel, kept_gradient_kernel, logit_gradient_kernel
 from .merge import merge_kernel
@@ -180,17 +180,7 @@ def backward(branches, heads, targets, scaling, needs, buffers):
         branch.hidden.new_zeros(branch.hidden.shape, dtype=torch.float32) if need else None
         for branch, need in zip(branches, needs.hidden, strict=True)
     ]
-    grads = [
-        Head(
-            None
-            if not needs.weight[i]
-            else torch.empty_like(head.weight)
-            if i in reached
-            else torch.zeros_like(head.weight),
-            torch.zeros_like(head.bias, dtype=torch.float32) if needs.bias[i] else None,
-        )
-        for i, head in enumerate(heads)
-    ]
+    grads = [_new_gradients(head, needs.weight[i], needs.bias[i], i in reached) for i, head in enumerate(heads)]
     used = [branch for branch, on in zip(branches, written, strict=True) if on]
     terms = {
         "LOGPROB": any(branch.g_logprob is not None for branch in used),
@@ -216,9 +206,17 @@ def backward(branches, heads, targets, scaling, needs, buffers):
     _add_gradients(batches, heads, scaling, terms, grads)
     grads_hidden = [None if grad is None else grad.to(heads[0].weight.dtype) for grad in grads_hidden]
     grads_bias = [
-        None if grad.bias is None else grad.bias.to(head.bias.dtype) for grad, head in zip(grads, heads, strict=True)
+        None if grad.bias is None else grad.bias.to(head.bias.dtype)  # pyright: ignore[reportOptionalMemberAccess]
+        for grad, head in zip(grads, heads, strict=True)
     ]
     return grads_hidden, [grad.weight for grad in grads], grads_bias
+
+
+def _new_gradients(head: Head, needs_weight: bool, needs_bias: bool, written: bool) -> HeadGradients:
+    """Of the weight empty where all of it will be written, else zeros; of the bias a sum to add to."""
+    new = torch.empty_like if written else torch.zeros_like
+    bias = torch.zeros_like(head.bias, dtype=torch.float32) if needs_bias and head.bias is not None else None
+    return HeadGradients(new(head.weight) if needs_weight else None, bias)
 
 
 def _add_gradients(batches, heads, scaling, terms, grads):
@@ -231,7 +229,7 @@ def _add_gradients(batches, heads, scaling, terms, grads):
     buffer = heads[0].weight.new_empty(max(stack[-1].rows.stop for stack in stacks), columns)
     for first in range(0, vocab, columns):
         chunk = slice(first, min(first + columns, vocab))
-        sums = [None] * len(heads)
+        sums: list[Any] = [None] * len(heads)
         for (targets, sides), stack in zip(batches, stacks, strict=True):
             grad_logits = buffer[: stack[-1].rows.stop, : chunk.stop - first]
             parts = iter(grad_logits.split(len(targets)))
@@ -311,7 +309,8 @@ def _write_gradients_of_kept(output, side: _Side, targets, scaling, first, terms
             side.kept.logits, side.kept.reference, targets, side.numbers, output,
             n, log2_scale(scaling), first, columns, output.stride(0), side.kept.columns,
             side.kept.reference.stride(0),
-            LOGPROB=terms["LOGPROB"], ENTROPY=terms["ENTROPY"], CAPPED=scaling.softcap is not None, **KEPT_OPTIONS,
+            LOGPROB=terms["LOGPROB"], ENTROPY=terms["ENTROPY"], CAPPED=scaling.softcap is not None,  # pyright: ignore[reportArgumentType]
+            **KEPT_OPTIONS,
         )  # fmt: skip
 
 
