@@ -7,7 +7,7 @@
 Two prompts of 400 tokens, 256 of them of an image, x four completions of 64 tokens, in bfloat16, with z = 1: both views
 of every group are computed. A row is a process of its own. Of vogue's it says:
 
-- the peak of its memory, beside what `vogue plan` says of the same configuration
+- the peak of its memory, libraries included, beside what `vogue plan` says of the same configuration without them
 - the seconds of a step's phases; the first step compiles nothing here, and makes the optimizer's state
 - which share of the training part is matrix products at the rate that the cores are measured to have: the operations
   that torch counts, with the head's, over that rate and over the seconds of the forward and backward passes
@@ -18,6 +18,7 @@ of every group are computed. A row is a process of its own. Of vogue's it says:
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import sys
 import tempfile
@@ -51,11 +52,15 @@ def vogue_row(engine: str, folder: Path, task: Task, say) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from vogue.metrics import Clock, Means
+    from vogue.run.plan import make_plan
 
     rate = Cpu(torch.bfloat16).rates.operations
     settings = [*SETTINGS, f"rollout.engine={engine}", f"trainer.output_dir={folder}/{engine}"]
+    say(libraries_gb=peak_gb())
     start = time.perf_counter()
     trainer = vogue_trainer(folder, task, *settings)
+    plan = make_plan(trainer.config, 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), on_gpu=False)
+    say(planned={phase.name: round(phase.total / 1e9, 2) for phase in plan.phases}, planned_gb=plan.largest.total / 1e9)
     say(start_s=time.perf_counter() - start, start_gb=peak_gb())
     start = time.perf_counter()
     metrics, _ = trainer.run_step()

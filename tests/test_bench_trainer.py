@@ -49,6 +49,6 @@ def test_the_step_of_real_size_runs_with_both_engines_and_with_trl(tmp_path):
     for row in (vllm, hf):
         assert row["largest_difference"] < 0.05  # bfloat16's rounding: tokens of a wrong image differ by nats
         assert 0 < row["products_share"] < 1
-        assert row["peak_gb"] >= row["start_gb"] > 0 < row["sync_s"]
+        assert row["peak_gb"] >= row["start_gb"] >= row["libraries_gb"] > 0 < row["planned_gb"]
     assert vllm["training_tflop"] == pytest.approx(hf["training_tflop"], rel=0.01)  # the same shapes
     assert trl["step_s"] > 0 and "error" not in trl
