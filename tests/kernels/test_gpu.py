@@ -138,7 +138,7 @@ def test_an_architecture_without_a_row_takes_the_nearest_and_few_tokens_a_tile_o
     [
         pytest.param("sm_80", {"mma.sync"}, marks=pytest.mark.long),
         ("sm_90", {"wgmma.mma_async", "cp.async.bulk.tensor"}),
-        ("sm_100", {"tcgen05.mma", "cp.async.bulk.tensor"}),
+        pytest.param("sm_100", {"tcgen05.mma", "cp.async.bulk.tensor"}, marks=pytest.mark.long),
         pytest.param(
             "sm_120", {"mma.sync"}, marks=pytest.mark.long
         ),  # as sm_86 and sm_89: sm_80's tiles in 99 KB of shared memory
