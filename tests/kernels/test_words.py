@@ -27,7 +27,7 @@ def some_words(targets, v, k=5):
 
 
 def plain(hidden, weight, chosen, bias, temperature):
-    logp = oracle.log_softmax(hidden, weight, bias, temperature)
+    logp = oracle.logits(hidden, weight, bias, temperature).log_softmax(-1)
     return torch.where(chosen == IGNORE, 0.0, logp.gather(1, chosen.clamp(min=0)))
 
 
