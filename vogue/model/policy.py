@@ -117,12 +117,13 @@ class Policy(nn.Module):
             inputs["attention_mask"] = (batch.segments != PAD).long()
         else:
             inputs |= attention_inputs(self.attention, batch.segments, self.model.dtype)
-        seen = None if images is None else _in_order(features, images.order)
-        hidden = _see(self.model.model, seen, inputs).last_hidden_state.flatten(0, 1)[batch.positions]
         if images is None:
-            # Under ZeRO-3 every rank must call the same modules, vision included, and have a gradient for each.
-            hidden = hidden + 0 * sum(tensor.sum() for tensor in _tensors(features))
-        return hidden
+            # Under ZeRO-3 every rank must call the same modules, vision included, and have a gradient for each. So the
+            # features come in where images' do: behind them, all layers' inputs have a gradient, those of adapters too.
+            embedded = self.model.get_input_embeddings()(inputs.pop("input_ids"))
+            inputs["inputs_embeds"] = embedded + 0 * sum(tensor.sum() for tensor in _tensors(features))
+        seen = None if images is None else _in_order(features, images.order)
+        return _see(self.model.model, seen, inputs).last_hidden_state.flatten(0, 1)[batch.positions]
 
     def _features(self, images: Images):
         """What the vision tower makes of the images, as the model's own forward takes it."""
