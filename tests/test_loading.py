@@ -91,7 +91,7 @@ def test_a_single_rank_partitions_nothing_unless_it_asks_for_it(new_model, tmp_p
     new_model().save_pretrained(tmp_path)
     plain = load_config(None, [f"model.path={tmp_path}", "model.dtype=float32"])
     assert not is_partitioned(load_model(plain, CPU))
-    assert deepspeed_settings(plain)["zero_optimization"] == {"stage": 1}
+    assert deepspeed_settings(plain)["zero_optimization"]["stage"] == 1
     offload = "trainer.deepspeed.zero_optimization.offload_param.device=cpu"
     asking = load_config(None, [f"model.path={tmp_path}", offload])
     assert deepspeed_settings(asking)["zero_optimization"]["stage"] == 3
