@@ -108,7 +108,10 @@ def parameter_groups(policy: Policy, settings: OptimizerConfig) -> list[dict[str
 
     Raises `ConfigError` for a rate of a part of which nothing is trained.
     """
-    family, rest = policy.family, {name: x for name, x in policy.named_parameters() if x.requires_grad}
+    rest = {name: x for name, x in policy.named_parameters() if x.requires_grad}
+    if settings.vision_lr is None and settings.projector_lr is None:
+        return [{"params": list(rest.values())}]
+    family = policy.family
     projectors = tuple(f"model.model.{module}." for module in family.projectors)
     of_projector = {key for key in rest if key.startswith(projectors)}  # with Qwen it lies in the vision tower
     of_tower = {key for key in rest if key.startswith(f"model.model.{family.tower}.")} - of_projector
