@@ -117,13 +117,16 @@ class Policy(nn.Module):
             inputs["attention_mask"] = (batch.segments != PAD).long()
         else:
             inputs |= attention_inputs(self.attention, batch.segments, self.model.dtype)
-        if images is None:
-            # Under ZeRO-3 every rank must call the same modules, vision included, and have a gradient for each. So the
-            # features come in where images' do: behind them, all layers' inputs have a gradient, those of adapters too.
-            embedded = self.model.get_input_embeddings()(inputs.pop("input_ids"))
-            inputs["inputs_embeds"] = embedded + 0 * sum(tensor.sum() for tensor in _tensors(features))
+        # Under ZeRO-3 every rank must call the same modules, vision included, and have a gradient for each. With frozen
+        # embeddings (adapters) the features come in where images' do: behind them all layers' inputs have a gradient.
+        nothing = 0 * sum(x.sum() for x in _tensors(features)) if images is None else None
+        embed = self.model.get_input_embeddings()
+        early = nothing is not None and not embed.weight.requires_grad
+        if early:
+            inputs["inputs_embeds"] = embed(inputs.pop("input_ids")) + nothing
         seen = None if images is None else _in_order(features, images.order)
-        return _see(self.model.model, seen, inputs).last_hidden_state.flatten(0, 1)[batch.positions]
+        hidden = _see(self.model.model, seen, inputs).last_hidden_state.flatten(0, 1)[batch.positions]
+        return hidden if nothing is None or early else hidden + nothing
 
     def _features(self, images: Images):
         """What the vision tower makes of the images, as the model's own forward takes it."""
