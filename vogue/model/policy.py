@@ -11,7 +11,8 @@ each completion sees exactly what it would see alone. The vision tower sees each
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -117,16 +118,14 @@ class Policy(nn.Module):
             inputs["attention_mask"] = (batch.segments != PAD).long()
         else:
             inputs |= attention_inputs(self.attention, batch.segments, self.model.dtype)
-        # Under ZeRO-3 every rank must call the same modules, vision included, and have a gradient for each. With frozen
-        # embeddings (adapters) the features come in where images' do: behind them all layers' inputs have a gradient.
-        nothing = 0 * sum(x.sum() for x in _tensors(features)) if images is None else None
-        embed = self.model.get_input_embeddings()
-        early = nothing is not None and not embed.weight.requires_grad
-        if early:
-            inputs["inputs_embeds"] = embed(inputs.pop("input_ids")) + nothing
-        seen = None if images is None else _in_order(features, images.order)
-        hidden = _see(self.model.model, seen, inputs).last_hidden_state.flatten(0, 1)[batch.positions]
-        return hidden if nothing is None or early else hidden + nothing
+        if images is not None:
+            output = _see(self.model.model, _in_order(features, images.order), inputs)
+        else:
+            # Under ZeRO-3 every rank must call the same modules in the same order, vision included, and have a gradient
+            # for each. So the blank's features come in where images' do: what is behind them has a gradient, too.
+            with _added_to(self.model.get_input_embeddings(), 0 * sum(x.sum() for x in _tensors(features))):
+                output = self.model.model(**inputs)
+        return output.last_hidden_state.flatten(0, 1)[batch.positions]
 
     def _features(self, images: Images):
         """What the vision tower makes of the images, as the model's own forward takes it."""
@@ -179,14 +178,12 @@ def _blank(family: Family, model: PreTrainedModel) -> Images:
 
 
 def _see(body: nn.Module, features, inputs: dict):
-    """The body's forward with images' features in place of images, None where there is none.
+    """The body's forward with images' features in place of images.
 
     The forward of transformers 5.17 has no argument for features: it would take theirs for any other keyword, and leave
     the images out in silence. It takes pixels, and asks the model's own `get_image_features` for what the vision tower
     makes of them; here that answers with what the tower has made of them.
     """
-    if features is None:
-        return body(**inputs)
     if "mm_encoder_outputs" in inspect.signature(body.forward).parameters:
         return body(**inputs, mm_encoder_outputs={"image": features})
     if layers := features.get("deepstack_features"):
@@ -196,6 +193,16 @@ def _see(body: nn.Module, features, inputs: dict):
         return body(**inputs, pixel_values=features.pooler_output[0])
     finally:
         del body.get_image_features
+
+
+@contextmanager
+def _added_to(module: nn.Module, value: Tensor) -> Iterator[None]:
+    """`value` is added to what the module returns."""
+    handle = module.register_forward_hook(lambda _module, _inputs, output: output + value)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _in_order(features, order: Sequence[int]):
