@@ -9,7 +9,6 @@ from accelerate.utils import imports
 from ranks import environment
 
 from vogue.run import trackers
-from vogue.settings import ConfigError
 
 OFFLINE = {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": "file:./mlruns", "MLFLOW_ALLOW_FILE_STORE": "true"}
 # Reports two steps and an evaluation, then goes on for a third step as a resumed run does.
@@ -55,13 +54,12 @@ def test_a_stopped_and_resumed_run_is_one_run_of_the_tracker(name, settings, tmp
 def test_a_tracker_that_is_not_installed_is_told_before_the_run(config):
     told = trackers.missing(config("trainer.report_to=[swanlab]"))
     assert told == ["trainer.report_to=swanlab: swanlab isn't installed: pip install swanlab"]
-    with pytest.raises(ConfigError, match="swanlab isn't installed"):
-        trackers.Trackers(config("trainer.report_to=[swanlab]"), resumed=False)
 
 
 def test_arguments_for_a_tracker_that_is_not_asked_for_are_refused(config):
-    (told,) = trackers.missing(config("trainer.tracker_args={wandb: {entity: me}}"))
-    assert told == "trainer.tracker_args.wandb: trainer.report_to doesn't have wandb"
+    assert trackers.missing(config("trainer.tracker_args={wandb: {entity: me}}")) == [
+        "trainer.tracker_args.wandb: trainer.report_to doesn't have wandb"
+    ]
 
 
 class InAFile:
@@ -92,7 +90,6 @@ class InAFile:
 
 def test_what_a_tracker_is_told_of_a_new_run_and_of_a_resumed_one(config, monkeypatch):
     monkeypatch.setitem(trackers.LOGGER_TYPE_TO_CLASS, "clearml", InAFile)
-    monkeypatch.setattr(trackers, "missing", lambda _: [])
     given = config("trainer.report_to=[clearml]", "trainer.tracker_args={clearml: {tags: [a]}}")
     given.trainer.output_dir.mkdir()
     record = dict.fromkeys(trackers.COLUMNS, 1) | {"image": ["completions/a.webp"]}

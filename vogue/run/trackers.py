@@ -16,7 +16,6 @@ from PIL import Image
 
 from vogue.config import Config, flatten
 from vogue.run.folder import replace
-from vogue.settings import ConfigError
 
 IDS = "trackers.json"
 # What each calls the name of a run, and how it is told to go on with one.
@@ -37,11 +36,9 @@ def missing(config: Config) -> list[str]:
 
 
 class Trackers:
-    """All trackers of a run, started; `resumed`: it goes on with a run that they know."""
+    """All trackers of a run, started; `missing` has none. `resumed`: it goes on with a run that they know."""
 
     def __init__(self, config: Config, resumed: bool):
-        if told := missing(config):
-            raise ConfigError("\n".join(told))
         self.folder, self.running = config.trainer.output_dir, {}
         known = _known(self.folder) if resumed else {}
         if config.trainer.report_to:
