@@ -7,7 +7,7 @@
 Two prompts of 400 tokens, 256 of them of an image, x four completions of 64 tokens, in bfloat16, with z = 1: both views
 of every group are computed. A row is a process of its own. Of vogue's it says:
 
-- the peak of its memory, libraries included, beside what `vogue plan` says of the same configuration without them
+- the peak of its own memory, libraries included and mapped files not, beside what `vogue plan` says without libraries
 - the seconds of a step's phases; the first step compiles nothing here, and makes the optimizer's state
 - which share of the training part is matrix products at the rate that the cores are measured to have: the operations
   that torch counts, with the head's, over that rate and over the seconds of the forward and backward passes
@@ -19,9 +19,9 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import replace
@@ -45,7 +45,23 @@ SETTINGS = (
 ROWS = ("vllm", "hf", "trl")
 
 
-def vogue_row(engine: str, folder: Path, task: Task, say) -> None:
+class OwnMemory(threading.Thread):
+    """The highest this process's own memory has been, in GB: without pages of mapped files, which can be dropped."""
+
+    def __init__(self, interval: float = 0.05):
+        super().__init__(daemon=True)
+        self.interval, self.peak_gb = interval, 0.0
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            own = sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+            self.peak_gb = max(self.peak_gb, own / 1e6)
+            time.sleep(self.interval)
+
+
+def vogue_row(engine: str, folder: Path, task: Task, say, memory: OwnMemory) -> None:
     """A step with its phases, then a rollout and an update looked at closely; `say` takes what is found by and by."""
     import torch
     from machines import Cpu
@@ -56,15 +72,15 @@ def vogue_row(engine: str, folder: Path, task: Task, say) -> None:
 
     rate = Cpu(torch.bfloat16).rates.operations
     settings = [*SETTINGS, f"rollout.engine={engine}", f"trainer.output_dir={folder}/{engine}"]
-    say(libraries_gb=peak_gb())
+    say(libraries_gb=memory.peak_gb)
     start = time.perf_counter()
     trainer = vogue_trainer(folder, task, *settings)
     plan = make_plan(trainer.config, 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), on_gpu=False)
     say(planned={phase.name: round(phase.total / 1e9, 2) for phase in plan.phases}, planned_gb=plan.largest.total / 1e9)
-    say(start_s=time.perf_counter() - start, start_gb=peak_gb())
+    say(start_s=time.perf_counter() - start, start_gb=memory.peak_gb)
     start = time.perf_counter()
     metrics, _ = trainer.run_step()
-    say(step_s=time.perf_counter() - start, step_gb=peak_gb())
+    say(step_s=time.perf_counter() - start, step_gb=memory.peak_gb)
     say(**{name: value for name, value in metrics.items() if name.startswith("time/")})
     groups = trainer.roll_out(Means(), Clock())
     say(largest_difference=largest_difference(trainer, groups))
@@ -77,7 +93,7 @@ def vogue_row(engine: str, folder: Path, task: Task, say) -> None:
     say(products_share=operations / rate / seconds)
     start = time.perf_counter()
     trainer.sync()
-    say(sync_s=time.perf_counter() - start, peak_gb=peak_gb())
+    say(sync_s=time.perf_counter() - start, peak_gb=memory.peak_gb)
 
 
 def head_operations() -> dict:
@@ -109,6 +125,8 @@ def largest_difference(trainer, groups) -> float:
     """Of the trainer's and the engine's log-probabilities of the same tokens, before an update."""
     import torch
 
+    from vogue.metrics import Clock, Means
+
     largest = 0.0
     with torch.no_grad():
         for batch in trainer.micro_batches(dict(enumerate(groups)), groups[0], Means(), Clock()):
@@ -119,7 +137,7 @@ def largest_difference(trainer, groups) -> float:
     return largest
 
 
-def trl_row(folder: Path, task: Task, say) -> None:
+def trl_row(folder: Path, task: Task, say, memory: OwnMemory) -> None:
     """TRL's whole step with LoRA: transformers' generation, its own fused head, checkpoints of activations."""
     from peft import LoraConfig
     from trl_trainer import run
@@ -131,7 +149,7 @@ def trl_row(folder: Path, task: Task, say) -> None:
 
         def send(self, found) -> None:
             if isinstance(found, dict):
-                say(step_s=found["seconds"], prepared_s=found["prepared"], peak_gb=peak_gb())
+                say(step_s=found["seconds"], prepared_s=found["prepared"], peak_gb=memory.peak_gb)
 
         def recv(self):
             return next(self.asked)
@@ -140,19 +158,19 @@ def trl_row(folder: Path, task: Task, say) -> None:
     run(Once(), folder, task, "whole", "bfloat16", adapters, gradient_checkpointing=True)
 
 
-def peak_gb() -> float:
-    """Of this process's memory so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
 def row_of(name: str, folder: Path, task: Task, connection) -> None:
     """A row in a process of its own, sent part by part: what is known of it stays if it dies."""
     quiet()
+    memory = OwnMemory()
+
+    def say(**found) -> None:
+        connection.send(found)
+
     try:
         if name == "trl":
-            trl_row(folder, task, lambda **found: connection.send(found))
+            trl_row(folder, task, say, memory)
         else:
-            vogue_row(name, folder, task, lambda **found: connection.send(found))
+            vogue_row(name, folder, task, say, memory)
     except Exception as error:  # is a row's result: where it died
         traceback.print_exc()
         connection.send({"error": f"{type(error).__name__}: {error}"})
