@@ -29,7 +29,7 @@ from vogue.sections import (
     UncertaintyConfig,
 )
 from vogue.settings import Section, check, read_settings
-from vogue.training_sections import LoraConfig, OptimizerConfig, TrainerConfig
+from vogue.training_sections import KlConfig, LoraConfig, OptimizerConfig, TrainerConfig
 
 
 class Config(Section):
@@ -50,6 +50,7 @@ class Config(Section):
     reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
+    kl: KlConfig = KlConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig = TrainerConfig()
 
@@ -97,6 +98,8 @@ class Config(Section):
                 f"trainer.eval_samples={self.trainer.eval_samples} completions would be alike with "
                 "trainer.eval_temperature=0, which takes the likeliest token each time: set it to 1"
             )
+        if self.kl.in_reward and self.advantage.kind == "passk":
+            raise ValueError("kl.placement=reward: advantage.kind=passk reads right and wrong alone, not the reward")
         if self.trainer.grad_accum_dtype == "bfloat16" and self.model.dtype == "float32":
             raise ValueError(
                 "trainer.grad_accum_dtype=bfloat16 would round the gradients of model.dtype=float32: leave it unset"

@@ -26,6 +26,7 @@ class Trace:
 
     entropy: Tensor  # (T,) nats, exact
     u_per: Tensor | None  # (T,) nats, the symmetric divergence; None where one branch alone was computed
+    kl: Tensor | None = None  # (T,) nats, to the reference; None where it wasn't computed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,26 @@ def judged(group: Group, scores: Iterable[Score], config: Config) -> Group:
             replace(score, reward=score.reward + value, components=score.components | {"overlong": value})
             for score, value in zip(scores, punishments, strict=True)
         ]
-    scores = tuple(scores)
+    kept = group.kept
+    if config.loss.drop_unfinished:
+        kept = tuple(keep and completion.finished for keep, completion in zip(kept, group.completions, strict=True))
+    return replace(group, scores=tuple(scores), advantages=_advantages(tuple(scores), config), kept=kept)
+
+
+def penalised(group: Group, traces: Sequence[Trace], config: Config) -> Group:
+    """The group with kl.coef times each completion's KL to the reference taken off its reward, and its new advantages.
+
+    A completion's is the sum over its tokens, as for the reward of the whole, r(o) − coef log π(o)/ref(o).
+    """
+    taken = [-config.kl.coef * float(trace.kl.sum()) for trace in traces]  # pyright: ignore[reportOptionalMemberAccess]
+    scores = tuple(
+        replace(score, reward=score.reward + value, components=score.components | {"kl": value})
+        for score, value in zip(group.scores, taken, strict=True)
+    )
+    return replace(group, scores=scores, advantages=_advantages(scores, config))
+
+
+def _advantages(scores: tuple[Score, ...], config: Config) -> tuple[float, ...]:
     rewards, settings = torch.tensor([[score.reward for score in scores]]), config.advantage
     if settings.kind == "passk":
         advantages = passk_advantages(torch.tensor([[score.accuracy == 1 for score in scores]]), settings.k)
@@ -108,10 +128,7 @@ def judged(group: Group, scores: Iterable[Score], config: Config) -> Group:
         advantages = rloo_advantages(rewards)
     else:
         advantages = group_advantages(rewards, scaled=settings.scale == "group")
-    kept = group.kept
-    if config.loss.drop_unfinished:
-        kept = tuple(keep and completion.finished for keep, completion in zip(kept, group.completions, strict=True))
-    return replace(group, scores=scores, advantages=tuple(advantages[0].tolist()), kept=kept)
+    return tuple(advantages[0].tolist())
 
 
 def overlong_punishment(length: int, longest: int, buffer: int) -> float:
@@ -157,10 +174,10 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
 
     A group that is longer than `trainer.micro_batch_tokens` is several rows, each with the prompt again, so that memory
     is bounded; a row of one completion may be longer all the same.
-    What the loss and the log don't read is left out: completions whose loss has no gradient, and the other view of
-    those that aren't paid. A step that measures leaves out nothing that is kept. Completions that are paid and those
-    that aren't, which a draw a response leaves in one raw group, are two rows, so that the second forward is of the
-    paid ones alone.
+    What the loss and the log don't read is left out: completions whose loss has no gradient, which all have one with
+    `kl` in the loss, and the other view of those that aren't paid. A step that measures leaves out nothing that is
+    kept. Completions that are paid and those that aren't, which a draw a response leaves in one raw group, are two
+    rows, so that the second forward is of the paid ones alone.
     """
     measures, made = config.trainer.measures(step), []
     for number, group in groups.items():
@@ -171,7 +188,8 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
         advantages = [
             torch.full((length,), a, dtype=torch.float32) for length, a in zip(lengths, group.advantages, strict=True)
         ]
-        needed = [i for i, kept in enumerate(group.kept) if kept and (measures or has_gradient(advantages[i]))]
+        every = measures or config.kl.in_loss  # which acts on completions of any advantage
+        needed = [i for i, kept in enumerate(group.kept) if kept and (every or has_gradient(advantages[i]))]
         for paid in (False, True):
             chosen = [i for i in needed if group.paid[i] == paid]
             compared = measures or (paid and shown and reads_other(config))

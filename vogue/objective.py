@@ -1,11 +1,11 @@
 r"""The loss of a batch from its signals: VOGUE's shaped advantage, PPO's clipped surrogate, and what is logged of them.
 
     Â    = A + g_out + z sign g_per                     `vogue_kernels.loss` has the bonuses
-    loss = Σ_t w_t c_t · −min(ρ_t Â_t, clip(ρ_t, 1 − ε_low, 1 + ε_high) Â_t)
+    loss = Σ_t w_t (c_t · −min(ρ_t Â_t, clip(ρ_t, 1 − ε_low, 1 + ε_high) Â_t) + coef KL_t)
 
 ρ = π / π_old, with the policy before the step's first update, or the geometric mean of a completion's (GSPO, arXiv
-2507.18071); c corrects for the engine's π where `loss.importance_cap` is set (`engine_correction`), else it is 1; w is
-the token's weight in the batch. All functions here are pure.
+2507.18071); c corrects for the engine's π where `loss.importance_cap` is set (`engine_correction`), else it is 1; KL is
+to a reference, where `kl` asks for one; w is the token's weight in the batch. All functions here are pure.
 """
 
 from typing import NamedTuple
@@ -13,11 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vogue.method.kl import divergence
 from vogue.method.uncertainty import Signals, TokenStats
 from vogue.metrics import Mean, mean_over
 from vogue.model.packing import Batch
 from vogue.sections import LossConfig
+from vogue.training_sections import KlConfig
 from vogue_kernels import GuidanceConfig, clipped_surrogate, shaped_advantage
+
+NO_KL = KlConfig()  # pyright: ignore[reportCallIssue]
 
 
 class Objective(NamedTuple):
@@ -31,9 +35,19 @@ def has_gradient(advantages: Tensor) -> bool:
 
 
 def objective(
-    batch: Batch, signals: Signals, settings: LossConfig, guidance: GuidanceConfig, sign: float, *, first: bool
+    batch: Batch,
+    signals: Signals,
+    settings: LossConfig,
+    guidance: GuidanceConfig,
+    sign: float,
+    *,
+    first: bool,
+    kl: KlConfig = NO_KL,
 ) -> Objective:
-    """The batch's loss and its metrics. `first`: no update came before, so that ρ should be 1, and is measured."""
+    """The batch's loss and its metrics. `first`: no update came before, so that ρ should be 1, and is measured.
+
+    kl  of what the loss has where the signals have a reference
+    """
     old = batch.old or signals._replace(logprob=signals.logprob.detach())
     shaped = shaped_advantage(batch.advantages, old.u_out, old.u_per, batch.paid, guidance, sign)
     clips = settings.clip_low, settings.clip_high, settings.clip_dual
@@ -46,6 +60,8 @@ def objective(
     mismatch = torch.where(comparable, old.logprob - batch.engine_logprob, 0.0)
     if settings.importance_cap is not None:
         token_loss = token_loss * engine_correction(mismatch, batch, settings.importance_cap, settings.importance_mode)
+    if signals.reference is not None:
+        token_loss = token_loss + kl.coef * divergence(signals.logprob, old.logprob, signals.reference, kl.estimator)
     loss = (batch.weights * token_loss).sum()
 
     trained = sending_gradient(batch)
@@ -58,6 +74,8 @@ def objective(
     }
     if first:
         metrics["ratio_error"] = mean_over(trained, (signals.logprob.detach() - old.logprob).expm1().abs())
+    if signals.reference is not None:
+        metrics["kl"] = mean_over(batch.weights > 0, signals.reference.kl.detach())
     if signals.u_per is not None:
         metrics["per_capped"] = mean_over(trained & batch.paid, shaped.per_capped)
     return Objective(loss, metrics)

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -43,19 +43,22 @@ from vogue.groups import (
     in_updates,
     judged,
     kept_lengths,
+    penalised,
     rows,
     tally,
 )
 from vogue.inputs import NOISY, Preprocessor
 from vogue.loader import Loader
 from vogue.method import branch
+from vogue.method.kl import Reference, divergence
 from vogue.method.uncertainty import Signals, TokenStats, read_signals
-from vogue.metrics import Clock, Means, peak_memory
+from vogue.metrics import Clock, Means, mean_over, peak_memory
 from vogue.model import checkpoint
 from vogue.model.loading import load_model
 from vogue.model.optimizer import start_deepspeed
 from vogue.model.packing import Batch, Place, collate
 from vogue.model.policy import Policy
+from vogue.model.reference import load_reference
 from vogue.objective import objective, uncertainties
 from vogue.rewards import RewardError, verifier
 from vogue.rewards.groups import score_groups
@@ -98,6 +101,7 @@ class Trainer:
             media_token_ids(self.processor),
             config.model.attention,
             int(config.model.keep_logits_gb * 1e9),
+            load_reference(config, self.device),
         )
         self.shared_prefix = config.trainer.shared_prefix and not self.policy.why_separate
         if config.trainer.shared_prefix and self.policy.why_separate and self.rank == 0:
@@ -125,6 +129,8 @@ class Trainer:
         try:
             groups = self.roll_out(means, clock)  # x' = T(x), z, o_1..o_G, r, A
             self.engine.sleep()
+            if self.config.kl.in_reward:
+                groups = self.penalised(groups, means, clock)
             with clock("train"):
                 traces = self.update(groups, means, clock)  # u_out, u_per, A^, the clipped surrogate
         except FAILURES:  # no weight has changed yet
@@ -216,11 +222,13 @@ class Trainer:
                 self.deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
                 batch = batch.to(self.device)  # here, so that a GPU holds the pixels of one micro-batch
                 with clock("forward"):
-                    stats = self.deepspeed(batch)
+                    stats = self.deepspeed(batch, refers=config.kl.in_loss)
                     traces |= traced(batch, stats)
                     means.add_all(uncertainties(batch, stats, measuring=config.trainer.measures(self.step)))
                     signals = self.signals(batch, stats)
-                    loss, metrics = objective(batch, signals, config.loss, self.guidance, sign, first=number == 0)
+                    loss, metrics = objective(
+                        batch, signals, config.loss, self.guidance, sign, first=number == 0, kl=config.kl
+                    )
                     means.add_all(metrics)
                 with clock("backward"):
                     # DeepSpeed averages gradients over the ranks; this loss is one summand of the global mean.
@@ -233,6 +241,34 @@ class Trainer:
             means.add("trained_share", 0.0, sum(lengths))
             self.check_gradient(float(self.deepspeed.get_global_grad_norm() or 0.0), means)
         return traces
+
+    def penalised(self, groups: list[Group], means: Means, clock: Clock) -> list[Group]:
+        """The groups with the KL to the reference in their rewards, which takes a forward of every completion.
+
+        Raises `DataError` as `update`.
+        """
+        count = self.config.rollout.n
+        whole = {
+            number: replace(group, kept=(True,) * count, paid=(False,) * count, advantages=(1.0,) * count)
+            for number, group in enumerate(groups)
+            if any(group.kept)
+        }
+        with clock("reference"), torch.no_grad():
+            traces: dict[Place, Trace] = {}
+            for batch in self.micro_batches(whole, groups[0], Means(), clock):
+                batch = batch.to(self.device)
+                stats = self.deepspeed(batch, refers=True)
+                reference, logprob = cast(Reference, stats.reference), stats.logprob
+                means.add_all({"kl": mean_over(batch.weights > 0, reference.kl)})
+                found = divergence(logprob, logprob, reference, self.config.kl.estimator)
+                traces |= traced(batch, stats._replace(reference=reference._replace(kl=found)))
+            traces = bring_home(traces, self.rank)
+        return [
+            penalised(group, [traces[Place(number, i, self.rank)] for i in range(count)], self.config)
+            if number in whole
+            else group
+            for number, group in enumerate(groups)
+        ]
 
     def signals(self, batch: Batch, stats: TokenStats) -> Signals:
         """What the loss reads of the batch's tokens."""
@@ -309,10 +345,12 @@ def traced(batch: Batch, stats: TokenStats) -> dict[Place, Trace]:
     """What the forward found of each completion, by its place among the step's groups."""
     entropy = stats.entropy.detach().cpu()
     u_per = entropy[:0] if stats.other is None else stats.other.symmetric_kl.cpu()
+    kl = None if stats.reference is None else stats.reference.kl.detach().cpu()
     traces, start = {}, 0
     for completion, place in zip(batch.completions, batch.places, strict=True):
         here = slice(start, start + len(completion.token_ids))
         if place is not None:
-            traces[place] = Trace(entropy[here], u_per[here] if here.stop <= len(u_per) else None)
+            compared = u_per[here] if here.stop <= len(u_per) else None
+            traces[place] = Trace(entropy[here], compared, None if kl is None else kl[here])
         start = here.stop
     return traces

@@ -46,6 +46,42 @@ class LoraConfig(Section):
         return self.rank > 0 or self.adapter is not None
 
 
+class KlConfig(Section):
+    """What keeps the policy near a reference model: coef KL(policy || reference) a token."""
+
+    coef: NonNegative = Field(0.0, description="weight of the KL to the reference; 0: there is no reference")
+    placement: Literal["loss", "reward"] = Field(
+        "loss",
+        description="where it counts: in each token's loss, or, summed over its tokens, in each completion's reward",
+    )
+    estimator: Literal["exact", "k1", "k3", "low_var_kl"] = Field(
+        "exact",
+        description="over the whole vocabulary (exact), or from the sampled token: k1 and k3, whose mean and gradient "
+        "are right, or low_var_kl, as GRPO, TRL's beta, verl and EasyR1 have it, whose gradient is KL(reference || "
+        "policy)'s",
+    )
+    reference: str | None = Field(
+        None,
+        description="model to stay near, a folder or a name as model.path; unset: the one below the adapters with "
+        "lora, else a frozen copy of model.path",
+    )
+
+    @model_validator(mode="after")
+    def _is_read(self) -> "KlConfig":
+        for name, field in type(self).model_fields.items():
+            if not self.coef and getattr(self, name) != field.default:
+                raise ValueError(f"kl.{name}={getattr(self, name)}: with kl.coef=0 there is no reference")
+        return self
+
+    @property
+    def in_loss(self) -> bool:
+        return self.coef > 0 and self.placement == "loss"
+
+    @property
+    def in_reward(self) -> bool:
+        return self.coef > 0 and self.placement == "reward"
+
+
 class OptimizerConfig(Section):
     """AdamW."""
 

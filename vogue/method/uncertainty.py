@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vogue.method.kl import Reference
+
 
 class OtherBranch(NamedTuple):
     """The first M of N tokens on the branch that they are not trained on; no result has a gradient."""
@@ -37,6 +39,7 @@ class TokenStats(NamedTuple):
     logprob: Tensor  # (N,) nats, with gradient
     entropy: Tensor  # (N,) nats
     others: tuple[OtherBranch, ...]  # M falls from each to the next; none where nothing is compared
+    reference: Reference | None = None  # None where the step doesn't read it
 
     @property
     def other(self) -> OtherBranch | None:
@@ -50,6 +53,7 @@ class Signals(NamedTuple):
     logprob: Tensor  # (N,) nats, with gradient
     u_out: Tensor  # (N,) nats
     u_per: Tensor | None  # (N,) nats, 0 where the branches aren't compared; None where none are
+    reference: Reference | None = None
 
 
 def read_signals(
@@ -63,14 +67,14 @@ def read_signals(
     """
     u_out, other = output_uncertainty(stats.entropy, stats.logprob, estimator), stats.other
     if other is None:
-        return Signals(stats.logprob, u_out, None)
+        return Signals(stats.logprob, u_out, None, stats.reference)
     m = len(other.logprob)
     u_per = perception_uncertainty(stats.logprob[:m], other, noisy[:m], estimator, divergence)
     if entropy == "drawn":
         elsewhere = (paid & ~noisy)[:m]
         of_drawn = torch.where(elsewhere, output_uncertainty(other.entropy, other.logprob, estimator), u_out[:m])
         u_out = torch.cat([of_drawn, u_out[m:]])
-    return Signals(stats.logprob, u_out, nn.functional.pad(u_per, (0, len(u_out) - m)))
+    return Signals(stats.logprob, u_out, nn.functional.pad(u_per, (0, len(u_out) - m)), stats.reference)
 
 
 def output_uncertainty(entropy: Tensor, logprob: Tensor, estimator: str) -> Tensor:

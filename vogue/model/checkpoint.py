@@ -125,9 +125,8 @@ def _write(
                 model.save_pretrained(partial / HF, state_dict=weights)
                 processor.save_pretrained(partial / HF)
     with _together(root, step), _failing_late(engine):
-        # What is frozen beside adapters is in model.path; a tower that is frozen alone stays in, as few as it is.
         engine.save_checkpoint(
-            str(partial / DEEPSPEED), tag="state", save_latest=False, exclude_frozen_parameters=config.lora.on
+            str(partial / DEEPSPEED), tag="state", save_latest=False, exclude_frozen_parameters=_without_frozen(config)
         )
     with _together(root, step):
         sums = checksums.written(partial, rank)
@@ -171,6 +170,14 @@ def _failing_late(engine) -> Iterator[None]:
             delattr(owner, name)
     if failed:
         raise failed[0]
+
+
+def _without_frozen(config: Config) -> bool:
+    """Whether DeepSpeed's part is without what is frozen and lies in model.path: beside adapters, and a reference.
+
+    A tower that is frozen alone stays in, as few weights as it has.
+    """
+    return config.lora.on or config.kl.coef > 0
 
 
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -277,7 +284,9 @@ def load_state(state: RunState, checkpoint: Path) -> None:
 
 def load(engine, checkpoint: Path, config: Config) -> None:
     """Put weights, optimizer and its schedule back."""
-    path, _ = engine.load_checkpoint(str(checkpoint / DEEPSPEED), tag="state", load_module_strict=not config.lora.on)
+    path, _ = engine.load_checkpoint(
+        str(checkpoint / DEEPSPEED), tag="state", load_module_strict=not _without_frozen(config)
+    )
     if path is None:
         raise ConfigError(f"--resume: DeepSpeed found nothing to load in {checkpoint}")
     # A run whose optimizer was offloaded, and no longer is, or the other way round, has saved another class' settings.

@@ -6,6 +6,7 @@ branch that drops other activations than the other one would be taken for one th
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +89,16 @@ def add_adapters(model: PreTrainedModel, settings: LoraConfig, seed: int) -> Non
         parameter.requires_grad_(True)
     if settings.adapter:
         _fill(found, weights, settings.adapter)
+
+
+def without_adapters(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """The model computes as it does without its adapters, to the last bit.
+
+    Their products are made all the same, and counted as 0, so that under ZeRO-3 the order of modules stays.
+    """
+    from peft.helpers import rescale_adapter_scale
+
+    return rescale_adapter_scale(model, multiplier=0.0)
 
 
 def save_adapter(weights: dict[str, Tensor], model: PreTrainedModel, base: str, folder: Path) -> None:

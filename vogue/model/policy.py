@@ -8,6 +8,8 @@ completion's token reach it.
 A row holds one prompt and the completions that share it (see packing). Position i attends to j <= i where j belongs to
 the prompt or to i's own completion (see attention), and every completion's positions continue from the prompt's, so
 each completion sees exactly what it would see alone. The vision tower sees each distinct image once.
+
+A reference, which `kl` compares the policy with, is a frozen model beside it, or the policy's own without its adapters.
 """
 
 import inspect
@@ -15,12 +17,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from deepspeed.runtime.zero.utils import is_zero_param
+from deepspeed.zero import register_external_parameter
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vogue.families import Family, family_of
+from vogue.method.kl import Reference
 from vogue.method.uncertainty import OtherBranch, TokenStats
 from vogue.model.attention import FLEX, IMPLEMENTATIONS, OWN, attention_inputs, automatic
+from vogue.model.lora import without_adapters
 from vogue.model.packing import PAD, Batch, Images
 from vogue.model.vision import prepare_tower
 from vogue.rollout.engine import BAN
@@ -43,9 +49,24 @@ class PolicyHead(nn.Module):
         bias = torch.zeros(projection.out_features, dtype=weight.dtype, device=weight.device)
         bias[list(banned)] = BAN
         self.register_buffer("bias", bias, persistent=False)
+        self._reference: tuple[nn.Parameter, ...] = ()  # not registered: it is no part of what is trained and saved
 
-    def forward(self, hidden: Tensor, others: Sequence[Tensor], targets: Tensor) -> TokenStats:
-        """`others`: hidden states (M, D) of the first M tokens on each view that they are compared with, M falling."""
+    def set_reference(self, weight: nn.Parameter) -> None:
+        """The output projection (V, D') of a reference that has one of its own."""
+        self._reference = (weight,)
+        if is_zero_param(weight):  # so that it is whole where this module's own are
+            register_external_parameter(self, weight)
+
+    def forward(
+        self, hidden: Tensor, others: Sequence[Tensor], targets: Tensor, reference: Tensor | None = None
+    ) -> TokenStats:
+        """The statistics of N tokens.
+
+        others     hidden states (M, D) of the first M tokens on each view that they are compared with, M falling
+        reference  those (N, D') of the reference model; None where nothing reads it
+        """
+        if reference is not None:
+            return self._beside_reference(hidden, others, targets, reference)
         if not others:
             alone = self._alone(hidden, targets, self.keep_logits_bytes)
             return TokenStats(alone.logprob, alone.entropy, ())
@@ -60,8 +81,22 @@ class PolicyHead(nn.Module):
             logprob, entropy = torch.cat([logprob, alone.logprob]), torch.cat([entropy, alone.entropy])
         return TokenStats(logprob, entropy, tuple(map(_other_branch, both)))
 
+    def _beside_reference(
+        self, hidden: Tensor, others: Sequence[Tensor], targets: Tensor, reference: Tensor
+    ) -> TokenStats:
+        """The comparison with the reference is of all tokens, and sends the gradient of all that has one."""
+        keep, bias = self.keep_logits_bytes, self.bias
+        if self._reference:
+            args = reference, hidden, *self._reference, targets, bias, self.temperature
+            found = linear_branch_stats(*args, keep_logits_bytes=keep, weight_q=self.weight, bias_q=bias)
+        else:
+            found = self._both(reference, hidden, targets, keep)
+        both = [self._both(other, hidden[: len(other)].detach(), targets[: len(other)]) for other in others]
+        compared = Reference(found.logprob_p.detach(), found.kl_qp)
+        return TokenStats(found.logprob_q, found.entropy_q, tuple(map(_other_branch, both)), compared)
+
     def _both(self, other: Tensor, hidden: Tensor, targets: Tensor, keep: int = 0) -> BranchStats:
-        """Branch p is the other view, q the one that is trained."""
+        """Branch p is the other one, q the one that is trained."""
         args = other, hidden, self.weight, targets, self.bias, self.temperature
         return linear_branch_stats(*args, keep_logits_bytes=keep)
 
@@ -72,6 +107,9 @@ class PolicyHead(nn.Module):
 
 class Policy(nn.Module):
     """`forward(batch)` gives the statistics of the batch's N completion tokens; other views have no gradient.
+
+    `reference` is a frozen model of the same family and vocabulary that `forward(batch, refers=True)` compares with, or
+    None for the policy's own without its adapters.
 
     `attention` is the text model's: one of transformers', or "auto" for `vogue.model.attention.automatic`'s choice of
     those that let completions share a prompt. `why_separate` says why they can't (None where they can); every row must
@@ -86,6 +124,7 @@ class Policy(nn.Module):
         banned: Sequence[int] = (),
         attention: str = "auto",
         keep_logits_bytes: int = 0,
+        reference: PreTrainedModel | None = None,
     ):
         super().__init__()
         self.family = family_of(model)
@@ -95,43 +134,55 @@ class Policy(nn.Module):
         self.why_separate = _why_separate(model, attention)
         if self.why_separate and attention in OWN:
             attention = "sdpa"
-        model.set_attn_implementation({"text_config": attention})
-        prepare_tower(model, self.family)
+        for each in (model, reference) if reference else (model,):
+            each.set_attn_implementation({"text_config": attention})
+            prepare_tower(each, self.family)
         model.lm_head = PolicyHead(model.lm_head, temperature, banned, keep_logits_bytes)
-        self.model = model
+        if reference:
+            model.lm_head.set_reference(reference.lm_head.weight)
+        self.model, self.reference = model, reference
         self.attention = attention
         # LLaVA-OneVision's own parameter, read outside of its forward: one of this module's is whole in this one's.
         self.image_newline = getattr(model.model, "image_newline", None)
+        self.reference_newline = getattr(reference.model, "image_newline", None) if reference else None
 
-    def forward(self, batch: Batch) -> TokenStats:
+    def forward(self, batch: Batch, refers: bool = False) -> TokenStats:
+        """`refers`: compare with the reference, too."""
         with torch.no_grad():
-            others = [self._hidden(other) for other in batch.others]
-        return self.model.lm_head(self._hidden(batch), others, batch.targets)
+            others = [self._hidden(other, self.model) for other in batch.others]
+            reference = self._hidden_of_reference(batch) if refers else None
+        return self.model.lm_head(self._hidden(batch, self.model), others, batch.targets, reference)
 
-    def _hidden(self, batch: Batch) -> Tensor:
-        """Hidden states (N, D) at the positions that predict the completions' tokens."""
+    def _hidden_of_reference(self, batch: Batch) -> Tensor:
+        if self.reference is not None:
+            return self._hidden(batch, self.reference)
+        with without_adapters(self.model):
+            return self._hidden(batch, self.model)
+
+    def _hidden(self, batch: Batch, model: PreTrainedModel) -> Tensor:
+        """Hidden states (N, D) of a model at the positions that predict the completions' tokens."""
         images = batch.images
         # Not on the weights' device: those that are offloaded are elsewhere.
-        features = self._features(images or _blank(self.family, self.model).to(batch.input_ids.device))
+        features = self._features(images or _blank(self.family, model).to(batch.input_ids.device), model)
         inputs = {"input_ids": batch.input_ids, "position_ids": self._positions(batch), "use_cache": False}
         if self.why_separate:
             inputs["attention_mask"] = (batch.segments != PAD).long()
         else:
-            inputs |= attention_inputs(self.attention, batch.segments, self.model.dtype)
+            inputs |= attention_inputs(self.attention, batch.segments, model.dtype)
         if images is not None:
-            output = _see(self.model.model, _in_order(features, images.order), inputs)
+            output = _see(model.model, _in_order(features, images.order), inputs)
         else:
             # Under ZeRO-3 every rank must call the same modules in the same order, vision included, and have a gradient
             # for each. So the blank's features come in where images' do: what is behind them has a gradient, too.
-            with _added_to(self.model.get_input_embeddings(), 0 * sum(x.sum() for x in _tensors(features))):
-                output = self.model.model(**inputs)
+            with _added_to(model.get_input_embeddings(), 0 * sum(x.sum() for x in _tensors(features))):
+                output = model.model(**inputs)
         return output.last_hidden_state.flatten(0, 1)[batch.positions]
 
-    def _features(self, images: Images):
-        """What the vision tower makes of the images, as the model's own forward takes it."""
+    def _features(self, images: Images, model: PreTrainedModel):
+        """What a model's vision tower makes of the images, as the model's own forward takes it."""
         given = self.family.tower_inputs(images.sizes, images.counts)
-        pixels = images.pixel_values.to(self.model.dtype)
-        features = self.model.model.get_image_features(pixels, **given, return_dict=True)
+        pixels = images.pixel_values.to(model.dtype)
+        features = model.model.get_image_features(pixels, **given, return_dict=True)
         if layers := features.get("deepstack_features"):  # transformers 5.17 has all images' in one tensor a layer
             lengths = [len(image) for image in features.pooler_output]
             features.deepstack_features = [x.split(lengths) if isinstance(x, Tensor) else x for x in layers]

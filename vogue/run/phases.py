@@ -68,7 +68,7 @@ def phases(sizes: Sizes, run: Layout) -> list[Phase]:
 def _held(sizes: Sizes, run: Layout) -> dict[str, float]:
     parts = {"runtime": GPU_RUNTIME if run.on_gpu else CPU_RUNTIME}
     if not (run.offload_params and run.on_gpu):
-        parts["weights"] = run.item * (sizes.weights + sizes.adapters) / run.shards
+        parts["weights"] = run.item * (sizes.weights + sizes.adapters + sizes.reference) / run.shards
     if not (run.offload_optimizer and run.on_gpu):
         parts["optimizer"] = 12 * sizes.trained / run.ranks
         if run.stage == 3:
@@ -84,7 +84,7 @@ def _host(sizes: Sizes, run: Layout) -> dict[str, float]:
         return {}
     local, parts = run.ranks / run.nodes, {}
     if run.offload_params:
-        parts["weights"] = local * run.item * (sizes.weights + sizes.adapters) / run.shards
+        parts["weights"] = local * run.item * (sizes.weights + sizes.adapters + sizes.reference) / run.shards
     if run.offload_optimizer:  # with a float32 gradient beside the accumulated one
         parts["optimizer"] = local * (16 + run.grad_item) * sizes.trained / run.ranks
     return parts
@@ -205,7 +205,7 @@ def _activations(sizes: Sizes, run: Layout) -> float:
 def _head(sizes: Sizes, run: Layout) -> float:
     """Of the fused operator: hidden states and their float32 gradient, the weight's gradient, a chunk, kept logits."""
     hidden = run.predicted * sizes.text.hidden
-    views, chunk = 1 + run.compares, GPU_CHUNK * run.item if run.on_gpu else CPU_CHUNK * 4
+    views, chunk = 1 + run.compares + run.refers, GPU_CHUNK * run.item if run.on_gpu else CPU_CHUNK * 4
     weight = 0 if run.adapters else sizes.vocabulary * sizes.text.hidden * run.item
     kept = min(run.kept_logits, run.predicted * sizes.vocabulary * run.item)
     return hidden * (views * run.item + 4) + weight + views * chunk + kept

@@ -22,6 +22,7 @@ from vogue.model.files import Checkpoint, read_checkpoint
 from vogue.model.liger import check_liger
 from vogue.model.lora import add_adapters
 from vogue.model.optimizer import own_settings
+from vogue.model.reference import check_reference
 from vogue.rewards import RewardError, check_function
 from vogue.run import logs, trackers
 from vogue.run.chat_template import checked_preprocessor
@@ -116,6 +117,8 @@ def _examine_model(found: Preflight, checkpoint: Checkpoint, config: Config) -> 
         "memory": (told_of, model),
         "disk": (check_disk, model),
     }
+    if config.kl.coef:
+        checks["reference"] = (check_reference, model)
     if config.rollout.engine == "vllm":
         checks["engine"] = (check_engine, model)
     for part, (check, given) in checks.items():

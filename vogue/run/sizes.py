@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 
 from vogue.config import Config
 from vogue.families import family_of
+from vogue.model.files import configured_model
 from vogue.model.lora import whole_parameters
 from vogue.model.optimizer import SUB_GROUP
+from vogue.model.reference import reference_path
 from vogue.run.memory import adapter_count, cache_bytes, checkpoint_bytes, weight_count, weights_on_disk
 
 # DeepSpeed's own where `trainer.deepspeed` has none: weights of a bucket of gradients, and gathered at a time.
@@ -53,6 +55,7 @@ class Sizes:
     token_cache: int  # bytes of a token's keys and values
     checkpoint: int  # bytes
     saved: int  # bytes of its weights as transformers or PEFT reads them, which rank 0 copies to its memory first
+    reference: int = 0  # weights of a frozen model beside it
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Layout:
     shared_prefix: bool
     steps: int
     keep: int
+    refers: bool = False  # one more forward, by a reference
     bucket: int = BUCKET  # weights
     sub_group: int = SUB_GROUP
     live: int = LIVE
@@ -149,6 +153,7 @@ def sizes_of(model: PreTrainedModel, config: Config) -> Sizes:
         token_pixels=patches * side,
         token_cache=cache_bytes(text, config),
         checkpoint=checkpoint_bytes(model, config),
+        reference=weight_count(configured_model(path)) if (path := reference_path(config)) else 0,
         saved=weights_on_disk(model, config),
     )
 
