@@ -50,7 +50,8 @@ def objective_of(trainer, batch, signals=None, first=True) -> Objective:
     signals = signals or trainer.signals(batch, trainer.policy(batch))
     config = trainer.config
     sign = branch.bonus_sign(trainer.step, config.trainer.steps, config.guidance.sign_transition)
-    return objective(batch, signals, config.loss, trainer.guidance, sign, first=first)
+    terms = {"kl": config.kl, "perception": config.perception}
+    return objective(batch, signals, config.loss, trainer.guidance, sign, first=first, **terms)
 
 
 def both_groups(trainer, prompts):

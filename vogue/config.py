@@ -29,7 +29,7 @@ from vogue.sections import (
     UncertaintyConfig,
 )
 from vogue.settings import Section, check, read_settings
-from vogue.training_sections import KlConfig, LoraConfig, OptimizerConfig, TrainerConfig
+from vogue.training_sections import KlConfig, LoraConfig, OptimizerConfig, PerceptionConfig, TrainerConfig
 
 
 class Config(Section):
@@ -51,6 +51,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
     kl: KlConfig = KlConfig()
+    perception: PerceptionConfig = PerceptionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig = TrainerConfig()
 
@@ -98,6 +99,8 @@ class Config(Section):
                 f"trainer.eval_samples={self.trainer.eval_samples} completions would be alike with "
                 "trainer.eval_temperature=0, which takes the likeliest token each time: set it to 1"
             )
+        if self.perception.on and self.branch.rollout == "drawn" and self.branch.probability != 0:
+            raise ValueError("perception.kl_coef: with branch.rollout=drawn completions are trained on T(x) itself")
         if self.kl.in_reward and self.advantage.kind == "passk":
             raise ValueError("kl.placement=reward: advantage.kind=passk reads right and wrong alone, not the reward")
         if self.trainer.grad_accum_dtype == "bfloat16" and self.model.dtype == "float32":

@@ -139,9 +139,9 @@ def evaluate_model(config: Config, views: Sequence[str], console: Console) -> di
 
 def _perturbed(preprocessor: Preprocessor, sample: Sample, config: Config, number: int) -> Sample:
     """Sample `number` with T(x) of its images."""
-    preset, sigma = config.perturb.preset, config.perturb.sigma
+    given = config.perturb.model_dump(exclude={"anneal_at"})
     images = enumerate(preprocessor.images(sample))
-    noisy = (perturb(x, preset, sigma, seed_for(config.seed, Purpose.EVALUATION, number, i)) for i, x in images)
+    noisy = (perturb(x, **given, seed=seed_for(config.seed, Purpose.EVALUATION, number, i)) for i, x in images)
     return replace(sample, images=tuple(noisy))
 
 

@@ -175,9 +175,9 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
     A group that is longer than `trainer.micro_batch_tokens` is several rows, each with the prompt again, so that memory
     is bounded; a row of one completion may be longer all the same.
     What the loss and the log don't read is left out: completions whose loss has no gradient, which all have one with
-    `kl` in the loss, and the other view of those that aren't paid. A step that measures leaves out nothing that is
-    kept. Completions that are paid and those that aren't, which a draw a response leaves in one raw group, are two
-    rows, so that the second forward is of the paid ones alone.
+    `kl` or `perception` in it, and the other view of those that nothing compares. A step that measures leaves out
+    nothing that is kept. Completions that are paid and those that aren't, which a draw a response leaves in one raw
+    group, are two rows, so that VOGUE's second forward is of the paid ones alone.
     """
     measures, made = config.trainer.measures(step), []
     for number, group in groups.items():
@@ -188,11 +188,11 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
         advantages = [
             torch.full((length,), a, dtype=torch.float32) for length, a in zip(lengths, group.advantages, strict=True)
         ]
-        every = measures or config.kl.in_loss  # which acts on completions of any advantage
+        every = measures or config.kl.in_loss or config.perception.on  # which act on completions of any advantage
         needed = [i for i, kept in enumerate(group.kept) if kept and (every or has_gradient(advantages[i]))]
         for paid in (False, True):
             chosen = [i for i in needed if group.paid[i] == paid]
-            compared = measures or (paid and shown and reads_other(config))
+            compared = measures or (shown and (config.perception.on or (paid and reads_other(config))))
             budget = config.trainer.micro_batch_tokens - len(group.item.prompt.token_ids)
             for part in cut(chosen, lengths, budget if shared_prefix else 0):
                 row = Row(

@@ -130,18 +130,19 @@ class Loader:
             return dict(zip(origins, made, strict=True))
 
     def item(self, sample: Sample, step: int, number: int, draws: tuple[bool, ...]) -> Item:
-        """Prompt `number` of the step, perturbed where a draw, NoisyRollout or a measuring step reads T(x)."""
+        """Prompt `number` of the step, perturbed where a draw, NoisyRollout, PAPO or a measuring step reads T(x)."""
         images, settings = self.preprocessor.images(sample), self.config.perturb
-        reads_noisy = any(draws) or self.config.rollout.noisy_count or self.config.trainer.measures(step)
+        config = self.config
+        reads_noisy = any(draws) or config.rollout.noisy_count or config.perception.on or config.trainer.measures(step)
         try:
             views = {RAW: self.preprocessor.view(images)}
             if reads_noisy:
-                sigma = settings.sigma
+                given = settings.model_dump(exclude={"anneal_at"})
                 if settings.anneal_at is not None:
-                    sigma = annealed(sigma, step, self.config.trainer.steps, settings.anneal_at)
-                seeds = (seed_for(self.config.seed, Purpose.PERTURB, step, number, i) for i in range(len(images)))
-                copies = zip(images, seeds, strict=True)
-                views[NOISY] = self.preprocessor.view([perturb(x, settings.preset, sigma, seed) for x, seed in copies])
+                    given["sigma"] = annealed(settings.sigma, step, config.trainer.steps, settings.anneal_at)
+                seeds = (seed_for(config.seed, Purpose.PERTURB, step, number, i) for i in range(len(images)))
+                copies = [perturb(x, **given, seed=seed) for x, seed in zip(images, seeds, strict=True)]
+                views[NOISY] = self.preprocessor.view(copies)
         except (OSError, ValueError) as error:
             raise DataError(f"{sample.place}: {error}") from error
         return Item(number, self.preprocessor.prompt(sample, views[RAW]), views, draws)

@@ -13,15 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vogue.method.kl import divergence
-from vogue.method.uncertainty import Signals, TokenStats
+from vogue.method.kl import Reference, divergence
+from vogue.method.uncertainty import OtherBranch, Signals, TokenStats
 from vogue.metrics import Mean, mean_over
 from vogue.model.packing import Batch
 from vogue.sections import LossConfig
-from vogue.training_sections import KlConfig
+from vogue.training_sections import KlConfig, PerceptionConfig
 from vogue_kernels import GuidanceConfig, clipped_surrogate, shaped_advantage
 
-NO_KL = KlConfig()  # pyright: ignore[reportCallIssue]
+NO_KL, NO_PERCEPTION = KlConfig(), PerceptionConfig()  # pyright: ignore[reportCallIssue]
 
 
 class Objective(NamedTuple):
@@ -43,10 +43,12 @@ def objective(
     *,
     first: bool,
     kl: KlConfig = NO_KL,
+    perception: PerceptionConfig = NO_PERCEPTION,
 ) -> Objective:
     """The batch's loss and its metrics. `first`: no update came before, so that ρ should be 1, and is measured.
 
-    kl  of what the loss has where the signals have a reference
+    kl          of what the loss has where the signals have a reference
+    perception  of what it has where they have another branch
     """
     old = batch.old or signals._replace(logprob=signals.logprob.detach())
     shaped = shaped_advantage(batch.advantages, old.u_out, old.u_per, batch.paid, guidance, sign)
@@ -63,6 +65,8 @@ def objective(
     if signals.reference is not None:
         token_loss = token_loss + kl.coef * divergence(signals.logprob, old.logprob, signals.reference, kl.estimator)
     loss = (batch.weights * token_loss).sum()
+    if perception.on and signals.other is not None:
+        loss = loss - _perceived(batch, signals, old.logprob, signals.other, perception)
 
     trained = sending_gradient(batch)
     metrics = {
@@ -76,6 +80,9 @@ def objective(
         metrics["ratio_error"] = mean_over(trained, (signals.logprob.detach() - old.logprob).expm1().abs())
     if signals.reference is not None:
         metrics["kl"] = mean_over(batch.weights > 0, signals.reference.kl.detach())
+    if perception.on and signals.other is not None:
+        m = len(signals.other.logprob)
+        metrics["perception_kl"] = mean_over(batch.weights[:m] > 0, signals.other.kl_own_other.detach())
     if signals.u_per is not None:
         metrics["per_capped"] = mean_over(trained & batch.paid, shaped.per_capped)
     return Objective(loss, metrics)
@@ -90,6 +97,20 @@ def with_sequence_ratio(logprob: Tensor, old_logprob: Tensor, lengths: Tensor) -
     found = logprob.detach()
     means = per_completion(found - old_logprob, lengths) / lengths.repeat_interleave(lengths)
     return old_logprob + means + (logprob - found)
+
+
+def _perceived(
+    batch: Batch, signals: Signals, old_logprob: Tensor, other: OtherBranch, settings: PerceptionConfig
+) -> Tensor:
+    """What PAPO adds to the objective: γ KL(π(·|x)‖π(·|T(x))) − η H(π(·|T(x))), of the tokens with an image."""
+    m = len(other.logprob)
+    if settings.direction == "reverse":
+        found = other.kl_other_own
+    else:
+        reference = Reference(other.logprob.detach(), other.kl_own_other)
+        found = divergence(signals.logprob[:m], old_logprob[:m], reference, settings.estimator)
+    found = settings.kl_coef * found - settings.entropy_coef * other.entropy
+    return (batch.weights[:m] * found).sum()
 
 
 def engine_correction(mismatch: Tensor, batch: Batch, cap: float, mode: str) -> Tensor:
@@ -127,7 +148,7 @@ def uncertainties(batch: Batch, stats: TokenStats, *, measuring: bool) -> dict[s
     if measuring:
         metrics["measured/entropy"] = mean_over(batch.weights > 0, entropy)
     if stats.other is not None:
-        compared, u_per = slice(len(stats.other.symmetric_kl)), stats.other.symmetric_kl
+        compared, u_per = slice(len(stats.other.symmetric_kl)), stats.other.symmetric_kl.detach()
         metrics["u_per"] = mean_over((trained & batch.paid)[compared], u_per)
         if measuring:
             metrics["measured/u_per"] = mean_over((batch.weights > 0)[compared], u_per)

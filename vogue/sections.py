@@ -111,17 +111,27 @@ class DataConfig(Section):
 class PerturbConfig(Section):
     """T(x): how an image is perturbed."""
 
-    preset: Literal["noise", "paper"] = Field(
+    preset: Literal["noise", "paper", "mask"] = Field(
         "noise",
         description="noise: Gaussian noise alone; paper: flips, rotation and jitter of brightness and contrast, then "
-        "noise",
+        "noise; mask: black squares (PAPO)",
     )
+    patch: Count = Field(14, description="side in pixels of the squares of perturb.preset=mask")
+    share: Share = Field(0.6, description="probability that a square of perturb.preset=mask is black")
     sigma: NonNegative = Field(0.4, description="standard deviation of the Gaussian noise on pixels in [0, 1]")
     anneal_at: Share | None = Field(
         None,
         description="share of trainer.steps after which perturb.sigma has fallen to half, along a sigmoid; unset: it "
         "is constant",
     )
+
+    @model_validator(mode="after")
+    def _is_read(self) -> "PerturbConfig":
+        masks = self.preset == "mask"
+        for name in ("sigma", "anneal_at") if masks else ("patch", "share"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"perturb.{name}={getattr(self, name)}: perturb.preset={self.preset} doesn't read it")
+        return self
 
 
 class BranchConfig(Section):

@@ -102,6 +102,7 @@ class Trainer:
             config.model.attention,
             int(config.model.keep_logits_gb * 1e9),
             load_reference(config, self.device),
+            config.perception.gradient if config.perception.on else None,
         )
         self.shared_prefix = config.trainer.shared_prefix and not self.policy.why_separate
         if config.trainer.shared_prefix and self.policy.why_separate and self.rank == 0:
@@ -227,7 +228,14 @@ class Trainer:
                     means.add_all(uncertainties(batch, stats, measuring=config.trainer.measures(self.step)))
                     signals = self.signals(batch, stats)
                     loss, metrics = objective(
-                        batch, signals, config.loss, self.guidance, sign, first=number == 0, kl=config.kl
+                        batch,
+                        signals,
+                        config.loss,
+                        self.guidance,
+                        sign,
+                        first=number == 0,
+                        kl=config.kl,
+                        perception=config.perception,
                     )
                     means.add_all(metrics)
                 with clock("backward"):
@@ -344,7 +352,7 @@ class Trainer:
 def traced(batch: Batch, stats: TokenStats) -> dict[Place, Trace]:
     """What the forward found of each completion, by its place among the step's groups."""
     entropy = stats.entropy.detach().cpu()
-    u_per = entropy[:0] if stats.other is None else stats.other.symmetric_kl.cpu()
+    u_per = entropy[:0] if stats.other is None else stats.other.symmetric_kl.detach().cpu()
     kl = None if stats.reference is None else stats.reference.kl.detach().cpu()
     traces, start = {}, 0
     for completion, place in zip(batch.completions, batch.places, strict=True):

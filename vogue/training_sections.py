@@ -82,6 +82,46 @@ class KlConfig(Section):
         return self.coef > 0 and self.placement == "reward"
 
 
+class PerceptionConfig(Section):
+    """PAPO (arXiv 2507.06448): how much the policy's words depend on the image is part of the loss."""
+
+    kl_coef: NonNegative = Field(
+        0.0, description="weight of KL(policy on x || policy on T(x)) a token, which is made larger; 0: there is none"
+    )
+    direction: Literal["forward", "reverse"] = Field(
+        "forward",
+        description="that KL (forward), or KL(policy on T(x) || policy on x), whose gradient low_var_kl has in the "
+        "mean",
+    )
+    estimator: Literal["exact", "k1", "k3", "low_var_kl"] = Field(
+        "exact", description="as kl.estimator; PAPO's own code has low_var_kl"
+    )
+    gradient: Literal["clean", "both"] = Field(
+        "clean", description="through the policy on x alone, as PAPO's own code has it, or on T(x), too"
+    )
+    entropy_coef: NonNegative = Field(
+        0.0,
+        description="weight of the entropy of the policy on T(x), which is made smaller, with perception.gradient=both",
+    )
+
+    @model_validator(mode="after")
+    def _is_read(self) -> "PerceptionConfig":
+        for name, field in type(self).model_fields.items():
+            if not self.kl_coef and getattr(self, name) != field.default:
+                raise ValueError(f"perception.{name}={getattr(self, name)}: with perception.kl_coef=0 nothing reads it")
+        if self.direction == "reverse" and self.estimator != "exact":
+            raise ValueError(f"perception.direction=reverse is computed exactly alone, not by {self.estimator}")
+        if self.entropy_coef and self.gradient == "clean":
+            raise ValueError("perception.entropy_coef: with perception.gradient=clean that entropy has no gradient")
+        if self.gradient == "both" and self.estimator != "exact":
+            raise ValueError(f"perception.gradient=both is computed exactly alone, not by {self.estimator}")
+        return self
+
+    @property
+    def on(self) -> bool:
+        return self.kl_coef > 0
+
+
 class OptimizerConfig(Section):
     """AdamW."""
 

@@ -24,7 +24,10 @@ from vogue.method.kl import Reference
 
 
 class OtherBranch(NamedTuple):
-    """The first M of N tokens on the branch that they are not trained on; no result has a gradient."""
+    """The first M of N tokens on the branch that they are not trained on.
+
+    No result has a gradient but, where `perception` asks for it, those of the first one.
+    """
 
     logprob: Tensor  # (M,) nats
     entropy: Tensor  # (M,) nats
@@ -54,6 +57,7 @@ class Signals(NamedTuple):
     u_out: Tensor  # (N,) nats
     u_per: Tensor | None  # (N,) nats, 0 where the branches aren't compared; None where none are
     reference: Reference | None = None
+    other: OtherBranch | None = None  # of the first M tokens
 
 
 def read_signals(
@@ -65,16 +69,17 @@ def read_signals(
     those that the draw gave to the noisy branch. entropy: u_out is that of the branch that is "trained", or of the one
     that was "drawn".
     """
-    u_out, other = output_uncertainty(stats.entropy, stats.logprob, estimator), stats.other
-    if other is None:
+    u_out = output_uncertainty(stats.entropy, stats.logprob, estimator)
+    if stats.other is None:
         return Signals(stats.logprob, u_out, None, stats.reference)
+    other = OtherBranch(*(value.detach() for value in stats.other))
     m = len(other.logprob)
     u_per = perception_uncertainty(stats.logprob[:m], other, noisy[:m], estimator, divergence)
     if entropy == "drawn":
         elsewhere = (paid & ~noisy)[:m]
         of_drawn = torch.where(elsewhere, output_uncertainty(other.entropy, other.logprob, estimator), u_out[:m])
         u_out = torch.cat([of_drawn, u_out[m:]])
-    return Signals(stats.logprob, u_out, nn.functional.pad(u_per, (0, len(u_out) - m)), stats.reference)
+    return Signals(stats.logprob, u_out, nn.functional.pad(u_per, (0, len(u_out) - m)), stats.reference, stats.other)
 
 
 def output_uncertainty(entropy: Tensor, logprob: Tensor, estimator: str) -> Tensor:

@@ -49,6 +49,7 @@ class PolicyHead(nn.Module):
         bias = torch.zeros(projection.out_features, dtype=weight.dtype, device=weight.device)
         bias[list(banned)] = BAN
         self.register_buffer("bias", bias, persistent=False)
+        self.perceives = False  # divergences from the first other view have gradients
         self._reference: tuple[nn.Parameter, ...] = ()  # not registered: it is no part of what is trained and saved
 
     def set_reference(self, weight: nn.Parameter) -> None:
@@ -79,7 +80,7 @@ class PolicyHead(nn.Module):
         if m < len(hidden):
             alone = self._alone(hidden[m:], targets[m:], self.keep_logits_bytes - keep)
             logprob, entropy = torch.cat([logprob, alone.logprob]), torch.cat([entropy, alone.entropy])
-        return TokenStats(logprob, entropy, tuple(map(_other_branch, both)))
+        return TokenStats(logprob, entropy, self._others(both))
 
     def _beside_reference(
         self, hidden: Tensor, others: Sequence[Tensor], targets: Tensor, reference: Tensor
@@ -91,9 +92,15 @@ class PolicyHead(nn.Module):
             found = linear_branch_stats(*args, keep_logits_bytes=keep, weight_q=self.weight, bias_q=bias)
         else:
             found = self._both(reference, hidden, targets, keep)
-        both = [self._both(other, hidden[: len(other)].detach(), targets[: len(other)]) for other in others]
+        both = []
+        for i, other in enumerate(others):
+            own = hidden[: len(other)] if self.perceives and i == 0 else hidden[: len(other)].detach()
+            both.append(self._both(other, own, targets[: len(other)]))
         compared = Reference(found.logprob_p.detach(), found.kl_qp)
-        return TokenStats(found.logprob_q, found.entropy_q, tuple(map(_other_branch, both)), compared)
+        return TokenStats(found.logprob_q, found.entropy_q, self._others(both), compared)
+
+    def _others(self, both: Sequence[BranchStats]) -> tuple[OtherBranch, ...]:
+        return tuple(_other_branch(each, self.perceives and i == 0) for i, each in enumerate(both))
 
     def _both(self, other: Tensor, hidden: Tensor, targets: Tensor, keep: int = 0) -> BranchStats:
         """Branch p is the other one, q the one that is trained."""
@@ -109,7 +116,8 @@ class Policy(nn.Module):
     """`forward(batch)` gives the statistics of the batch's N completion tokens; other views have no gradient.
 
     `reference` is a frozen model of the same family and vocabulary that `forward(batch, refers=True)` compares with, or
-    None for the policy's own without its adapters.
+    None for the policy's own without its adapters. `perception` says which views divergences have a gradient through:
+    None, or "clean", the trained one, or "both".
 
     `attention` is the text model's: one of transformers', or "auto" for `vogue.model.attention.automatic`'s choice of
     those that let completions share a prompt. `why_separate` says why they can't (None where they can); every row must
@@ -125,6 +133,7 @@ class Policy(nn.Module):
         attention: str = "auto",
         keep_logits_bytes: int = 0,
         reference: PreTrainedModel | None = None,
+        perception: str | None = None,
     ):
         super().__init__()
         self.family = family_of(model)
@@ -138,6 +147,7 @@ class Policy(nn.Module):
             each.set_attn_implementation({"text_config": attention})
             prepare_tower(each, self.family)
         model.lm_head = PolicyHead(model.lm_head, temperature, banned, keep_logits_bytes)
+        model.lm_head.perceives, self._sees_both = perception is not None, perception == "both"
         if reference:
             model.lm_head.set_reference(reference.lm_head.weight)
         self.model, self.reference = model, reference
@@ -149,8 +159,10 @@ class Policy(nn.Module):
     def forward(self, batch: Batch, refers: bool = False) -> TokenStats:
         """`refers`: compare with the reference, too."""
         with torch.no_grad():
-            others = [self._hidden(other, self.model) for other in batch.others]
+            first = int(self._sees_both)
+            others = [self._hidden(other, self.model) for other in batch.others[first:]]
             reference = self._hidden_of_reference(batch) if refers else None
+        others = [self._hidden(other, self.model) for other in batch.others[:first]] + others
         return self.model.lm_head(self._hidden(batch, self.model), others, batch.targets, reference)
 
     def _hidden_of_reference(self, batch: Batch) -> Tensor:
@@ -202,9 +214,9 @@ class Policy(nn.Module):
         return torch.where(prompt, in_prompt, last[:, None] + 1 + index - start)
 
 
-def _other_branch(both: BranchStats) -> OtherBranch:
+def _other_branch(both: BranchStats, with_gradient: bool) -> OtherBranch:
     values = (both.logprob_p, both.entropy_p, both.kl_qp, both.kl_pq, both.symmetric_kl)
-    return OtherBranch(*(value.detach() for value in values))
+    return OtherBranch(*(value if with_gradient else value.detach() for value in values))
 
 
 def _head_size(model: PreTrainedModel) -> int:
