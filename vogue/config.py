@@ -29,7 +29,7 @@ from vogue.sections import (
     UncertaintyConfig,
 )
 from vogue.settings import Section, check, read_settings
-from vogue.training_sections import KlConfig, LoraConfig, OptimizerConfig, PerceptionConfig, TrainerConfig
+from vogue.training_sections import CreditConfig, KlConfig, LoraConfig, OptimizerConfig, PerceptionConfig, TrainerConfig
 
 
 class Config(Section):
@@ -52,6 +52,7 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     kl: KlConfig = KlConfig()
     perception: PerceptionConfig = PerceptionConfig()
+    credit: CreditConfig = CreditConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig = TrainerConfig()
 
@@ -99,8 +100,10 @@ class Config(Section):
                 f"trainer.eval_samples={self.trainer.eval_samples} completions would be alike with "
                 "trainer.eval_temperature=0, which takes the likeliest token each time: set it to 1"
             )
-        if self.perception.on and self.branch.rollout == "drawn" and self.branch.probability != 0:
-            raise ValueError("perception.kl_coef: with branch.rollout=drawn completions are trained on T(x) itself")
+        if self.compares and self.branch.rollout == "drawn" and self.branch.probability != 0:
+            name = f"perception.kl_coef={self.perception.kl_coef}"
+            name = name if self.perception.on else f"credit.kind={self.credit.kind}"
+            raise ValueError(f"{name}: with branch.rollout=drawn completions are trained on T(x) itself")
         if self.kl.in_reward and self.advantage.kind == "passk":
             raise ValueError("kl.placement=reward: advantage.kind=passk reads right and wrong alone, not the reward")
         if self.trainer.grad_accum_dtype == "bfloat16" and self.model.dtype == "float32":
@@ -110,6 +113,11 @@ class Config(Section):
         if self.trainer.eval_every and not self.data.test:
             raise ValueError("trainer.eval_every is set, but data.test is not")
         return self
+
+    @property
+    def compares(self) -> bool:
+        """Whether completions that are trained on x are compared with T(x), whatever was drawn."""
+        return self.perception.on or self.credit.on
 
     def uses_steps(self) -> list[str]:
         """The settings whose schedule ends with `trainer.steps`, so that another number of steps is another run."""

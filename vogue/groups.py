@@ -192,7 +192,7 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
         needed = [i for i, kept in enumerate(group.kept) if kept and (every or has_gradient(advantages[i]))]
         for paid in (False, True):
             chosen = [i for i in needed if group.paid[i] == paid]
-            compared = measures or (shown and (config.perception.on or (paid and reads_other(config))))
+            compared = measures or (shown and (config.compares or (paid and reads_other(config))))
             budget = config.trainer.micro_batch_tokens - len(group.item.prompt.token_ids)
             for part in cut(chosen, lengths, budget if shared_prefix else 0):
                 row = Row(

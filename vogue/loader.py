@@ -130,10 +130,10 @@ class Loader:
             return dict(zip(origins, made, strict=True))
 
     def item(self, sample: Sample, step: int, number: int, draws: tuple[bool, ...]) -> Item:
-        """Prompt `number` of the step, perturbed where a draw, NoisyRollout, PAPO or a measuring step reads T(x)."""
+        """Prompt `number` of the step, perturbed where a draw, the loss or a measuring step reads T(x)."""
         images, settings = self.preprocessor.images(sample), self.config.perturb
         config = self.config
-        reads_noisy = any(draws) or config.rollout.noisy_count or config.perception.on or config.trainer.measures(step)
+        reads_noisy = any(draws) or config.rollout.noisy_count or config.compares or config.trainer.measures(step)
         try:
             views = {RAW: self.preprocessor.view(images)}
             if reads_noisy:

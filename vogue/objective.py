@@ -8,17 +8,20 @@ r"""The loss of a batch from its signals: VOGUE's shaped advantage, PPO's clippe
 to a reference, where `kl` asks for one; w is the token's weight in the batch. All functions here are pure.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vogue.method.credit import Gather, token_factors
 from vogue.method.kl import Reference, divergence
-from vogue.method.uncertainty import OtherBranch, Signals, TokenStats
+from vogue.method.uncertainty import OtherBranch, Signals, TokenStats, perception_uncertainty
 from vogue.metrics import Mean, mean_over
 from vogue.model.packing import Batch
 from vogue.sections import LossConfig
-from vogue.training_sections import KlConfig, PerceptionConfig
+from vogue.training_sections import CreditConfig, KlConfig, PerceptionConfig
 from vogue_kernels import GuidanceConfig, clipped_surrogate, shaped_advantage
 
 NO_KL, NO_PERCEPTION = KlConfig(), PerceptionConfig()  # pyright: ignore[reportCallIssue]
@@ -111,6 +114,34 @@ def _perceived(
         found = divergence(signals.logprob[:m], old_logprob[:m], reference, settings.estimator)
     found = settings.kl_coef * found - settings.entropy_coef * other.entropy
     return (batch.weights[:m] * found).sum()
+
+
+def dependence(batch: Batch, stats: TokenStats, estimator: str) -> Tensor:
+    """S (M,) = KL(raw‖noisy) in nats of the batch's first M tokens, which are compared: "exact", or "k3"."""
+    if stats.other is None:
+        return stats.logprob[:0]
+    m = len(stats.other.logprob)
+    return perception_uncertainty(stats.logprob[:m], stats.other, batch.noisy[:m], estimator, "forward")
+
+
+def credited(
+    batches: Sequence[Batch], dependences: Sequence[Tensor], settings: CreditConfig, gather: Gather
+) -> list[Batch]:
+    """A rank's batches of an update, with each token's part of the advantage by its S of `dependences`.
+
+    Completions without images, and those that send no gradient, stay as they are and aren't counted.
+    """
+    places = [
+        (i, here)
+        for i, (batch, known) in enumerate(zip(batches, dependences, strict=True))
+        for here in batch.slices
+        if here.stop <= len(known) and sending_gradient(batch)[here].any()
+    ]
+    factors = token_factors([dependences[i][here] for i, here in places], settings, gather)
+    advantages = [batch.advantages.clone() for batch in batches]
+    for (i, here), factor in zip(places, factors, strict=True):
+        advantages[i][here] *= factor
+    return [replace(batch, advantages=a) for batch, a in zip(batches, advantages, strict=True)]
 
 
 def engine_correction(mismatch: Tensor, batch: Batch, cap: float, mode: str) -> Tensor:

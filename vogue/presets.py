@@ -20,6 +20,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "gspo": GRPO | {"loss.importance_level": "sequence", "loss.aggregation": "sequence-mean"},
     "rloo": GRPO | {"advantage.kind": "rloo"},
     "papo": GRPO,
+    "vppo": GRPO | {"credit.kind": "vppo"},
+    "pgpo": GRPO | {"credit.kind": "pgpo"},
     "noisy_rollout": {name: value for name, value in GRPO.items() if name != "rollout.noisy_share"},
     "entropy": {name: value for name, value in GRPO.items() if name != "guidance.alpha_out"},
     "passk": GRPO | {"advantage.kind": "passk"},
@@ -43,6 +45,8 @@ STARTS: dict[str, dict[str, Any]] = {
     "dapo": {"rollout.rounds": 4, "reward.overlong_buffer": 0.2},
     "noisy_rollout": {"rollout.noisy_share": 0.5, "perturb.anneal_at": 2 / 3},
     "gspo": {"loss.clip_low": 3e-4, "loss.clip_high": 4e-4},
+    "vppo": {"perturb.preset": "mask", "perturb.share": 0.5, "loss.clip_high": 0.28, "rollout.rounds": 4},
+    "pgpo": {"perturb.preset": "mask", "perturb.share": 1.0, "loss.clip_high": 0.28, "rollout.rounds": 4},
     "papo": {"perturb.preset": "mask", "perception.kl_coef": 0.02, "kl.coef": 0.01},
     "dupl": {"perturb.preset": "paper", "perturb.sigma": 0.2, "loss.clip_high": 0.3},
 }

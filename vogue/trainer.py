@@ -44,6 +44,7 @@ from vogue.groups import (
     judged,
     kept_lengths,
     penalised,
+    reads_other,
     rows,
     tally,
 )
@@ -59,7 +60,7 @@ from vogue.model.optimizer import start_deepspeed
 from vogue.model.packing import Batch, Place, collate
 from vogue.model.policy import Policy
 from vogue.model.reference import load_reference
-from vogue.objective import objective, uncertainties
+from vogue.objective import credited, dependence, objective, uncertainties
 from vogue.rewards import RewardError, verifier
 from vogue.rewards.groups import score_groups
 from vogue.rollout import create_engine
@@ -206,11 +207,11 @@ class Trainer:
         updates = in_updates(groups, config.trainer.updates)
         with clock("pack"):
             packed = [self.micro_batches(part, groups[0], means, clock) for part in updates]
-        if len(updates) > 1:
+        if len(updates) > 1 or config.credit.on:
             # The later ones start from another policy than the one that generated: its signals are computed first, in
             # the same packing, so that the first ratio is 1 to rounding.
             with clock("old"), torch.no_grad():
-                packed = [[self.with_old(batch) for batch in batches] for batches in packed]
+                packed = [self.looked_at(batches, several=len(updates) > 1) for batches in packed]
         sign = branch.bonus_sign(self.step, config.trainer.steps, config.guidance.sign_transition)
         for number, (part, batches) in enumerate(zip(updates, packed, strict=True)):
             lengths = kept_lengths(part.values())
@@ -282,9 +283,21 @@ class Trainer:
         """What the loss reads of the batch's tokens."""
         return read_signals(stats, batch.noisy, batch.paid, **self.config.uncertainty.model_dump())
 
-    def with_old(self, batch: Batch) -> Batch:
-        there = batch.to(self.device)
-        return replace(batch, old=self.signals(there, self.deepspeed(there)))
+    def looked_at(self, batches: list[Batch], *, several: bool) -> list[Batch]:
+        """An update's batches with what is known of them before it: credits, and with `several` the old signals."""
+        config, found, dependences = self.config, [], []
+        for batch in batches:
+            there = batch.to(self.device)
+            stats = self.deepspeed(there)
+            found.append(replace(batch, old=self.signals(there, stats)) if several else batch)
+            dependences.append(dependence(there, stats, config.credit.estimator).cpu())
+        if not config.credit.on:
+            return found
+        found = credited(found, dependences, config.credit, distributed.gather)
+        again = reads_other(config) and config.branch.probability != 0
+        if again or config.perception.on or config.trainer.measures(self.step):
+            return found
+        return [replace(batch, others=()) for batch in found]  # nothing reads them from here on
 
     def micro_batches(self, groups: dict[int, Group], some: Group, means: Means, clock: Clock) -> list[Batch]:
         """This rank's share of an update's rows, whoever generated them (`vogue.sharing`); `groups` are its own.
@@ -354,11 +367,9 @@ def traced(batch: Batch, stats: TokenStats) -> dict[Place, Trace]:
     entropy = stats.entropy.detach().cpu()
     u_per = entropy[:0] if stats.other is None else stats.other.symmetric_kl.detach().cpu()
     kl = None if stats.reference is None else stats.reference.kl.detach().cpu()
-    traces, start = {}, 0
-    for completion, place in zip(batch.completions, batch.places, strict=True):
-        here = slice(start, start + len(completion.token_ids))
+    traces = {}
+    for here, place in zip(batch.slices, batch.places, strict=True):
         if place is not None:
             compared = u_per[here] if here.stop <= len(u_per) else None
             traces[place] = Trace(entropy[here], compared, None if kl is None else kl[here])
-        start = here.stop
     return traces

@@ -122,6 +122,44 @@ class PerceptionConfig(Section):
         return self.kl_coef > 0
 
 
+class CreditConfig(Section):
+    """What part of a completion's advantage each token gets, by how much the image matters to it: S, a KL."""
+
+    kind: Literal["none", "vppo", "pgpo"] = Field(
+        "none",
+        description="each token has its completion's (none), those of largest S alone have it (vppo), or they have "
+        "more of it (pgpo)",
+    )
+    estimator: Literal["exact", "k3"] = Field(
+        "exact",
+        description="S = KL(policy on x || policy on T(x)), or its estimate from the sampled token, as the code",
+    )
+    tokens: Share = Field(0.4, description="share of a completion's tokens that vppo trains")
+    floor: Share = Field(
+        0.9, description="least factor of a completion by its mean of S, with vppo; the mean of all is 1; 1: no factors"
+    )
+    divisor: Literal["all", "kept"] = Field(
+        "all", description="tokens that the loss is divided by with vppo: all, as the code, or those that it trains"
+    )
+    threshold: Positive = Field(0.4, lt=1, description="scaled S from which on pgpo gives a token more")
+    boost: NonNegative = Field(2.0, description="what pgpo adds to the weight 1 at the largest S")
+
+    @model_validator(mode="after")
+    def _is_read(self) -> "CreditConfig":
+        read = {"none": (), "vppo": ("estimator", "tokens", "floor", "divisor")}
+        for name, field in type(self).model_fields.items():
+            known = ("kind", *read.get(self.kind, ("estimator", "threshold", "boost")))
+            if name not in known and getattr(self, name) != field.default:
+                raise ValueError(f"credit.{name}={getattr(self, name)}: credit.kind={self.kind} doesn't read it")
+        if self.kind == "vppo" and self.tokens == 0:
+            raise ValueError("credit.tokens=0: nothing would be trained")
+        return self
+
+    @property
+    def on(self) -> bool:
+        return self.kind != "none"
+
+
 class OptimizerConfig(Section):
     """AdamW."""
 

@@ -10,10 +10,34 @@ Means, least and largest values of `vppo` are over all completions of an update 
 authors' code takes those of a micro-batch, so that packing changes them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from vogue.training_sections import CreditConfig
+
+
+def factors(
+    dependences: Sequence[Tensor], settings: CreditConfig, gather: Callable[[list], list[list]]
+) -> list[Tensor]:
+    """What the tokens' advantages are multiplied by, in each of this rank's completions of an update.
+
+    `dependences`: S (T,) of each completion's tokens. All ranks call it.
+    """
+    if settings.kind == "pgpo":
+        return [pgpo_factors(s, settings.threshold, settings.boost) for s in dependences]
+    means = [float(s.double().mean()) for s in dependences]
+    kept = [kept_tokens(s, settings.tokens) for s in dependences]
+    counts = [(len(mask), int(mask.sum())) for mask in kept]
+    everyone = [found for part in gather(list(zip(means, counts, strict=True))) for found in part]
+    if not everyone:
+        return []
+    scale = 1.0
+    if settings.divisor == "kept":
+        scale = sum(count for _, (count, _) in everyone) / sum(count for _, (_, count) in everyone)
+    alphas = completion_factors(means, settings.floor, [mean for mean, _ in everyone])
+    return [scale * alpha * mask for alpha, mask in zip(alphas, kept, strict=True)]
 
 
 def kept_tokens(dependence: Tensor, share: float) -> Tensor:

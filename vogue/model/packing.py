@@ -91,6 +91,12 @@ class Batch:
     others: tuple["Batch", ...]  # the first rows on the views that they are compared with, the i-th of each in the i-th
     old: Signals | None = None  # before the first of several updates
 
+    @property
+    def slices(self) -> list[slice]:
+        """Where each completion stands among the tokens."""
+        lengths = [len(completion.token_ids) for completion in self.completions]
+        return [slice(end - length, end) for end, length in zip(itertools.accumulate(lengths), lengths, strict=True)]
+
     def to(self, device: torch.device) -> "Batch":
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Images)}
         return replace(self, **moved, others=tuple(other.to(device) for other in self.others))

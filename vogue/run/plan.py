@@ -184,7 +184,7 @@ def layout_of(config: Config, sizes: Sizes, ranks: int, memory: float, *, on_gpu
         prompts=-(-rollout.prompts // ranks),
         updates=trainer.updates,
         n=rollout.n,
-        compares=reads_other(config) or config.perception.on or trainer.measure_every > 0,
+        compares=reads_other(config) or config.compares or trainer.measure_every > 0,
         refers=config.kl.coef > 0,
         prompt=data.max_prompt_tokens,
         image=min(data.max_prompt_tokens, -(-pixels // sizes.token_pixels)),
