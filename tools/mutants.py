@@ -80,6 +80,13 @@ MUTANTS = (
     Mutant("vogue/objective.py", "torch.where(comparable,", "torch.where(~comparable,", "tests/test_objective.py"),
     Mutant("vogue/objective.py", ".clamp(max=cap)", "", "tests/test_objective.py"),
     Mutant("vogue/objective.py", "/ lengths.repeat_interleave(lengths)", "", "tests/test_objective.py"),
+    # KL to a reference, and the image's part in a token.
+    Mutant("vogue/method/kl.py", "else _ratio(logprob, old_logprob) * found", "else found", "tests/test_kl.py"),
+    Mutant("vogue/model/policy.py", "detach(), found.kl_qp)", "detach(), found.kl_pq)", "tests/test_kl.py"),
+    Mutant("vogue/model/policy.py", "with without_adapters(self.model):", "if True:", "tests/test_kl.py"),
+    Mutant("vogue/objective.py", "loss = loss - _perceived", "loss = loss + _perceived", "tests/test_perception.py"),
+    Mutant("vogue/method/credit.py", "+ (1 - least) / average", "+ (1 - least)", "tests/test_credit.py"),
+    Mutant("vogue/objective.py", "and sending_gradient(batch)[here].any()", "", "tests/test_credit.py"),
     # Ranks.
     Mutant("vogue/sharing.py", "(-claims[claim], claim)", "(claims[claim], claim)", "tests/test_sharing.py"),
     Mutant("vogue/sharing.py", "pack(loads, middle)", "pack(loads, budget)", "tests/test_sharing.py"),
