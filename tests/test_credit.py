@@ -14,7 +14,6 @@ from vogue.method.credit import completion_factors, kept_tokens, pgpo_factors, t
 from vogue.metrics import Clock, Means
 from vogue.objective import dependence
 from vogue.settings import ConfigError
-from vogue.training_sections import CreditConfig
 
 
 def alone(found):
@@ -37,15 +36,16 @@ def test_vppos_factors_have_a_mean_of_one_over_the_update():
 
 @pytest.mark.parametrize(("divisor", "scale"), [("all", 1.0), ("kept", 5 / 2)])
 def test_both_together_by_hand(divisor, scale):
-    settings = CreditConfig(kind="vppo", divisor=divisor)
     tokens = [torch.tensor([0.5, 0.1, 0.4, 0.2, 0.3]), torch.tensor([0.0, 0.0, 0.1, 0.4, 0.0])]  # S̄ 0.3 and 0.1
-    found = token_factors(tokens, settings, alone)
+    found = token_factors(tokens, alone, "vppo", divisor=divisor)
     assert found[0].tolist() == pytest.approx([1.1 * scale, 0, 1.1 * scale, 0, 0])
     assert found[1].tolist() == pytest.approx([0, 0, 0.9 * scale, 0.9 * scale, 0])
     # A rank with one of them alone, when the other rank's is gathered, and one with none.
     other = [(0.1, (5, 2))]
-    assert token_factors(tokens[:1], settings, lambda mine: [mine, other])[0].tolist() == found[0].tolist()
-    assert token_factors([], settings, lambda mine: [mine, other]) == []
+    assert (
+        token_factors(tokens[:1], lambda mine: [mine, other], "vppo", divisor=divisor)[0].tolist() == found[0].tolist()
+    )
+    assert token_factors([], lambda mine: [mine, other], "vppo") == []
 
 
 def test_pgpos_factors_by_hand():
@@ -72,7 +72,7 @@ def test_a_step_trains_on_advantages_of_tokens(new_trainer, method, updates):
         known = dependence(batch, stats, "exact")
         assert known.equal(stats.other.kl_own_other)
         dependences += [known[here] for here in batch.slices]
-    factors = token_factors(dependences, trainer.config.credit, alone)
+    factors = token_factors(dependences, alone, method)
     before = [batch.advantages[here] for batch in batches for here in batch.slices]
     after = [batch.advantages[here] for batch in found for here in batch.slices]
     for old, new, factor in zip(before, after, factors, strict=True):

@@ -137,7 +137,9 @@ def credited(
         for here in batch.slices
         if here.stop <= len(known) and sending_gradient(batch)[here].any()
     ]
-    factors = token_factors([dependences[i][here] for i, here in places], settings, gather)
+    factors = token_factors(
+        [dependences[i][here] for i, here in places], gather, **settings.model_dump(exclude={"estimator"})
+    )
     advantages = [batch.advantages.clone() for batch in batches]
     for (i, here), factor in zip(places, factors, strict=True):
         advantages[i][here] *= factor

@@ -15,28 +15,41 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vogue.training_sections import CreditConfig
+
+Gather = Callable[[list], list[list]]  # what every rank gives, on all ranks
 
 
-def factors(
-    dependences: Sequence[Tensor], settings: CreditConfig, gather: Callable[[list], list[list]]
+def token_factors(
+    dependences: Sequence[Tensor],
+    gather: Gather,
+    kind: str,
+    *,
+    tokens: float = 0.4,
+    floor: float = 0.9,
+    divisor: str = "all",
+    threshold: float = 0.4,
+    boost: float = 2.0,
 ) -> list[Tensor]:
     """What the tokens' advantages are multiplied by, in each of this rank's completions of an update.
 
-    `dependences`: S (T,) of each completion's tokens. All ranks call it.
+    dependences       S (T,) of each completion's tokens
+    kind              "vppo", with k = `tokens`, β_min = `floor`, or "pgpo", with τ = `threshold`, β = `boost`
+    divisor           "kept": times all tokens / those that vppo keeps, for a loss that is divided by all of them
+
+    All ranks call it.
     """
-    if settings.kind == "pgpo":
-        return [pgpo_factors(s, settings.threshold, settings.boost) for s in dependences]
+    if kind == "pgpo":
+        return [pgpo_factors(s, threshold, boost) for s in dependences]
     means = [float(s.double().mean()) for s in dependences]
-    kept = [kept_tokens(s, settings.tokens) for s in dependences]
+    kept = [kept_tokens(s, tokens) for s in dependences]
     counts = [(len(mask), int(mask.sum())) for mask in kept]
     everyone = [found for part in gather(list(zip(means, counts, strict=True))) for found in part]
     if not everyone:
         return []
     scale = 1.0
-    if settings.divisor == "kept":
+    if divisor == "kept":
         scale = sum(count for _, (count, _) in everyone) / sum(count for _, (_, count) in everyone)
-    alphas = completion_factors(means, settings.floor, [mean for mean, _ in everyone])
+    alphas = completion_factors(means, floor, [mean for mean, _ in everyone])
     return [scale * alpha * mask for alpha, mask in zip(alphas, kept, strict=True)]
 
 
