@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-
 Gather = Callable[[list], list[list]]  # what every rank gives, on all ranks
 
 
