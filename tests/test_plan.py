@@ -17,9 +17,11 @@ from vogue.model.files import configured_model
 from vogue.model.packing import Row, collate
 from vogue.model.policy import Policy
 from vogue.rollout.engine import Completion
+from vogue.run.memory import check_engine, sequence_bytes
 from vogue.run.phases import kept_bytes, phases
 from vogue.run.plan import adapted, layout_of, make_plan, most, problems_of
 from vogue.run.sizes import Blocks, Layout, Sizes, sizes_of
+from vogue.settings import ConfigError
 
 ROOT = Path(__file__).parents[1]
 BLOCK = Blocks(
@@ -187,6 +189,31 @@ def test_autograd_keeps_what_is_planned(dtype, freeze, config, new_model, prepro
     )
     assert run.tokens == batch.input_ids.numel()
     assert parts(sizes, run, "training")["activations"] == pytest.approx(sum(kept.values()), rel=0.1)
+
+
+def test_the_engines_room_is_reckoned_as_the_check_before_a_run_does(config, new_model):
+    model = new_model()
+    for settings, fits in (((), True), (("data.max_prompt_tokens=200", "rollout.max_tokens=312"), True), ((), False)):
+        exact = sequence_bytes(model.config.get_text_config(), config(*settings)) / 1e9
+        given = exact * (1.001 if fits else 0.999)
+        chosen = config("rollout.engine=vllm", *settings, f"rollout.kv_cache_gb={given}")
+        sizes = sizes_of(model, chosen)
+        told = problems_of(sizes, layout_of(chosen, sizes, 1, 1e12, on_gpu=False))
+        if fits:
+            assert not told and check_engine(model, chosen)
+            continue
+        assert len(told) == 1 and told[0].startswith("rollout.kv_cache_gb gives vLLM")
+        with pytest.raises(ConfigError, match=r"^rollout\.kv_cache_gb="):
+            check_engine(model, chosen)
+
+
+def test_a_reference_beside_the_policy_takes_its_weights_and_none_below_adapters(config, new_model):
+    model = new_model()
+    alone = sizes_of(model, config())
+    beside, below = (sizes_of(model, config("kl.coef=0.1", *more)) for more in ((), ("lora.rank=4",)))
+    assert (alone.reference, below.reference) == (0, 0)
+    assert beside.reference == alone.weights
+    assert held(replace(SIZES, reference=4 * 10**9), RUN)["weights"] == 3  # 2 bytes of 8e9 and 4e9, by 8
 
 
 # --------------------------------------------------------------------------------------------------------- examples
