@@ -7,7 +7,8 @@
 Two prompts of 400 tokens, 256 of them of an image, x four completions of 64 tokens, in bfloat16, with z = 1: both views
 of every group are computed. A row is a process of its own. Of vogue's it says:
 
-- the peak of its own memory, libraries included and mapped files not, beside what `vogue plan` says without libraries
+- the peak of its own memory, with libraries, and what of the checkpoint's file is mapped into it, beside what
+  `vogue plan` says without libraries
 - the seconds of a step's phases; the first step compiles nothing here, and makes the optimizer's state
 - which share of the training part is matrix products at the rate that the cores are measured to have: the operations
   that torch counts, with the head's, over that rate and over the seconds of the forward and backward passes
@@ -61,6 +62,17 @@ class OwnMemory(threading.Thread):
             time.sleep(self.interval)
 
 
+def mapped_gb(folder: Path) -> float:
+    """What of the checkpoint's files this process has in its memory: frozen weights are never copied."""
+    found, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            ours = str(folder) in line
+        elif ours and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found / 1e6
+
+
 def vogue_row(engine: str, folder: Path, task: Task, say, memory: OwnMemory) -> None:
     """A step with its phases, then a rollout and an update looked at closely; `say` takes what is found by and by."""
     import torch
@@ -80,7 +92,8 @@ def vogue_row(engine: str, folder: Path, task: Task, say, memory: OwnMemory) -> 
     say(start_s=time.perf_counter() - start, start_gb=memory.peak_gb)
     start = time.perf_counter()
     metrics, _ = trainer.run_step()
-    say(step_s=time.perf_counter() - start, step_gb=memory.peak_gb)
+    # Before operations are counted, which keeps tensors alive.
+    say(step_s=time.perf_counter() - start, peak_gb=memory.peak_gb, mapped_gb=mapped_gb(folder))
     say(**{name: value for name, value in metrics.items() if name.startswith("time/")})
     groups = trainer.roll_out(Means(), Clock())
     say(largest_difference=largest_difference(trainer, groups))
@@ -93,7 +106,7 @@ def vogue_row(engine: str, folder: Path, task: Task, say, memory: OwnMemory) -> 
     say(products_share=operations / rate / seconds)
     start = time.perf_counter()
     trainer.sync()
-    say(sync_s=time.perf_counter() - start, peak_gb=memory.peak_gb)
+    say(sync_s=time.perf_counter() - start)
 
 
 def head_operations() -> dict:
@@ -149,7 +162,8 @@ def trl_row(folder: Path, task: Task, say, memory: OwnMemory) -> None:
 
         def send(self, found) -> None:
             if isinstance(found, dict):
-                say(step_s=found["seconds"], prepared_s=found["prepared"], peak_gb=memory.peak_gb)
+                step = {"step_s": found["seconds"], "prepared_s": found["prepared"]}
+                say(**step, peak_gb=memory.peak_gb, mapped_gb=mapped_gb(folder))
 
         def recv(self):
             return next(self.asked)
