@@ -162,12 +162,15 @@ def moved(trainer):
 def test_the_loss_of_every_token_has_the_kl_in_it(new_trainer, estimator):
     trainer = moved(new_trainer("kl.coef=0.5", f"kl.estimator={estimator}"))
     groups = with_rewards(trainer, 1.0, 1.0)  # A = 0: without the KL nothing would be trained on
-    (batch,) = batches_of(trainer, groups)
-    assert (batch.weights > 0).all() and len(batch.weights) > 8
+    batches = batches_of(trainer, groups)
+    tokens = sum(len(completion.token_ids) for group in groups for completion in group.completions)
+    assert sum(int((batch.weights > 0).sum()) for batch in batches) == tokens
+    batch = batches[0]
     stats = trainer.policy(batch, refers=True)
     found = objective_of(trainer, batch, trainer.signals(batch, stats))
     kl = divergence(stats.logprob, stats.logprob.detach(), stats.reference, estimator)
-    assert float(found.loss) == pytest.approx(0.5 * float(kl.sum()), rel=1e-5) and abs(float(kl.sum())) > 1e-3
+    assert found.loss.item() == pytest.approx(0.5 * float(kl.detach().sum()), rel=1e-5)
+    assert abs(float(kl.detach().sum())) > 1e-3
     assert found.metrics["kl"].total == pytest.approx(float(stats.reference.kl.sum()), rel=1e-5)
     assert not batches_of(new_trainer(), groups)[0].weights.any()
 
@@ -218,8 +221,14 @@ def test_what_does_not_go_together_is_refused(config, wide_model_folder, model_f
     values["text_config"]["vocab_size"] = 77
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match=rf"^kl\.reference={folder}: its vocab_size is 77, that of model\.path="):
+    with pytest.raises(ConfigError, match=rf"^kl\.reference={folder}: weights have another shape than in the model of"):
         check_reference(new_model(), config("kl.coef=0.1", f"kl.reference={folder}"))
+    smaller = new_model()
+    smaller.config.text_config.vocab_size = 300
+    with pytest.raises(
+        ConfigError, match=rf"^kl\.reference={wide_model_folder}: its vocab_size is 320, that of .*=300$"
+    ):
+        check_reference(smaller, fits)
 
 
 # --------------------------------------------------------------------------------------------------------- whole runs

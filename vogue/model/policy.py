@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from deepspeed.runtime.zero import register_external_parameter
 from deepspeed.runtime.zero.utils import is_zero_param
-from deepspeed.zero import register_external_parameter
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -73,7 +73,7 @@ class PolicyHead(nn.Module):
             return TokenStats(alone.logprob, alone.entropy, ())
         m = len(others[0])
         keep = self.keep_logits_bytes * m // max(len(hidden), 1)
-        both = [self._both(others[0], hidden[:m], targets[:m], keep)]
+        both = [self._compared(others[0], hidden[:m], targets[:m], keep)]
         # The trained branch's statistics are the first comparison's; further ones send no second gradient.
         both += [self._both(other, hidden[: len(other)].detach(), targets[: len(other)]) for other in others[1:]]
         logprob, entropy = both[0].logprob_q, both[0].entropy_q
@@ -94,8 +94,9 @@ class PolicyHead(nn.Module):
             found = self._both(reference, hidden, targets, keep)
         both = []
         for i, other in enumerate(others):
-            own = hidden[: len(other)] if self.perceives and i == 0 else hidden[: len(other)].detach()
-            both.append(self._both(other, own, targets[: len(other)]))
+            m, trains = len(other), self.perceives and i == 0
+            compare = self._compared if trains else self._both
+            both.append(compare(other, hidden[:m] if trains else hidden[:m].detach(), targets[:m]))
         compared = Reference(found.logprob_p.detach(), found.kl_qp)
         return TokenStats(found.logprob_q, found.entropy_q, self._others(both), compared)
 
@@ -106,6 +107,16 @@ class PolicyHead(nn.Module):
         """Branch p is the other one, q the one that is trained."""
         args = other, hidden, self.weight, targets, self.bias, self.temperature
         return linear_branch_stats(*args, keep_logits_bytes=keep)
+
+    def _compared(self, other: Tensor, hidden: Tensor, targets: Tensor, keep: int = 0) -> BranchStats:
+        """The same, with a gradient through the trained branch alone where the other one's states have none.
+
+        Else the divergence's would go through the other branch's logits to the weight that both share.
+        """
+        if not self.perceives or other.requires_grad:
+            return self._both(other, hidden, targets, keep)
+        args, bias = (other, hidden, self.weight.detach(), targets, self.bias, self.temperature), self.bias
+        return linear_branch_stats(*args, keep_logits_bytes=keep, weight_q=self.weight, bias_q=bias)
 
     def _alone(self, hidden: Tensor, targets: Tensor, keep: int) -> LogprobStats:
         args = hidden, self.weight, targets, self.bias, self.temperature

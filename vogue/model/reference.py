@@ -30,7 +30,10 @@ def check_reference(model: PreTrainedModel, config: Config) -> str:
     if config.kl.reference is None:
         return f"a frozen copy of {path}"
     ours: Any = model.config
-    theirs: Any = read_checkpoint(path).model.config
+    try:
+        theirs: Any = read_checkpoint(path).model.config
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"model.path={path}", f"kl.reference={path}")) from None
     for name, mine, its in (
         ("model_type", ours.model_type, theirs.model_type),
         ("vocab_size", ours.get_text_config().vocab_size, theirs.get_text_config().vocab_size),
