@@ -119,7 +119,11 @@ CURVES = ("reward", "loss", "entropy", "grad_norm", "tokens")
 @pytest.mark.slow
 @pytest.mark.parametrize("updates", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_two_ranks_train_as_one_does(settings, mixed_data, tmp_path, updates):
+    (tmp_path / "varied.py").write_text(
+        "def varied(completions, samples):\n    return [sum(map(ord, text)) % 7 / 6 for text in completions]\n"
+    )
     chosen = [*settings, "method=vppo", *METHOD, f"data.train={mixed_data}", f"trainer.updates={updates}"]
+    chosen.append(f"reward.function={tmp_path}/varied.py:varied")
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(["train", *chosen, f"trainer.output_dir={one}", "trainer.steps=2"]) == 0
     launch(2, "--module", "vogue.train", *chosen, f"trainer.output_dir={two}", "trainer.steps=2")

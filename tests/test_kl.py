@@ -249,7 +249,14 @@ CURVES = ("reward", "loss", "entropy", "kl", "grad_norm", "tokens")
 def test_two_ranks_train_as_one_does_and_go_on_as_if_they_had_not_stopped(
     settings, settings_of_it, mixed_data, wide_model_folder, tmp_path
 ):
-    chosen = [*settings, "kl.coef=0.2", *settings_of_it, f"data.train={mixed_data}", "rollout.n=4"]
+    chosen = [
+        *settings,
+        "branch.probability=0.5",
+        "kl.coef=0.2",
+        *settings_of_it,
+        f"data.train={mixed_data}",
+        "rollout.n=4",
+    ]
     if "lora.rank=4" not in settings_of_it:
         chosen.append(f"kl.reference={wide_model_folder}")  # with a head of its own, of another width
     one, two = tmp_path / "one", tmp_path / "two"
