@@ -39,8 +39,8 @@ def load(*overrides, path=None):
         ("model.path=", "model.path='': string should have at least 1 character"),
         (
             "method=ppo",
-            "method='ppo': input should be 'vogue', 'grpo', 'dapo', 'dr_grpo', 'gspo', 'rloo', 'noisy_rollout', "
-            "'entropy', 'passk' or 'dupl'",
+            "method='ppo': input should be 'vogue', 'grpo', 'dapo', 'dr_grpo', 'gspo', 'rloo', 'papo', 'vppo', "
+            "'pgpo', 'noisy_rollout', 'entropy', 'passk' or 'dupl'",
         ),
         ("guidance.divergence=forward", "unknown setting guidance.divergence"),
         ("uncertainty.estimator=k2", "uncertainty.estimator='k2': input should be 'exact', 'k3' or 'sampled'"),

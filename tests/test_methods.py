@@ -143,8 +143,8 @@ def test_the_divergence_setting_chooses_which_one_is_read_and_nothing_else(new_t
         name: with_settings(trainer, config(f"uncertainty.divergence={name}")).signals(batch, stats)
         for name in ("symmetric", "forward", "reverse")
     }
-    assert all(logprob is stats.logprob for logprob, _, _ in read.values())
-    assert all(torch.equal(entropy, stats.entropy) for _, entropy, _ in read.values())
+    assert all(found.logprob is stats.logprob for found in read.values())
+    assert all(torch.equal(found.u_out, stats.entropy) for found in read.values())
     assert torch.equal(read["forward"][2], stats.other.kl_other_own)  # KL(p || q), p the raw branch
     assert torch.equal(read["reverse"][2], stats.other.kl_own_other)
     torch.testing.assert_close(read["symmetric"][2], (read["forward"][2] + read["reverse"][2]) / 2)
