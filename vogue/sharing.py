@@ -102,7 +102,7 @@ def bring_home(traces: Mapping[Place, Trace], rank: int) -> dict[Place, Trace]:
     """The traces of what this rank has generated, whichever rank trained on it. Collective."""
     # Copies, since of a part of a tensor all of it would be sent.
     away = {
-        place: Trace(*(None if found is None else found.clone() for found in vars(trace).values()))
+        place: Trace(*(None if x is None else x.clone() for x in vars(trace).values()))  # pyright: ignore
         for place, trace in traces.items()
         if place.rank != rank
     }

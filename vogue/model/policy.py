@@ -50,11 +50,11 @@ class PolicyHead(nn.Module):
         bias[list(banned)] = BAN
         self.register_buffer("bias", bias, persistent=False)
         self.perceives = False  # divergences from the first other view have gradients
-        self._reference: tuple[nn.Parameter, ...] = ()  # not registered: it is no part of what is trained and saved
+        self._reference: list[nn.Parameter] = []  # not registered: it is no part of what is trained and saved
 
     def set_reference(self, weight: nn.Parameter) -> None:
         """The output projection (V, D') of a reference that has one of its own."""
-        self._reference = (weight,)
+        self._reference.append(weight)
         if is_zero_param(weight):  # so that it is whole where this module's own are
             register_external_parameter(self, weight)
 
@@ -88,7 +88,7 @@ class PolicyHead(nn.Module):
         """The comparison with the reference is of all tokens, and sends the gradient of all that has one."""
         keep, bias = self.keep_logits_bytes, self.bias
         if self._reference:
-            args = reference, hidden, *self._reference, targets, bias, self.temperature
+            args = reference, hidden, self._reference[0], targets, bias, self.temperature
             found = linear_branch_stats(*args, keep_logits_bytes=keep, weight_q=self.weight, bias_q=bias)
         else:
             found = self._both(reference, hidden, targets, keep)
@@ -197,7 +197,8 @@ class Policy(nn.Module):
         else:
             # Under ZeRO-3 every rank must call the same modules in the same order, vision included, and have a gradient
             # for each. So the blank's features come in where images' do: what is behind them has a gradient, too.
-            with _added_to(model.get_input_embeddings(), 0 * sum(x.sum() for x in _tensors(features))):
+            nothing = sum((x.sum() for x in _tensors(features)), torch.zeros((), device=batch.input_ids.device))
+            with _added_to(model.get_input_embeddings(), 0 * nothing):
                 output = model.model(**inputs)
         return output.last_hidden_state.flatten(0, 1)[batch.positions]
 
@@ -272,7 +273,7 @@ def _see(body: nn.Module, features, inputs: dict):
 @contextmanager
 def _added_to(module: nn.Module, value: Tensor) -> Iterator[None]:
     """`value` is added to what the module returns."""
-    handle = module.register_forward_hook(lambda _module, _inputs, output: output + value)
+    handle = module.register_forward_hook(lambda _module, _inputs, output: output + value)  # pyright: ignore
     try:
         yield
     finally:
