@@ -35,6 +35,7 @@ class Mutant:
     chosen: str = ""  # of its tests, as pytest's -k
 
 
+SURROGATES, SEEN_BY = "kernels/vogue_kernels/surrogates.py", "tests/kernels/test_surrogates.py"
 MUTANTS = (
     # What is random is a function of the seed and of where it stands.
     Mutant("vogue/groups.py", "Purpose.ROLLOUT, step, item", "Purpose.ROLLOUT, item", "tests/test_trainer.py"),
@@ -105,18 +106,12 @@ MUTANTS = (
         "tests/kernels/test_loss.py",
     ),
     Mutant("kernels/vogue_kernels/loss.py", "advantage + per if", "advantage - per if", "tests/kernels/test_loss.py"),
-    Mutant(
-        "kernels/vogue_kernels/loss.py",
-        "(advantage < 0) & (obj",
-        "(advantage > 0) & (obj",
-        "tests/kernels/test_loss.py",
-    ),
-    Mutant(
-        "kernels/vogue_kernels/loss.py",
-        "1 - clip_low, 1 + clip_high",
-        "1 - clip_low, 1 + clip_low",
-        "tests/kernels/test_loss.py",
-    ),
+    Mutant(SURROGATES, "(advantage < 0) & (obj", "(advantage > 0) & (obj", SEEN_BY),
+    Mutant(SURROGATES, "clamp(1 - clip_low, 1 + clip_high) * a", "clamp(1 - clip_low, 1 + clip_low) * a", SEEN_BY),
+    Mutant(SURROGATES, "of_level.detach(), old", "logprob.detach(), old", SEEN_BY),
+    Mutant(SURROGATES, "masked_fill(advantage > 0", "masked_fill(advantage < 0", SEEN_BY),
+    Mutant(SURROGATES, "clamp(config.importance_floor, ", "clamp(None, ", SEEN_BY),
+    Mutant(SURROGATES, " / self.lengths.clamp(min=1)[self.ids]", "", SEEN_BY),
     # Both readings of VOGUE.
     Mutant("vogue/groups.py", "item.draws) if config", "(True,) * n) if config", "tests/test_raw_rollouts.py"),
     Mutant("vogue/groups.py", "group.paid[i] == paid", "True", "tests/test_raw_rollouts.py"),
