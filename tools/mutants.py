@@ -79,8 +79,11 @@ MUTANTS = (
     Mutant("vogue/trainer.py", "loss * (self.ranks / divisor)", "loss / divisor * 2", "tests/test_trainer.py"),
     # The objective.
     Mutant("vogue/objective.py", "torch.where(comparable,", "torch.where(~comparable,", "tests/test_objective.py"),
-    Mutant("vogue/objective.py", ".clamp(max=cap)", "", "tests/test_objective.py"),
-    Mutant("vogue/objective.py", "/ lengths.repeat_interleave(lengths)", "", "tests/test_objective.py"),
+    Mutant("vogue/objective.py", "batch.weights * old.chosen", "batch.weights", "tests/test_entropy.py"),
+    Mutant("vogue/objective.py", "loss - coef * (weights", "loss + coef * (weights", "tests/test_entropy.py"),
+    Mutant("vogue/method/entropy.py", "1 - share", "share", "tests/test_entropy.py"),
+    Mutant("vogue/groups.py", "measures or reads_all(config.loss)", "measures", "tests/test_entropy.py"),
+    Mutant("vogue/trainer.py", "is None or group.item.number in chosen]", "is None or True]", "tests/test_methods.py"),
     # Ranks.
     Mutant("vogue/sharing.py", "(-claims[claim], claim)", "(claims[claim], claim)", "tests/test_sharing.py"),
     Mutant("vogue/sharing.py", "pack(loads, middle)", "pack(loads, budget)", "tests/test_sharing.py"),
@@ -89,8 +92,8 @@ MUTANTS = (
     Mutant("vogue/objective.py", "guidance, sign)", "guidance, 1.0)", "tests/test_raw_rollouts.py"),
     Mutant(
         "vogue/objective.py",
-        "(batch.weights > 0) & (batch.advantages != 0)",
-        "batch.weights > 0",
+        "acted_on(batch) & (batch.advantages != 0)",
+        "acted_on(batch)",
         "tests/test_trainer.py",
     ),
     Mutant(

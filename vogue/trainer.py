@@ -23,9 +23,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+from torch import Tensor
 
 from vogue import distributed
 from vogue.config import Config
@@ -44,11 +45,13 @@ from vogue.groups import (
     judged,
     kept_lengths,
     rows,
+    scaled_by_all,
     tally,
 )
 from vogue.inputs import NOISY, Preprocessor
 from vogue.loader import Loader
 from vogue.method import branch
+from vogue.method.entropy import EntropyBonus, entropy_threshold
 from vogue.method.uncertainty import Signals, TokenStats, read_signals
 from vogue.metrics import Clock, Means, peak_memory
 from vogue.model import checkpoint
@@ -56,7 +59,7 @@ from vogue.model.loading import load_model
 from vogue.model.optimizer import start_deepspeed
 from vogue.model.packing import Batch, Place, collate
 from vogue.model.policy import Policy
-from vogue.objective import objective, uncertainties
+from vogue.objective import PAID, acted_on, objective, uncertainties
 from vogue.rewards import RewardError, verifier
 from vogue.rewards.groups import score_groups
 from vogue.rollout import create_engine
@@ -67,6 +70,7 @@ from vogue_kernels import GuidanceConfig
 
 FAILURES = (DataError, RewardError)  # that end a run between two steps, with a checkpoint
 DATA = "data"  # the run's state under this name: the fingerprint of what it is trained on
+BONUS = "entropy_bonus"  # an `EntropyBonus`, with `loss.entropy_target`
 MOST_SKIPPED = 3  # updates in a row whose gradient isn't finite
 
 
@@ -171,14 +175,26 @@ class Trainer:
                 with clock("reward"):
                     groups += self.judge(generated)
             if rollout.rounds == 1:
-                return groups
+                return self.scaled(groups)
             found = {k: v for part in distributed.gather(found_mixed(groups)) for k, v in part.items()}
             if sum(found.values()) >= rollout.prompts:
                 break
         chosen = choose(found, rollout.prompts)
         means.add("rounds", number + 1)
         means.add("filled_share", sum(not found[prompt] for prompt in chosen) / len(chosen))
-        return assigned(groups, chosen, self.config.trainer.updates)
+        return self.scaled(assigned(groups, chosen, self.config.trainer.updates), set(chosen))
+
+    def scaled(self, groups: list[Group], chosen: set[int] | None = None) -> list[Group]:
+        """The groups with advantages over the std of the step's rewards, where `advantage.scale=batch` asks for it.
+
+        chosen  the prompts whose rewards count, which are those that are trained on; None: all. Of others the std would
+                say how many rounds it took, and the size of a step would depend on that
+        """
+        if self.config.advantage.scale != "batch":
+            return groups
+        mine = [group for group in groups if chosen is None or group.item.number in chosen]
+        rewards = [score.reward for group in mine for score in group.scores]
+        return scaled_by_all(groups, [reward for part in distributed.gather(rewards) for reward in part])
 
     def judge(self, groups: list[Group]) -> list[Group]:
         """The groups with their scores and advantages, from all G completions of each."""
@@ -199,11 +215,14 @@ class Trainer:
         updates = in_updates(groups, config.trainer.updates)
         with clock("pack"):
             packed = [self.micro_batches(part, groups[0], means, clock) for part in updates]
-        if len(updates) > 1:
+        if len(updates) > 1 or config.loss.top_entropy_quantile < 1:
             # The later ones start from another policy than the one that generated: its signals are computed first, in
-            # the same packing, so that the first ratio is 1 to rounding.
+            # the same packing, so that the first ratio is 1 to rounding. And only once all entropies of an update are
+            # known is it known which are the highest.
             with clock("old"), torch.no_grad():
                 packed = [[self.with_old(batch) for batch in batches] for batches in packed]
+        if config.loss.top_entropy_quantile < 1:
+            packed = [self.with_chosen(batches) for batches in packed]
         sign = branch.bonus_sign(self.step, config.trainer.steps, config.guidance.sign_transition)
         for number, (part, batches) in enumerate(zip(updates, packed, strict=True)):
             lengths = kept_lengths(part.values())
@@ -212,6 +231,7 @@ class Trainer:
             weight = float(items[config.loss.aggregation])
             # Of all ranks: with a divisor of its own, a rank with fewer tokens would weigh more. 1 where none has any.
             divisor = distributed.total({"weight": weight}, self.device)["weight"] or 1.0
+            coef, told = self.entropy_coef(), Means()
             for i, batch in enumerate(batches):
                 self.deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
                 batch = batch.to(self.device)  # here, so that a GPU holds the pixels of one micro-batch
@@ -220,8 +240,11 @@ class Trainer:
                     traces |= traced(batch, stats)
                     means.add_all(uncertainties(batch, stats, measuring=config.trainer.measures(self.step)))
                     signals = self.signals(batch, stats)
-                    loss, metrics = objective(batch, signals, config.loss, self.guidance, sign, first=number == 0)
+                    loss, metrics = objective(
+                        batch, signals, config.loss, self.guidance, sign, first=number == 0, entropy_coef=coef
+                    )
                     means.add_all(metrics)
+                    told.add_all(metrics)
                 with clock("backward"):
                     # DeepSpeed averages gradients over the ranks; this loss is one summand of the global mean.
                     self.deepspeed.backward(loss * (self.ranks / divisor))
@@ -229,6 +252,7 @@ class Trainer:
                 means.add("trained_share", int((batch.weights > 0).sum()), 0)
             with clock("update"):
                 self.deepspeed.step()
+            self.steer_entropy(told)
             means.add("loss", 0.0, weight)  # of what went through no forward: its loss is 0
             means.add("trained_share", 0.0, sum(lengths))
             self.check_gradient(float(self.deepspeed.get_global_grad_norm() or 0.0), means)
@@ -241,6 +265,36 @@ class Trainer:
     def with_old(self, batch: Batch) -> Batch:
         there = batch.to(self.device)
         return replace(batch, old=self.signals(there, self.deepspeed(there)))
+
+    def with_chosen(self, batches: list[Batch]) -> list[Batch]:
+        """An update's batches with the tokens that are trained on: those of the highest entropies of all ranks'."""
+        olds = [cast(Signals, batch.old) for batch in batches]
+        entropies = [cast(Tensor, old.entropy) for old in olds]
+        mine = [values.cpu()[acted_on(batch)].numpy() for batch, values in zip(batches, entropies, strict=True)]
+        all_parts = [part for of_rank in distributed.gather(mine) for part in of_rank]
+        threshold = entropy_threshold(all_parts, self.config.loss.top_entropy_quantile)
+        return [
+            replace(batch, old=old._replace(chosen=values.double() >= threshold))
+            for batch, old, values in zip(batches, olds, entropies, strict=True)
+        ]
+
+    def entropy_coef(self) -> float | None:
+        """The weight of the entropy in the next update's loss; None where it is the setting."""
+        loss = self.config.loss
+        return None if loss.entropy_target is None else self.entropy_bonus().paid(loss.entropy_target)
+
+    def entropy_bonus(self) -> EntropyBonus:
+        return EntropyBonus(*self.state.current.get(BONUS, (self.config.loss.entropy_coef,)))
+
+    def steer_entropy(self, told: Means) -> None:
+        """Move the entropy's weight by what the update tells, where `loss.entropy_target` asks for it; collective."""
+        loss = self.config.loss
+        if loss.entropy_target is None:
+            return
+        found = told.over_ranks()
+        if PAID in found:  # an update of no token says nothing
+            settings = loss.entropy_target, loss.entropy_coef_delta, loss.entropy_coef_max
+            self.state.current[BONUS] = list(self.entropy_bonus().after(found[PAID], *settings))
 
     def micro_batches(self, groups: dict[int, Group], some: Group, means: Means, clock: Clock) -> list[Batch]:
         """This rank's share of an update's rows, whoever generated them (`vogue.sharing`); `groups` are its own.

@@ -35,7 +35,7 @@ class TokenStats(NamedTuple):
     """N tokens on the branch that they are trained on, and the first M of them on those it is compared with."""
 
     logprob: Tensor  # (N,) nats, with gradient
-    entropy: Tensor  # (N,) nats
+    entropy: Tensor  # (N,) nats, with gradient
     others: tuple[OtherBranch, ...]  # M falls from each to the next; none where nothing is compared
 
     @property
@@ -50,6 +50,10 @@ class Signals(NamedTuple):
     logprob: Tensor  # (N,) nats, with gradient
     u_out: Tensor  # (N,) nats
     u_per: Tensor | None  # (N,) nats, 0 where the branches aren't compared; None where none are
+    # (N,) nats, exact, of the trained branch, with gradient: what an entropy bonus reads, whatever u_out is
+    entropy: Tensor | None = None
+    # (N,) bool, the tokens that are trained on, where `loss.top_entropy_quantile` leaves others out; None: all
+    chosen: Tensor | None = None
 
 
 def read_signals(
@@ -63,14 +67,14 @@ def read_signals(
     """
     u_out, other = output_uncertainty(stats.entropy, stats.logprob, estimator), stats.other
     if other is None:
-        return Signals(stats.logprob, u_out, None)
+        return Signals(stats.logprob, u_out, None, stats.entropy)
     m = len(other.logprob)
     u_per = perception_uncertainty(stats.logprob[:m], other, noisy[:m], estimator, divergence)
     if entropy == "drawn":
         elsewhere = (paid & ~noisy)[:m]
         of_drawn = torch.where(elsewhere, output_uncertainty(other.entropy, other.logprob, estimator), u_out[:m])
         u_out = torch.cat([of_drawn, u_out[m:]])
-    return Signals(stats.logprob, u_out, nn.functional.pad(u_per, (0, len(u_out) - m)))
+    return Signals(stats.logprob, u_out, nn.functional.pad(u_per, (0, len(u_out) - m)), stats.entropy)
 
 
 def output_uncertainty(entropy: Tensor, logprob: Tensor, estimator: str) -> Tensor:
