@@ -136,6 +136,16 @@ def test_every_guidance_setting_reaches_the_loss(
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("override", ["loss.kind=cispo", "loss.kind=sapo", "loss.importance_level=sequence"])
+def test_before_the_first_update_every_surrogate_has_the_gradient_of_vogues(new_trainer, config, override):
+    trainer = new_trainer(*TWO_BY_TWO, "perturb.sigma=0.8")
+    groups = both_groups(trainer, 2)  # of both branches, with both bonuses
+    plain = loss_gradient(trainer, groups)
+    found = loss_gradient(with_settings(trainer, config(*TWO_BY_TWO, override)), groups)
+    assert plain.norm() > 1e-2
+    assert (found - plain).norm() < 1e-5 * plain.norm()
+
+
 def test_the_divergence_setting_chooses_which_one_is_read_and_nothing_else(new_trainer, config):
     trainer = new_trainer(*TWO_BY_TWO, "perturb.sigma=0.8")
     batch = noisy_batch(trainer)
