@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vogue.method.advantage import group_advantages, mixed, passk_advantages, rloo_advantages
+from vogue.method.advantage import deviation, group_advantages, mixed, over, passk_advantages, rloo_advantages
 
 groups = st.lists(st.floats(0, 1, width=32), min_size=2, max_size=8).map(lambda r: torch.tensor([r]))
 
@@ -95,3 +95,13 @@ def test_unscaled_and_leave_one_out_advantages_by_hand():
     assert unscaled[1].tolist() == left_out[1].tolist() == [0, 0, 0, 0]
     with pytest.raises(ValueError, match="must be"):
         rloo_advantages(torch.ones(1, 1))
+
+
+def test_one_deviation_for_all_groups_by_hand_and_in_any_order():
+    # 1, 0, 0, 1, 0.5, 0.5: mean 0.5, sample variance 4 · 0.25 / 5 = 0.2, std 0.4472136
+    rewards = [1.0, 0.0, 0.0, 1.0, 0.5, 0.5]
+    assert deviation(rewards) == pytest.approx(0.4472136)
+    assert over(torch.tensor([0.5, -0.5]), deviation(rewards)).tolist() == pytest.approx([1.1180315, -1.1180315])
+    generated = torch.rand(1000, generator=torch.Generator().manual_seed(0)).tolist()
+    assert deviation(generated) == deviation(generated[::-1]) == deviation(generated[500:] + generated[:500])
+    assert over(torch.zeros(2), deviation([0.1] * 7)).tolist() == [0, 0]

@@ -1,5 +1,6 @@
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -7,7 +8,10 @@ import yaml
 from vogue.arguments import fields
 from vogue.config import Config, load_config, save_config
 from vogue.presets import METHODS, STARTS
+from vogue.sections import AdvantageConfig, LossConfig
 from vogue.settings import ConfigError
+from vogue_kernels.loss import AGGREGATIONS
+from vogue_kernels.surrogates import KINDS, LEVELS, MODES
 
 NEEDED = ["model.path=some/model", "data.train=train.parquet"]
 
@@ -39,8 +43,8 @@ def load(*overrides, path=None):
         ("model.path=", "model.path='': string should have at least 1 character"),
         (
             "method=ppo",
-            "method='ppo': input should be 'vogue', 'grpo', 'dapo', 'dr_grpo', 'gspo', 'rloo', 'papo', 'vppo', "
-            "'pgpo', 'noisy_rollout', 'entropy', 'passk' or 'dupl'",
+            "method='ppo': input should be 'vogue', 'grpo', 'dapo', 'dr_grpo', 'gspo', 'cispo', 'sapo', 'rloo', "
+            "'papo', 'vppo', 'pgpo', 'noisy_rollout', 'entropy', 'passk' or 'dupl'",
         ),
         ("guidance.divergence=forward", "unknown setting guidance.divergence"),
         ("uncertainty.estimator=k2", "uncertainty.estimator='k2': input should be 'exact', 'k3' or 'sampled'"),
@@ -150,7 +154,23 @@ def test_a_setting_cannot_contradict_the_method(override):
         ),
         (
             ["loss.importance_mode=token_mask"],
-            "loss.importance_mode=token_mask: without loss.importance_cap nothing reads it",
+            "loss.importance_mode=token_mask: without loss.importance_cap or loss.importance_floor nothing reads it",
+        ),
+        (
+            ["loss.importance_floor=0.5", "loss.importance_cap=0.5"],
+            "loss.importance_floor=0.5 is not below loss.importance_cap=0.5",
+        ),
+        (["method=gspo", "loss.kind=sapo"], "method=gspo fixes loss.kind=ppo, but it is set to sapo"),
+        (["method=sapo", "loss.clip_high=0.3"], "loss.clip_high=0.3: loss.kind=ppo or cispo reads it, sapo doesn't"),
+        (["method=cispo", "loss.clip_dual=3"], "loss.clip_dual=3.0: loss.kind=ppo reads it, cispo doesn't"),
+        (["loss.sapo_temperature_neg=2"], "loss.sapo_temperature_neg=2.0: loss.kind=sapo reads it, ppo doesn't"),
+        (
+            ["loss.entropy_coef_delta=0.1"],
+            "loss.entropy_coef_delta=0.1: without loss.entropy_target nothing reads it",
+        ),
+        (
+            ["loss.entropy_target=0.5", "loss.entropy_coef=-0.1"],
+            "loss.entropy_coef=-0.1: with loss.entropy_target it starts between 0 and loss.entropy_coef_max=1.0",
         ),
         (["rollout.noisy_share=0.5"], "method=vogue fixes rollout.noisy_share=0.0, but it is set to 0.5"),
         (
@@ -186,7 +206,12 @@ def test_each_method_is_its_papers():
     assert (sequences.loss.importance_level, sequences.loss.aggregation) == ("sequence", "sequence-mean")
     assert (sequences.loss.clip_low, sequences.loss.clip_high) == (3e-4, 4e-4)
     assert others.advantage.kind == "rloo"
-    found = (entropy, passk, dapo, noisy, unscaled, sequences, others)
+    cispo, sapo = load("method=cispo"), load("method=sapo")
+    assert (cispo.loss.kind, cispo.loss.aggregation) == ("cispo", "token-mean")
+    assert (1 - cispo.loss.clip_low, 1 + cispo.loss.clip_high) == (0, 5)
+    assert (sapo.loss.kind, sapo.loss.aggregation) == ("sapo", "sequence-mean")
+    assert (sapo.loss.sapo_temperature_pos, sapo.loss.sapo_temperature_neg) == (1, 1.05)
+    found = (entropy, passk, dapo, noisy, unscaled, sequences, others, cispo, sapo)
     assert {config.branch.probability for config in found} == {0}
 
 
@@ -207,16 +232,28 @@ def test_vogue_takes_dapos_parts_and_a_start_may_be_changed():
     assert load("method=dapo", "rollout.rounds=9").rollout.rounds == 9
 
 
+def test_the_losss_names_are_those_of_the_operators_loss():
+    known = {"kind": KINDS, "importance_level": LEVELS, "importance_mode": MODES, "aggregation": AGGREGATIONS}
+    assert {name: get_args(LossConfig.model_fields[name].annotation) for name in known} == known
+
+
 def test_the_combinations_and_ablations_that_the_document_of_the_method_names_can_be_set():
-    document = (Path(__file__).parents[1] / "docs" / "method.md").read_text()
+    document = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
     section = document[document.index("- VOGUE runs on those") : document.index("- `branch.granularity` says")]
     named = re.findall(r"`([a-z_]+\.[a-z_]+)=([^`\s]+)`", section)
-    assert len(named) == 12
+    assert len(named) == 13
     for key, value in named:
         found = load(f"{key}={value}").model_dump(mode="json")
         for part in key.split("."):
             found = found[part]
         assert str(found) == value or float(found) == float(value)
+
+
+def test_the_document_has_a_row_for_every_method_and_names_every_setting_of_advantages_and_losses():
+    document = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    assert sorted(re.findall(r"^\| `(\w+)` \|", document, re.M)) == sorted(METHODS)
+    for section, names in (("advantage", AdvantageConfig.model_fields), ("loss", LossConfig.model_fields)):
+        assert [name for name in names if f"`{section}.{name}" not in document] == []
 
 
 def test_a_method_fixes_what_makes_it_what_it_is():

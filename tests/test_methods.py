@@ -25,6 +25,7 @@ from vogue.method import branch
 from vogue.method.uncertainty import Signals
 from vogue.metrics import Clock, Means
 from vogue.objective import uncertainties
+from vogue.rewards import Score
 from vogue.rollout.engine import Completion
 
 # -------------------------------------------------------------------------------------------- branch granularity
@@ -135,6 +136,16 @@ def test_every_guidance_setting_reaches_the_loss(
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("override", ["loss.kind=cispo", "loss.kind=sapo", "loss.importance_level=sequence"])
+def test_before_the_first_update_every_surrogate_has_the_gradient_of_vogues(new_trainer, config, override):
+    trainer = new_trainer(*TWO_BY_TWO, "perturb.sigma=0.8")
+    groups = both_groups(trainer, 2)  # of both branches, with both bonuses
+    plain = loss_gradient(trainer, groups)
+    found = loss_gradient(with_settings(trainer, config(*TWO_BY_TWO, override)), groups)
+    assert plain.norm() > 1e-2
+    assert (found - plain).norm() < 1e-5 * plain.norm()
+
+
 def test_the_divergence_setting_chooses_which_one_is_read_and_nothing_else(new_trainer, config):
     trainer = new_trainer(*TWO_BY_TWO, "perturb.sigma=0.8")
     batch = noisy_batch(trainer)
@@ -143,12 +154,13 @@ def test_the_divergence_setting_chooses_which_one_is_read_and_nothing_else(new_t
         name: with_settings(trainer, config(f"uncertainty.divergence={name}")).signals(batch, stats)
         for name in ("symmetric", "forward", "reverse")
     }
-    assert all(found.logprob is stats.logprob for found in read.values())
+    assert all(found.logprob is stats.logprob and found.entropy is stats.entropy for found in read.values())
     assert all(torch.equal(found.u_out, stats.entropy) for found in read.values())
-    assert torch.equal(read["forward"][2], stats.other.kl_other_own)  # KL(p || q), p the raw branch
-    assert torch.equal(read["reverse"][2], stats.other.kl_own_other)
-    torch.testing.assert_close(read["symmetric"][2], (read["forward"][2] + read["reverse"][2]) / 2)
-    assert (read["forward"][2] - read["reverse"][2]).abs().max() > 1e-6
+    forward, reverse = read["forward"].u_per, read["reverse"].u_per
+    assert torch.equal(forward, stats.other.kl_other_own)  # KL(p || q), p the raw branch
+    assert torch.equal(reverse, stats.other.kl_own_other)
+    torch.testing.assert_close(read["symmetric"].u_per, (forward + reverse) / 2)
+    assert (forward - reverse).abs().max() > 1e-6
     assert not any(t.requires_grad for found in read.values() for t in (found.u_out, found.u_per))
 
 
@@ -198,6 +210,49 @@ def test_sigma_changes_the_noisy_view_alone(new_trainer, config):
         assert torch.equal(c.views["raw"].pixel_values, c.views["noisy"].pixel_values)
         weak, large = ((x.views["noisy"].pixel_values - x.views["raw"].pixel_values).norm() for x in (a, b))
         assert 0 < weak < large
+
+
+def test_advantages_over_one_std_a_step_are_of_all_groups_that_are_trained_on(new_trainer):
+    trainer = new_trainer("method=dapo", "advantage.scale=batch", "rollout.prompts=2", "rollout.n=2")
+    items = trainer.loader.items(0)
+    rewards = [(1.0, 0.0), (0.5, 0.5), (0.9, 0.1)]
+    groups = [
+        group_of(
+            replace(items[0], number=number),
+            (Completion((1,), (0.0,), "", True),) * 2,
+            scores=tuple(Score(reward, 0.0, 0.0, None) for reward in given),
+            advantages=tuple(reward - sum(given) / 2 for reward in given),
+        )
+        for number, given in enumerate(rewards)
+    ]
+    # 1, 0, 0.5, 0.5, 0.9, 0.1: mean 0.5, sample variance (2 · 0.25 + 2 · 0.16) / 5 = 0.164, std 0.404969
+    found = [group.advantages for group in trainer.scaled(groups)]
+    assert [x for pair in found for x in pair] == pytest.approx(
+        [1.234660, -1.234660, 0, 0, 0.987728, -0.987728], abs=1e-5
+    )
+    # The first two alone: sample variance 0.5 / 3, std 0.408248; the third isn't trained on.
+    found = [group.advantages for group in trainer.scaled(groups, {0, 1})]
+    assert [x for pair in found for x in pair] == pytest.approx(
+        [1.224742, -1.224742, 0, 0, 0.979794, -0.979794], abs=1e-5
+    )
+
+
+def test_rewards_that_are_all_alike_have_no_advantage_over_one_std_either(new_trainer):
+    trainer = new_trainer("method=grpo", "advantage.scale=batch", *TWO_BY_TWO)
+    items = trainer.loader.items(0)
+    groups = trainer.judge([group_of(item, (Completion((1,), (0.0,), "no", True),) * 2) for item in items])
+    assert [group.advantages for group in trainer.scaled(groups)] == [(0.0, 0.0)] * 2
+
+
+def test_a_step_takes_its_own_std_over_all_its_groups(new_trainer):
+    trainer = new_trainer("method=grpo", "advantage.scale=batch", "rollout.n=4")
+    groups = trainer.roll_out(Means(), Clock())
+    rewards = torch.tensor([[score.reward for score in group.scores] for group in groups], dtype=torch.float64)
+    expected = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std() + 1e-6)
+    assert rewards.std(1).min() < rewards.std(1).max()  # else it would be each group's
+    torch.testing.assert_close(
+        torch.tensor([group.advantages for group in groups]).double(), expected, atol=1e-6, rtol=0
+    )
 
 
 # ------------------------------------------------------------------------------------------------- noisy rollout

@@ -1,5 +1,6 @@
 """The trainer's objective: the mathematics of `VogueLoss`, which other trainers use, and what it asks of a batch."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from steps import TWO_BY_TWO, batches_of, generated, objective_of, with_settings
 from vogue.method.uncertainty import OtherBranch, Signals, TokenStats, read_signals
 from vogue.metrics import Mean, Means
 from vogue.model.packing import Batch
-from vogue.objective import engine_correction, has_gradient, objective, uncertainties
+from vogue.objective import has_gradient, objective, uncertainties
 from vogue.rollout.engine import Completion
 from vogue_kernels import GuidanceConfig, VogueLoss, linear_branch_stats, linear_logprob
 
@@ -34,11 +35,35 @@ def batch_of(advantages, paid, noisy, token_mean, engine_logprob=None):
     )
 
 
+PPO = {"clip_low": 0.1, "clip_high": 0.3, "clip_dual": 2.0}
+
+
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean"])
+@pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean", "constant"])
 @pytest.mark.parametrize("divergence", ["symmetric", "forward", "reverse"])
 @pytest.mark.parametrize("rollout", ["raw", "drawn"])
 def test_it_is_vogue_loss_on_any_batch(rollout, divergence, aggregation, seed, config):
+    hold_to_vogue_loss(config, rollout, divergence, aggregation, seed, PPO)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        PPO | {"importance_level": "sequence", "importance_cap": 0.9, "importance_mode": "sequence_truncate"},
+        {"kind": "cispo", "clip_high": 0.1, "importance_floor": 0.8, "importance_mode": "geometric_mask"},
+        {"kind": "cispo", "importance_level": "sequence", "importance_cap": 1.2, "importance_floor": 0.8},
+        {"kind": "sapo", "sapo_temperature_neg": 3.0, "importance_cap": 1.2, "importance_mode": "token_mask"},
+        {"kind": "sapo", "importance_level": "sequence"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+@pytest.mark.parametrize("aggregation", ["sequence-mean", "constant"])
+def test_it_is_vogue_loss_with_every_surrogate_and_correction(aggregation, options, config):
+    hold_to_vogue_loss(config, "raw", "symmetric", aggregation, 0, options)
+
+
+def hold_to_vogue_loss(config, rollout, divergence, aggregation, seed, options):
+    """Loss, gradient and metrics of a batch against `VogueLoss` with these options."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -49,31 +74,39 @@ def test_it_is_vogue_loss_on_any_batch(rollout, divergence, aggregation, seed, c
     guidance = GuidanceConfig(0.7, 1.5, 2.0, 3.0, order=["parallel", "sequential"][seed % 2])
     paid = torch.arange(N) < COMPARED
     criterion = VogueLoss(
-        **{"guidance": guidance, "clip_low": 0.1, "clip_high": 0.3, "clip_dual": 2.0, "temperature": 0.8},
-        **{"aggregation": aggregation, "divergence": divergence, "rollout": rollout, "entropy": "drawn"},
+        **{"guidance": guidance, "temperature": 0.8, "aggregation": aggregation, "max_tokens": 6},
+        **{"divergence": divergence, "rollout": rollout, "entropy": "drawn"},
+        **options,
     )
     ids = torch.arange(4).repeat_interleave(torch.tensor(LENGTHS))
     old = linear_logprob(own, weight, targets, temperature=0.8).logprob.detach() + 0.3 * old
+    engine = (old + 0.3 * randn(N)).index_fill(0, torch.tensor([5]), torch.nan)
+    corrected = any(name.startswith("importance_") and name != "importance_level" for name in options)
     expected, logged = criterion(
-        own, weight, targets, advantages, old_logprob=old, hidden_other=other, noisy=paid, sequence_ids=ids
+        *(own, weight, targets, advantages),
+        **{"old_logprob": old, "hidden_other": other, "noisy": paid, "sequence_ids": ids},
+        engine_logprob=engine if corrected else None,
     )
 
     alone = linear_logprob(own, weight, targets, temperature=0.8)
     both = linear_branch_stats(own[:COMPARED], other[:COMPARED], weight, targets[:COMPARED], temperature=0.8)
     compared = (both.logprob_q, both.entropy_q, both.kl_pq, both.kl_qp, both.symmetric_kl)
     stats = TokenStats(alone.logprob, alone.entropy, (OtherBranch(*(value.detach() for value in compared)),))
-    batch = batch_of(advantages, paid, paid & (rollout == "drawn"), aggregation == "token-mean")
+    batch = batch_of(advantages, paid, paid & (rollout == "drawn"), aggregation != "sequence-mean", engine)
     signals = read_signals(stats, batch.noisy, paid, "exact", divergence, "drawn")
     batch = replace(batch, old=signals._replace(logprob=old))
-    settings = config("loss.clip_low=0.1", "loss.clip_high=0.3", "loss.clip_dual=2").loss
+    settings = config(*(f"loss.{name}={value}" for name, value in options.items())).loss
     loss, metrics = objective(batch, signals, settings, guidance, sign=1.0, first=True)
 
-    divisor = N if aggregation == "token-mean" else 4  # the trainer's, over all batches and ranks
+    divisor = {"token-mean": N, "sequence-mean": 4, "constant": 4 * 6}[aggregation]  # the trainer's, over all ranks
     torch.testing.assert_close(loss / divisor, expected)
     gradients = (torch.autograd.grad(x, own, retain_graph=True)[0] for x in (loss / divisor, expected))
     torch.testing.assert_close(*gradients)
     for name in ("clip_fraction", "out_capped", "per_capped"):
         assert metrics[name].total / metrics[name].count == pytest.approx(logged[name].item(), abs=1e-6)
+    if corrected:
+        assert metrics["mismatch/outside"].total / N == pytest.approx(logged["importance_outside"].item())
+        assert 0 < metrics["mismatch/outside"].total < N
     assert metrics["loss"].total == pytest.approx(loss.item())
 
 
@@ -100,6 +133,22 @@ def test_advantages_are_a_tokens_own(new_trainer):
 def test_a_completion_needs_a_forward_where_any_of_its_tokens_sends_a_gradient():
     assert not has_gradient(torch.zeros(3))
     assert has_gradient(torch.tensor([0.0, 0.0, -0.1]))
+
+
+def test_icepop_leaves_out_tokens_on_both_sides_and_keeps_the_divisor(config):
+    nothing = torch.zeros(N, dtype=torch.bool)
+    ratios = torch.tensor([1.0, 0.49, 0.51, 4.99, 5.01, 1.0, 2.0, 0.1, 9.0, 1.0])
+    engine = -1.0 - ratios.log()
+    engine[9] = torch.nan  # another view: nothing is known of it
+    batch = batch_of(torch.ones(N), nothing, nothing, True, engine)
+    bounds = ("loss.importance_floor=0.5", "loss.importance_cap=5", "loss.importance_mode=token_mask")
+    signals = Signals(torch.full((N,), -1.0), torch.zeros(N), None)
+    loss, metrics = objective(batch, signals, config(*bounds).loss, PLAIN, 1.0, first=True)
+    assert loss.item() == pytest.approx(-(1 + 0.51 + 4.99 + 1 + 2 + 1), rel=1e-5)
+    assert metrics["mismatch/outside"] == (4, N)
+    assert metrics["loss"].count == N
+    below = objective(batch, signals, config(bounds[0], bounds[2]).loss, PLAIN, 1.0, first=True).loss
+    assert below.item() == pytest.approx(-(1 + 0.51 + 4.99 + 5.01 + 1 + 2 + 9 + 1), rel=1e-5)
 
 
 def test_the_mismatch_is_of_tokens_whose_engine_saw_the_trained_view_and_its_cap_weighs_them(config):
@@ -166,6 +215,36 @@ def test_a_sequences_ratio_is_the_geometric_mean_of_its_tokens_and_clipped_as_on
     assert gradient.tolist() == pytest.approx(expected)
 
 
+def test_the_other_surrogates_reach_the_batchs_loss_by_hand(config):
+    nothing = torch.zeros(N, dtype=torch.bool)
+    advantages = torch.tensor([1.0] * 3 + [2.0] + [-1.0] * 4 + [1.0] * 2)
+    ratios = torch.tensor([1.0, 2.0, 4.0, 1.1, 0.25, 1.0, 0.5, 0.5, 1.44, 1.0], dtype=torch.float64)
+    old = torch.full((N,), -1.0, dtype=torch.float64)
+    batch = replace(batch_of(advantages, nothing, nothing, True), old=Signals(old, torch.zeros(N), None))
+
+    def found(*overrides):
+        logprob = (old + ratios.log()).requires_grad_()
+        signals = Signals(logprob, torch.zeros(N), None)
+        loss, metrics = objective(batch, signals, config(*overrides).loss, PLAIN, 1.0, first=True)
+        return loss.item(), torch.autograd.grad(loss, logprob)[0].tolist(), metrics["clip_fraction"].total
+
+    bounded = [1.0, 2.0, 2.5, 1.1, 0.4, 1.0, 0.5, 0.5, 1.44, 1.0]
+    cispo = [-r * a for r, a in zip(bounded, advantages.tolist())]
+    value = sum(x * (math.log(r) - 1) for x, r in zip(cispo, ratios.tolist()))
+    settings = ("loss.kind=cispo", "loss.clip_low=0.6", "loss.clip_high=1.5")
+    assert found(*settings) == (pytest.approx(value), pytest.approx(cispo), 2)
+    assert found("method=cispo")[1] == pytest.approx([-r * a for r, a in zip(ratios.tolist(), advantages.tolist())])
+
+    loss, gradient, sapo = 0.0, [], {1.0: 2.0, -1.0: 3.0}
+    for r, a in zip(ratios.tolist(), advantages.tolist()):
+        tau = sapo[math.copysign(1.0, a)]
+        gate = 1 / (1 + math.exp(-tau * (r - 1)))
+        loss -= 4 / tau * gate * a
+        gradient.append(-4 * gate * (1 - gate) * r * a)
+    settings = ("loss.kind=sapo", "loss.sapo_temperature_pos=2", "loss.sapo_temperature_neg=3")
+    assert found(*settings) == (pytest.approx(loss), pytest.approx(gradient), 0)
+
+
 @pytest.mark.parametrize(
     ("mode", "expected"),
     [
@@ -180,8 +259,10 @@ def test_what_corrects_for_the_engines_policy_by_hand(mode, expected, config):
     ratios = torch.tensor([1.0, 1.9999, 4.0, 1.5, 0.5, 1.0, 3.0, 1.0, 4.0, 0.25])
     nothing = torch.zeros(N, dtype=torch.bool)
     batch = batch_of(torch.ones(N), nothing, nothing, True, -ratios.log())
-    assert engine_correction(ratios.log(), batch, 2.0, mode).tolist() == pytest.approx(expected, abs=1e-3)
     settings = config("loss.importance_cap=2", f"loss.importance_mode={mode}").loss
-    signals = Signals(torch.zeros(N), torch.zeros(N), None)
-    loss = objective(batch, signals, settings, PLAIN, 1.0, first=False).loss
+    logprob = torch.zeros(N, requires_grad=True)
+    loss, metrics = objective(batch, Signals(logprob, torch.zeros(N), None), settings, PLAIN, 1.0, first=False)
     assert loss.item() == pytest.approx(-sum(expected), abs=1e-2)
+    weights = -torch.autograd.grad(loss, logprob)[0]  # at a ratio of 1 and advantages of 1, the factor of each token
+    assert weights.tolist() == pytest.approx(expected, abs=1e-3)
+    assert metrics["mismatch/outside"] == ({"token": 3, "sequence": 3}[mode.split("_")[0]], N)

@@ -35,6 +35,7 @@ class Mutant:
     chosen: str = ""  # of its tests, as pytest's -k
 
 
+SURROGATES, SEEN_BY = "kernels/vogue_kernels/surrogates.py", "tests/kernels/test_surrogates.py"
 MUTANTS = (
     # What is random is a function of the seed and of where it stands.
     Mutant("vogue/groups.py", "Purpose.ROLLOUT, step, item", "Purpose.ROLLOUT, item", "tests/test_trainer.py"),
@@ -78,8 +79,11 @@ MUTANTS = (
     Mutant("vogue/trainer.py", "loss * (self.ranks / divisor)", "loss / divisor * 2", "tests/test_trainer.py"),
     # The objective.
     Mutant("vogue/objective.py", "torch.where(comparable,", "torch.where(~comparable,", "tests/test_objective.py"),
-    Mutant("vogue/objective.py", ".clamp(max=cap)", "", "tests/test_objective.py"),
-    Mutant("vogue/objective.py", "/ lengths.repeat_interleave(lengths)", "", "tests/test_objective.py"),
+    Mutant("vogue/objective.py", "batch.weights * old.chosen", "batch.weights", "tests/test_entropy.py"),
+    Mutant("vogue/objective.py", "loss - coef * (weights", "loss + coef * (weights", "tests/test_entropy.py"),
+    Mutant("vogue/method/entropy.py", "1 - share", "share", "tests/test_entropy.py"),
+    Mutant("vogue/groups.py", "measures or reads_all(config.loss)", "measures", "tests/test_entropy.py"),
+    Mutant("vogue/trainer.py", "is None or group.item.number in chosen]", "is None or True]", "tests/test_methods.py"),
     # KL to a reference, and the image's part in a token.
     Mutant("vogue/method/kl.py", "else _ratio(logprob, old_logprob) * found", "else found", "tests/test_kl.py"),
     Mutant("vogue/model/policy.py", "detach(), found.kl_qp)", "detach(), found.kl_pq)", "tests/test_kl.py"),
@@ -95,8 +99,8 @@ MUTANTS = (
     Mutant("vogue/objective.py", "guidance, sign)", "guidance, 1.0)", "tests/test_raw_rollouts.py"),
     Mutant(
         "vogue/objective.py",
-        "(batch.weights > 0) & (batch.advantages != 0)",
-        "batch.weights > 0",
+        "acted_on(batch) & (batch.advantages != 0)",
+        "acted_on(batch)",
         "tests/test_trainer.py",
     ),
     Mutant(
@@ -112,18 +116,12 @@ MUTANTS = (
         "tests/kernels/test_loss.py",
     ),
     Mutant("kernels/vogue_kernels/loss.py", "advantage + per if", "advantage - per if", "tests/kernels/test_loss.py"),
-    Mutant(
-        "kernels/vogue_kernels/loss.py",
-        "(advantage < 0) & (obj",
-        "(advantage > 0) & (obj",
-        "tests/kernels/test_loss.py",
-    ),
-    Mutant(
-        "kernels/vogue_kernels/loss.py",
-        "1 - clip_low, 1 + clip_high",
-        "1 - clip_low, 1 + clip_low",
-        "tests/kernels/test_loss.py",
-    ),
+    Mutant(SURROGATES, "(advantage < 0) & (obj", "(advantage > 0) & (obj", SEEN_BY),
+    Mutant(SURROGATES, "clamp(1 - clip_low, 1 + clip_high) * a", "clamp(1 - clip_low, 1 + clip_low) * a", SEEN_BY),
+    Mutant(SURROGATES, "of_level.detach(), old", "logprob.detach(), old", SEEN_BY),
+    Mutant(SURROGATES, "masked_fill(advantage > 0", "masked_fill(advantage < 0", SEEN_BY),
+    Mutant(SURROGATES, "clamp(config.importance_floor, ", "clamp(None, ", SEEN_BY),
+    Mutant(SURROGATES, " / self.lengths.clamp(min=1)[self.ids]", "", SEEN_BY),
     # Both readings of VOGUE.
     Mutant("vogue/groups.py", "item.draws) if config", "(True,) * n) if config", "tests/test_raw_rollouts.py"),
     Mutant("vogue/groups.py", "group.paid[i] == paid", "True", "tests/test_raw_rollouts.py"),

@@ -37,7 +37,7 @@ class Config(Section):
         0, ge=0, description="seed of all that is random: order of data, perturbations, draws and sampling"
     )
     method: Literal[*METHODS] = Field(
-        "vogue", description=f"preset of other settings, see docs/method.md: {', '.join(METHODS)}"
+        "vogue", description=f"preset of other settings, see docs/methods.md: {', '.join(METHODS)}"
     )
     model: ModelConfig
     lora: LoraConfig = LoraConfig()
@@ -75,9 +75,6 @@ class Config(Section):
         if self.advantage.kind != "group" and self.advantage.scale != "group":
             scale, kind = self.advantage.scale, self.advantage.kind
             raise ValueError(f"advantage.scale={scale}: only advantage.kind=group is scaled, not {kind}")
-        mode = self.loss.importance_mode
-        if self.loss.importance_cap is None and mode != "token_truncate":
-            raise ValueError(f"loss.importance_mode={mode}: without loss.importance_cap nothing reads it")
         if self.method == "noisy_rollout" and not 0 < self.rollout.noisy_count < n:
             share = self.rollout.noisy_share
             raise ValueError(

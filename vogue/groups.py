@@ -11,10 +11,10 @@ from vogue.config import Config
 from vogue.estimates import pass_at_k
 from vogue.inputs import NOISY, RAW
 from vogue.loader import Item
-from vogue.method.advantage import group_advantages, mixed, passk_advantages, rloo_advantages
+from vogue.method.advantage import deviation, group_advantages, mixed, over, passk_advantages, rloo_advantages
 from vogue.metrics import Means
 from vogue.model.packing import Place, Row
-from vogue.objective import has_gradient
+from vogue.objective import has_gradient, reads_all
 from vogue.rewards import Score
 from vogue.rollout.engine import Completion, Engine, Request
 from vogue.seeds import Purpose, seed_for
@@ -131,6 +131,12 @@ def _advantages(scores: tuple[Score, ...], config: Config) -> tuple[float, ...]:
     return tuple(advantages[0].tolist())
 
 
+def scaled_by_all(groups: Iterable[Group], rewards: Iterable[float]) -> list[Group]:
+    """The groups, whose advantages aren't scaled yet, with these over the std of `rewards` of several groups."""
+    std = deviation(rewards)
+    return [replace(group, advantages=tuple(over(torch.tensor(group.advantages), std).tolist())) for group in groups]
+
+
 def overlong_punishment(length: int, longest: int, buffer: int) -> float:
     """DAPO's soft punishment (arXiv 2503.14476): 0 up to `longest` - `buffer` tokens, from there linearly to -1."""
     return min(0.0, (longest - buffer - length) / buffer)
@@ -174,12 +180,13 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
 
     A group that is longer than `trainer.micro_batch_tokens` is several rows, each with the prompt again, so that memory
     is bounded; a row of one completion may be longer all the same.
-    What the loss and the log don't read is left out: completions whose loss has no gradient, which all have one with
-    `kl` or `perception` in it, and the other view of those that nothing compares. A step that measures leaves out
-    nothing that is kept. Completions that are paid and those that aren't, which a draw a response leaves in one raw
-    group, are two rows, so that VOGUE's second forward is of the paid ones alone.
+    What the loss and the log don't read is left out: completions whose loss has no gradient, unless it reads all of
+    them, and the other view of those that nothing compares. A step that measures leaves out nothing that is kept.
+    Completions that are paid and those that aren't, which a draw a response leaves in one raw group, are two rows, so
+    that VOGUE's second forward is of the paid ones alone.
     """
     measures, made = config.trainer.measures(step), []
+    everything = measures or reads_all(config.loss) or config.kl.in_loss or config.perception.on
     for number, group in groups.items():
         shown = bool(group.item.views[RAW].images)  # without images the views are one
         trained = group.view if shown else RAW
@@ -188,11 +195,12 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
         advantages = [
             torch.full((length,), a, dtype=torch.float32) for length, a in zip(lengths, group.advantages, strict=True)
         ]
-        every = measures or config.kl.in_loss or config.perception.on  # which act on completions of any advantage
-        needed = [i for i, kept in enumerate(group.kept) if kept and (every or has_gradient(advantages[i]))]
+        needed = [i for i, kept in enumerate(group.kept) if kept and (everything or has_gradient(advantages[i]))]
         for paid in (False, True):
             chosen = [i for i in needed if group.paid[i] == paid]
-            compared = measures or (shown and (config.compares or (paid and reads_other(config))))
+            # Without an advantage there is no bonus: such completions are there for their entropy alone.
+            bonus = paid and shown and (measures or any(has_gradient(advantages[i]) for i in chosen))
+            compared = measures or (shown and config.compares) or (bonus and reads_other(config))
             budget = config.trainer.micro_batch_tokens - len(group.item.prompt.token_ids)
             for part in cut(chosen, lengths, budget if shared_prefix else 0):
                 row = Row(
@@ -203,7 +211,7 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
                     advantages=tuple(advantages[i] for i in part),
                     others=(other,) if compared else (),
                     sources=tuple(group.sources[i] if shown else RAW for i in part),
-                    paid=paid and shown,
+                    paid=bonus,
                     places=tuple(Place(number, i, rank) for i in part),
                 )
                 made.append(row)

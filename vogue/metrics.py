@@ -3,7 +3,9 @@
 Means of rewards, answers and lengths are over all that was generated. Those of tokens (entropy, u_per, clipping,
 mismatch, ratio_error) are over the tokens that send a gradient, A != 0, and so of every step alike, u_per over those
 among them that it is paid to; `measured/...`, on the steps that `trainer.measure_every` names, over all tokens that the
-step keeps. `trained_share` is the share of those tokens that went through a forward.
+step keeps. `trained_share` is the share of those tokens that went through a forward. With an entropy bonus,
+`entropy_paid` is over the tokens that it is paid to, and `entropy_coef` over micro-batches; `mismatch/outside`, of the
+tokens that send a gradient, the share whose ratio to the engine is out of bounds.
 """
 
 import resource

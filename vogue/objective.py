@@ -1,30 +1,42 @@
-r"""The loss of a batch from its signals: VOGUE's shaped advantage, PPO's clipped surrogate, and what is logged of them.
+r"""The loss of a batch from its signals: VOGUE's shaped advantage, a surrogate, and what is logged of them.
 
     Â    = A + g_out + z sign g_per                     `vogue_kernels.loss` has the bonuses
-    loss = Σ_t w_t (c_t · −min(ρ_t Â_t, clip(ρ_t, 1 − ε_low, 1 + ε_high) Â_t) + coef KL_t)
+    loss = Σ_t w_t (c_t L(ρ_t, Â_t) − η H_t + β KL_t)   `vogue_kernels.surrogates` has L and c, `vogue.method.kl` KL
 
-ρ = π / π_old, with the policy before the step's first update, or the geometric mean of a completion's (GSPO, arXiv
-2507.18071); c corrects for the engine's π where `loss.importance_cap` is set (`engine_correction`), else it is 1; KL is
-to a reference, where `kl` asks for one; w is the token's weight in the batch. All functions here are pure.
+L is −min(ρ Â, clip(ρ, 1 − ε_low, 1 + ε_high) Â), or another surrogate; ρ = π / π_old, with the policy before the step's
+first update, or the geometric mean of a completion's; c corrects for the engine's π where `loss.importance_cap` or
+`importance_floor` is set, else it is 1; η is `loss.entropy_coef`, and H the exact entropy, with gradient; β is
+`kl.coef`, and KL the divergence from a reference; w is the token's weight in the batch. PAPO's terms are in
+`_perceived`. All functions here are pure.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import fields, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from vogue.method.credit import Gather, token_factors
+from vogue.method.entropy import entropy_threshold
 from vogue.method.kl import Reference, divergence
 from vogue.method.uncertainty import OtherBranch, Signals, TokenStats, perception_uncertainty
 from vogue.metrics import Mean, mean_over
 from vogue.model.packing import Batch
 from vogue.sections import LossConfig
 from vogue.training_sections import CreditConfig, KlConfig, PerceptionConfig
-from vogue_kernels import GuidanceConfig, clipped_surrogate, shaped_advantage
+from vogue_kernels import (
+    CorrectionConfig,
+    GuidanceConfig,
+    Sequences,
+    SurrogateConfig,
+    engine_correction,
+    policy_loss,
+    shaped_advantage,
+)
 
 NO_KL, NO_PERCEPTION = KlConfig(), PerceptionConfig()  # pyright: ignore[reportCallIssue]
+PAID = "entropy_paid"  # the metric: nats, the mean entropy of the tokens that a bonus is paid to
 
 
 class Objective(NamedTuple):
@@ -37,6 +49,11 @@ def has_gradient(advantages: Tensor) -> bool:
     return bool((advantages != 0).any())
 
 
+def reads_all(settings: LossConfig) -> bool:
+    """Whether the loss reads completions whose advantages are 0, too, so that all of them need a forward."""
+    return settings.entropy_coef != 0 or settings.entropy_target is not None or settings.top_entropy_quantile < 1
+
+
 def objective(
     batch: Batch,
     signals: Signals,
@@ -45,34 +62,50 @@ def objective(
     sign: float,
     *,
     first: bool,
+    entropy_coef: float | None = None,
     kl: KlConfig = NO_KL,
     perception: PerceptionConfig = NO_PERCEPTION,
 ) -> Objective:
-    """The batch's loss and its metrics. `first`: no update came before, so that ρ should be 1, and is measured.
+    """The batch's loss and its metrics.
 
-    kl          of what the loss has where the signals have a reference
-    perception  of what it has where they have another branch
+    first         no update came before, so that ρ should be 1, and is measured
+    entropy_coef  the entropy's weight in this update; None: `loss.entropy_coef`
+    kl            of what the loss has where the signals have a reference
+    perception    of what it has where they have another branch
     """
     old = batch.old or signals._replace(logprob=signals.logprob.detach())
     shaped = shaped_advantage(batch.advantages, old.u_out, old.u_per, batch.paid, guidance, sign)
-    clips = settings.clip_low, settings.clip_high, settings.clip_dual
-    logprob = signals.logprob
-    if settings.importance_level == "sequence":
-        logprob = with_sequence_ratio(logprob, old.logprob, lengths_of(batch))
-    token_loss, clipped = clipped_surrogate(logprob, old.logprob, shaped.advantage, *clips)
+    sequences = sequences_of(batch)
+    surrogate = SurrogateConfig(**_of(settings, SurrogateConfig))
+    token_loss, clipped = policy_loss(signals.logprob, old.logprob, shaped.advantage, surrogate, sequences)
     # The engine's log-probability says nothing of the trained view where it saw another one.
     comparable = ~batch.engine_logprob.isnan()
     mismatch = torch.where(comparable, old.logprob - batch.engine_logprob, 0.0)
-    if settings.importance_cap is not None:
-        token_loss = token_loss * engine_correction(mismatch, batch, settings.importance_cap, settings.importance_mode)
+    trained = sending_gradient(batch)
+    metrics = {}
+    if (correction := CorrectionConfig(**_of(settings, CorrectionConfig))).on:
+        factor, outside = engine_correction(mismatch, correction, sequences)
+        token_loss = token_loss * factor
+        metrics["mismatch/outside"] = mean_over(trained, outside)
+    # A token that isn't chosen leaves the loss and not its divisor, so that the others' weights stay as they are.
+    weights = batch.weights if old.chosen is None else batch.weights * old.chosen
+    loss = (weights * token_loss).sum()
+    if settings.entropy_coef != 0 or settings.entropy_target is not None:
+        coef = settings.entropy_coef if entropy_coef is None else entropy_coef
+        entropy = cast(Tensor, signals.entropy)
+        if coef != 0:  # else the backward pass would compute the entropy's gradient for nothing
+            loss = loss - coef * (weights * entropy).sum()
+        metrics |= {PAID: mean_over(acted_on(batch), entropy.detach()), "entropy_coef": Mean(coef, 1)}
     if signals.reference is not None:
-        token_loss = token_loss + kl.coef * divergence(signals.logprob, old.logprob, signals.reference, kl.estimator)
-    loss = (batch.weights * token_loss).sum()
+        found = divergence(signals.logprob, old.logprob, signals.reference, kl.estimator)
+        loss = loss + kl.coef * (batch.weights * found).sum()
+        metrics["kl"] = mean_over(batch.weights > 0, signals.reference.kl.detach())
     if perception.on and signals.other is not None:
         loss = loss - _perceived(batch, signals, old.logprob, signals.other, perception)
+        compared = batch.weights[: len(signals.other.logprob)] > 0
+        metrics["perception_kl"] = mean_over(compared, signals.other.kl_own_other.detach())
 
-    trained = sending_gradient(batch)
-    metrics = {
+    metrics |= {
         "loss": Mean(float(loss.detach()), float(batch.weights.sum())),
         "clip_fraction": mean_over(trained, clipped),
         "out_capped": mean_over(trained, shaped.out_capped),
@@ -81,25 +114,14 @@ def objective(
     }
     if first:
         metrics["ratio_error"] = mean_over(trained, (signals.logprob.detach() - old.logprob).expm1().abs())
-    if signals.reference is not None:
-        metrics["kl"] = mean_over(batch.weights > 0, signals.reference.kl.detach())
-    if perception.on and signals.other is not None:
-        m = len(signals.other.logprob)
-        metrics["perception_kl"] = mean_over(batch.weights[:m] > 0, signals.other.kl_own_other.detach())
     if signals.u_per is not None:
         metrics["per_capped"] = mean_over(trained & batch.paid, shaped.per_capped)
     return Objective(loss, metrics)
 
 
-def with_sequence_ratio(logprob: Tensor, old_logprob: Tensor, lengths: Tensor) -> Tensor:
-    """Log-probabilities (N,) whose ratio to the old ones is that of their whole completion, of `lengths` (S,) tokens.
-
-    s = exp(mean_t (log π_t − log π_old,t)), and at every token the gradient s ∇ log π_t: GSPO-token (arXiv 2507.18071,
-    eq. 14), which is GSPO where a completion's tokens have one advantage, and takes VOGUE's where they haven't.
-    """
-    found = logprob.detach()
-    means = per_completion(found - old_logprob, lengths) / lengths.repeat_interleave(lengths)
-    return old_logprob + means + (logprob - found)
+def _of(settings: LossConfig, kind: type[SurrogateConfig] | type[CorrectionConfig]) -> dict[str, Any]:
+    """Those of the settings that a configuration of `vogue_kernels` has, by the names that both give them."""
+    return settings.model_dump(include={field.name for field in fields(kind)})
 
 
 def _perceived(
@@ -146,28 +168,23 @@ def credited(
     return [replace(batch, advantages=a) for batch, a in zip(batches, advantages, strict=True)]
 
 
-def engine_correction(mismatch: Tensor, batch: Batch, cap: float, mode: str) -> Tensor:
-    """What multiplies the tokens' loss (N,) since the engine's policy generated them and not the trainer's.
-
-    mismatch  (N,) nats, log (π_old / π_engine) of each token; of a sequence, their sum over the completion
-    mode      `loss.importance_mode`: ratios above `cap` become it (truncate), or 0 (mask)
-    """
-    if mode.startswith("sequence"):
-        mismatch = per_completion(mismatch, lengths_of(batch))
-    if mode.endswith("mask"):
-        return torch.where(mismatch.exp() <= cap, mismatch.exp(), 0.0)
-    return mismatch.exp().clamp(max=cap)
-
-
-def lengths_of(batch: Batch) -> Tensor:
-    """Tokens (S,) of each of the batch's completions."""
-    return torch.tensor([len(c.token_ids) for c in batch.completions], device=batch.advantages.device)
+def with_chosen(batches: Sequence[Batch], share: float, gather: Gather) -> list[Batch]:
+    """An update's batches with the tokens that are trained on: the `share` of highest entropies, of all ranks'."""
+    olds = [cast(Signals, batch.old) for batch in batches]
+    entropies = [cast(Tensor, old.entropy) for old in olds]
+    mine = [values.cpu()[acted_on(batch)].numpy() for batch, values in zip(batches, entropies, strict=True)]
+    threshold = entropy_threshold([part for of_rank in gather(mine) for part in of_rank], share)
+    return [
+        replace(batch, old=old._replace(chosen=values.double() >= threshold))
+        for batch, old, values in zip(batches, olds, entropies, strict=True)
+    ]
 
 
-def per_completion(values: Tensor, lengths: Tensor) -> Tensor:
-    """At each token (N,) the sum of `values` (N,) over its completion; `lengths` (S,) add up to N."""
-    owner = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
-    return values.new_zeros(len(lengths)).index_add(0, owner, values)[owner]
+def sequences_of(batch: Batch) -> Sequences:
+    """The batch's completions, each a sequence of its tokens."""
+    lengths = torch.tensor([len(completion.token_ids) for completion in batch.completions])
+    ids = torch.arange(len(lengths)).repeat_interleave(lengths)  # here, where no GPU has to be waited for
+    return Sequences(ids.to(batch.advantages.device), lengths.to(batch.advantages.device))
 
 
 def uncertainties(batch: Batch, stats: TokenStats, *, measuring: bool) -> dict[str, Mean]:
@@ -189,5 +206,11 @@ def uncertainties(batch: Batch, stats: TokenStats, *, measuring: bool) -> dict[s
 
 
 def sending_gradient(batch: Batch) -> Tensor:
-    """Which tokens (N,) send a gradient."""
-    return (batch.weights > 0) & (batch.advantages != 0)
+    """Which tokens (N,) the surrogate sends a gradient of."""
+    return acted_on(batch) & (batch.advantages != 0)
+
+
+def acted_on(batch: Batch) -> Tensor:
+    """Which tokens (N,) the loss acts on, be it by their entropy alone."""
+    found = batch.weights > 0
+    return found if batch.old is None or batch.old.chosen is None else found & batch.old.chosen

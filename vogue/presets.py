@@ -12,12 +12,15 @@ GRPO: dict[str, Any] = {
     "guidance.alpha_per": 0.0,
     "advantage.kind": "group",
 }
+PPO = {"loss.kind": "ppo"}  # of those methods that are named after what they do to the clipped surrogate
 METHODS: dict[str, dict[str, Any]] = {
     "vogue": {"rollout.noisy_share": 0.0},
-    "grpo": GRPO,
-    "dapo": GRPO | {"loss.clip_low": 0.2, "loss.clip_high": 0.28, "loss.aggregation": "token-mean"},
+    "grpo": GRPO | PPO,
+    "dapo": GRPO | PPO | {"loss.clip_low": 0.2, "loss.clip_high": 0.28, "loss.aggregation": "token-mean"},
     "dr_grpo": GRPO | {"advantage.scale": "none", "loss.aggregation": "constant"},
-    "gspo": GRPO | {"loss.importance_level": "sequence", "loss.aggregation": "sequence-mean"},
+    "gspo": GRPO | PPO | {"loss.importance_level": "sequence", "loss.aggregation": "sequence-mean"},
+    "cispo": GRPO | {"loss.kind": "cispo", "loss.aggregation": "token-mean"},
+    "sapo": GRPO | {"loss.kind": "sapo", "loss.aggregation": "sequence-mean"},
     "rloo": GRPO | {"advantage.kind": "rloo"},
     "papo": GRPO,
     "vppo": GRPO | {"credit.kind": "vppo"},
@@ -32,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "uncertainty.estimator": "sampled",
         "uncertainty.entropy": "drawn",
         "guidance.order": "sequential",
+        **PPO,
         "loss.clip_dual": 3.0,
         "loss.aggregation": "token-mean",
     },
@@ -40,7 +44,8 @@ METHODS: dict[str, dict[str, Any]] = {
 # Where a method starts from other defaults; these may be set to something else. DAPO's buffer is the paper's 4,096 of
 # 20,480 tokens; its limit of rounds is ours (the paper has none). NoisyRollout's half is the paper's 6 + 6 completions,
 # and its strength has halved at step 40 of the 60 that the paper trains on Geometry3K. DUPL, the name of VOGUE's
-# official code, adds little noise to much else, and leaves its clipping to EasyR1's defaults.
+# official code, adds little noise to much else, and leaves its clipping to EasyR1's defaults. CISPO's paper bounds
+# ratios from above alone and doesn't say where; 5 is ScaleRL's (arXiv 2510.13786), who took it up.
 STARTS: dict[str, dict[str, Any]] = {
     "dapo": {"rollout.rounds": 4, "reward.overlong_buffer": 0.2},
     "noisy_rollout": {"rollout.noisy_share": 0.5, "perturb.anneal_at": 2 / 3},
@@ -48,6 +53,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "vppo": {"perturb.preset": "mask", "perturb.share": 0.5, "loss.clip_high": 0.28, "rollout.rounds": 4},
     "pgpo": {"perturb.preset": "mask", "perturb.share": 1.0, "loss.clip_high": 0.28, "rollout.rounds": 4},
     "papo": {"perturb.preset": "mask", "perception.kl_coef": 0.02, "kl.coef": 0.01},
+    "cispo": {"loss.clip_low": 1.0, "loss.clip_high": 4.0},
     "dupl": {"perturb.preset": "paper", "perturb.sigma": 0.2, "loss.clip_high": 0.3},
 }
 

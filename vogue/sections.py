@@ -203,9 +203,10 @@ class AdvantageConfig(Section):
         description="group: (reward - mean) / std, as in GRPO; rloo: reward - mean of the group's others; passk: by "
         "right and wrong answers, as in Pass@k Training",
     )
-    scale: Literal["group", "none"] = Field(
+    scale: Literal["group", "batch", "none"] = Field(
         "group",
-        description="what advantage.kind=group divides by: the group's std, or nothing, as in Dr. GRPO",
+        description="what advantage.kind=group divides by: the group's std; the std of all rewards of the step that "
+        "are trained on (batch); or nothing, as in Dr. GRPO",
     )
     k: Count = Field(4, description="k of Pass@k Training, with advantage.kind=passk; at most rollout.n")
 
@@ -335,11 +336,24 @@ class RolloutConfig(Section):
 
 
 class LossConfig(Section):
-    """The clipped surrogate, and how tokens add up in it."""
+    """The surrogate, its corrections, and how tokens add up in it."""
 
-    clip_low: Share = Field(0.2, description="the ratio pi / pi_old is clipped below at 1 - clip_low")
+    kind: Literal["ppo", "cispo", "sapo"] = Field(
+        "ppo",
+        description="a token's loss: the clipped surrogate (ppo); the log-probability times the clipped ratio, without "
+        "gradient (cispo); or the ratio in a sigmoid that fades out (sapo)",
+    )
+    clip_low: Share = Field(
+        0.2, description="the ratio pi / pi_old is clipped below at 1 - clip_low; 1: not clipped below"
+    )
     clip_high: NonNegative = Field(
         0.2, description="the ratio pi / pi_old is clipped above at 1 + clip_high; VOGUE's paper states neither clip"
+    )
+    sapo_temperature_pos: Positive = Field(
+        1.0, description="how fast loss.kind=sapo fades out as the ratio leaves 1, where the advantage is positive"
+    )
+    sapo_temperature_neg: Positive = Field(
+        1.05, description="how fast loss.kind=sapo fades out as the ratio leaves 1, where the advantage is negative"
     )
     aggregation: Literal["token-mean", "sequence-mean", "constant"] = Field(
         "token-mean",
@@ -362,11 +376,72 @@ class LossConfig(Section):
     )
     importance_cap: Positive | None = Field(
         None,
-        description="multiply a token's loss by min(importance_cap, trainer's probability / engine's); unset: by "
-        "nothing",
+        description="multiply a token's loss by the trainer's probability / the engine's, bounded above by this; with "
+        "neither this nor importance_floor set: by nothing",
     )
-    importance_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = Field(
+    importance_floor: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="multiply a token's loss by the trainer's probability / the engine's, bounded below by this; "
+        "IcePop is a floor of 0.5, a cap of 5 and importance_mode=token_mask",
+    )
+    importance_mode: Literal[
         "token_truncate",
-        description="what that ratio is of, a token or a whole completion, and what becomes of one above "
-        "importance_cap: truncate gives it the cap, mask leaves its loss out",
+        "token_mask",
+        "sequence_truncate",
+        "sequence_mask",
+        "geometric_truncate",
+        "geometric_mask",
+    ] = Field(
+        "token_truncate",
+        description="what has a ratio of the trainer's probability to the engine's: a token, a completion (sequence), "
+        "or a completion as the geometric mean of its tokens (geometric); and what becomes of a ratio out of its "
+        "bounds: truncate gives it the bound, mask leaves its loss out",
     )
+    entropy_coef: Finite = Field(
+        0.0,
+        description="weight of the policy's mean entropy, in nats a token, in what is maximised; it is averaged as the "
+        "loss is; negative: a punishment. Completions of advantage 0 are computed too",
+    )
+    entropy_target: Positive | None = Field(
+        None,
+        description="mean entropy in nats that the weight is steered to: from entropy_coef it rises by "
+        "entropy_coef_delta after an update of at most that entropy, falls after any other, and counts after the "
+        "former alone; unset: it is constant",
+    )
+    entropy_coef_delta: Positive = Field(0.005, description="step of the weight with entropy_target, after each update")
+    entropy_coef_max: Positive = Field(1.0, description="highest weight with entropy_target; the lowest is 0")
+    top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="share of an update's tokens that are trained on, those of the highest entropy before it; 1: all. "
+        "Below 1 everything goes through one more forward, without gradient",
+    )
+
+    @model_validator(mode="after")
+    def _reads_what_is_set(self) -> "LossConfig":
+        read_by = dict.fromkeys(("clip_low", "clip_high"), ("ppo", "cispo")) | {"clip_dual": ("ppo",)}
+        read_by |= dict.fromkeys(("sapo_temperature_pos", "sapo_temperature_neg"), ("sapo",))
+        for name, kinds in read_by.items():
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default and self.kind not in kinds:
+                raise ValueError(f"loss.{name}={value}: loss.kind={' or '.join(kinds)} reads it, {self.kind} doesn't")
+        if self.importance_cap is None and self.importance_floor is None and self.importance_mode != "token_truncate":
+            raise ValueError(
+                f"loss.importance_mode={self.importance_mode}: without loss.importance_cap or loss.importance_floor "
+                "nothing reads it"
+            )
+        floor, cap = self.importance_floor, self.importance_cap
+        if floor is not None and cap is not None and floor >= cap:
+            raise ValueError(f"loss.importance_floor={floor} is not below loss.importance_cap={cap}")
+        self._check_entropy()
+        return self
+
+    def _check_entropy(self) -> None:
+        for name in ("entropy_coef_delta", "entropy_coef_max"):
+            value = getattr(self, name)
+            if self.entropy_target is None and value != type(self).model_fields[name].default:
+                raise ValueError(f"loss.{name}={value}: without loss.entropy_target nothing reads it")
+        if self.entropy_target is not None and not 0 <= self.entropy_coef <= self.entropy_coef_max:
+            raise ValueError(
+                f"loss.entropy_coef={self.entropy_coef}: with loss.entropy_target it starts between 0 and "
+                f"loss.entropy_coef_max={self.entropy_coef_max}"
+            )

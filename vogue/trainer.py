@@ -46,11 +46,13 @@ from vogue.groups import (
     penalised,
     reads_other,
     rows,
+    scaled_by_all,
     tally,
 )
 from vogue.inputs import NOISY, Preprocessor
 from vogue.loader import Loader
 from vogue.method import branch
+from vogue.method.entropy import EntropyBonus
 from vogue.method.kl import Reference, divergence
 from vogue.method.uncertainty import Signals, TokenStats, read_signals
 from vogue.metrics import Clock, Means, mean_over, peak_memory
@@ -60,7 +62,7 @@ from vogue.model.optimizer import start_deepspeed
 from vogue.model.packing import Batch, Place, collate
 from vogue.model.policy import Policy
 from vogue.model.reference import load_reference
-from vogue.objective import credited, dependence, objective, uncertainties
+from vogue.objective import PAID, credited, dependence, objective, uncertainties, with_chosen
 from vogue.rewards import RewardError, verifier
 from vogue.rewards.groups import score_groups
 from vogue.rollout import create_engine
@@ -71,6 +73,7 @@ from vogue_kernels import GuidanceConfig
 
 FAILURES = (DataError, RewardError)  # that end a run between two steps, with a checkpoint
 DATA = "data"  # the run's state under this name: the fingerprint of what it is trained on
+BONUS = "entropy_bonus"  # an `EntropyBonus`, with `loss.entropy_target`
 MOST_SKIPPED = 3  # updates in a row whose gradient isn't finite
 
 
@@ -179,14 +182,26 @@ class Trainer:
                 with clock("reward"):
                     groups += self.judge(generated)
             if rollout.rounds == 1:
-                return groups
+                return self.scaled(groups)
             found = {k: v for part in distributed.gather(found_mixed(groups)) for k, v in part.items()}
             if sum(found.values()) >= rollout.prompts:
                 break
         chosen = choose(found, rollout.prompts)
         means.add("rounds", number + 1)
         means.add("filled_share", sum(not found[prompt] for prompt in chosen) / len(chosen))
-        return assigned(groups, chosen, self.config.trainer.updates)
+        return self.scaled(assigned(groups, chosen, self.config.trainer.updates), set(chosen))
+
+    def scaled(self, groups: list[Group], chosen: set[int] | None = None) -> list[Group]:
+        """The groups with advantages over the std of the step's rewards, where `advantage.scale=batch` asks for it.
+
+        chosen  the prompts whose rewards count, which are those that are trained on; None: all. Of others the std would
+                say how many rounds it took, and the size of a step would depend on that
+        """
+        if self.config.advantage.scale != "batch":
+            return groups
+        mine = [group for group in groups if chosen is None or group.item.number in chosen]
+        rewards = [score.reward for group in mine for score in group.scores]
+        return scaled_by_all(groups, [reward for part in distributed.gather(rewards) for reward in part])
 
     def judge(self, groups: list[Group]) -> list[Group]:
         """The groups with their scores and advantages, from all G completions of each."""
@@ -207,9 +222,10 @@ class Trainer:
         updates = in_updates(groups, config.trainer.updates)
         with clock("pack"):
             packed = [self.micro_batches(part, groups[0], means, clock) for part in updates]
-        if len(updates) > 1 or config.credit.on:
+        if len(updates) > 1 or config.credit.on or config.loss.top_entropy_quantile < 1:
             # The later ones start from another policy than the one that generated: its signals are computed first, in
-            # the same packing, so that the first ratio is 1 to rounding.
+            # the same packing, so that the first ratio is 1 to rounding. And only once all entropies of an update are
+            # known is it known which are the highest.
             with clock("old"), torch.no_grad():
                 packed = [self.looked_at(batches, several=len(updates) > 1) for batches in packed]
         sign = branch.bonus_sign(self.step, config.trainer.steps, config.guidance.sign_transition)
@@ -220,6 +236,7 @@ class Trainer:
             weight = float(items[config.loss.aggregation])
             # Of all ranks: with a divisor of its own, a rank with fewer tokens would weigh more. 1 where none has any.
             divisor = distributed.total({"weight": weight}, self.device)["weight"] or 1.0
+            coef, told = self.entropy_coef(), Means()
             for i, batch in enumerate(batches):
                 self.deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
                 batch = batch.to(self.device)  # here, so that a GPU holds the pixels of one micro-batch
@@ -235,10 +252,12 @@ class Trainer:
                         self.guidance,
                         sign,
                         first=number == 0,
+                        entropy_coef=coef,
                         kl=config.kl,
                         perception=config.perception,
                     )
                     means.add_all(metrics)
+                    told.add_all(metrics)
                 with clock("backward"):
                     # DeepSpeed averages gradients over the ranks; this loss is one summand of the global mean.
                     self.deepspeed.backward(loss * (self.ranks / divisor))
@@ -246,6 +265,7 @@ class Trainer:
                 means.add("trained_share", int((batch.weights > 0).sum()), 0)
             with clock("update"):
                 self.deepspeed.step()
+            self.steer_entropy(told)
             means.add("loss", 0.0, weight)  # of what went through no forward: its loss is 0
             means.add("trained_share", 0.0, sum(lengths))
             self.check_gradient(float(self.deepspeed.get_global_grad_norm() or 0.0), means)
@@ -256,11 +276,11 @@ class Trainer:
 
         Raises `DataError` as `update`.
         """
-        count = self.config.rollout.n
+        count, alone = self.config.rollout.n, self.config.rollout.rounds == 1
         whole = {
             number: replace(group, kept=(True,) * count, paid=(False,) * count, advantages=(1.0,) * count)
             for number, group in enumerate(groups)
-            if any(group.kept)
+            if alone or any(group.kept)
         }
         with clock("reference"), torch.no_grad():
             traces: dict[Place, Trace] = {}
@@ -272,25 +292,32 @@ class Trainer:
                 found = divergence(logprob, logprob, reference, self.config.kl.estimator)
                 traces |= traced(batch, stats._replace(reference=reference._replace(kl=found)))
             traces = bring_home(traces, self.rank)
-        return [
+        groups = [
             penalised(group, [traces[Place(number, i, self.rank)] for i in range(count)], self.config)
             if number in whole
             else group
             for number, group in enumerate(groups)
         ]
+        return self.scaled(groups, None if alone else {group.item.number for group in whole.values()})
 
     def signals(self, batch: Batch, stats: TokenStats) -> Signals:
         """What the loss reads of the batch's tokens."""
         return read_signals(stats, batch.noisy, batch.paid, **self.config.uncertainty.model_dump())
 
     def looked_at(self, batches: list[Batch], *, several: bool) -> list[Batch]:
-        """An update's batches with what is known of them before it: credits, and with `several` the old signals."""
+        """An update's batches with what is known of them before it: old signals with `several` updates, and who trains.
+
+        That is which tokens, by `loss.top_entropy_quantile`, and with which part of the advantage, by `credit`.
+        """
         config, found, dependences = self.config, [], []
+        share = config.loss.top_entropy_quantile
         for batch in batches:
             there = batch.to(self.device)
             stats = self.deepspeed(there)
-            found.append(replace(batch, old=self.signals(there, stats)) if several else batch)
+            found.append(replace(batch, old=self.signals(there, stats)) if several or share < 1 else batch)
             dependences.append(dependence(there, stats, config.credit.estimator).cpu())
+        if share < 1:
+            found = with_chosen(found, share, distributed.gather)
         if not config.credit.on:
             return found
         found = credited(found, dependences, config.credit, distributed.gather)
@@ -298,6 +325,24 @@ class Trainer:
         if again or config.perception.on or config.trainer.measures(self.step):
             return found
         return [replace(batch, others=()) for batch in found]  # nothing reads them from here on
+
+    def entropy_coef(self) -> float | None:
+        """The weight of the entropy in the next update's loss; None where it is the setting."""
+        loss = self.config.loss
+        return None if loss.entropy_target is None else self.entropy_bonus().paid(loss.entropy_target)
+
+    def entropy_bonus(self) -> EntropyBonus:
+        return EntropyBonus(*self.state.current.get(BONUS, (self.config.loss.entropy_coef,)))
+
+    def steer_entropy(self, told: Means) -> None:
+        """Move the entropy's weight by what the update tells, where `loss.entropy_target` asks for it; collective."""
+        loss = self.config.loss
+        if loss.entropy_target is None:
+            return
+        found = told.over_ranks()
+        if PAID in found:  # an update of no token says nothing
+            settings = loss.entropy_target, loss.entropy_coef_delta, loss.entropy_coef_max
+            self.state.current[BONUS] = list(self.entropy_bonus().after(found[PAID], *settings))
 
     def micro_batches(self, groups: dict[int, Group], some: Group, means: Means, clock: Clock) -> list[Batch]:
         """This rank's share of an update's rows, whoever generated them (`vogue.sharing`); `groups` are its own.

@@ -4,8 +4,8 @@ linear_branch_stats   log-probabilities, entropies and both KL directions of two
 linear_logprob        log-probability and entropy of one
 linear_logprob_of     log-probabilities of several given words a token
 vocab_parallel_branch_stats, vocab_parallel_logprob    where each rank has a part of the vocabulary
-VogueLoss             the loss for any trainer; its parts: guidance, shaped_advantage, clipped_surrogate,
-                      token_weights
+VogueLoss             the loss for any trainer; its parts: guidance, shaped_advantage, policy_loss (of which the
+                      default is clipped_surrogate), engine_correction, token_weights
 """
 
 from .backends import available_backends
@@ -13,13 +13,20 @@ from .loss import (
     GuidanceConfig,
     ShapedAdvantage,
     VogueLoss,
-    clipped_surrogate,
     guidance,
     shaped_advantage,
     token_weights,
 )
 from .operator import IGNORE, BranchStats, LogprobStats, linear_branch_stats, linear_logprob
 from .parallel import vocab_parallel_branch_stats, vocab_parallel_logprob
+from .surrogates import (
+    CorrectionConfig,
+    Sequences,
+    SurrogateConfig,
+    clipped_surrogate,
+    engine_correction,
+    policy_loss,
+)
 from .words import linear_logprob_of
 
 __version__ = "0.1.0"  # of both distributions, vogue and vogue-kernels, whose pyproject.toml read it here
@@ -27,16 +34,21 @@ __version__ = "0.1.0"  # of both distributions, vogue and vogue-kernels, whose p
 __all__ = [
     "IGNORE",
     "BranchStats",
+    "CorrectionConfig",
     "GuidanceConfig",
     "LogprobStats",
+    "Sequences",
     "ShapedAdvantage",
+    "SurrogateConfig",
     "VogueLoss",
     "available_backends",
     "clipped_surrogate",
+    "engine_correction",
     "guidance",
     "linear_branch_stats",
     "linear_logprob",
     "linear_logprob_of",
+    "policy_loss",
     "shaped_advantage",
     "token_weights",
     "vocab_parallel_branch_stats",

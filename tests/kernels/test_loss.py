@@ -1,4 +1,4 @@
-"""Every equation of the loss against numbers worked out by hand, its properties for any numbers, and VogueLoss."""
+"""The bonuses and weights against numbers worked out by hand, their properties for any numbers, and VogueLoss."""
 
 import math
 
@@ -12,7 +12,6 @@ from vogue_kernels import (
     IGNORE,
     GuidanceConfig,
     VogueLoss,
-    clipped_surrogate,
     guidance,
     shaped_advantage,
     token_weights,
@@ -124,83 +123,11 @@ def test_with_beta_two_the_sign_never_changes_and_the_size_at_most_doubles(advan
         assert advantage <= shaped <= 2 * advantage
 
 
-@pytest.mark.parametrize(
-    "ratio, advantage, loss, clipped",
-    [
-        (1.0, 2.0, -2.0, False),
-        (1.1, 2.0, -2.2, False),
-        (1.5, 2.0, -2.4, True),  # rises no further than (1 + 0.2) · 2
-        (1.5, -2.0, 3.0, False),  # a worse loss is never clipped away
-        (0.5, -2.0, 1.6, True),  # (1 − 0.2) · 2
-        (0.5, 2.0, -1.0, False),
-        (1.5, 0.0, 0.0, False),
-    ],
-)
-def test_the_clipped_surrogate_takes_the_smaller_term(ratio, advantage, loss, clipped):
-    old = torch.tensor([-1.0])
-    actual, was_clipped = clipped_surrogate(old + math.log(ratio), old, torch.tensor([advantage]), 0.2, 0.2)
-    close(actual, [loss])
-    assert was_clipped.tolist() == [clipped]
-
-
-def test_clip_higher_moves_the_upper_bound_alone():
-    # A = 1: ratio 1.25 is inside 1.28 but beyond 1.2. A = −1: ratio 0.75 is below 0.8 either way.
-    logprob = torch.tensor([math.log(1.25), math.log(0.75)])
-    loss, clipped = clipped_surrogate(logprob, torch.zeros(2), torch.tensor([1.0, -1.0]), 0.2, 0.28)
-    close(loss, [-1.25, 0.8])
-    assert clipped.tolist() == [False, True]
-
-
-@pytest.mark.parametrize(
-    "ratio, advantage, loss, clipped",
-    [
-        (5.0, -2.0, 6.0, True),  # min(5 · 2, 3 · 2)
-        (2.0, -2.0, 4.0, False),
-        (0.5, -2.0, 1.6, True),  # the other clip: (1 − 0.2) · 2
-        (5.0, 2.0, -2.4, True),  # a positive advantage has no third bound
-    ],
-)
-def test_dual_clipping_bounds_the_loss_of_a_negative_advantage(ratio, advantage, loss, clipped):
-    logprob = torch.tensor([math.log(ratio)], requires_grad=True)
-    actual, was_clipped = clipped_surrogate(logprob, torch.zeros(1), torch.tensor([advantage]), 0.2, 0.2, 3.0)
-    close(actual.detach(), [loss])
-    assert was_clipped.tolist() == [clipped]
-    assert (torch.autograd.grad(actual.sum(), logprob)[0] == 0).item() == clipped
-
-
-def test_without_an_old_logprob_the_ratio_is_one_and_the_gradient_the_policy_gradient():
-    logprob = torch.tensor([-3.0, -0.5], requires_grad=True)
-    loss, clipped = clipped_surrogate(logprob, None, torch.tensor([2.0, -1.0]), 0.2, 0.2)
-    close(loss, [-2.0, 1.0])
-    close(torch.autograd.grad(loss.sum(), logprob)[0], [-2.0, 1.0])
-    assert not clipped.any()
-
-
-def test_a_clipped_token_sends_no_gradient():
-    logprob = torch.tensor([0.5, -0.5], requires_grad=True)
-    loss, _ = clipped_surrogate(logprob, torch.zeros(2), torch.tensor([1.0, -1.0]), 0.2, 0.2)
-    assert torch.autograd.grad(loss.sum(), logprob)[0].tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("apart", [20.5, 100.0, math.inf])
-@pytest.mark.parametrize("advantage, loss", [(2.0, -2.4), (-2.0, 2 * math.exp(20))])
-def test_a_ratio_beyond_all_bounds_has_a_finite_loss_and_no_gradient(apart, advantage, loss):
-    logprob = torch.tensor([-1.0], requires_grad=True)
-    actual, _ = clipped_surrogate(logprob, torch.tensor([-1.0 - apart]), torch.tensor([advantage]), 0.2, 0.2)
-    close(actual.detach(), [loss])
-    assert torch.autograd.grad(actual.sum(), logprob)[0].tolist() == [0]
-
-
-def test_a_ratio_below_the_bound_is_exact():
-    logprob = torch.tensor([-1.0], requires_grad=True)
-    loss, _ = clipped_surrogate(logprob, torch.tensor([-20.5]), torch.tensor([-2.0]), 0.2, 0.2)
-    close(torch.autograd.grad(loss.sum(), logprob)[0], [2 * math.exp(19.5)])
-
-
 def test_token_weights_are_the_reciprocals_they_should_be():
     # 4 tokens in 2 sequences that have any: token-mean 1/4; sequence-mean 1/(2 · 3), –, 1/(2 · 1)
     close(token_weights(torch.tensor([3, 0, 1]), "token-mean"), [0.25, 0.0, 0.25])
     close(token_weights(torch.tensor([3, 0, 1]), "sequence-mean"), [1 / 6, 0.0, 0.5])
+    close(token_weights(torch.tensor([3, 0, 1]), "constant", max_tokens=8), [1 / 16, 0.0, 1 / 16])  # 1/(2 · 8)
     assert token_weights(torch.tensor([0, 0]), "sequence-mean").tolist() == [0, 0]
     with pytest.raises(ValueError, match="unknown aggregation 'sum'"):
         token_weights(torch.tensor([1]), "sum")
@@ -210,10 +137,19 @@ def test_token_weights_divide_by_the_number_from_outside():
     # 3 sequences of a batch of 4 that has 10 tokens: token-mean 1/10; sequence-mean 1/(4 · 3), –, 1/(4 · 1)
     close(token_weights(torch.tensor([3, 0, 1]), "token-mean", 10), [0.1, 0.0, 0.1])
     close(token_weights(torch.tensor([3, 0, 1]), "sequence-mean", torch.tensor(4)), [1 / 12, 0.0, 0.25])
+    close(token_weights(torch.tensor([3, 0, 1]), "constant", 4, 8), [1 / 32, 0.0, 1 / 32])
     assert token_weights(torch.tensor([0]), "token-mean", 0).tolist() == [0]  # a batch with everything masked
     for wrong in (-1, math.nan):
         with pytest.raises(ValueError, match=f"must not be negative, got {wrong}"):
             token_weights(torch.tensor([1]), "token-mean", wrong)
+
+
+@pytest.mark.parametrize("most", [None, 0])
+def test_a_constant_divisor_needs_the_most_tokens_of_a_sequence(most):
+    with pytest.raises(ValueError, match=f"aggregation=constant divides by .* max_tokens={most}"):
+        token_weights(torch.tensor([1]), "constant", max_tokens=most)
+    with pytest.raises(ValueError, match=f"max_tokens={most}"):
+        VogueLoss(aggregation="constant", max_tokens=most)
 
 
 @pytest.mark.parametrize("how", ["token-mean", "sequence-mean"])
@@ -321,8 +257,8 @@ def padded(b=4, t=5, d=8, v=60):
 def test_the_losses_of_unequal_micro_batches_sum_to_that_of_the_batch(backend):
     hidden, weight, targets, advantages, mask = padded()
     old = -4 + 0.1 * torch.randn(4, 5)
-    for aggregation, items in (("token-mean", 12), ("sequence-mean", 3)):
-        criterion = VogueLoss(aggregation=aggregation, backend=backend)
+    for aggregation, items in (("token-mean", 12), ("sequence-mean", 3), ("constant", 3)):
+        criterion = VogueLoss(aggregation=aggregation, max_tokens=5, backend=backend)
         whole, _ = criterion(hidden, weight, targets, advantages, old_logprob=old, mask=mask)
         parts = sum(
             criterion(
@@ -339,8 +275,8 @@ def test_the_losses_of_unequal_micro_batches_sum_to_that_of_the_batch(backend):
 def test_padded_completions_have_the_loss_of_packed_ones(backend):
     hidden, weight, targets, advantages, mask = padded()
     other, ids = torch.randn(4, 5, 8), torch.arange(4).repeat_interleave(5)
-    for aggregation in ("token-mean", "sequence-mean"):
-        criterion = VogueLoss(aggregation=aggregation, backend=backend)
+    for aggregation in ("token-mean", "sequence-mean", "constant"):
+        criterion = VogueLoss(aggregation=aggregation, max_tokens=5, backend=backend)
         options = {"noisy": True, "num_items_in_batch": 7}
         found = criterion(hidden, weight, targets, advantages, mask=mask, hidden_other=other, **options)
         packed = criterion(
@@ -355,12 +291,15 @@ def test_the_number_of_items_makes_the_means_of_dr_grpo_and_of_trl(backend):
     off = GuidanceConfig(alpha_out=0, alpha_per=0)  # at ratio 1 the loss of a token is −A
 
     def loss(aggregation, items):
-        criterion = VogueLoss(off, aggregation=aggregation, backend=backend)
+        criterion = VogueLoss(off, aggregation=aggregation, max_tokens=16, backend=backend)
         return criterion(hidden, weight, targets, advantages, mask=mask, num_items_in_batch=items)[0].item()
 
     # 5 tokens of A = 1, 2 of −2, 5 of 0.5 and none of 3, in 4 sequences of at most 16 tokens
     assert loss("token-mean", None) == pytest.approx(-3.5 / 12)
-    assert loss("token-mean", 4 * 16) == pytest.approx(-3.5 / 64)  # Dr. GRPO
+    assert loss("token-mean", 4 * 16) == loss("constant", 4) == pytest.approx(-3.5 / 64)  # Dr. GRPO
+    assert (
+        loss("token-mean", 3 * 16) == loss("constant", None) == pytest.approx(-3.5 / 48)
+    )  # of those that have a token
     assert loss("sequence-mean", None) == pytest.approx(0.5 / 3)  # of those that have a token
     assert loss("sequence-mean", 4) == pytest.approx(0.5 / 4)  # of all, as TRL's "grpo"
 
@@ -409,16 +348,15 @@ def test_a_batch_with_every_token_masked_has_a_loss_and_gradient_of_zero():
 
 
 @pytest.mark.parametrize(
-    "setting", [dict(aggregation="mean"), dict(divergence="js"), dict(rollout="noisy"), dict(entropy="raw")]
+    "setting",
+    [
+        *(dict(aggregation="mean"), dict(divergence="js"), dict(rollout="noisy"), dict(entropy="raw")),
+        *(dict(kind="trpo"), dict(importance_level="group"), dict(importance_mode="mask")),
+    ],
 )
 def test_vogue_loss_refuses_a_name_it_does_not_know(setting):
     with pytest.raises(ValueError, match="choose one of"):
         VogueLoss(**setting)
-
-
-def test_a_dual_clip_that_would_clip_the_first_ratio_is_refused():
-    with pytest.raises(ValueError, match="clip_dual must be above 1"):
-        VogueLoss(clip_dual=1.0)
 
 
 def one_loss_of_liger(hidden, weight, targets, advantages, old_logprob, mask):

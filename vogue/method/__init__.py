@@ -2,6 +2,7 @@
 
 perturb       T(x)                        advantage     A, of a group's rewards
 branch        p_noi, z, the bonus's sign  uncertainty   u_out and u_per, exact or estimated
+entropy       which tokens train, by their entropy, and how much of it is paid
 
-The bonuses and the clipped surrogate are `vogue_kernels.loss`, which other trainers use too.
+The bonuses are `vogue_kernels.loss`, the surrogates `vogue_kernels.surrogates`, which other trainers use too.
 """

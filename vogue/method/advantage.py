@@ -2,19 +2,23 @@ r"""Advantages of a group's responses against each other, without a value model.
 
 group    A_i = (r_i − mean(r)) / (std(r) + ε)                    GRPO, arXiv 2402.03300
          A_i = r_i − mean(r)                                     the same unscaled: Dr. GRPO, arXiv 2503.20783
+         A_i = (r_i − mean(r)) / (std of all groups' r + ε)      the same over one std a step: arXiv 2508.08221
 rloo     A_i = r_i − mean(r_j, j ≠ i)                            REINFORCE leave-one-out, arXiv 2402.14740
 passk    R = 1 − C(N⁻, k) / C(N, k),   s = √(R (1 − R))          Pass@k Training, arXiv 2508.10751
          A⁺ = (1 − R) / s                                        right responses
          A⁻ = (1 − R − C(N⁻ − 1, k − 1) / C(N − 1, k − 1)) / s   the N⁻ wrong ones of N
 """
 
+from collections.abc import Iterable
 from math import comb, sqrt
 
 import torch
 from torch import Tensor
 
+EPS = 1e-6  # ε, which a std is never less than
 
-def group_advantages(rewards: Tensor, eps: float = 1e-6, *, scaled: bool = True) -> Tensor:
+
+def group_advantages(rewards: Tensor, *, scaled: bool = True) -> Tensor:
     """GRPO's advantages (P, G) of the rewards (P, G) of P groups of G responses; exactly 0 in a group of equals.
 
     Not `scaled`, they aren't divided by the std, which weighs groups of nearly equal rewards up (Dr. GRPO).
@@ -33,9 +37,19 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6, *, scaled: bool = True)
         raise ValueError(f"the reward of response {response} in group {group} is {value}.")
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scaled:
-        advantages = advantages / (rewards.std(dim=1, keepdim=True) + eps)
+        advantages = over(advantages, rewards.std(dim=1, keepdim=True))
     # The mean of equal rewards may differ from them in the last bit.
     return advantages.where(mixed(rewards)[:, None], 0)
+
+
+def over(advantages: Tensor, std: Tensor | float) -> Tensor:
+    """Unscaled advantages over a standard deviation of rewards."""
+    return advantages / (std + EPS)
+
+
+def deviation(rewards: Iterable[float]) -> float:
+    """The sample standard deviation of two or more rewards, to the last bit the same in whatever order they come."""
+    return float(torch.tensor(sorted(rewards), dtype=torch.float64).std())
 
 
 def rloo_advantages(rewards: Tensor) -> Tensor:

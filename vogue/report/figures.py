@@ -34,6 +34,7 @@ EXPLORATION = (
     ("Entropy of tokens trained on", "nats", "entropy"),
     ("Entropy of all tokens", "nats", "measured/entropy"),
     ("Distinct answers in a group", "", "distinct_answers"),
+    ("Weight of the entropy in the loss", "", "entropy_coef"),
 )
 GUIDANCE = (
     ("u_per where it is paid", "nats", "u_per"),
@@ -60,6 +61,7 @@ MACHINE = (
     ("Peak memory", "GB", "memory_gb"),
     ("Trainer against engine, |Δ log-probability|", "nats", "mismatch/logprob"),
     ("Trainer against engine, KL", "nats", "mismatch/kl"),
+    ("Trainer against engine, tokens whose ratio is out of bounds", "%", "mismatch/outside"),
 )
 
 
