@@ -56,12 +56,12 @@ class Signals(NamedTuple):
     logprob: Tensor  # (N,) nats, with gradient
     u_out: Tensor  # (N,) nats
     u_per: Tensor | None  # (N,) nats, 0 where the branches aren't compared; None where none are
-    reference: Reference | None = None
-    other: OtherBranch | None = None  # of the first M tokens
     # (N,) nats, exact, of the trained branch, with gradient: what an entropy bonus reads, whatever u_out is
     entropy: Tensor | None = None
     # (N,) bool, the tokens that are trained on, where `loss.top_entropy_quantile` leaves others out; None: all
     chosen: Tensor | None = None
+    reference: Reference | None = None
+    other: OtherBranch | None = None  # of the first M tokens, with the gradients that `perception` asks for
 
 
 def read_signals(
@@ -74,9 +74,9 @@ def read_signals(
     that was "drawn".
     """
     u_out = output_uncertainty(stats.entropy, stats.logprob, estimator)
-    rest = stats.reference, stats.other, stats.entropy
+    rest = {"entropy": stats.entropy, "reference": stats.reference, "other": stats.other}
     if stats.other is None:
-        return Signals(stats.logprob, u_out, None, *rest)
+        return Signals(stats.logprob, u_out, None, **rest)
     other = OtherBranch(*(value.detach() for value in stats.other))
     m = len(other.logprob)
     u_per = perception_uncertainty(stats.logprob[:m], other, noisy[:m], estimator, divergence)
@@ -84,7 +84,7 @@ def read_signals(
         elsewhere = (paid & ~noisy)[:m]
         of_drawn = torch.where(elsewhere, output_uncertainty(other.entropy, other.logprob, estimator), u_out[:m])
         u_out = torch.cat([of_drawn, u_out[m:]])
-    return Signals(stats.logprob, u_out, nn.functional.pad(u_per, (0, len(u_out) - m)), *rest)
+    return Signals(stats.logprob, u_out, nn.functional.pad(u_per, (0, len(u_out) - m)), **rest)
 
 
 def output_uncertainty(entropy: Tensor, logprob: Tensor, estimator: str) -> Tensor:
