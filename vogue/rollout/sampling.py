@@ -82,7 +82,7 @@ class StopWatch:
     """
 
     def __init__(self, stop: Sequence[str], tokenizer: Any, count: int):
-        self._stop, self._tokenizer = stop, tokenizer.backend_tokenizer if stop else None
+        self._stop, self._tokenizer = stop, tokenizer
         self._streams = [DecodeStream(skip_special_tokens=True) for _ in range(count if stop else 0)]
         self._texts = [""] * len(self._streams)
 
@@ -93,7 +93,7 @@ class StopWatch:
             return found
         overlap = max(map(len, self._stop)) - 1
         for i, token in enumerate(tokens.tolist()):
-            text = self._texts[i] + (self._streams[i].step(self._tokenizer, token) or "")
+            text = self._texts[i] + (self._streams[i].step(self._tokenizer.backend_tokenizer, token) or "")
             found[i] = any(stop in text for stop in self._stop)
             self._texts[i] = text[max(0, len(text) - overlap) :]
         return found

@@ -130,7 +130,7 @@ def check_hub(config: Config) -> str | None:
 def push(repository: str, folder: Path, step: int) -> str:
     """Send a folder of a model or an adapter to the hub; returns what is to be told, also where it fails."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
     hub = HfApi()
     try:
