@@ -133,12 +133,12 @@ def test_a_run_keeps_its_best_checkpoint_and_names_it(settings, tmp_path, capsys
 @pytest.mark.slow
 def test_two_ranks_of_some_epochs_that_go_on_have_the_same_best_checkpoint_as_a_straight_run(settings, tmp_path):
     given = [*settings, *EVALUATING, "trainer.save_best=pass@1", "trainer.keep=9", "trainer.save_every=1"]
-    given += ["trainer.steps=null", "trainer.epochs=2", "data.limit=8", "optimizer.lr=1e-2"]
+    given += ["trainer.steps=null", "trainer.epochs=1", "data.limit=8", "optimizer.lr=1e-2"]
     launch(2, "--module", "vogue.train", *given)
     straight, folder = tmp_path / "straight", tmp_path / "run"
     shutil.copytree(folder, straight, symlinks=True)
     best = checkpoint.best_of(straight / "checkpoints").name
-    assert best < "step_000004"  # 2 x 8 / 4, so that the rest must remember it
+    assert best == "step_000001"  # of 8 / 4, so that the other one must remember it
     launch(2, "--module", "vogue.train", *given, f"--resume={best}")
     assert rows(folder) == rows(straight)
     for ours, theirs in zip(rows(folder, "metrics"), rows(straight, "metrics"), strict=True):
@@ -147,7 +147,7 @@ def test_two_ranks_of_some_epochs_that_go_on_have_the_same_best_checkpoint_as_a_
     assert saved(folder) == saved(straight)
     assert checkpoint.best_of(folder / "checkpoints").name == best
     for rank in range(2):
-        ours, theirs = (torch.load(x / f"checkpoints/step_000004/run/{rank}.pt") for x in (folder, straight))
+        ours, theirs = (torch.load(x / f"checkpoints/step_000002/run/{rank}.pt") for x in (folder, straight))
         assert ours["current"]["best"] == theirs["current"]["best"]
 
 
