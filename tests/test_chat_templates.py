@@ -12,6 +12,7 @@ from vogue.rewards import score
 from vogue.rewards.groups import score_groups
 from vogue.rollout import create_engine
 from vogue.rollout.engine import Request
+from vogue.rollout.sampling import Sampling
 
 HEADER = "<|im_start|>assistant\n"
 
@@ -49,9 +50,10 @@ def completions(folder, settings, samples, *overrides):
     for number, sample in enumerate(samples):
         view = preprocessor.view(sample.load_images())
         requests.append(Request(preprocessor.prompt(sample, view), view, number))
-    groups = engine.generate(requests, 2, 12, 1.0)
+    sampling = Sampling(12, 1.0)
+    groups = engine.generate(requests, 2, sampling)
     places = [(number,) for number in range(len(samples))]
-    return groups, score_groups(engine, preprocessor, config, samples, groups, places, 1.0)
+    return groups, score_groups(engine, preprocessor, config, samples, groups, places, sampling)
 
 
 @pytest.mark.parametrize("opened", ["", "<think>", "<think>\n", "<think>\n\n</think>\n\n"])

@@ -20,6 +20,7 @@ from vogue.data.dataset import check_samples
 from vogue.inputs import Preprocessor, load_processor
 from vogue.rollout.engine import Request, media_token_ids
 from vogue.rollout.hf import HfEngine
+from vogue.rollout.sampling import Sampling
 from vogue.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -120,7 +121,7 @@ def requests_of(trainer, count):
 
 
 def generate(engine, requests, n=3):
-    return engine.generate(requests, n, 12, 0.7)
+    return engine.generate(requests, n, Sampling(12, 0.7))
 
 
 def test_media_tokens_are_never_sampled_even_where_the_model_favours_them(trainer, engine):
@@ -155,10 +156,10 @@ def test_equal_seeds_give_equal_completions_whatever_else_is_generated(trainer, 
 
 def test_at_temperature_zero_the_likeliest_tokens_are_taken_with_their_plain_logprobs(trainer, engine):
     requests = requests_of(trainer, 3)
-    greedy = [completion for (completion,) in engine.generate(requests, 1, 12, 0.0)]
-    cold = [completion for (completion,) in engine.generate(requests, 1, 12, 1e-4)]
+    greedy = [completion for (completion,) in engine.generate(requests, 1, Sampling(12, 0.0))]
+    cold = [completion for (completion,) in engine.generate(requests, 1, Sampling(12, 1e-4))]
     assert [c.token_ids for c in greedy] == [c.token_ids for c in cold]
-    for completion, group in zip(greedy, engine.generate(requests, 64, 12, 1.0), strict=True):
+    for completion, group in zip(greedy, engine.generate(requests, 64, Sampling(12, 1.0)), strict=True):
         first = {c.token_ids[0]: c.logprobs[0] for c in group}
         assert completion.logprobs[0] == pytest.approx(first[completion.token_ids[0]], abs=1e-4)
         assert completion.logprobs[0] == pytest.approx(max(first.values()), abs=1e-4)

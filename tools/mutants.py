@@ -36,6 +36,8 @@ class Mutant:
 
 
 SURROGATES, SEEN_BY = "kernels/vogue_kernels/surrogates.py", "tests/kernels/test_surrogates.py"
+SAMPLING = "tests/test_sampling.py", "not vllm"
+SAVING = "tests/test_saving.py", "not two_ranks"
 MUTANTS = (
     # What is random is a function of the seed and of where it stands.
     Mutant("vogue/groups.py", "Purpose.ROLLOUT, step, item", "Purpose.ROLLOUT, item", "tests/test_trainer.py"),
@@ -61,6 +63,15 @@ MUTANTS = (
         "vogue/groups.py", "pass_at_k(len(scores), right, len(scores))", "right / len(scores)", "tests/test_groups.py"
     ),
     Mutant("vogue/groups.py", "other = RAW if trained == NOISY else NOISY", "other = NOISY", "tests/test_methods.py"),
+    # Sampling, the length of a run, and its checkpoints.
+    Mutant("vogue/rollout/sampling.py", "before >= sampling.top_p", "likely.cumsum(-1) >= sampling.top_p", *SAMPLING),
+    Mutant("vogue/rollout/sampling.py", "+ log(sampling.min_p)", "+ log(sampling.min_p) / 2", *SAMPLING),
+    Mutant(
+        "vogue/rollout/hf.py", "if temperature else logits).log_softmax", "if False else logits).log_softmax", *SAMPLING
+    ),
+    Mutant("vogue/config.py", "steps = ceil(", "steps = int(", "tests/test_epochs.py"),
+    Mutant("vogue/run/saving.py", 'best["value"] >= value', 'best["value"] > value', *SAVING),
+    Mutant("vogue/model/checkpoint.py", "config.trainer.keep :], best_of(root))", "config.trainer.keep :],)", *SAVING),
     # The optimizer's step.
     Mutant(
         "vogue/model/optimizer.py",
@@ -162,8 +173,8 @@ MUTANTS = (
     ),
     Mutant(
         "vogue/rewards/groups.py",
-        "1, config.rollout.max_tokens, temperature)",
-        "1, config.rollout.max_tokens, 1.0)",
+        "1, sampling)",
+        "1, replace(sampling, temperature=1.0))",
         "tests/test_rewards_groups.py",
     ),
     Mutant("vogue/rewards/function_worker.py", "and math.isfinite(reward)", "", "tests/test_rewards_function.py"),
@@ -197,7 +208,11 @@ MUTANTS = (
     ),
     Mutant("vogue/state.py", "copy.deepcopy(self.current)", "self.current", "tests/test_state.py", "settled"),
     Mutant(
-        "vogue/sweep.py", 'evaluations[-1]["step"] == self.config.trainer.steps', "True", "tests/test_sweep.py", "last"
+        "vogue/sweep.py",
+        'evaluations[-1]["step"] == (self.config.trainer.steps or logs.steps_of(self.folder))',
+        "True",
+        "tests/test_sweep.py",
+        "last",
     ),
     Mutant(
         "vogue/data/samples.py",

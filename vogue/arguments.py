@@ -46,6 +46,7 @@ data.max_pixels allows. Without --memory, and where there is no GPU, a run on th
 EVAL_HELP = """\
 completions have up to rollout.max_tokens tokens, behind the system prompt of reward.design, and are sampled at
 rollout.temperature unless trainer.eval_temperature says otherwise: trainer.eval_temperature=0 --samples 1 is greedy.
+So it is with trainer.eval_top_p, eval_top_k and eval_min_p. rollout.stop ends a completion here, too.
 
 benchmarks: data.test is a folder or file in the benchmark's own schema and layout, or hub:owner/name@split (with a
 subset, hub:owner/name/subset@split); unset, the benchmark's place on the hub. Some benchmarks' images need more than
@@ -174,7 +175,7 @@ def _add_train(commands) -> None:
         nargs="?",
         const="",
         help="go on from the last checkpoint of trainer.output_dir, or from the one with this name: "
-        "--resume=step_000020; without any checkpoint the run begins anew",
+        "--resume=step_000020 or --resume=best; without any checkpoint the run begins anew",
     )
     command.add_argument(
         "--check",

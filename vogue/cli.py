@@ -83,7 +83,8 @@ def plan(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     _quiet()
     path, overrides = _file_and_overrides(arguments.settings)
-    overrides.append("trainer.eval_every=0")  # a run's file may set it, and data.test=null may be asked for
+    # A run's file may set them, and data.test=null or other samples may be asked for.
+    overrides += ["trainer.eval_every=0", "trainer.save_best=null"]
     if arguments.samples:
         overrides.append(f"trainer.eval_samples={arguments.samples}")
     config = load_config(path, overrides)

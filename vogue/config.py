@@ -9,14 +9,17 @@ method.
 # pydantic's defaults stand first in Field, where pyright doesn't look for them; a Literal may be of a table's keys.
 # pyright: reportCallIssue=false, reportInvalidTypeForm=false
 
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
+from vogue.estimates import powers_of_two
 from vogue.presets import METHODS, with_method
 from vogue.sections import (
+    ALL_TOKENS,
     AdvantageConfig,
     BranchConfig,
     DataConfig,
@@ -28,8 +31,10 @@ from vogue.sections import (
     RolloutConfig,
     UncertaintyConfig,
 )
-from vogue.settings import Section, check, read_settings
+from vogue.settings import ConfigError, Section, check, read_settings
 from vogue.training_sections import CreditConfig, KlConfig, LoraConfig, OptimizerConfig, PerceptionConfig, TrainerConfig
+
+VLLM_HOTTEST = 2.0  # temperature
 
 
 class Config(Section):
@@ -57,10 +62,11 @@ class Config(Section):
     trainer: TrainerConfig = TrainerConfig()
 
     @model_validator(mode="after")
-    def _fill_eval_temperature(self) -> "Config":
-        if self.trainer.eval_temperature is None:
-            filled = self.trainer.model_copy(update={"eval_temperature": self.rollout.temperature})
-            object.__setattr__(self, "trainer", filled)  # frozen from here on
+    def _evaluations_sample_as_rollouts(self) -> "Config":
+        asked = self.trainer.evaluation_sampling.items()
+        unset = {f"eval_{name}": getattr(self.rollout, name) for name, value in asked if value is None}
+        if unset:
+            object.__setattr__(self, "trainer", self.trainer.model_copy(update=unset))  # frozen from here on
         return self
 
     @model_validator(mode="after")
@@ -89,6 +95,11 @@ class Config(Section):
                 "uncertainty.entropy=drawn with estimator=k3 and branch.rollout=raw: tokens of the raw branch say "
                 "nothing without bias of the noisy one's entropy"
             )
+        if self.uncertainty.estimator == "k3" and self.rollout.truncation:
+            raise ValueError(
+                f"uncertainty.estimator=k3 is without bias under tokens of the whole distribution, but "
+                f"{' and '.join(self.rollout.truncation)} samples from a part of it: use estimator=exact"
+            )
         transition = self.guidance.sign_transition
         if transition and transition[0] > transition[1]:
             raise ValueError(f"guidance.sign_transition={list(transition)} ends before it begins")
@@ -103,18 +114,43 @@ class Config(Section):
             raise ValueError(f"{name}: with branch.rollout=drawn completions are trained on T(x) itself")
         if self.kl.in_reward and self.advantage.kind == "passk":
             raise ValueError("kl.placement=reward: advantage.kind=passk reads right and wrong alone, not the reward")
+        for name, value in (
+            ("rollout.temperature", self.rollout.temperature),
+            ("trainer.eval_temperature", self.trainer.eval_temperature),
+        ):
+            if self.rollout.engine == "vllm" and value is not None and value > VLLM_HOTTEST:
+                raise ValueError(f"{name}={value}: vLLM samples at temperatures up to {VLLM_HOTTEST:g}")
+        for name, all_tokens in ALL_TOKENS.items():
+            value = getattr(self.trainer, f"eval_{name}")
+            if self.trainer.eval_temperature == 0 and value not in (all_tokens, getattr(self.rollout, name)):
+                raise ValueError(
+                    f"trainer.eval_{name}={value}: nothing reads it with trainer.eval_temperature=0, which takes the "
+                    "likeliest token each time: set it to null"
+                )
         if self.trainer.grad_accum_dtype == "bfloat16" and self.model.dtype == "float32":
             raise ValueError(
                 "trainer.grad_accum_dtype=bfloat16 would round the gradients of model.dtype=float32: leave it unset"
             )
         if self.trainer.eval_every and not self.data.test:
             raise ValueError("trainer.eval_every is set, but data.test is not")
+        self._check_best()
         return self
 
     @property
     def compares(self) -> bool:
         """Whether completions that are trained on x are compared with T(x), whatever was drawn."""
         return self.perception.on or self.credit.on
+
+    def _check_best(self) -> None:
+        """Raise ValueError where the run's evaluations don't have the metric of `trainer.save_best`."""
+        best, n = self.trainer.save_best, self.trainer.eval_samples
+        if best and not self.trainer.eval_every:
+            raise ValueError(f"trainer.save_best={best}: without trainer.eval_every nothing is evaluated")
+        names = [f"pass@{k}" for k in powers_of_two(n)]
+        if best and best not in names:
+            raise ValueError(
+                f"trainer.save_best={best}: evaluations with trainer.eval_samples={n} have {', '.join(names)}"
+            )
 
     def uses_steps(self) -> list[str]:
         """The settings whose schedule ends with `trainer.steps`, so that another number of steps is another run."""
@@ -135,6 +171,24 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
     """
     values = read_settings(path, overrides)
     return check(Config, with_method({"model": {}, "data": {}} | values), "vogue train")
+
+
+def with_steps(config: Config, samples: int) -> Config:
+    """The settings with the number of steps that `trainer.epochs` of so many samples are; unset, as they are.
+
+    A step has the places of rollout.prompts x rollout.rounds samples in their order. Raises `ConfigError` where
+    `trainer.steps` says another number.
+    """
+    asked, a_step = config.trainer, config.rollout.prompts * config.rollout.rounds
+    if asked.epochs is None:
+        return config
+    steps = ceil(round(asked.epochs * samples / a_step, 9))  # 0.1 epochs of 30 samples by 3 are one step
+    if asked.steps not in (0, steps):
+        raise ConfigError(
+            f"trainer.steps={asked.steps} and trainer.epochs={asked.epochs:g} say how long the run is: set one of "
+            f"them, the other to null. {asked.epochs:g} epochs of {samples} samples, {a_step} a step, are {steps} steps"
+        )
+    return config.model_copy(update={"trainer": asked.model_copy(update={"steps": steps})})
 
 
 def save_config(config: Config, path: Path) -> None:

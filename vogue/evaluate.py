@@ -25,6 +25,7 @@ from vogue.rewards import Score, check_function
 from vogue.rewards.groups import score_groups
 from vogue.rollout import create_engine
 from vogue.rollout.engine import Completion, Engine, Request
+from vogue.rollout.sampling import of_evaluations
 from vogue.run.chat_template import checked_preprocessor
 from vogue.seeds import Purpose, seed_for
 
@@ -61,8 +62,7 @@ def requests_for(
 
 def generate(engine: Engine, config: Config, requests: list[Request]) -> list[list[Completion]]:
     """`trainer.eval_samples` completions for each request."""
-    settings = config.trainer
-    return engine.generate(requests, settings.eval_samples, config.rollout.max_tokens, settings.sampling_temperature)
+    return engine.generate(requests, config.trainer.eval_samples, of_evaluations(config))
 
 
 def judge(
@@ -76,8 +76,7 @@ def judge(
     """The completions of the samples' requests and their scores."""
     groups = generate(engine, config, requests)
     places = [(number,) for number in numbers]
-    temperature = config.trainer.sampling_temperature
-    scores = score_groups(engine, preprocessor, config, samples, groups, places, temperature)
+    scores = score_groups(engine, preprocessor, config, samples, groups, places, of_evaluations(config))
     return [Judged(sample, tuple(group), s) for sample, group, s in zip(samples, groups, scores, strict=True)]
 
 

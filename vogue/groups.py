@@ -17,6 +17,7 @@ from vogue.model.packing import Place, Row
 from vogue.objective import has_gradient, reads_all
 from vogue.rewards import Score
 from vogue.rollout.engine import Completion, Engine, Request
+from vogue.rollout.sampling import of_rollouts
 from vogue.seeds import Purpose, seed_for
 
 
@@ -76,7 +77,6 @@ def _complete(
     engine: Engine, config: Config, step: int, wanted: Sequence[tuple[Item, str]], n: int
 ) -> list[tuple[Completion, ...]]:
     """`n` completions for each item's view of that name."""
-    rollout = config.rollout
     requests = [
         Request(
             item.prompt,
@@ -85,7 +85,7 @@ def _complete(
         )
         for item, view in wanted
     ]
-    return list(map(tuple, engine.generate(requests, n, rollout.max_tokens, rollout.temperature)))
+    return list(map(tuple, engine.generate(requests, n, of_rollouts(config))))
 
 
 def judged(group: Group, scores: Iterable[Score], config: Config) -> Group:

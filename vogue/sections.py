@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from vogue.presets import COMPONENTS, DESIGNS
-from vogue.settings import Count, Finite, NonNegative, Positive, Section, Share
+from vogue.settings import Count, Finite, NonNegative, Positive, PositiveShare, Section, Share
 
 FUNCTION = r"^(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*$"
+ALL_TOKENS: dict[str, float] = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}  # values that leave no token out
 
 
 class ModelConfig(Section):
@@ -300,6 +301,20 @@ class RolloutConfig(Section):
     temperature: Positive = Field(
         1.0, description="sampling temperature of rollouts; the policy's logits are divided by it in training too"
     )
+    top_p: PositiveShare = Field(
+        1.0,
+        description="sample from the likeliest tokens alone whose probabilities sum to this; 1: from all. What is "
+        "trained stays the whole distribution, see docs/rollouts.md",
+    )
+    top_k: int = Field(0, ge=0, description="sample from so many of the likeliest tokens alone; 0: from all")
+    min_p: Share = Field(
+        0.0, description="sample from tokens alone that are at least this times as likely as the likeliest; 0: from all"
+    )
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        [],
+        description="strings that end a completion, which counts as finished and keeps the string, in rollouts and "
+        "evaluations: [</answer>]",
+    )
     memory: Share = Field(0.4, description="share of a GPU's memory that vLLM takes")
     kv_cache_gb: Positive = Field(1.0, description="size of vLLM's KV cache on a CPU, in GB a rank")
     tensor_parallel: Count = Field(
@@ -328,6 +343,14 @@ class RolloutConfig(Section):
         if self.sleep and self.engine != "vllm":
             raise ValueError(f"rollout.sleep=true is vLLM's, but rollout.engine={self.engine}")
         return self
+
+    @property
+    def truncation(self) -> list[str]:
+        """The settings that keep unlikely tokens from being sampled, as key=value; none where every token may be."""
+        given = {
+            name: getattr(self, name) for name, all_tokens in ALL_TOKENS.items() if getattr(self, name) != all_tokens
+        }
+        return [f"rollout.{name}={value}" for name, value in given.items()]
 
     @property
     def noisy_count(self) -> int:

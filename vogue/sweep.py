@@ -43,6 +43,7 @@ SHARED = (  # else nothing could be paired
     "data.test_limit",
     "trainer.eval_samples",
     "trainer.eval_temperature",
+    *("trainer.eval_top_p", "trainer.eval_top_k", "trainer.eval_min_p"),
 )
 GRACE = 30  # seconds that processes have to end by themselves: a run ends its step and saves
 TAIL_LINES = 15  # of a failed run's log
@@ -97,7 +98,9 @@ class Run:
     @property
     def done(self) -> bool:
         evaluations = read_rows(self.folder / "evaluations.jsonl")
-        return bool(evaluations) and evaluations[-1]["step"] == self.config.trainer.steps
+        if not evaluations:
+            return False
+        return evaluations[-1]["step"] == (self.config.trainer.steps or logs.steps_of(self.folder))
 
     @property
     def resumable(self) -> bool:

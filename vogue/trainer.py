@@ -23,12 +23,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
 
 from vogue import distributed
-from vogue.config import Config
+from vogue.config import Config, with_steps
 from vogue.data import DataError, Sample
 from vogue.data.dataset import Checked
 from vogue.evaluate import CHUNK, Judged, judge, requests_for
@@ -67,6 +68,7 @@ from vogue.rewards import RewardError, verifier
 from vogue.rewards.groups import score_groups
 from vogue.rollout import create_engine
 from vogue.rollout.engine import media_token_ids
+from vogue.rollout.sampling import of_rollouts
 from vogue.sharing import IDLE, IDLE_COMPARED, Load, balance, bring_home, deal, exchange
 from vogue.state import RunState
 from vogue_kernels import GuidanceConfig
@@ -87,7 +89,7 @@ class Trainer:
 
     def __init__(self, config: Config, data: Checked, preprocessor: Preprocessor, resume: str | None):
         """`resume`: the checkpoint to go on from, by its name, the newest one for ""; None for a new run."""
-        self.config = config
+        self.config = config = with_steps(config, len(data.samples))
         self.rank, self.ranks, self.device = distributed.start(config.trainer.timeout)
         self.state = RunState()
         self.loader = Loader(config, data, preprocessor, self.state, self.rank, self.ranks)
@@ -96,6 +98,8 @@ class Trainer:
             checkpoint.load_state(self.state, found[0])
             if self.state.current[DATA] != data.fingerprint:
                 raise DataError(f"--resume: data.train={config.data.train} isn't what the run in {found[0]} trained on")
+            if config.trainer.save_best is None:  # nothing is compared with it any more
+                self.state.current.pop(checkpoint.BEST, None)
         self.state.current[DATA] = data.fingerprint
         self.preprocessor = preprocessor
         self.processor = preprocessor.processor
@@ -208,8 +212,8 @@ class Trainer:
         samples = [group.item.prompt.sample for group in groups]
         completions = [group.completions for group in groups]
         places = [(self.step, group.item.number, group.view == NOISY) for group in groups]
-        temperature = self.config.rollout.temperature
-        scores = score_groups(self.engine, self.preprocessor, self.config, samples, completions, places, temperature)
+        sampling = of_rollouts(self.config)
+        scores = score_groups(self.engine, self.preprocessor, self.config, samples, completions, places, sampling)
         return [judged(group, found, self.config) for group, found in zip(groups, scores, strict=True)]
 
     def update(self, groups: list[Group], means: Means, clock: Clock) -> dict[Place, Trace]:
@@ -403,8 +407,9 @@ class Trainer:
         found = (parts[i % self.ranks][i // self.ranks] for i in range(len(samples)))
         return [Judged(sample, *one) for sample, one in zip(samples, found, strict=True)]
 
-    def save(self) -> None:
-        checkpoint.save(self.deepspeed, self.policy.model, self.processor, self.state, self.config, self.step)
+    def save(self) -> Path:
+        """Write a checkpoint of all ranks; returns its folder."""
+        return checkpoint.save(self.deepspeed, self.policy.model, self.processor, self.state, self.config, self.step)
 
 
 def traced(batch: Batch, stats: TokenStats) -> dict[Place, Trace]:

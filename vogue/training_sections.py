@@ -4,11 +4,12 @@
 # pyright: reportCallIssue=false
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from vogue.settings import Count, NonNegative, Positive, Section, Share
+from vogue.sections import ALL_TOKENS
+from vogue.settings import Count, NonNegative, Positive, PositiveShare, Section, Share
 
 
 class LoraConfig(Section):
@@ -207,8 +208,16 @@ class OptimizerConfig(Section):
 class TrainerConfig(Section):
     """The run: its length, batches, checkpoints, evaluations and logs."""
 
-    steps: Count = Field(
-        200, description="steps of the run, each a rollout and its updates; s_total of the draws' schedule"
+    steps: int = Field(
+        200,
+        ge=0,
+        description="steps of the run, each a rollout and its updates; s_total of the draws' schedule. 0: those of "
+        "trainer.epochs",
+    )
+    epochs: Positive | None = Field(
+        None,
+        description="the same as passes over data.train, in place of trainer.steps: the fewest steps in whose order of "
+        "prompts every sample comes so often; unset: trainer.steps",
     )
     updates: Count = Field(
         1, description="optimizer updates a step, each on its part of the step's prompts; divides rollout.prompts"
@@ -223,7 +232,31 @@ class TrainerConfig(Section):
     )
     shared_prefix: bool = Field(True, description="compute a prompt once for all completions of its group")
     save_every: int = Field(50, ge=0, description="steps between checkpoints; 0: only one at the end")
+    save_minutes: Positive | None = Field(
+        None, description="a checkpoint is written after a step, too, if none was for so many minutes; unset: not so"
+    )
     keep: Count = Field(2, description="checkpoints to keep, the newest ones")
+    save_best: str | None = Field(
+        None,
+        description="metric of evaluations, pass@1 for one, whose best checkpoint is written and kept beside the "
+        "newest ones, as checkpoints/best; unset: none is",
+    )
+    save_model_only: bool = Field(
+        False,
+        description="checkpoints have the model or adapter alone, without the optimizer: no run can go on from them",
+    )
+    save_command: str | None = Field(
+        None,
+        min_length=1,
+        description="shell command after each checkpoint, whose folder is $VOGUE_CHECKPOINT; the run waits for its "
+        "end, half of trainer.timeout at most",
+    )
+    push_to_hub: str | None = Field(
+        None,
+        min_length=1,
+        description="repository of the Hugging Face hub, owner/name, that the last model or adapter goes to at the "
+        "run's end, or the best with trainer.save_best; a new one is private",
+    )
     eval_every: int = Field(
         0,
         ge=0,
@@ -237,6 +270,9 @@ class TrainerConfig(Section):
         None,
         description="sampling temperature of evaluations; 0: the likeliest token each time; unset: rollout.temperature",
     )
+    eval_top_p: PositiveShare | None = Field(None, description="top_p of evaluations; unset: rollout.top_p")
+    eval_top_k: int | None = Field(None, ge=0, description="top_k of evaluations; unset: rollout.top_k")
+    eval_min_p: Share | None = Field(None, description="min_p of evaluations; unset: rollout.min_p")
     measure_every: int = Field(
         10,
         ge=0,
@@ -276,10 +312,24 @@ class TrainerConfig(Section):
         {}, description="DeepSpeed settings, merged into vogue's own (ZeRO-3, or ZeRO-1 for a single rank)"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_are_steps(cls, values: Any) -> Any:
+        """With `epochs` alone the number of steps is not known before the data is."""
+        if not isinstance(values, dict) or values.get("epochs") is None or values.get("steps") is not None:
+            return values
+        return values | {"steps": 0}
+
+    @model_validator(mode="after")
+    def _is_of_some_length(self) -> "TrainerConfig":
+        if self.steps == 0 and self.epochs is None:
+            raise ValueError("trainer.steps=0: input should be greater than or equal to 1")  # as of other numbers
+        return self
+
     @property
-    def sampling_temperature(self) -> float:
-        """`eval_temperature`, which `Config` fills in where it is unset."""
-        return cast(float, self.eval_temperature)
+    def evaluation_sampling(self) -> dict[str, Any]:
+        """What the `eval_` settings say of sampling, by its name; `Config` fills them in where they are unset."""
+        return {name: getattr(self, f"eval_{name}") for name in ("temperature", *ALL_TOKENS)}
 
     def measures(self, step: int) -> bool:
         """Whether all that the step keeps is computed on both branches, rather than what the loss needs."""

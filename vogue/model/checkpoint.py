@@ -5,6 +5,9 @@
     output_dir/checkpoints/step_000020/deepspeed   optimizer and master weights of every rank
     output_dir/checkpoints/step_000020/run/0.pt    the run's state of rank 0, of each rank one
     output_dir/checkpoints/step_000020/state.json  step, number of ranks, size and checksum of every file
+    output_dir/checkpoints/best                    with trainer.save_best: a link to the best one
+
+With `trainer.save_model_only` there is neither deepspeed nor run: nothing can go on from such a checkpoint.
 
 A checkpoint is written beside its place, and renamed when all of it is on the disk, so that a stop in the middle leaves
 the one before it. An old one is renamed before it is deleted. Everything random in a run (order of data,
@@ -39,6 +42,7 @@ STATE = "state.json"
 HF, ADAPTER, DEEPSPEED, RUN = "hf", "adapter", "deepspeed", "run"
 USABLE = (HF, ADAPTER)  # of which a checkpoint has at least one
 UNFINISHED = (".step_*.partial", ".step_*.old")
+BEST = "best"  # a link's name, and that of what the run's state knows of the best checkpoint: {"step": …}
 
 
 class State(NamedTuple):
@@ -47,6 +51,7 @@ class State(NamedTuple):
     step: int
     ranks: int
     sums: checksums.Sums
+    model_only: bool = False
 
 
 def gathered_weights(model: torch.nn.Module, byte_budget: int = 256 << 20) -> Iterator[tuple[str, Tensor]]:
@@ -78,12 +83,12 @@ def root_of(config: Config) -> Path:
 
 
 def save(engine, model: PreTrainedModel, processor, state: RunState, config: Config, step: int) -> Path:
-    """Save everything after `step` steps, and delete all but the newest `trainer.keep` checkpoints.
+    """Save everything after `step` steps, and delete all but the newest `trainer.keep` checkpoints and the best one.
 
     Raises `FolderError` on every rank where one of them can't write its part; nothing of it is left then.
     """
     root = root_of(config)
-    final = root / f"step_{step:06d}"
+    final = root / name_of(step)
     partial = root / f".{final.name}.partial"
     try:
         _write(engine, model, processor, state, config, partial, step)
@@ -92,8 +97,11 @@ def save(engine, model: PreTrainedModel, processor, state: RunState, config: Con
                 remove(final)
                 partial.rename(final)
                 sync(root)
-                for old in checkpoints(root)[: -config.trainer.keep]:
-                    remove(old)
+                mark_best(root, state)
+                kept = (*checkpoints(root)[-config.trainer.keep :], best_of(root))
+                for old in checkpoints(root):
+                    if old not in kept:
+                        remove(old)
     except FolderError:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -105,13 +113,16 @@ def _write(
     engine, model: PreTrainedModel, processor, state: RunState, config: Config, partial: Path, step: int
 ) -> None:
     """Write the whole checkpoint to `partial`; raises `FolderError` on every rank where one of them can't."""
-    root, rank = partial.parent, dist.get_rank()
+    root, rank, goes_on = partial.parent, dist.get_rank(), not config.trainer.save_model_only
     with _together(root, step):
         if rank == 0:
             clear(root)
-            (partial / RUN).mkdir(parents=True)
-    with _together(root, step):
-        state.save(partial / RUN / f"{rank}.pt")
+            partial.mkdir(parents=True)
+            if goes_on:
+                (partial / RUN).mkdir()
+    if goes_on:
+        with _together(root, step):
+            state.save(partial / RUN / f"{rank}.pt")
     if config.lora.on:
         weights = _adapter(model)
         with _together(root, step):
@@ -124,16 +135,19 @@ def _write(
             if rank == 0:
                 model.save_pretrained(partial / HF, state_dict=weights)
                 processor.save_pretrained(partial / HF)
-    with _together(root, step), _failing_late(engine):
-        engine.save_checkpoint(
-            str(partial / DEEPSPEED), tag="state", save_latest=False, exclude_frozen_parameters=_without_frozen(config)
-        )
+    if goes_on:
+        with _together(root, step), _failing_late(engine):
+            left_out = _without_frozen(config)
+            engine.save_checkpoint(
+                str(partial / DEEPSPEED), tag="state", save_latest=False, exclude_frozen_parameters=left_out
+            )
     with _together(root, step):
         sums = checksums.written(partial, rank)
     sums = {name: entry for part in distributed.gather(sums) for name, entry in part.items()}
     with _together(root, step):
         if rank == 0:
-            replace(partial / STATE, json.dumps(State(step, dist.get_world_size(), sums)._asdict()))
+            told = State(step, dist.get_world_size(), sums, model_only=not goes_on)
+            replace(partial / STATE, json.dumps(told._asdict()))
             for folder, _, _ in os.walk(partial, topdown=False):
                 sync(Path(folder))
 
@@ -208,27 +222,58 @@ def clear(root: Path) -> None:
 def checkpoints(root: Path) -> list[Path]:
     """The checkpoints under `root` by their step, whole or damaged."""
     found = (path for path in root.glob("step_*") if path.name.removeprefix("step_").isdecimal())
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
-def _step(checkpoint: Path) -> int:
+def name_of(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
+
+
+def mark_best(root: Path, state: RunState) -> None:
+    """Let the link `best` lead to the best checkpoint that the run's state knows; there is none where it is gone."""
+    known = state.current.get(BEST)
+    best, new = root / name_of(known["step"]) if known else None, root / f".{BEST}.new"
+    new.unlink(missing_ok=True)
+    if best and best.is_dir():
+        new.symlink_to(best.name)  # relative: the run's folder may be moved
+        new.rename(root / BEST)
+    else:
+        (root / BEST).unlink(missing_ok=True)
+    sync(root)
+
+
+def best_of(root: Path) -> Path | None:
+    """The checkpoint that the link `best` leads to, if there is one."""
+    link = root / BEST
+    return root / link.readlink() if link.is_symlink() and link.exists() else None
+
+
+def usable(checkpoint: Path) -> Path:
+    """The folder of a checkpoint that transformers or PEFT reads."""
+    return next(checkpoint / part for part in USABLE if (checkpoint / part).is_dir())
 
 
 def forget_after(root: Path, step: int) -> None:
     """Delete the checkpoints after `step`, whose steps run again."""
     for path in checkpoints(root):
-        if _step(path) > step:
+        if step_of(path) > step:
             remove(path)
 
 
 def find(root: Path, wanted: str) -> tuple[Path, int] | None:
     """The checkpoint with the `wanted` name, the newest one for "", and its step; None where there is none at all.
 
-    All ranks call, and share the checking of its files. Raises `ConfigError` for one that isn't there, was written by
-    another number of ranks, or is damaged, with the way on.
+    "best" is the one that the link of this name leads to. All ranks call, and share the checking of its files. Raises
+    `ConfigError` for one that isn't there, was written by another number of ranks, has the model alone, or is damaged,
+    with the way on.
     """
     found = {path.name: path for path in checkpoints(root)}
+    if wanted == BEST and (best := best_of(root)):
+        wanted = best.name
     if wanted and wanted not in found:
         there = f"there are: {', '.join(found)}" if found else "there are none"
         raise ConfigError(f"--resume={wanted}: there is no such checkpoint in {root}; {there}")
@@ -239,6 +284,11 @@ def find(root: Path, wanted: str) -> tuple[Path, int] | None:
     if damage:
         raise ConfigError(f"--resume: {folder} is damaged: {'; '.join(damage)}. {_way_on(folder, [*found.values()])}")
     state = _state(folder)
+    if state.model_only:
+        raise ConfigError(
+            f"--resume: {folder} was written with trainer.save_model_only=true, so that no run can go on from it. "
+            f"{_way_on(folder, [*found.values()])}"
+        )
     if state.ranks != dist.get_world_size():
         raise ConfigError(
             f"--resume: {folder} was written by {state.ranks} ranks, this run has {dist.get_world_size()}; ZeRO-3's "
@@ -262,18 +312,19 @@ def _damage(folder: Path, parts: tuple[str, ...]) -> list[str]:
 
 def _state(folder: Path) -> State:
     values = json.loads((folder / STATE).read_text())
-    return State(values["step"], values["ranks"], {name: tuple(entry) for name, entry in values["sums"].items()})
+    sums = {name: tuple(entry) for name, entry in values["sums"].items()}
+    return State(values["step"], values["ranks"], sums, values.get("model_only", False))
 
 
 def _way_on(damaged: Path, found: list[Path]) -> str:
     """What can be done without a damaged checkpoint: the newest whole one before it, or its weights in a new run."""
-    before = [path for path in reversed(found) if _step(path) < _step(damaged)]
-    whole = next((path for path in before if not _damage(path, (RUN, DEEPSPEED))), None)
+    before = [path for path in reversed(found) if step_of(path) < step_of(damaged)]
+    whole = next((path for path in before if not _damage(path, (RUN, DEEPSPEED)) and not _state(path).model_only), None)
     ways = [f"--resume={whole.name} goes on from the whole one before it"] if whole else []
     weights = next((path for path in (damaged, *before) if not _damage(path, USABLE)), None)
     if weights:
-        usable = f"model.path={weights / HF}" if (weights / HF).is_dir() else f"lora.adapter={weights / ADAPTER}"
-        ways.append(f"{usable} with another trainer.output_dir begins a new run from its weights")
+        setting = "model.path" if usable(weights).name == HF else "lora.adapter"
+        ways.append(f"{setting}={usable(weights)} with another trainer.output_dir begins a new run from its weights")
     return "; ".join(ways) or "There is no whole one before it"
 
 

@@ -36,7 +36,8 @@ from vogue_kernels import BranchStats, LogprobStats, linear_branch_stats, linear
 class PolicyHead(nn.Module):
     """Output projection and per-token statistics in one: hidden states (N, D) to results (N,), float32, in nats.
 
-    The distribution is the one that is sampled from: logits divided by `temperature`, `banned` tokens excluded.
+    The distribution is the one that is sampled from, before any truncation: logits divided by `temperature`, `banned`
+    tokens excluded.
     keep_logits_bytes: memory within which the trained branch's logits are kept for the backward pass.
     """
 

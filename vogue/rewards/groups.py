@@ -13,6 +13,7 @@ from vogue.data.prompts import SYSTEM_PROMPT, with_view
 from vogue.inputs import Preprocessor
 from vogue.rewards.designs import Score, content, score_batch
 from vogue.rollout.engine import Completion, Engine, Request
+from vogue.rollout.sampling import Sampling
 from vogue.seeds import Purpose, seed_for
 
 
@@ -23,12 +24,12 @@ def score_groups(
     samples: Sequence[Sample],
     groups: Sequence[Sequence[Completion]],
     places: Sequence[tuple[int, ...]],
-    temperature: float,
+    sampling: Sampling,
 ) -> list[tuple[Score, ...]]:
     """The scores of each sample's group of completions by `config.reward`.
 
-    places       where each group stands in the run, such as (step, prompt): seeds the sampling of second answers
-    temperature  of that sampling
+    places    where each group stands in the run, such as (step, prompt): seeds the sampling of second answers
+    sampling  how those are sampled
 
     Raises RewardError where `reward.function` fails.
     """
@@ -41,7 +42,7 @@ def score_groups(
             for place, group in zip(places, groups, strict=True)
             for number in range(len(group))
         ]
-        blind = blind_answers(engine, preprocessor, config, completions, repeated, seeds, temperature)
+        blind = blind_answers(engine, preprocessor, config, completions, repeated, seeds, sampling)
     scores = iter(score_batch(completions, repeated, config.reward, blind))
     return [tuple(islice(scores, len(group))) for group in groups]
 
@@ -53,7 +54,7 @@ def blind_answers(
     completions: Sequence[str],
     samples: Sequence[Sample],
     seeds: Sequence[int],
-    temperature: float,
+    sampling: Sampling,
 ) -> list[str | None]:
     """What the policy answers to each sample from the completion's <description>, printed in the image's place.
 
@@ -72,6 +73,6 @@ def blind_answers(
                 continue
             requests[number] = Request(prompt, nothing, seed)
     # Asked even where there is nothing to ask: ranks that share an engine call it as often as each other.
-    outputs = engine.generate([*requests.values()], 1, config.rollout.max_tokens, temperature)
+    outputs = engine.generate([*requests.values()], 1, sampling)
     answers = {number: output[0].text for number, output in zip(requests, outputs, strict=True)}
     return [answers.get(number) for number in range(len(completions))]

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from vogue.inputs import Prompt, View
+from vogue.rollout.sampling import Sampling
 
 BAN = -100.0  # added to the logits of tokens that can't be sampled, in rollout and training alike
 
@@ -31,8 +32,9 @@ class Request:
 class Completion:
     """One sampled completion of a prompt.
 
-    `token_ids` end with an end token if it `finished`; `logprobs` (nats) are of the distribution sampled from. `text`
-    is the model's whole turn: it begins with what the chat template has opened of it.
+    `token_ids` end with an end token, or with the one that completes a string of `Sampling.stop`, if it `finished`;
+    `logprobs` (nats) are of the distribution sampled from. `text` is the model's whole turn: it begins with what the
+    chat template has opened of it, and ends with the string that has stopped it.
     """
 
     token_ids: tuple[int, ...]
@@ -44,11 +46,11 @@ class Completion:
 class Engine(Protocol):
     version: int  # the optimizer update whose weights it has
 
-    def generate(self, requests: list[Request], n: int, max_tokens: int, temperature: float) -> list[list[Completion]]:
+    def generate(self, requests: list[Request], n: int, sampling: Sampling) -> list[list[Completion]]:
         """Generate `n` completions for each request; at temperature 0, which takes n = 1, of the likeliest tokens.
 
-        Log-probabilities are then those of temperature 1. Every rank calls as often as the others, even for nothing:
-        those that share an engine wait for each other here.
+        Log-probabilities are then those of temperature 1, over the whole vocabulary. Every rank calls as often as the
+        others, even for nothing: those that share an engine wait for each other here.
         """
         ...
 

@@ -21,6 +21,7 @@ from vogue.families import family_of
 from vogue.inputs import cat_images
 from vogue.rollout.cache import roomy_cache
 from vogue.rollout.engine import BAN, Completion, Request, media_token_ids
+from vogue.rollout.sampling import Sampling, StopWatch, truncated, until_stop
 
 SEQUENCES = 512  # generated at a time
 
@@ -44,31 +45,40 @@ class HfEngine:
         self._bias[media_token_ids(processor)] = BAN
         self.version = 0
 
-    def generate(self, requests: list[Request], n: int, max_tokens: int, temperature: float) -> list[list[Completion]]:
+    def generate(self, requests: list[Request], n: int, sampling: Sampling) -> list[list[Completion]]:
         size = max(1, SEQUENCES // n)
         parts = (requests[start : start + size] for start in range(0, len(requests), size))
         with _generating(self.model):
-            return [group for part in parts for group in self._generate(part, n, max_tokens, temperature)]
+            return [group for part in parts for group in self._generate(part, n, sampling)]
 
     @torch.no_grad()
-    def _generate(self, requests: list[Request], n: int, max_tokens: int, temperature: float) -> list[list[Completion]]:
+    def _generate(self, requests: list[Request], n: int, sampling: Sampling) -> list[list[Completion]]:
+        max_tokens, temperature = sampling.max_tokens, sampling.temperature
         uniform = torch.cat([_uniform(request.seed, n, max_tokens) for request in requests]).to(self.device)
         tokens, logprobs, ends = [], [], torch.tensor(sorted(self.ends), device=self.device)
         finished = torch.zeros(len(uniform), dtype=torch.bool, device=self.device)
+        lengths = torch.full((len(uniform),), max_tokens, device=self.device)
+        watch = StopWatch(sampling.stop, self.tokenizer, len(uniform))
         steps = self._logits(requests, n)
         logits = next(steps)
         for at in range(max_tokens):
-            logp = ((logits.float() + self._bias) / (temperature or 1.0)).log_softmax(-1)
+            logits = (logits.float() + self._bias) / (temperature or 1.0)
+            logp = (truncated(logits, sampling) if temperature else logits).log_softmax(-1)
             drawn = _draw(logp, uniform[:, at : at + 1]) if temperature else logp.argmax(-1, keepdim=True)
             tokens.append(drawn)
             logprobs.append(logp.gather(1, drawn))
-            finished |= torch.isin(drawn[:, 0], ends)
+            ended = torch.isin(drawn[:, 0], ends) | watch.stopped(drawn[:, 0])
+            lengths[ended & ~finished] = at + 1
+            finished |= ended
             if finished.all() or at == max_tokens - 1:
                 break
             logits = steps.send(drawn)
-        rows = zip(torch.cat(tokens, dim=1).tolist(), torch.cat(logprobs, dim=1).tolist(), strict=True)
+        rows = (torch.cat(tokens, dim=1), torch.cat(logprobs, dim=1), lengths, finished)
         opened = [request.prompt.opened for request in requests for _ in range(n)]
-        completions = [self._completion(*row, start) for row, start in zip(rows, opened, strict=True)]
+        completions = [
+            Completion(tuple(ids[:length]), tuple(values[:length]), self._text(ids[:length], start, sampling), done)
+            for ids, values, length, done, start in zip(*(row.tolist() for row in rows), opened, strict=True)
+        ]
         return [completions[start : start + n] for start in range(0, len(completions), n)]
 
     def _logits(self, requests: list[Request], n: int) -> Generator[Tensor, Tensor, None]:
@@ -117,12 +127,8 @@ class HfEngine:
         inputs["pixel_values"] = cat_images([view.pixel_values for view in views])
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
-    def _completion(self, token_ids: list[int], logprobs: list[float], opened: str) -> Completion:
-        ended = next((place for place, token in enumerate(token_ids) if token in self.ends), None)
-        finished = ended is not None
-        length = ended + 1 if finished else len(token_ids)
-        text = opened + self.tokenizer.decode(token_ids[:length], skip_special_tokens=True)
-        return Completion(tuple(token_ids[:length]), tuple(logprobs[:length]), text, finished)
+    def _text(self, token_ids: list[int], opened: str, sampling: Sampling) -> str:
+        return opened + until_stop(self.tokenizer.decode(token_ids, skip_special_tokens=True), sampling.stop)
 
     def sleep(self) -> None:
         """Nothing is given away: the policy's own weights take no further memory, and a copy's stay where they are."""

@@ -33,6 +33,7 @@ from vogue import distributed
 from vogue.config import Config
 from vogue.families import family_of_processor
 from vogue.rollout.engine import BAN, Completion, Request, media_token_ids
+from vogue.rollout.sampling import Sampling, until_stop
 from vogue.run.memory import longest_sequence
 from vogue.settings import ConfigError
 
@@ -96,7 +97,8 @@ def _fixed(config: Config) -> dict[str, Any]:
         "model": config.model.path,
         "dtype": config.model.dtype,
         "max_model_len": longest_sequence(config),
-        "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
+        # Of the distribution that is sampled from: after temperature, banned tokens, and min_p, top_k and top_p.
+        "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",  # not the checkpoint's own top-k and top-p
         "limit_mm_per_prompt": {"video": 0},
         # As vLLM does it by itself, every rank would take the first GPU.
@@ -156,7 +158,7 @@ class VllmEngine:
         self._group = distributed.neighbours(shared, config.trainer.timeout) if shared > 1 else None
         self.version = 0
 
-    def generate(self, requests: list[Request], n: int, max_tokens: int, temperature: float) -> list[list[Completion]]:
+    def generate(self, requests: list[Request], n: int, sampling: Sampling) -> list[list[Completion]]:
         if WEIGHTS in self._asleep:
             raise RuntimeError("vLLM sleeps, and its weights are gone: load_weights must come before generate")
         self._wake(KV_CACHE)
@@ -167,11 +169,17 @@ class VllmEngine:
                 parameters = vllm.SamplingParams(
                     n=n,
                     seed=seed,
-                    temperature=temperature,
-                    max_tokens=max_tokens,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    top_k=sampling.top_k,
+                    min_p=sampling.min_p,
+                    max_tokens=sampling.max_tokens,
+                    stop=list(sampling.stop),
+                    include_stop_str_in_output=True,
                     logprobs=0,
                     flat_logprobs=True,
-                    detokenize=False,  # it would decode token by token, and each log-probability's token again
+                    # It decodes token by token, and each log-probability's token again: where strings are looked for.
+                    detokenize=bool(sampling.stop),
                     logit_bias=self._banned,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
@@ -180,7 +188,7 @@ class VllmEngine:
         if self._group is not None:
             outputs = self._own(outputs, pools)
         return [
-            [self._completion(item, request.prompt.opened) for item in output.outputs]
+            [self._completion(item, request.prompt.opened, sampling) for item in output.outputs]
             for request, output in zip(requests, outputs, strict=True)
         ]
 
@@ -214,12 +222,12 @@ class VllmEngine:
         spans = [PlaceholderRange(*span) for span in prompt.image_spans]
         return mm_input(token_ids, features, {"image": digests}, {"image": spans})
 
-    def _completion(self, output: Any, opened: str) -> Completion:
+    def _completion(self, output: Any, opened: str, sampling: Sampling) -> Completion:
         # vLLM's CompletionOutput. Flat: of each position the sampled token's alone, since no other was asked for.
         token_ids, logprobs = tuple(output.token_ids), output.logprobs
         if logprobs.token_ids != list(token_ids):
             raise RuntimeError("vLLM's log-probabilities are of other tokens than it sampled")
-        text = opened + self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        text = opened + until_stop(self._tokenizer.decode(token_ids, skip_special_tokens=True), sampling.stop)
         return Completion(token_ids, tuple(logprobs.logprobs), text, output.finish_reason == "stop")
 
     def sleep(self) -> None:

@@ -34,8 +34,11 @@ STEPS_BEHIND = {"metrics.jsonl": 1, "completions.jsonl": 1, "evaluations.jsonl":
 HARMLESS = (
     *("trainer.output_dir", "trainer.save_every", "trainer.keep", "trainer.log_completions", "trainer.timeout"),
     *("trainer.report_to", "trainer.project", "trainer.run_name", "trainer.tracker_args", "rollout.memory"),
+    *("trainer.save_minutes", "trainer.save_best", "trainer.save_model_only", "trainer.save_command"),
+    "trainer.push_to_hub",
 )
-# Settings that a resumed run may change: those, and what is asked for. So is trainer.steps where no schedule reads it.
+LENGTH = ("trainer.steps", "trainer.epochs")
+# Settings that a resumed run may change: those, and what is asked for. So is its length where no schedule reads it.
 # Where the optimizer's state is held changes what a run computes by rounding alone, and may be what it needs to go on.
 RESUMABLE = (
     *(*HARMLESS, "trainer.eval_every", "trainer.eval_samples", "data.test", "data.test_limit"),
@@ -58,8 +61,8 @@ def check_folder(config: Config, resume: bool) -> None:
         read_rows(folder / name)
     if (folder / "config.yaml").exists():
         scheduled = config.uses_steps()
-        if told := changes(config, RESUMABLE if scheduled else (*RESUMABLE, "trainer.steps")):
-            if "trainer.steps was" in told:
+        if told := changes(config, RESUMABLE if scheduled else (*RESUMABLE, *LENGTH)):
+            if any(f"{name} was" in told for name in LENGTH):
                 told += f" (the end of {' and '.join(scheduled)})"
             raise ConfigError(
                 f"--resume: this would be another run than the one in {folder}: {told}. Leave that as it was, or begin "
@@ -83,8 +86,16 @@ def changes(config: Config, allowed: tuple[str, ...]) -> str:
             f"{path} can't be read, so that nothing says whether this is the same run: {why}. Where you know that it "
             "is, delete that file"
         ) from None
-    changed = [key for key in now if now[key] != before[key] and key not in allowed]
+    # The run before knows both. The same number of steps is the same run, however it is said; without it, before the
+    # data is known, the same number of epochs is.
+    unread = LENGTH[1] if config.trainer.steps else LENGTH[0]
+    changed = [key for key in now if now[key] != before[key] and key not in (*allowed, unread)]
     return "; ".join(f"{key} was {before[key]} and is {now[key]}" for key in changed)
+
+
+def steps_of(folder: Path) -> int:
+    """The number of steps of the run in `folder`, also where `trainer.epochs` made it."""
+    return load_config(folder / "config.yaml", []).trainer.steps
 
 
 def prepare(config: Config, step: int) -> None:

@@ -2,6 +2,7 @@
 
     a token's keys and values    2 layers kv_heads head_dim bytes         of the layers with full attention
     a checkpoint                 2 weights bytes + 12 trained weights     hf and DeepSpeed's copy; AdamW in float32
+    with save_model_only         weights bytes                            hf, or the adapter, alone
     the same with LoRA           2 adapters bytes + 12 adapters           plus weights bytes with lora.save_merged
 
 `bytes` is what a weight of `model.dtype` takes: 2 or 4.
@@ -33,8 +34,10 @@ def adapter_count(model: torch.nn.Module) -> int:
 
 
 def checkpoint_bytes(model: PreTrainedModel, config: Config) -> int:
-    """Size of a checkpoint: `hf`, and DeepSpeed's weights, master weights and AdamW's two moments."""
+    """Size of a checkpoint: `hf`; unless that is all, DeepSpeed's weights, master weights and AdamW's two moments."""
     weights, whole, saved = weight_count(model), model.model, weights_on_disk(model, config)
+    if config.trainer.save_model_only:
+        return saved
     if config.lora.on:
         return saved + (weight_bytes(config) + 12) * adapter_count(model)
     frozen = weight_count(getattr(whole, family_of(model).tower)) if config.model.freeze_vision else 0

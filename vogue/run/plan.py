@@ -192,7 +192,7 @@ def layout_of(config: Config, sizes: Sizes, ranks: int, memory: float, *, on_gpu
         budget=trainer.micro_batch_tokens,
         shared_prefix=trainer.shared_prefix and sizes.text.attending == sizes.text.layers,
         steps=trainer.steps,
-        keep=trainer.keep,
+        keep=trainer.keep + (trainer.save_best is not None),
         bucket=int(zero.get("reduce_bucket_size", BUCKET)),
         sub_group=int(zero["sub_group_size"]),
         live=int(zero.get("stage3_max_live_parameters", LIVE)),
@@ -308,9 +308,11 @@ def sentences(plan: Plan) -> list[str]:
         f"most that fits, the rest as it is: rollout.max_tokens={plan.longest_completion or 'none'}, "
         f"trainer.micro_batch_tokens={plan.largest_micro_batch or 'none'}",
         f"a step: {step} completions, at most {step * run.completion} tokens; an update: {update} completions a rank",
-        f"the run: {run.steps} steps, {run.steps * run.updates} optimizer updates",
-        f"a checkpoint: {shown(plan.sizes.checkpoint)}; disk for trainer.keep={run.keep}, and the one that is written: "
-        f"{shown((run.keep + 1) * plan.sizes.checkpoint)}",
+        f"the run: {run.steps} steps, {run.steps * run.updates} optimizer updates"
+        if run.steps
+        else "the run: as many steps as trainer.epochs makes of data.train, which isn't read here",
+        f"a checkpoint: {shown(plan.sizes.checkpoint)}; disk for {run.keep} that are kept, and the one that is "
+        f"written: {shown((run.keep + 1) * plan.sizes.checkpoint)}",
     ]
     return [*told, *(["figures of GPUs are arithmetic; none has been measured"] if run.on_gpu else [])]
 
@@ -325,7 +327,7 @@ def as_json(plan: Plan) -> str:
         "longest_completion": plan.longest_completion,
         "largest_micro_batch": plan.largest_micro_batch,
         "changes": [asdict(change) for change in plan.changes],
-        "updates": plan.run.steps * plan.run.updates,
+        "updates": plan.run.steps * plan.run.updates or None,  # trainer.epochs takes the data to know
         "checkpoint_bytes": plan.sizes.checkpoint,
         "disk_bytes": (plan.run.keep + 1) * plan.sizes.checkpoint,
         "sizes": asdict(plan.sizes),

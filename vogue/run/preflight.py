@@ -24,6 +24,7 @@ from vogue.model.lora import add_adapters
 from vogue.model.optimizer import own_settings
 from vogue.model.reference import check_reference
 from vogue.rewards import RewardError, check_function
+from vogue.rollout.sampling import told_of_truncation
 from vogue.run import logs, trackers
 from vogue.run.chat_template import checked_preprocessor
 from vogue.run.folder import check_unlocked
@@ -37,6 +38,7 @@ from vogue.run.memory import (
     weight_count,
 )
 from vogue.run.plan import told_of
+from vogue.run.saving import check_hub
 from vogue.settings import ConfigError
 
 Result = TypeVar("Result")
@@ -74,6 +76,7 @@ def examine(config: Config, resume: bool) -> Preflight:
             found.of(check_vocabulary, found.preprocessor, checkpoint)
     found.problems += deepspeed_problems(config.trainer.deepspeed, own_settings(config))
     found.of(check_function, config.reward)
+    found.warnings += filter(None, (told_of_truncation(config), found.of(check_hub, config)))
     if config.rollout.engine_args or config.rollout.sleep:
         _check_vllm(found, config)
     return found

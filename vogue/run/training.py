@@ -6,6 +6,7 @@ Everything that can be wrong with settings or data is looked for before the firs
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vogue import distributed
-from vogue.config import Config
+from vogue.config import Config, with_steps
 from vogue.data import DataError, Sample, Samples
 from vogue.data.dataset import Checked, check_samples, test_samples, training_samples, was_decoded
 from vogue.evaluate import evaluation_row, headline
@@ -21,7 +22,7 @@ from vogue.groups import Group
 from vogue.inputs import Preprocessor
 from vogue.model import checkpoint
 from vogue.report import plot_curves
-from vogue.run import logs, preflight
+from vogue.run import logs, preflight, saving
 from vogue.run.folder import FolderError, locked, read_rows, writing
 from vogue.run.records import records
 from vogue.run.stacks import Stacks
@@ -31,6 +32,7 @@ from vogue.settings import ConfigError
 from vogue.trainer import FAILURES, Trainer
 
 LOOKED_AT = 10  # samples that tell whether there are images
+EPOCHS = "epochs"
 
 
 def run(config: Config, resume: str | None, profile: frozenset[int] = frozenset()) -> int:
@@ -46,6 +48,8 @@ def run(config: Config, resume: str | None, profile: frozenset[int] = frozenset(
         preprocessor, data, held_out = _without_problems(found, config)
         if rank == 0:
             preflight.warn(found, console)
+            if told := found.fine.get(EPOCHS):
+                console.print(f"trainer.epochs={told}", soft_wrap=True)
         with distributed.together(ConfigError):
             if rank == 0:
                 held.enter_context(locked(folder))
@@ -64,7 +68,7 @@ def run(config: Config, resume: str | None, profile: frozenset[int] = frozenset(
                 _log(events, trainer, log, stop)
     if rank == 0:
         _tell_end(trainer, console)
-    return 0 if trainer.step >= config.trainer.steps else STOPPED
+    return 0 if trainer.step >= trainer.config.trainer.steps else STOPPED
 
 
 def check(config: Config, resume: str | None) -> int:
@@ -84,10 +88,15 @@ def _without_problems(found: preflight.Preflight, config: Config) -> tuple[Prepr
     found.problems = list(dict.fromkeys(text for part in problems for text in part))
     usable = all(distributed.gather(preprocessor is not None))
     data = found.of(load_data, config, preprocessor) if usable else found.of(training_samples, config.data)
+    checked = cast(tuple[Checked, Sequence[Sample]], data)
+    if usable and data and config.trainer.epochs:
+        count = len(checked[0].samples)
+        if counted := found.of(with_steps, config, count):
+            found.fine[EPOCHS] = f"{config.trainer.epochs:g} of {count} samples are {counted.trainer.steps} steps"
     with distributed.together(ConfigError):
         if found.problems:
             raise ConfigError("\n".join(found.problems))
-    return cast(Preprocessor, preprocessor), *cast(tuple[Checked, Sequence[Sample]], data)
+    return cast(Preprocessor, preprocessor), *checked
 
 
 def _prepared(trainer: Trainer, resume: str | None, console: Console) -> logs.RunLog:
@@ -97,12 +106,17 @@ def _prepared(trainer: Trainer, resume: str | None, console: Console) -> logs.Ru
         console.print(f"--resume: there is no checkpoint in {trainer.checkpoints}: the run begins anew", soft_wrap=True)
     with writing("the logs", config.trainer.output_dir):
         checkpoint.forget_after(trainer.checkpoints, trainer.step)
+        if trainer.checkpoints.is_dir():
+            checkpoint.mark_best(trainer.checkpoints, trainer.state)
         logs.prepare(config, trainer.step)
         return logs.RunLog(config, trainer.step, console)
 
 
-def _log(events: Iterator["Step | Evaluation"], trainer: Trainer, log: logs.RunLog, stop: Stop) -> None:
-    """Write down and show what happens; where that fails, the run stops as at a signal, and raises `FolderError`."""
+def _log(events: Iterator["Step | Evaluation | Saved"], trainer: Trainer, log: logs.RunLog, stop: Stop) -> None:
+    """Write down and show what happens, and do what is to be done after a checkpoint.
+
+    Where the logs can't be written the run stops as at a signal, and raises `FolderError`.
+    """
     config, tokenizer, failed = trainer.config, trainer.processor.tokenizer, None
     folder, stalled = config.trainer.output_dir, Stalled(config)
     for event in events:
@@ -113,6 +127,9 @@ def _log(events: Iterator["Step | Evaluation"], trainer: Trainer, log: logs.RunL
                     log.step(event.step, event.metrics, rows)
                     if reasons := stalled.reasons(event.metrics):
                         log.warn(reasons)
+                elif isinstance(event, Saved):
+                    if told := saving.run_command(config, event.folder):
+                        log.warn(told)
                 else:
                     log.evaluation(event.step, event.record)
         except FolderError as error:
@@ -122,14 +139,28 @@ def _log(events: Iterator["Step | Evaluation"], trainer: Trainer, log: logs.RunL
 
 
 def _tell_end(trainer: Trainer, console: Console) -> None:
-    """Say where everything is."""
+    """Say where everything is, and send the model where it is to go."""
     steps = trainer.config.trainer.steps
     if trainer.step == 0:
         console.print("stopped before the first step; the same command starts anew")
     elif trainer.step < steps:
-        console.print(f"stopped after {trainer.step} of {steps} steps; --resume goes on from there")
+        console.print(f"stopped after {trainer.step} of {steps} steps; {_way_on(trainer)}", soft_wrap=True)
     else:
-        _show(trainer.config, console)
+        _show(trainer, console)
+        if repository := trainer.config.trainer.push_to_hub:
+            newest = checkpoint.checkpoints(trainer.checkpoints)[-1]
+            sent = checkpoint.best_of(trainer.checkpoints) or newest
+            told = saving.push(repository, checkpoint.usable(sent), checkpoint.step_of(sent))
+            console.print(told, soft_wrap=True)
+
+
+def _way_on(trainer: Trainer) -> str:
+    """What can be done with the checkpoint of a run that has stopped."""
+    if not trainer.config.trainer.save_model_only:
+        return "--resume goes on from there"
+    found = checkpoint.checkpoints(trainer.checkpoints)
+    where = f"its weights are in {checkpoint.usable(found[-1])}, " if found else ""
+    return f"{where}no run can go on from there, with trainer.save_model_only=true"
 
 
 @dataclass(frozen=True)
@@ -142,6 +173,13 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Saved:
+    """A checkpoint was written to `folder`."""
+
+    folder: Path
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What the held-out problems got after `step` steps: see `vogue.evaluate.evaluation_row`."""
 
@@ -151,28 +189,54 @@ class Evaluation:
 
 def _events(
     trainer: Trainer, held_out: Sequence[Sample], profile: frozenset[int], stop: Stop, stacks: Stacks
-) -> Iterator[Step | Evaluation]:
+) -> Iterator[Step | Evaluation | Saved]:
     """The run: steps, evaluations before, between and after them, and checkpoints, one more where it stops or fails."""
     settings, saved = trainer.config.trainer, trainer.step
+    schedule = saving.Schedule(trainer.config, trainer.device)
     try:
         while True:
             stacks.rearm()
+            is_best = False
             if held_out and _evaluates(trainer):
-                yield Evaluation(trainer.step, evaluation_row(trainer.evaluate(held_out)))
+                row = evaluation_row(trainer.evaluate(held_out))
+                yield Evaluation(trainer.step, row)
                 trainer.state.current["evaluated"] = trainer.step
-            last = trainer.step >= settings.steps
-            if trainer.step > saved and (last or (settings.save_every and trainer.step % settings.save_every == 0)):
-                trainer.save()
+                is_best = _note_best(trainer, row)
+            if trainer.step > saved and (schedule.due(trainer.step) or is_best):
+                yield Saved(trainer.save())
                 saved = trainer.step
+                schedule.saved()
+            elif is_best:  # a run that has gone on from this step's checkpoint has made up for its evaluation
+                _mark_best(trainer)
+            last = trainer.step >= settings.steps
             if last or distributed.largest([int(stop.asked)], trainer.device)[0]:
                 break
             with _traced(trainer, trainer.step in profile):
                 metrics, groups = trainer.run_step()
             yield Step(trainer.step - 1, metrics, groups)
     except FAILURES as error:
-        raise _with_checkpoint(error, trainer, saved) from error
+        folder, told = _with_checkpoint(error, trainer, saved)
+        if folder:
+            yield Saved(folder)
+        raise told from error
     if trainer.step > saved:
-        trainer.save()
+        yield Saved(trainer.save())
+
+
+def _note_best(trainer: Trainer, row: dict) -> bool:
+    """Let the run's state know the best checkpoint after an evaluation; returns whether it is the one of this step."""
+    found = saving.better(row, trainer.step, trainer.config, trainer.state.current.get(checkpoint.BEST))
+    if found is None:
+        return False
+    trainer.state.current[checkpoint.BEST] = found
+    return True
+
+
+def _mark_best(trainer: Trainer) -> None:
+    """Let the link to the best checkpoint follow the run's state; every rank calls."""
+    with distributed.together(FolderError), writing("the link to the best checkpoint", trainer.checkpoints):
+        if trainer.rank == 0:
+            checkpoint.mark_best(trainer.checkpoints, trainer.state)
 
 
 def _evaluates(trainer: Trainer) -> bool:
@@ -182,15 +246,14 @@ def _evaluates(trainer: Trainer) -> bool:
     return due and trainer.state.current.get("evaluated") != step
 
 
-def _with_checkpoint(error: Exception, trainer: Trainer, saved: int) -> Exception:
-    """Save what the failed step or evaluation began with, on all ranks; returns the error with the way on."""
-    told = f"{error}\nstopped after {trainer.step} of {trainer.config.trainer.steps} steps; --resume goes on from there"
+def _with_checkpoint(error: Exception, trainer: Trainer, saved: int) -> tuple[Path | None, Exception]:
+    """Save what the failed step or evaluation began with, on all ranks; returns where, and the error with a way on."""
     try:
-        if trainer.step > saved:
-            trainer.save()
+        folder = trainer.save() if trainer.step > saved else None
     except FolderError as unsaved:
-        return FolderError(f"{error}\n{unsaved}")
-    return type(error)(told)
+        return None, FolderError(f"{error}\n{unsaved}")
+    stopped = f"stopped after {trainer.step} of {trainer.config.trainer.steps} steps"
+    return folder, type(error)(f"{error}\n{stopped}; {_way_on(trainer)}")
 
 
 @contextmanager
@@ -241,8 +304,9 @@ def _checked(
     return check_samples(samples, preprocessor.lengths, drop, tell, distributed.gather, rank, ranks)
 
 
-def _show(config: Config, console: Console) -> None:
+def _show(trainer: Trainer, console: Console) -> None:
     """Draw the curves, show how held-out pass@k went, and say where everything is."""
+    config = trainer.config
     folder = config.trainer.output_dir
     plot_curves([folder], folder / "curves.png")
     if rows := read_rows(folder / "evaluations.jsonl"):
@@ -262,3 +326,5 @@ def _show(config: Config, console: Console) -> None:
     }.items():
         if path.exists():
             console.print(f"{name:12} {path}")
+    if known := trainer.state.current.get(checkpoint.BEST):
+        console.print(f"{checkpoint.BEST:12} {saving.told_best(known, trainer.checkpoints)}", soft_wrap=True)
