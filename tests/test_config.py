@@ -40,7 +40,7 @@ def load(*overrides, path=None):
         (
             "method=ppo",
             "method='ppo': input should be 'vogue', 'grpo', 'dapo', 'dr_grpo', 'gspo', 'rloo', 'noisy_rollout', "
-            "'entropy', 'passk' or 'dupl'",
+            "'entropy', 'passk', 'dupl', 'cde', 'mmr1' or 'shuffle_r1'",
         ),
         ("guidance.divergence=forward", "unknown setting guidance.divergence"),
         ("uncertainty.estimator=k2", "uncertainty.estimator='k2': input should be 'exact', 'k3' or 'sampled'"),

@@ -15,6 +15,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from vogue.method.pairs import pair_count
+from vogue.method_sections import CuriosityConfig, SamplingConfig
 from vogue.presets import METHODS, with_method
 from vogue.sections import (
     AdvantageConfig,
@@ -42,12 +44,14 @@ class Config(Section):
     model: ModelConfig
     lora: LoraConfig = LoraConfig()
     data: DataConfig
+    sampling: SamplingConfig = SamplingConfig()
     perturb: PerturbConfig = PerturbConfig()
     branch: BranchConfig = BranchConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     uncertainty: UncertaintyConfig = UncertaintyConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     reward: RewardConfig = RewardConfig()
+    curiosity: CuriosityConfig = CuriosityConfig()
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -105,6 +109,31 @@ class Config(Section):
             raise ValueError("trainer.eval_every is set, but data.test is not")
         return self
 
+    @model_validator(mode="after")
+    def _methods_have_their_parts(self) -> "Config":
+        if self.method == "cde" and not self.curiosity.weight:
+            raise ValueError("curiosity.weight=0: method=cde without its bonus is method=grpo")
+        if self.method == "mmr1" and not self.sampling.scored(self.rollout.prompts):
+            raise ValueError(
+                f"sampling.share={self.sampling.share} of rollout.prompts={self.rollout.prompts} is none: method=mmr1 "
+                "without prompts drawn by their scores is method=grpo"
+            )
+        pairs, n = self.advantage.pairs, self.rollout.n
+        if self.method == "shuffle_r1" and pairs == 1 and not self.trainer.shuffle:
+            raise ValueError("advantage.pairs=1 and trainer.shuffle=0: method=shuffle_r1 without both is method=grpo")
+        if (pairs < 1 or self.trainer.shuffle) and n % 2:
+            raise ValueError(
+                f"rollout.n={n} completions can't be paired, as advantage.pairs={pairs} and "
+                f"trainer.shuffle={self.trainer.shuffle} ask: their number must be even"
+            )
+        if pair_count(n, pairs) == 0:
+            raise ValueError(f"advantage.pairs={pairs} of rollout.n={n} completions is no pair")
+        if self.curiosity.weight and self.advantage.kind == "passk":
+            raise ValueError(
+                f"curiosity.weight={self.curiosity.weight} adds to rewards, which advantage.kind=passk doesn't read"
+            )
+        return self
+
     def uses_steps(self) -> list[str]:
         """The settings whose schedule ends with `trainer.steps`, so that another number of steps is another run."""
         schedules = {
@@ -113,6 +142,7 @@ class Config(Section):
             "guidance.sign_transition": self.guidance.sign_transition is not None and self.guidance.alpha_per > 0,
             "optimizer.lr_scheduler_type": self.optimizer.lr_scheduler_type != "constant",
             "optimizer.warmup_ratio": self.optimizer.warmup_ratio > 0,
+            "curiosity.schedule": self.curiosity.scheduled,
         }
         return [name for name, used in schedules.items() if used]
 

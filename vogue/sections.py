@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from vogue.presets import COMPONENTS, DESIGNS
+from vogue.presets import COMPONENTS, DESIGNS, JUDGING
 from vogue.settings import Count, Finite, NonNegative, Positive, Section, Share
 
 FUNCTION = r"^(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*$"
@@ -198,6 +198,16 @@ class AdvantageConfig(Section):
         description="what advantage.kind=group divides by: the group's std, or nothing, as in Dr. GRPO",
     )
     k: Count = Field(4, description="k of Pass@k Training, with advantage.kind=passk; at most rollout.n")
+    pairs: Share = Field(
+        1.0,
+        description="share of a group's pairs that are trained on, best completion with worst, second with second last "
+        "and so on, the widest pairs first (Shuffle-R1); all G completions count in the advantages; 1: all",
+    )
+    shape: NonNegative = Field(
+        0.0,
+        description="lambda by which a completion's first and last token have a larger advantage than its middle one "
+        "(AVATAR), A (1 + lambda (2 t / (L - 1) - 1)^2) at token t of L; 0: all have the same",
+    )
 
 
 class OwnReward(Section):
@@ -231,6 +241,11 @@ class RewardConfig(Section):
         description="reward functions of your own by name, each {function: FILE.py:NAME, options: {}}, whose values "
         "times their weights are added to the design's sum; see docs/rewards.md",
     )
+    wrong: Annotated[float, Field(le=0, allow_inf_nan=False)] = Field(
+        0.0,
+        description="value of a wrong answer in the design's sum, where a right one has 1 and one with partial credit "
+        "stands between them; -1 in CDE",
+    )
     overlong_buffer: Share = Field(
         0.0,
         description="a completion that ends in this last share of rollout.max_tokens loses up to 1 of its reward "
@@ -257,8 +272,11 @@ class RewardConfig(Section):
     def _scores_have_names(self) -> "RewardConfig":
         if self.function and (self.functions or self.weights):
             raise ValueError(f"reward.function={self.function} takes the place of all weights and of reward.functions")
+        if self.wrong and (self.function or self.design not in JUDGING):
+            where = f"reward.function={self.function}" if self.function else f"reward.design={self.design}"
+            raise ValueError(f"reward.wrong={self.wrong}: {where} has no score of right and wrong answers")
         for name in self.functions:
-            if name in (*COMPONENTS, "accuracy", "format", "overlong"):
+            if name in (*COMPONENTS, "accuracy", "format", "overlong", "curiosity"):
                 raise ValueError(f"reward.functions.{name}: this is the name of a score of the designs")
         scores = [*DESIGNS[self.design], *self.functions]
         for name, weight in self.weights.items():

@@ -2,6 +2,8 @@ r"""The reward designs: what a completion is asked for, and what it earns.
 
 reward = sum of weight · score over the scores of `reward.design` (`reward.weights`, else `vogue.presets.DESIGNS`)
 
+With `reward.wrong` = w the score s that judges the answer counts as w + (1 − w) s: 1 if right, w if wrong.
+
 VOGUE (arXiv 2510.01444), `verifiable`, the default:  <think> … </think> … \boxed{answer}
     accuracy       1 for a right answer
     format         1 for the form above
@@ -29,7 +31,7 @@ from math import tanh
 
 from vogue.boxed import boxed
 from vogue.data import Sample
-from vogue.presets import DESIGNS
+from vogue.presets import DESIGNS, JUDGING
 from vogue.rewards.checker import verdicts
 from vogue.rewards.function import Earned, RewardError, own_rewards
 from vogue.rewards.reading import Number, Time, read
@@ -146,7 +148,10 @@ def _score(
     if again is not None:
         components["blind"] = float(again)
     scores = {"accuracy": accuracy, "format": float(has_format(completion, settings.design))} | components
-    reward = sum(weight * scores[name] for name, weight in settings.weights.items() if weight and name in asked)
+    worth = scores
+    if judging := JUDGING.get(settings.design):
+        worth = scores | {judging: settings.wrong + (1 - settings.wrong) * scores[judging]}
+    reward = sum(weight * worth[name] for name, weight in settings.weights.items() if weight and name in asked)
     return Score(reward, accuracy, scores["format"], parsed, components)
 
 

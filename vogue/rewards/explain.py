@@ -40,6 +40,8 @@ def steps(completion: str, answer: str, settings: RewardConfig) -> list[tuple[st
     parts = {"accuracy": scored.accuracy, "format": scored.format} | scored.components
     weights = settings.weights
     found += [(name, f"{value:.4g}, weight {weights.get(name, 0):g}") for name, value in parts.items()]
+    if settings.wrong:
+        found.append(("reward.wrong", f"{settings.wrong:g}, what a wrong answer counts as in place of 0"))
     return [*found, ("reward", f"{scored.reward:.4g}")] if weights else found
 
 
