@@ -52,7 +52,8 @@ STARTS: dict[str, dict[str, Any]] = {
 }
 
 # What each reward design adds up, and with which weights. VOGUE's; the six of arXiv 2601.00215, whose weights are known
-# from a secondary source; Vision-SR1's (arXiv 2508.19652), as in its code. A weight of 0: asked for, not rewarded.
+# from a secondary source; Vision-SR1's (arXiv 2508.19652) and PeBR-R1's (arXiv 2509.13031), as in their code. A weight
+# of 0: asked for, not rewarded.
 DESIGNS: dict[str, dict[str, float]] = {
     "verifiable": {"accuracy": 0.9, "format": 0.1},
     "vanilla": {"think": 0.1, "answer": 0.9},
@@ -62,7 +63,10 @@ DESIGNS: dict[str, dict[str, float]] = {
     "visual_fusion": {"think": 0.1, "visual": 0.1, "answer": 0.8},
     "no_accuracy": {"description": 0.3, "think": 0.3, "rethink": 0.3, "answer": 0.1},
     "vision_sr1": {"accuracy": 0.9, "format": 0.1, "blind": 1.0},
+    "pebr_perception": {"similarity": 0.4, "keywords": 0.4, "format": 0.1, "length": 0.1},
+    "pebr_reasoning": {"accuracy": 0.9, "format": 0.1},
 }
+HEADED = ("pebr_perception", "pebr_reasoning")  # completions stand under headings, without tags and boxes
 # The score of each design that says how right an answer is, and not that there is one; where it has such a score.
 JUDGING = {
     design: name

@@ -241,6 +241,18 @@ class RewardConfig(Section):
         description="reward functions of your own by name, each {function: FILE.py:NAME, options: {}}, whose values "
         "times their weights are added to the design's sum; see docs/rewards.md",
     )
+    scorer: OwnReward | None = Field(
+        None,
+        description="what measures how well a description fits its image, with reward.design=pebr_perception: a "
+        "function as in reward.functions, whose samples have the paths of their images as `images`; for a model of "
+        "CLIP's kind {function: 'vogue.rewards.similarity:clip', options: {model: FOLDER}}",
+    )
+    similar_enough: Positive = Field(
+        0.4, description="value of reward.scorer from which on a description has the whole score of similarity"
+    )
+    expected_length: Count = Field(
+        512, description="tokens up to which a completion has the whole score of length, with pebr_perception"
+    )
     wrong: Annotated[float, Field(le=0, allow_inf_nan=False)] = Field(
         0.0,
         description="value of a wrong answer in the design's sum, where a right one has 1 and one with partial credit "
@@ -272,6 +284,11 @@ class RewardConfig(Section):
     def _scores_have_names(self) -> "RewardConfig":
         if self.function and (self.functions or self.weights):
             raise ValueError(f"reward.function={self.function} takes the place of all weights and of reward.functions")
+        if self.weights.get("similarity") and self.design == "pebr_perception" and self.scorer is None:
+            weight = self.weights["similarity"]
+            raise ValueError(
+                f"reward.scorer is not set: what measures the similarity of reward.weights.similarity={weight}"
+            )
         if self.wrong and (self.function or self.design not in JUDGING):
             where = f"reward.function={self.function}" if self.function else f"reward.design={self.design}"
             raise ValueError(f"reward.wrong={self.wrong}: {where} has no score of right and wrong answers")
