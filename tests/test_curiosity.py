@@ -83,12 +83,12 @@ def test_the_log_perplexities_of_right_and_wrong_answers_are_counted():
 def test_a_step_trains_on_rewards_with_the_bonus(new_trainer):
     metrics, groups = new_trainer("method=cde", "rollout.n=4").run_step()
     for found in groups:
-        bonuses = [score.components["curiosity"] for score in found.scores]
-        plain = [score.reward - extra for score, extra in zip(found.scores, bonuses)]
-        for reward, extra, completion in zip(plain, bonuses, found.completions):
+        bonuses = [earned.components["curiosity"] for earned in found.scores]
+        for earned, extra, completion in zip(found.scores, bonuses, found.completions):
+            plain = 0.9 * (1 if earned.accuracy else -1) + 0.1 * earned.format
             surprise = -sum(completion.logprobs) / len(completion.logprobs)
-            assert extra == pytest.approx(min(abs(reward) / 3, surprise), abs=1e-6)
-            assert reward == pytest.approx({True: 1.0, False: -0.8}[reward > 0])  # all of them have the format
+            assert extra == pytest.approx(min(abs(plain) / 3, surprise), abs=1e-6)
+            assert earned.reward == pytest.approx(plain + extra)
         rewards = torch.tensor([[score.reward for score in found.scores]])
         assert found.advantages == pytest.approx(group_advantages(rewards)[0].tolist(), abs=1e-6)
     same = [found for found in groups if len({score.accuracy for score in found.scores}) == 1]
@@ -144,6 +144,10 @@ NEEDED = ["model.path=some/model", "data.train=train.parquet"]
         (
             ["reward.function=own.py:reward", "reward.wrong=-1"],
             "reward.wrong=-1.0: reward.function=own.py:reward has no score of right and wrong answers",
+        ),
+        (
+            ["curiosity.weight=0.5", "reward.functions.curiosity.function=own.py:reward"],
+            "reward.functions.curiosity: this is the name of the bonus of curiosity.weight",
         ),
         (["reward.wrong=0.5"], "reward.wrong=0.5: input should be less than or equal to 0"),
     ],

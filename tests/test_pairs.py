@@ -1,6 +1,7 @@
 """Shuffle-R1's pairs and batch shuffle, by hand and in a real update."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_the_number_of_pairs_is_rounded_and_odd_groups_have_none():
 
 def test_all_completions_count_in_the_advantages_and_the_widest_pairs_alone_are_kept(config):
     settings = config("method=grpo", "advantage.pairs=0.5", "rollout.n=8")
-    some = group(0, 1, 1, 0, 1, 1, 0, 1, 1)
+    some = group(0, *map(float, (1, 1, 0, 1, 1, 0, 1, 1)))
     found = judged(some, some.scores, settings)
     assert found.advantages == pytest.approx(advantages_of(1, 1, 0, 1, 1, 0, 1, 1))
     assert found.kept == (True, True, True, False, False, True, False, False)
@@ -146,7 +147,8 @@ def test_a_completion_that_is_drawn_twice_weighs_as_two(new_trainer, aggregation
 
 
 def test_a_step_that_is_shuffled_trains_on_what_has_an_advantage(new_trainer):
-    metrics, groups = new_trainer(*SHUFFLED, "optimizer.lr=1e-4").run_step()
+    partitions = "trainer.deepspeed.zero_optimization.stage=1"  # as by default: stage 0 tells no norm
+    metrics, groups = new_trainer(*SHUFFLED, "optimizer.lr=1e-4", partitions).run_step()
     assert any(len(set(found.advantages)) > 1 for found in groups)
     assert metrics["grad_norm"] > 0
     assert 0 < metrics["shuffled_share"] <= 1
@@ -172,6 +174,12 @@ def test_settings_that_do_not_go_together_are_told(overrides, told):
     with pytest.raises(ConfigError) as error:
         load_config(None, [*NEEDED, *overrides])
     assert str(error.value).startswith(told)
+
+
+@pytest.mark.parametrize("name", ["shuffle_r1", "mmr1"])
+def test_the_recipes_are_settings_that_can_be_used(name):
+    path = Path(__file__).parents[1] / f"examples/recipes/{name}.yaml"
+    assert load_config(path, NEEDED).method == name
 
 
 def test_shuffle_r1_keeps_8_of_16_and_draws_8_sub_batches():

@@ -134,9 +134,18 @@ def test_a_scorer_is_asked_for_before_the_run_and_must_import(perception, sample
         ConfigError, match=r"^reward\.scorer is not set: what measures .* reward\.weights\.similarity=0\.4"
     ):
         load_config(None, ["model.path=some/model", "reward.design=pebr_perception"])
+    with pytest.raises(ConfigError, match=r"^reward\.scorer=own\.py:score: only reward\.design=pebr_perc"):
+        load_config(None, ["model.path=some/model", "reward.scorer.function=own.py:score"])
     lost = perception().model_copy(update={"scorer": perception().scorer.model_copy(update={"function": "no.py:red"})})
     with pytest.raises(RewardError, match=r"reward\.scorer=no\.py:red: there is no file"):
         check_function(lost)
+
+
+def test_a_function_of_ones_own_may_have_the_name_of_a_score_in_other_designs_alone(perception):
+    own = {"length": {"function": "own.py:length"}}
+    assert RewardConfig(functions=own).weights["length"] == 1
+    with pytest.raises(ValueError, match=r"reward\.functions\.length: this is the name of a score of the designs"):
+        perception(functions=own)
 
 
 def test_what_takes_the_sample_is_not_scored_without_it(perception):
@@ -159,9 +168,8 @@ def test_a_model_of_clips_kind_scores_as_its_own_similarity_does(tmp_path, sampl
 
     torch.manual_seed(0)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    (tmp_path / "vocab.json").write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "b</w>": 3}')
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), model_max_length=16)
+    known = ("<|startoftext|>", "<|endoftext|>", "a", "b", "a</w>", "b</w>")
+    tokenizer = CLIPTokenizer({token: i for i, token in enumerate(known)}, [], model_max_length=16)
     text = small | {"vocab_size": 8, "max_position_embeddings": 16, "eos_token_id": 1, "bos_token_id": 0}
     model = CLIPModel(
         CLIPConfig(text_config=text, vision_config=small | {"image_size": 8, "patch_size": 4}, projection_dim=8)

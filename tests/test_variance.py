@@ -10,6 +10,7 @@ import torch
 from ranks import launch
 from test_groups import group
 
+from vogue.cli import main
 from vogue.config import load_config
 from vogue.loader import SCORES, sample_order
 from vogue.method.variance import distinct, drawn, interleaved, outcome_variance, scores, unseen
@@ -18,7 +19,7 @@ from vogue.prompt_scores import TOKENS, refreshed, remembered
 from vogue.settings import ConfigError
 
 NEEDED = ["model.path=some/model", "data.train=train.parquet"]
-MMR1 = ("method=mmr1", "rollout.n=4", "sampling.n=3", "sampling.every=2")
+MMR1 = ("method=mmr1", "rollout.n=4", "sampling.n=3", "sampling.every=2")  # measured before the steps 0 and 2
 
 
 def test_outcome_and_score_by_hand():
@@ -142,11 +143,11 @@ def test_a_sample_that_cannot_be_read_is_skipped_where_that_is_asked_for(new_tra
 
 
 def test_a_step_chooses_its_prompts_by_what_it_has_just_measured_and_counts_the_cost(new_trainer):
-    trainer = new_trainer(*MMR1, "sampling.share=1")
+    trainer = new_trainer(*MMR1, "sampling.share=1", "sampling.outcome=1", "sampling.diversity=0")
     metrics, groups = trainer.run_step()
     known = trainer.state.current[SCORES]
-    weights = scores(known, 0.8, 0.2, normalise=False)
-    assert all(weights[found.item.index] > 0 for found in groups)
+    assert (known[:, 0] == 0).sum() > 12  # samples that aren't drawn by what is known now, and would be without it
+    assert all(known[found.item.index, 0] > 0 for found in groups)
     trained = sum(len(completion.token_ids) for found in groups for completion in found.completions)
     assert metrics["generated_tokens"] == trained + metrics[TOKENS]
     assert metrics[TOKENS] > 24 * 3
@@ -219,14 +220,17 @@ def test_two_ranks_that_were_stopped_draw_and_train_as_one_that_was_not(model_fo
             *("rollout.max_tokens=12", "optimizer.lr=1e-4", "curiosity.schedule=none", *ALL),
             *(f"sampling.source={source}", f"trainer.output_dir={tmp_path / str(ranks)}"),
         ]
-        launch(ranks, "--module", "vogue.train", *given, *settings)
+        if ranks == 1:
+            assert main(["train", *given, *settings]) == 0
+        else:
+            launch(ranks, "--module", "vogue.train", *given, *settings)
         return [json.loads(line) for line in (tmp_path / str(ranks) / "metrics.jsonl").read_text().splitlines()]
 
-    straight = run(1, "trainer.steps=4")
-    run(2, "trainer.steps=3")
-    resumed = run(2, "trainer.steps=4", "--resume")
-    assert [row["step"] for row in resumed] == [0, 1, 2, 3]
+    straight = run(1, "trainer.steps=3")
+    run(2, "trainer.steps=1")
+    resumed = run(2, "trainer.steps=3", "--resume")
+    assert [row["step"] for row in resumed] == [0, 1, 2]
     for one, two in zip(straight, resumed, strict=True):
         assert {name: two[name] for name in CURVES} == pytest.approx({name: one[name] for name in CURVES}, rel=1e-3)
-    state = [torch.load(tmp_path / f"{n}/checkpoints/step_000004/run/0.pt")["current"][SCORES] for n in (1, 2)]
+    state = [torch.load(tmp_path / f"{n}/checkpoints/step_000003/run/0.pt")["current"][SCORES] for n in (1, 2)]
     torch.testing.assert_close(*state, rtol=0, atol=1e-6)

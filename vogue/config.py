@@ -128,6 +128,8 @@ class Config(Section):
             )
         if pair_count(n, pairs) == 0:
             raise ValueError(f"advantage.pairs={pairs} of rollout.n={n} completions is no pair")
+        if self.curiosity.weight and "curiosity" in self.reward.functions:
+            raise ValueError("reward.functions.curiosity: this is the name of the bonus of curiosity.weight")
         if self.curiosity.weight and self.advantage.kind == "passk":
             raise ValueError(
                 f"curiosity.weight={self.curiosity.weight} adds to rewards, which advantage.kind=passk doesn't read"

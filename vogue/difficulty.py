@@ -37,10 +37,8 @@ def split(config: Config, folder: Path, console: Console) -> dict[str, int]:
     A level without a problem has no file. Raises ConfigError and DataError as an evaluation does.
     """
     samples = training_samples(config.data)
-    # Accuracy is all that is read: what else a completion earns need not be worked out.
-    reward = config.reward.model_copy(update={"weights": dict.fromkeys(config.reward.functions, 0.0)})
-    judged = evaluate_model(config.model_copy(update={"reward": reward}), ("image",), console, samples)["image"]
-    found = by_level(judged)
+    config = config.model_copy(update={"reward": config.reward.unweighed()})
+    found = by_level(evaluate_model(config, ("image",), console, samples)["image"])
     for name, samples in found.items():
         path = folder / f"{name}.parquet"
         if samples:

@@ -201,5 +201,4 @@ def write_rows(samples: Samples, offenders: Sequence[Offender], path: Path) -> N
 def self_scored(sample: Sample, config: Config) -> Score:
     """The score of a completion that gives the sample's own answer, in every form that a reward design reads."""
     completion = f"<think>\n</think>\\boxed{{{sample.answer}}}<answer>{sample.answer}</answer>"
-    unweighed = config.reward.model_copy(update={"weights": {}})  # some scores take more than a text
-    return score(completion, sample.answer, unweighed)
+    return score(completion, sample.answer, config.reward.unweighed())  # some scores take more than a text

@@ -48,9 +48,14 @@ class SamplingConfig(Section):
         """How many of a step's prompts are drawn by their scores: the share, rounded down."""
         return int(self.share * prompts + 1e-9) if self.kind == "variance" else 0
 
+    @property
+    def measures(self) -> bool:
+        """Whether all samples are measured every so many steps."""
+        return self.kind == "variance" and self.source == "rollouts"
+
     def refreshes(self, step: int) -> bool:
         """Whether all samples are measured anew before the step chooses its prompts."""
-        return self.kind == "variance" and self.source == "rollouts" and step % self.every == 0
+        return self.measures and step % self.every == 0
 
     @property
     def remembers(self) -> bool:
@@ -62,7 +67,9 @@ class CuriosityConfig(Section):
     """CDE's bonus on rewards, weight * min(|reward| / cap, alpha * B), B a completion's mean -log p a token."""
 
     weight: NonNegative = Field(
-        0.0, description="weight of the bonus at the run's start; 0: no bonus. It needs reward.wrong other than 0"
+        0.0,
+        description="weight of the bonus at the run's start; 0: no bonus. A reward of 0 gets none, so that wrong "
+        "answers need reward.wrong",
     )
     schedule: Literal["none", "linear", "cosine", "staircase"] = Field(
         "staircase",

@@ -74,7 +74,10 @@ JUDGING = {
     for name in ("accuracy", "answer")
     if name in weights and design != "no_accuracy"
 }
-COMPONENTS = tuple(dict.fromkeys(name for weights in DESIGNS.values() for name in weights))
+# Names that no function of a user's own may have; those of PeBR-R1's scores, with its designs alone.
+COMPONENTS = tuple(
+    dict.fromkeys(name for design, weights in DESIGNS.items() for name in weights if design not in HEADED)
+)
 
 
 def with_method(values: dict[str, Any]) -> dict[str, Any]:

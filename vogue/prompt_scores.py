@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from vogue import distributed
-from vogue.config import Config
 from vogue.data import DataError
 from vogue.evaluate import CHUNK
 from vogue.groups import Group
@@ -104,14 +103,9 @@ def _answered(
     engine: Engine, loader: Loader, requests: dict[int, Request], step: int
 ) -> tuple[list[list[Completion]], list[int]]:
     """The completions of each request and how many of them are right."""
-    config, rollout = _without_blind(loader.config), loader.config.rollout
+    rollout, reward = loader.config.rollout, loader.config.reward
+    config = loader.config.model_copy(update={"reward": reward.unweighed()})
     completions = engine.generate(list(requests.values()), config.sampling.n, rollout.max_tokens, rollout.temperature)
     asked, places = [loader.samples[number] for number in requests], [(step, number) for number in requests]
     found = score_groups(engine, loader.preprocessor, config, asked, completions, places, rollout.temperature)
     return completions, [sum(score.accuracy == 1 for score in group) for group in found]
-
-
-def _without_blind(config: Config) -> Config:
-    """The settings without Vision-SR1's second answer, which has to be generated and says nothing of accuracy."""
-    reward = config.reward.model_copy(update={"weights": config.reward.weights | {"blind": 0.0}})
-    return config.model_copy(update={"reward": reward})

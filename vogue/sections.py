@@ -1,6 +1,7 @@
 """The settings of a run, section by section, with their units and defaults; `vogue.config` puts them together.
 
-Those of adapters, optimizer and trainer are in `vogue.training_sections`.
+Those of adapters, optimizer and trainer are in `vogue.training_sections`, those of methods beside VOGUE's own in
+`vogue.method_sections`.
 """
 
 # pydantic's defaults stand first in Field, where pyright doesn't look for them; a Literal may be of a table's keys.
@@ -269,6 +270,10 @@ class RewardConfig(Section):
         "completions of a step",
     )
 
+    def unweighed(self) -> "RewardConfig":
+        """The same where accuracy alone is read: what a completion earns isn't worked out, and costs nothing."""
+        return self.model_copy(update={"weights": dict.fromkeys(self.functions, 0.0)})
+
     @model_validator(mode="before")
     @classmethod
     def _fill_weights(cls, values: Any) -> Any:
@@ -284,6 +289,8 @@ class RewardConfig(Section):
     def _scores_have_names(self) -> "RewardConfig":
         if self.function and (self.functions or self.weights):
             raise ValueError(f"reward.function={self.function} takes the place of all weights and of reward.functions")
+        if self.scorer and (self.function or self.design != "pebr_perception"):
+            raise ValueError(f"reward.scorer={self.scorer.function}: only reward.design=pebr_perception reads it")
         if self.weights.get("similarity") and self.design == "pebr_perception" and self.scorer is None:
             weight = self.weights["similarity"]
             raise ValueError(
@@ -293,7 +300,7 @@ class RewardConfig(Section):
             where = f"reward.function={self.function}" if self.function else f"reward.design={self.design}"
             raise ValueError(f"reward.wrong={self.wrong}: {where} has no score of right and wrong answers")
         for name in self.functions:
-            if name in (*COMPONENTS, "accuracy", "format", "overlong", "curiosity"):
+            if name in (*COMPONENTS, *DESIGNS[self.design], "accuracy", "format", "overlong"):
                 raise ValueError(f"reward.functions.{name}: this is the name of a score of the designs")
         scores = [*DESIGNS[self.design], *self.functions]
         for name, weight in self.weights.items():

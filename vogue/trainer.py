@@ -150,8 +150,12 @@ class Trainer:
         return StepResult(self.step_metrics(means, clock), groups)
 
     def refresh(self, means: Means, clock: Clock) -> None:
-        """Measure all samples anew, where `sampling` asks for it before this step, and let the loader know."""
-        if self.config.sampling.refreshes(self.step):
+        """Measure all samples anew, where `sampling` asks for it before this step, and let the loader know.
+
+        Also where nothing was measured yet: a run may be resumed with such sampling that began without.
+        """
+        settings = self.config.sampling
+        if settings.refreshes(self.step) or (settings.measures and SCORES not in self.state.current):
             with clock("refresh"):
                 self.state.current[SCORES] = refreshed(self.engine, self.loader, self.step, means)
             self.state.settle()
@@ -220,9 +224,10 @@ class Trainer:
         on all ranks, before anything changes.
         """
         config, traces = self.config, {}
-        updates = in_updates(groups, config.trainer.updates)
         if config.trainer.shuffle:
             updates = shuffled(groups, config, self.step, means, clock)
+        else:
+            updates = in_updates(groups, config.trainer.updates)
         with clock("pack"):
             packed = [self.micro_batches(part, groups[0], means, clock) for part in updates]
         if len(updates) > 1:

@@ -144,7 +144,7 @@ def _schema(samples: Sequence[Sample], path: Path) -> pa.Schema:
         values = [sample.columns.get(name) for sample in samples]
         try:
             schema = schema.append(pa.field(name, pa.array(values).type))
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(f"{path}: column {name!r} holds values of several kinds: {error}") from error
     return schema
 

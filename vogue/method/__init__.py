@@ -2,6 +2,8 @@
 
 perturb       T(x)                        advantage     A, of a group's rewards
 branch        p_noi, z, the bonus's sign  uncertainty   u_out and u_per, exact or estimated
+curiosity     CDE's bonus on rewards      pairs         Shuffle-R1's pairs and their draws
+variance      MMR1's scores of prompts
 
 The bonuses and the clipped surrogate are `vogue_kernels.loss`, which other trainers use too.
 """

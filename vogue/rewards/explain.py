@@ -39,7 +39,7 @@ def steps(completion: str, answer: str, settings: RewardConfig) -> list[tuple[st
             ("verdict", f"{'right' if verdict.right else 'wrong'}: {verdict.rule}"),
         ]
     of_sample = settings.design == "pebr_perception"
-    scored = score(completion, answer, settings.model_copy(update={"weights": {}}) if of_sample else settings)
+    scored = score(completion, answer, settings.unweighed() if of_sample else settings)
     parts = {"accuracy": scored.accuracy, "format": scored.format} | scored.components
     weights = settings.weights
     found += [(name, f"{value:.4g}, weight {weights.get(name, 0):g}") for name, value in parts.items()]
