@@ -166,6 +166,23 @@ def config(settings):
 
 
 @pytest.fixture
+def new_loader(config):
+    """A function: the loader of a run with these settings, of one rank of so many."""
+
+    from vogue.data.dataset import check_samples
+    from vogue.loader import Loader
+    from vogue.state import RunState
+
+    def build(*overrides, rank=0, ranks=1):
+        chosen = config(*overrides)
+        preprocessor = Preprocessor.of(chosen)
+        data = check_samples(load_samples(chosen.data.train), preprocessor.lengths)
+        return Loader(chosen, data, preprocessor, RunState(), rank, ranks)
+
+    return build
+
+
+@pytest.fixture
 def new_trainer(config):
     """A function: a trainer of one rank, unpartitioned (stage 0), so that gradients are plain ones."""
     from vogue.data.dataset import check_samples

@@ -6,7 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vogue.method.advantage import deviation, group_advantages, mixed, over, passk_advantages, rloo_advantages
+from vogue.method.advantage import (
+    deviation,
+    group_advantages,
+    mixed,
+    over,
+    over_tokens,
+    passk_advantages,
+    rloo_advantages,
+)
 
 groups = st.lists(st.floats(0, 1, width=32), min_size=2, max_size=8).map(lambda r: torch.tensor([r]))
 
@@ -105,3 +113,15 @@ def test_one_deviation_for_all_groups_by_hand_and_in_any_order():
     generated = torch.rand(1000, generator=torch.Generator().manual_seed(0)).tolist()
     assert deviation(generated) == deviation(generated[::-1]) == deviation(generated[500:] + generated[:500])
     assert over(torch.zeros(2), deviation([0.1] * 7)).tolist() == [0, 0]
+
+
+def test_ends_of_a_completion_have_a_larger_advantage_by_hand():
+    assert over_tokens(2.0, 5, 0.3).tolist() == pytest.approx([2.6, 2.15, 2.0, 2.15, 2.6])
+    assert over_tokens(-1.0, 4, 0.9).tolist() == pytest.approx([-1.9, -1.1, -1.1, -1.9])  # 0.9 / 9 between
+    assert over_tokens(1.0, 1, 0.3).tolist() == pytest.approx([1.3])
+    assert over_tokens(1.0, 2, 0.3).tolist() == pytest.approx([1.3, 1.3])
+    assert over_tokens(1.0, 4001, 0.3).mean().item() == pytest.approx(1.1, abs=1e-4)  # 1 + 0.3 / 3
+
+
+def test_without_a_shape_every_token_has_the_advantage_itself():
+    assert torch.equal(over_tokens(0.1, 7, 0.0), torch.full((7,), 0.1))

@@ -9,26 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vogue.data import DataError, load_samples
-from vogue.data.dataset import check_samples
-from vogue.inputs import Preprocessor
-from vogue.loader import Loader, sample_order
+from vogue.data import DataError
+from vogue.loader import sample_order
 from vogue.settings import ConfigError
-from vogue.state import RunState
-
-
-@pytest.fixture
-def new_loader(config):
-    """A function: the loader of a run with these settings, of one rank of so many."""
-
-    def build(*overrides, rank=0, ranks=1):
-        chosen = config(*overrides)
-        preprocessor = Preprocessor.of(chosen)
-        data = check_samples(load_samples(chosen.data.train), preprocessor.lengths)
-        return Loader(chosen, data, preprocessor, RunState(), rank, ranks)
-
-    return build
-
 
 # ------------------------------------------------------------------------------------------------- loading ahead
 

@@ -370,3 +370,20 @@ def test_what_is_not_trained_on_counts_in_the_metrics_of_the_rollout_and_moves_n
     first, _ = weights_after(plain, [group for group in groups if any(group.kept)])
     second, _ = weights_after(dropped, groups)
     assert torch.equal(first, second)
+
+
+# ---------------------------------------------------------------------------------------- advantages over tokens
+
+
+def test_the_shape_of_a_completion_reaches_its_tokens_and_scales_the_loss(new_trainer):
+    trainer = new_trainer("method=grpo", "advantage.shape=0.3", *TWO_BY_TWO)
+    groups = [replace(group, advantages=(2.0, -1.0)) for group in generated(trainer, trainer.loader.items(0))]
+    (batch,) = batches_of(trainer, groups)
+    start = 0
+    for completion, advantage in zip(batch.completions, (2.0, -1.0) * 2):
+        length = len(completion.token_ids)
+        places = [2 * i / (length - 1) - 1 for i in range(length)] if length > 1 else [1.0]
+        expected = [advantage * (1 + 0.3 * place**2) for place in places]
+        assert batch.advantages[start : start + length].tolist() == pytest.approx(expected)
+        start += length
+    assert objective_of(trainer, batch).loss.item() == pytest.approx(-float(batch.advantages.sum()), rel=1e-5)

@@ -99,6 +99,13 @@ out of a training.
 
   vogue data check train.parquet
   vogue data check run.yaml --out broken.txt && vogue train run.yaml || vogue train run.yaml data.skip=broken.txt"""
+SPLIT_HELP = """\
+model.path answers each problem N times, as in an evaluation. easy: all answers are right, medium: some, hard: none.
+The stages of PeBR-R1 (arXiv 2509.13031) train on the first two, one after the other:
+
+  vogue data split train.parquet model.path=MODEL rollout.temperature=1.2 --out data/split
+  vogue train model.path=MODEL data.train=data/split/easy.parquet reward.design=pebr_perception ...
+  vogue train model.path=runs/first/checkpoints/step_000200/hf data.train=data/split/medium.parquet ..."""
 PUZZLES_HELP = """\
 kinds: clock, maze, move_box, n_queens, water_jugs, tower_of_hanoi, number_slide, checker_move, board_tiling
 
@@ -307,7 +314,9 @@ def _add_inspection(kinds, name: str, help: str, epilog: str) -> argparse.Argume
 
 
 def _add_data(commands) -> None:
-    command = commands.add_parser("data", help="look at a data set (show, check), or write one (digits, puzzles)")
+    command = commands.add_parser(
+        "data", help="look at a data set (show, check), or write one (split, digits, puzzles)"
+    )
     kinds = command.add_subparsers(dest="kind", required=True, metavar="COMMAND")
     command = _add_inspection(
         kinds, "show", "samples as the model will see them, and what looks odd about them", SHOW_HELP
@@ -317,6 +326,12 @@ def _add_data(commands) -> None:
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page with the images, too")
     command = _add_inspection(kinds, "check", "find all samples that can't be used; each image is decoded", CHECK_HELP)
     command.add_argument("--out", type=Path, metavar="FILE", help="write their row numbers, as data.skip takes them")
+
+    command = _add_inspection(
+        kinds, "split", "easy, medium and hard .parquet, by how often a model is right", SPLIT_HELP
+    )
+    command.add_argument("--samples", type=_count, default=8, metavar="N", help="completions a problem (default 8)")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
 
     command = _add(kinds, "digits", "two handwritten digits and a question: train, validation, test .parquet")
     command.add_argument("out", type=Path, help="folder to write to")

@@ -236,7 +236,8 @@ def _refuse(given: dict[str, float], defaults: dict[str, tuple], why: str) -> No
 
 
 def data(arguments: argparse.Namespace) -> int:
-    return {"digits": digits, "puzzles": puzzles, "check": check_data, "show": show_data}[arguments.kind](arguments)
+    commands = {"digits": digits, "puzzles": puzzles, "check": check_data, "show": show_data, "split": split_data}
+    return commands[arguments.kind](arguments)
 
 
 def check_data(arguments: argparse.Namespace) -> int:
@@ -278,6 +279,20 @@ def show_data(arguments: argparse.Namespace) -> int:
     if arguments.html:
         write_page(shown, f"{samples.spec}: {len(samples)} samples", special, arguments.html)
         console.print(f"page: {arguments.html}")
+    return 0
+
+
+def split_data(arguments: argparse.Namespace) -> int:
+    _quiet()
+    is_settings = arguments.file.endswith((".yaml", ".yml"))
+    overrides = [*([] if is_settings else [f"data.train={arguments.file}"]), *arguments.settings]
+    overrides += [f"trainer.eval_samples={arguments.samples}", "trainer.eval_every=0"]
+    config = load_config(arguments.file if is_settings else None, overrides)
+    from vogue.difficulty import split
+
+    console = Console()
+    for name, count in split(config, arguments.out, console).items():
+        console.print(f"{name:8} {count:6}  {arguments.out / f'{name}.parquet' if count else ''}", soft_wrap=True)
     return 0
 
 

@@ -17,6 +17,8 @@ import yaml
 from pydantic import Field, model_validator
 
 from vogue.estimates import powers_of_two
+from vogue.method.pairs import pair_count
+from vogue.method_sections import CuriosityConfig, SamplingConfig
 from vogue.presets import METHODS, with_method
 from vogue.sections import (
     ALL_TOKENS,
@@ -47,12 +49,14 @@ class Config(Section):
     model: ModelConfig
     lora: LoraConfig = LoraConfig()
     data: DataConfig
+    sampling: SamplingConfig = SamplingConfig()
     perturb: PerturbConfig = PerturbConfig()
     branch: BranchConfig = BranchConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     uncertainty: UncertaintyConfig = UncertaintyConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     reward: RewardConfig = RewardConfig()
+    curiosity: CuriosityConfig = CuriosityConfig()
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
     kl: KlConfig = KlConfig()
@@ -114,6 +118,8 @@ class Config(Section):
             raise ValueError(f"{name}: with branch.rollout=drawn completions are trained on T(x) itself")
         if self.kl.in_reward and self.advantage.kind == "passk":
             raise ValueError("kl.placement=reward: advantage.kind=passk reads right and wrong alone, not the reward")
+        if self.kl.in_reward and self.advantage.pairs < 1:
+            raise ValueError("kl.placement=reward: advantage.pairs chooses completions before the KL is known")
         for name, value in (
             ("rollout.temperature", self.rollout.temperature),
             ("trainer.eval_temperature", self.trainer.eval_temperature),
@@ -152,6 +158,33 @@ class Config(Section):
                 f"trainer.save_best={best}: evaluations with trainer.eval_samples={n} have {', '.join(names)}"
             )
 
+    @model_validator(mode="after")
+    def _methods_have_their_parts(self) -> "Config":
+        if self.method == "cde" and not self.curiosity.weight:
+            raise ValueError("curiosity.weight=0: method=cde without its bonus is method=grpo")
+        if self.method == "mmr1" and not self.sampling.scored(self.rollout.prompts):
+            raise ValueError(
+                f"sampling.share={self.sampling.share} of rollout.prompts={self.rollout.prompts} is none: method=mmr1 "
+                "without prompts drawn by their scores is method=grpo"
+            )
+        pairs, n = self.advantage.pairs, self.rollout.n
+        if self.method == "shuffle_r1" and pairs == 1 and not self.trainer.shuffle:
+            raise ValueError("advantage.pairs=1 and trainer.shuffle=0: method=shuffle_r1 without both is method=grpo")
+        if (pairs < 1 or self.trainer.shuffle) and n % 2:
+            raise ValueError(
+                f"rollout.n={n} completions can't be paired, as advantage.pairs={pairs} and "
+                f"trainer.shuffle={self.trainer.shuffle} ask: their number must be even"
+            )
+        if pair_count(n, pairs) == 0:
+            raise ValueError(f"advantage.pairs={pairs} of rollout.n={n} completions is no pair")
+        if self.curiosity.weight and "curiosity" in self.reward.functions:
+            raise ValueError("reward.functions.curiosity: this is the name of the bonus of curiosity.weight")
+        if self.curiosity.weight and self.advantage.kind == "passk":
+            raise ValueError(
+                f"curiosity.weight={self.curiosity.weight} adds to rewards, which advantage.kind=passk doesn't read"
+            )
+        return self
+
     def uses_steps(self) -> list[str]:
         """The settings whose schedule ends with `trainer.steps`, so that another number of steps is another run."""
         schedules = {
@@ -160,6 +193,7 @@ class Config(Section):
             "guidance.sign_transition": self.guidance.sign_transition is not None and self.guidance.alpha_per > 0,
             "optimizer.lr_scheduler_type": self.optimizer.lr_scheduler_type != "constant",
             "optimizer.warmup_ratio": self.optimizer.warmup_ratio > 0,
+            "curiosity.schedule": self.curiosity.scheduled,
         }
         return [name for name, used in schedules.items() if used]
 

@@ -114,12 +114,14 @@ def by_category(judged: list[Judged]) -> dict[str, list[Judged]]:
     return (groups if len(groups) > 1 else {}) | {"all": judged}
 
 
-def evaluate_model(config: Config, views: Sequence[str], console: Console) -> dict[str, list[Judged]]:
-    """Judge `model.path` on `data.test` in each view, in this process alone.
+def evaluate_model(
+    config: Config, views: Sequence[str], console: Console, samples: Sequence[Sample] | None = None
+) -> dict[str, list[Judged]]:
+    """Judge `model.path` on `samples`, by default those of `data.test`, in each view, in this process alone.
 
     Views are those of `with_view`; of "noisy" the images are perturbed by the settings of `perturb`.
     """
-    samples = test_samples(config.data)
+    samples = test_samples(config.data) if samples is None else samples
     shown = {view: [with_view(sample, view) for sample in samples] for view in views}
     check_function(config.reward)
     engine, preprocessor = _start(config, [sample for viewed in shown.values() for sample in viewed])

@@ -11,7 +11,17 @@ from vogue.config import Config
 from vogue.estimates import pass_at_k
 from vogue.inputs import NOISY, RAW
 from vogue.loader import Item
-from vogue.method.advantage import deviation, group_advantages, mixed, over, passk_advantages, rloo_advantages
+from vogue.method import curiosity
+from vogue.method.advantage import (
+    deviation,
+    group_advantages,
+    mixed,
+    over,
+    over_tokens,
+    passk_advantages,
+    rloo_advantages,
+)
+from vogue.method.pairs import kept_by_pairs
 from vogue.metrics import Means
 from vogue.model.packing import Place, Row
 from vogue.objective import has_gradient, reads_all
@@ -19,6 +29,8 @@ from vogue.rewards import Score
 from vogue.rollout.engine import Completion, Engine, Request
 from vogue.rollout.sampling import of_rollouts
 from vogue.seeds import Purpose, seed_for
+
+RIGHT, WRONG = "log_perplexity/right", "log_perplexity/wrong"  # metrics
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,7 @@ class Group:
     sources: tuple[str, ...]  # the view that each was generated from
     kept: tuple[bool, ...]  # those that are trained on
     paid: tuple[bool, ...]  # those whose u_per is paid
+    repeats: tuple[int, ...] = ()  # how often each that is kept is trained on in its update; empty: once
     scores: tuple[Score, ...] = ()
     advantages: tuple[float, ...] = ()
     traces: tuple[Trace | None, ...] = ()  # after training; None of those that needed no forward
@@ -104,7 +117,9 @@ def judged(group: Group, scores: Iterable[Score], config: Config) -> Group:
     kept = group.kept
     if config.loss.drop_unfinished:
         kept = tuple(keep and completion.finished for keep, completion in zip(kept, group.completions, strict=True))
-    return replace(group, scores=tuple(scores), advantages=_advantages(tuple(scores), config), kept=kept)
+    scores = tuple(scores)
+    group = replace(group, scores=scores, advantages=_advantages(scores, config), kept=kept)
+    return in_pairs(group, config.advantage.pairs)
 
 
 def penalised(group: Group, traces: Sequence[Trace], config: Config) -> Group:
@@ -135,6 +150,33 @@ def scaled_by_all(groups: Iterable[Group], rewards: Iterable[float]) -> list[Gro
     """The groups, whose advantages aren't scaled yet, with these over the std of `rewards` of several groups."""
     std = deviation(rewards)
     return [replace(group, advantages=tuple(over(torch.tensor(group.advantages), std).tolist())) for group in groups]
+
+
+def in_pairs(group: Group, share: float) -> Group:
+    """The group with only what lies in this share of its pairs kept, the widest ones (Shuffle-R1); all of it for 1."""
+    if share == 1:
+        return group
+    chosen = kept_by_pairs(group.advantages, share)
+    return replace(group, kept=tuple(a and b for a, b in zip(group.kept, chosen, strict=True)))
+
+
+def curious(group: Group, scores: Iterable[Score], config: Config, step: int) -> list[Score]:
+    """The group's scores with CDE's bonus in their rewards, told as the component "curiosity", if there is one.
+
+    B is of the engine's log-probabilities, which the rollout has: the bonus costs no forward. Accuracies stay, so that
+    dynamic sampling still calls a group of right answers alone unmixed, though its bonuses may differ.
+    """
+    settings = config.curiosity
+    if not settings.weight:
+        return list(scores)
+    weight = curiosity.weight_at(step, config.trainer.steps, settings.weight, settings.schedule, settings.drop_at)
+    found = []
+    for score, completion in zip(scores, group.completions, strict=True):
+        surprise = curiosity.log_perplexity(completion.logprobs)
+        extra = curiosity.bonus(score.reward, surprise, weight=weight, alpha=settings.alpha, cap=settings.cap)
+        components = score.components | {"curiosity": extra}
+        found.append(replace(score, reward=score.reward + extra, components=components))
+    return found
 
 
 def overlong_punishment(length: int, longest: int, buffer: int) -> float:
@@ -192,9 +234,8 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
         trained = group.view if shown else RAW
         other = RAW if trained == NOISY else NOISY
         lengths = [len(completion.token_ids) for completion in group.completions]
-        advantages = [
-            torch.full((length,), a, dtype=torch.float32) for length, a in zip(lengths, group.advantages, strict=True)
-        ]
+        shape = config.advantage.shape
+        advantages = [over_tokens(a, length, shape) for a, length in zip(group.advantages, lengths, strict=True)]
         needed = [i for i, kept in enumerate(group.kept) if kept and (everything or has_gradient(advantages[i]))]
         for paid in (False, True):
             chosen = [i for i in needed if group.paid[i] == paid]
@@ -213,6 +254,7 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
                     sources=tuple(group.sources[i] if shown else RAW for i in part),
                     paid=bonus,
                     places=tuple(Place(number, i, rank) for i in part),
+                    repeats=tuple(group.repeats[i] for i in part) if group.repeats else (),
                 )
                 made.append(row)
     return made
@@ -253,8 +295,18 @@ def reads_other(config: Config) -> bool:
 
 
 def kept_lengths(groups: Iterable[Group]) -> list[int]:
-    """Tokens of each completion that is trained on, whether it goes through a forward or not."""
-    return [len(completion.token_ids) for group in groups for completion in compress(group.completions, group.kept)]
+    """Tokens of each completion that is trained on, as often as it is, whether it goes through a forward or not."""
+    return [
+        len(completion.token_ids)
+        for group in groups
+        for completion, times in compress(zip(group.completions, times_of(group), strict=True), group.kept)
+        for _ in range(times)
+    ]
+
+
+def times_of(group: Group) -> tuple[int, ...]:
+    """How often each completion that is kept is trained on in its update."""
+    return group.repeats or (1,) * len(group.completions)
 
 
 def has_signal(group: Group) -> bool:
@@ -283,6 +335,8 @@ def tally(groups: Iterable[Group], means: Means) -> None:
             means.add("answered", score.parsed is not None)
             means.add("finished", completion.finished)
             means.add("tokens", len(completion.token_ids))
+            side = RIGHT if score.accuracy == 1 else WRONG
+            means.add(side, curiosity.log_perplexity(completion.logprobs))
             if kept:
                 means.add("noisy_share", source == NOISY)
                 means.add("paid_share", paid)

@@ -21,7 +21,7 @@ from vogue.data.images import png
 from vogue.data.samples import PLACEHOLDER
 from vogue.data.shapes import NAMED, NUMBERED
 from vogue.inputs import MARKED, MARKS, Preprocessor
-from vogue.presets import DESIGNS
+from vogue.presets import DESIGNS, HEADED
 from vogue.rewards import Score, score
 
 LONG_ANSWER = 200  # characters, from which on an answer looks like a solution
@@ -112,7 +112,8 @@ def odd(sample: Sample, text: str | None, config: Config) -> list[str]:
         found.append(f"the text spells special tokens, which stay plain text: {spelled}")
     if text.rstrip().endswith("<think>"):
         found.append("the chat template opens <think> itself: completions begin inside of it")
-    weighs_box = "accuracy" in DESIGNS[config.reward.design] and not config.reward.function
+    design = config.reward.design
+    weighs_box = "accuracy" in DESIGNS[design] and design not in HEADED and not config.reward.function
     if weighs_box and "\\boxed" not in text:
         found.append(f"nothing in the prompt asks for \\boxed{{}}, which reward.design={config.reward.design} reads")
     return found
@@ -200,4 +201,4 @@ def write_rows(samples: Samples, offenders: Sequence[Offender], path: Path) -> N
 def self_scored(sample: Sample, config: Config) -> Score:
     """The score of a completion that gives the sample's own answer, in every form that a reward design reads."""
     completion = f"<think>\n</think>\\boxed{{{sample.answer}}}<answer>{sample.answer}</answer>"
-    return score(completion, sample.answer, config.reward)
+    return score(completion, sample.answer, config.reward.unweighed())  # some scores take more than a text

@@ -17,12 +17,13 @@ from vogue.config import Config
 from vogue.data import DataError, Sample
 from vogue.data.dataset import Checked
 from vogue.inputs import NOISY, RAW, Preprocessor, Prompt, View
-from vogue.method import branch
+from vogue.method import branch, variance
 from vogue.method.perturb import annealed, perturb
 from vogue.seeds import Purpose, rng_for, seed_for
 from vogue.settings import ConfigError
 from vogue.state import RunState
 
+SCORES = "prompt_scores"  # the run's state under this name: OVS and TDS (S, 2) of the samples
 REMAKING_THREADS = 4
 NOISY_COST = 4 / 3  # of training on a group with z = 1, in that of another one: it adds a forward without gradient
 
@@ -83,7 +84,8 @@ class Loader:
         # The next step's items may not see what this step does to the state: whether it has done it already by the time
         # they are loaded is chance, and a resumed run would find it done.
         self.state.settle()
-        if step + 1 < self.config.trainer.steps:
+        # A step that measures all prompts anew chooses its own by what it finds.
+        if step + 1 < self.config.trainer.steps and not self.config.sampling.refreshes(step + 1):
             self._ahead = step + 1, self._background.submit(self.items, step + 1)
         return items
 
@@ -98,7 +100,7 @@ class Loader:
         branch_seed = seed_for(seed, Purpose.BRANCH)
         drawn = branch.draw(self.config.branch.granularity, total, rollout.n, p, branch_seed, step)
         draws = drawn[first : first + rollout.prompts]
-        order = sample_order(len(self.samples), step * total + first, rollout.prompts, seed)
+        order = self._order(step, number)
         costs = [self.lengths[i] * (NOISY_COST if z.any() else 1) for i, z in zip(order, draws, strict=True)]
         size = rollout.prompts // self.config.trainer.updates
         mine = [
@@ -108,6 +110,20 @@ class Loader:
         ]
         items = (self._usable_item(order[i], step, first + i, tuple(draws[i].tolist())) for i in mine)
         return [replace(item, update=i // size) for i, item in zip(mine, items, strict=True)]
+
+    def _order(self, step: int, number: int) -> list[int]:
+        """Indices of the samples of the step's round `number`, some of them drawn by what is known of each sample."""
+        settings, rollout, seed = self.config.sampling, self.config.rollout, self.config.seed
+        scored = settings.scored(rollout.prompts)
+        uniform = rollout.prompts - scored
+        order = sample_order(len(self.samples), (step * rollout.rounds + number) * uniform, uniform, seed)
+        if not scored:
+            return order
+        known = self.state.settled.get(SCORES)
+        known = variance.unseen(len(self.samples)) if known is None else known
+        scores = variance.scores(known, settings.outcome, settings.diversity, normalise=settings.normalise)
+        rng = rng_for(seed, Purpose.SCORED, step, number)
+        return variance.interleaved(variance.drawn(scores, scored, rng), order)
 
     def _usable_item(self, position: int, step: int, number: int, draws: tuple[bool, ...]) -> Item:
         """The item of a sample, or with `data.broken=skip` of the first behind it that can be used."""

@@ -39,13 +39,17 @@ METHODS: dict[str, dict[str, Any]] = {
         "loss.clip_dual": 3.0,
         "loss.aggregation": "token-mean",
     },
+    "cde": GRPO,
+    "mmr1": GRPO | {"sampling.kind": "variance"},
+    "shuffle_r1": GRPO,
 }
 
 # Where a method starts from other defaults; these may be set to something else. DAPO's buffer is the paper's 4,096 of
 # 20,480 tokens; its limit of rounds is ours (the paper has none). NoisyRollout's half is the paper's 6 + 6 completions,
 # and its strength has halved at step 40 of the 60 that the paper trains on Geometry3K. DUPL, the name of VOGUE's
 # official code, adds little noise to much else, and leaves its clipping to EasyR1's defaults. CISPO's paper bounds
-# ratios from above alone and doesn't say where; 5 is ScaleRL's (arXiv 2510.13786), who took it up.
+# ratios from above alone and doesn't say where; 5 is ScaleRL's (arXiv 2510.13786), who took it up. CDE's rewards are 1
+# and -1; the height of its bonus's weight is ours. Shuffle-R1 keeps 8 of 16 completions.
 STARTS: dict[str, dict[str, Any]] = {
     "dapo": {"rollout.rounds": 4, "reward.overlong_buffer": 0.2},
     "noisy_rollout": {"rollout.noisy_share": 0.5, "perturb.anneal_at": 2 / 3},
@@ -55,10 +59,13 @@ STARTS: dict[str, dict[str, Any]] = {
     "papo": {"perturb.preset": "mask", "perception.kl_coef": 0.02, "kl.coef": 0.01},
     "cispo": {"loss.clip_low": 1.0, "loss.clip_high": 4.0},
     "dupl": {"perturb.preset": "paper", "perturb.sigma": 0.2, "loss.clip_high": 0.3},
+    "cde": {"curiosity.weight": 1.0, "reward.wrong": -1.0},
+    "shuffle_r1": {"advantage.pairs": 0.5, "trainer.shuffle": 8, "rollout.n": 16},
 }
 
 # What each reward design adds up, and with which weights. VOGUE's; the six of arXiv 2601.00215, whose weights are known
-# from a secondary source; Vision-SR1's (arXiv 2508.19652), as in its code. A weight of 0: asked for, not rewarded.
+# from a secondary source; Vision-SR1's (arXiv 2508.19652) and PeBR-R1's (arXiv 2509.13031), as in their code. A weight
+# of 0: asked for, not rewarded.
 DESIGNS: dict[str, dict[str, float]] = {
     "verifiable": {"accuracy": 0.9, "format": 0.1},
     "vanilla": {"think": 0.1, "answer": 0.9},
@@ -68,8 +75,21 @@ DESIGNS: dict[str, dict[str, float]] = {
     "visual_fusion": {"think": 0.1, "visual": 0.1, "answer": 0.8},
     "no_accuracy": {"description": 0.3, "think": 0.3, "rethink": 0.3, "answer": 0.1},
     "vision_sr1": {"accuracy": 0.9, "format": 0.1, "blind": 1.0},
+    "pebr_perception": {"similarity": 0.4, "keywords": 0.4, "format": 0.1, "length": 0.1},
+    "pebr_reasoning": {"accuracy": 0.9, "format": 0.1},
 }
-COMPONENTS = tuple(dict.fromkeys(name for weights in DESIGNS.values() for name in weights))
+HEADED = ("pebr_perception", "pebr_reasoning")  # completions stand under headings, without tags and boxes
+# The score of each design that says how right an answer is, and not that there is one; where it has such a score.
+JUDGING = {
+    design: name
+    for design, weights in DESIGNS.items()
+    for name in ("accuracy", "answer")
+    if name in weights and design != "no_accuracy"
+}
+# Names that no function of a user's own may have; those of PeBR-R1's scores, with its designs alone.
+COMPONENTS = tuple(
+    dict.fromkeys(name for design, weights in DESIGNS.items() for name in weights if design not in HEADED)
+)
 
 
 def with_method(values: dict[str, Any]) -> dict[str, Any]:

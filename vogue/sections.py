@@ -1,6 +1,7 @@
 """The settings of a run, section by section, with their units and defaults; `vogue.config` puts them together.
 
-Those of adapters, optimizer and trainer are in `vogue.training_sections`.
+Those of adapters, optimizer and trainer are in `vogue.training_sections`, those of methods beside VOGUE's own in
+`vogue.method_sections`.
 """
 
 # pydantic's defaults stand first in Field, where pyright doesn't look for them; a Literal may be of a table's keys.
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from vogue.presets import COMPONENTS, DESIGNS
+from vogue.presets import COMPONENTS, DESIGNS, JUDGING
 from vogue.settings import Count, Finite, NonNegative, Positive, PositiveShare, Section, Share
 
 FUNCTION = r"^(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*$"
@@ -210,6 +211,16 @@ class AdvantageConfig(Section):
         "are trained on (batch); or nothing, as in Dr. GRPO",
     )
     k: Count = Field(4, description="k of Pass@k Training, with advantage.kind=passk; at most rollout.n")
+    pairs: Share = Field(
+        1.0,
+        description="share of a group's pairs that are trained on, best completion with worst, second with second last "
+        "and so on, the widest pairs first (Shuffle-R1); all G completions count in the advantages; 1: all",
+    )
+    shape: NonNegative = Field(
+        0.0,
+        description="lambda by which a completion's first and last token have a larger advantage than its middle one "
+        "(AVATAR), A (1 + lambda (2 t / (L - 1) - 1)^2) at token t of L; 0: all have the same",
+    )
 
 
 class OwnReward(Section):
@@ -243,6 +254,23 @@ class RewardConfig(Section):
         description="reward functions of your own by name, each {function: FILE.py:NAME, options: {}}, whose values "
         "times their weights are added to the design's sum; see docs/rewards.md",
     )
+    scorer: OwnReward | None = Field(
+        None,
+        description="what measures how well a description fits its image, with reward.design=pebr_perception: a "
+        "function as in reward.functions, whose samples have the paths of their images as `images`; for a model of "
+        "CLIP's kind {function: 'vogue.rewards.similarity:clip', options: {model: FOLDER}}",
+    )
+    similar_enough: Positive = Field(
+        0.4, description="value of reward.scorer from which on a description has the whole score of similarity"
+    )
+    expected_length: Count = Field(
+        512, description="tokens up to which a completion has the whole score of length, with pebr_perception"
+    )
+    wrong: Annotated[float, Field(le=0, allow_inf_nan=False)] = Field(
+        0.0,
+        description="value of a wrong answer in the design's sum, where a right one has 1 and one with partial credit "
+        "stands between them; -1 in CDE",
+    )
     overlong_buffer: Share = Field(
         0.0,
         description="a completion that ends in this last share of rollout.max_tokens loses up to 1 of its reward "
@@ -253,6 +281,10 @@ class RewardConfig(Section):
         description="seconds that a call of a reward function may take, and importing its file; a call is of all "
         "completions of a step",
     )
+
+    def unweighed(self) -> "RewardConfig":
+        """The same where accuracy alone is read: what a completion earns isn't worked out, and costs nothing."""
+        return self.model_copy(update={"weights": dict.fromkeys(self.functions, 0.0)})
 
     @model_validator(mode="before")
     @classmethod
@@ -269,8 +301,18 @@ class RewardConfig(Section):
     def _scores_have_names(self) -> "RewardConfig":
         if self.function and (self.functions or self.weights):
             raise ValueError(f"reward.function={self.function} takes the place of all weights and of reward.functions")
+        if self.scorer and (self.function or self.design != "pebr_perception"):
+            raise ValueError(f"reward.scorer={self.scorer.function}: only reward.design=pebr_perception reads it")
+        if self.weights.get("similarity") and self.design == "pebr_perception" and self.scorer is None:
+            weight = self.weights["similarity"]
+            raise ValueError(
+                f"reward.scorer is not set: what measures the similarity of reward.weights.similarity={weight}"
+            )
+        if self.wrong and (self.function or self.design not in JUDGING):
+            where = f"reward.function={self.function}" if self.function else f"reward.design={self.design}"
+            raise ValueError(f"reward.wrong={self.wrong}: {where} has no score of right and wrong answers")
         for name in self.functions:
-            if name in (*COMPONENTS, "accuracy", "format", "overlong"):
+            if name in (*COMPONENTS, *DESIGNS[self.design], "accuracy", "format", "overlong"):
                 raise ValueError(f"reward.functions.{name}: this is the name of a score of the designs")
         scores = [*DESIGNS[self.design], *self.functions]
         for name, weight in self.weights.items():

@@ -17,6 +17,9 @@ class Purpose(IntEnum):
     EVALUATION = 4
     WARMSTART = 5
     BLIND = 6
+    REFRESH = 7  # completions by which prompts are scored
+    SCORED = 8  # which prompts are drawn by their scores
+    SHUFFLE = 9
 
 
 def seed_for(seed: int, purpose: Purpose, *where: int) -> int:

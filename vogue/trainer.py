@@ -34,10 +34,13 @@ from vogue.data import DataError, Sample
 from vogue.data.dataset import Checked
 from vogue.evaluate import CHUNK, Judged, judge, requests_for
 from vogue.groups import (
+    RIGHT,
+    WRONG,
     Group,
     Trace,
     assigned,
     choose,
+    curious,
     found_mixed,
     generate,
     idle_row,
@@ -51,7 +54,7 @@ from vogue.groups import (
     tally,
 )
 from vogue.inputs import NOISY, Preprocessor
-from vogue.loader import Loader
+from vogue.loader import SCORES, Loader
 from vogue.method import branch
 from vogue.method.entropy import EntropyBonus
 from vogue.method.kl import Reference, divergence
@@ -64,12 +67,14 @@ from vogue.model.packing import Batch, Place, collate
 from vogue.model.policy import Policy
 from vogue.model.reference import load_reference
 from vogue.objective import PAID, credited, dependence, objective, uncertainties, with_chosen
+from vogue.prompt_scores import TOKENS, refreshed, remembered
 from vogue.rewards import RewardError, verifier
 from vogue.rewards.groups import score_groups
 from vogue.rollout import create_engine
 from vogue.rollout.engine import media_token_ids
 from vogue.rollout.sampling import of_rollouts
 from vogue.sharing import IDLE, IDLE_COMPARED, Load, balance, bring_home, deal, exchange
+from vogue.shuffle import shuffled
 from vogue.state import RunState
 from vogue_kernels import GuidanceConfig
 
@@ -136,6 +141,7 @@ class Trainer:
         """
         clock, means, settled = Clock(), Means(), self.state.settled
         try:
+            self.refresh(means, clock)
             groups = self.roll_out(means, clock)  # x' = T(x), z, o_1..o_G, r, A
             self.engine.sleep()
             if self.config.kl.in_reward:
@@ -145,6 +151,8 @@ class Trainer:
         except FAILURES:  # no weight has changed yet
             self.state.settled = settled
             raise
+        if self.config.sampling.remembers:
+            self.state.current[SCORES] = remembered(self.state.current.get(SCORES), len(self.loader.samples), groups)
         traces = bring_home(traces, self.rank)
         groups = [
             replace(group, traces=tuple(traces.get(Place(number, i, self.rank)) for i in range(len(group.completions))))
@@ -156,11 +164,28 @@ class Trainer:
         tally(groups, means)
         return StepResult(self.step_metrics(means, clock), groups)
 
+    def refresh(self, means: Means, clock: Clock) -> None:
+        """Measure all samples anew, where `sampling` asks for it before this step, and let the loader know.
+
+        Also where nothing was measured yet: a run may be resumed with such sampling that began without.
+        """
+        settings = self.config.sampling
+        if settings.refreshes(self.step) or (settings.measures and SCORES not in self.state.current):
+            with clock("refresh"):
+                self.state.current[SCORES] = refreshed(self.engine, self.loader, self.step, means)
+            self.state.settle()
+
     def step_metrics(self, means: Means, clock: Clock) -> dict[str, float]:
         """The step's means over all ranks, seconds a phase, and all ranks' tokens in those of the slowest one."""
         metrics = means.over_ranks() | {"lr": self.deepspeed.get_lr()[0], "memory_gb": peak_memory()}
         metrics |= clock.over_ranks()
-        metrics |= distributed.total({"verifier_failures": float(verifier.take_failures())}, self.device)
+        if RIGHT in metrics and WRONG in metrics:
+            metrics["calibration_gap"] = metrics[WRONG] - metrics[RIGHT]  # CDE's: a calibrated policy doubts its errors
+        sums = {"verifier_failures": float(verifier.take_failures())}
+        sums["generated_tokens"] = means["tokens"].total + means[TOKENS].total
+        if self.config.sampling.kind == "variance":
+            sums[TOKENS] = means[TOKENS].total
+        metrics |= distributed.total(sums, self.device)
         mine = {"rollout": means["tokens"].total, "train": means["trained_share"].total}
         for phase, tokens in distributed.total(mine, self.device).items():
             slowest = f"time/{phase}_slowest" if self.ranks > 1 else f"time/{phase}"
@@ -214,7 +239,10 @@ class Trainer:
         places = [(self.step, group.item.number, group.view == NOISY) for group in groups]
         sampling = of_rollouts(self.config)
         scores = score_groups(self.engine, self.preprocessor, self.config, samples, completions, places, sampling)
-        return [judged(group, found, self.config) for group, found in zip(groups, scores, strict=True)]
+        return [
+            judged(group, curious(group, found, self.config, self.step), self.config)
+            for group, found in zip(groups, scores, strict=True)
+        ]
 
     def update(self, groups: list[Group], means: Means, clock: Clock) -> dict[Place, Trace]:
         """`trainer.updates` optimizer updates, each on its share of the step's prompts.
@@ -223,7 +251,10 @@ class Trainer:
         on all ranks, before anything changes.
         """
         config, traces = self.config, {}
-        updates = in_updates(groups, config.trainer.updates)
+        if config.trainer.shuffle:
+            updates = shuffled(groups, config, self.step, means, clock)
+        else:
+            updates = in_updates(groups, config.trainer.updates)
         with clock("pack"):
             packed = [self.micro_batches(part, groups[0], means, clock) for part in updates]
         if len(updates) > 1 or config.credit.on or config.loss.top_entropy_quantile < 1:

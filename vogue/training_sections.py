@@ -222,6 +222,12 @@ class TrainerConfig(Section):
     updates: Count = Field(
         1, description="optimizer updates a step, each on its part of the step's prompts; divides rollout.prompts"
     )
+    shuffle: int = Field(
+        0,
+        ge=0,
+        description="sub-batches in which a step's pairs of completions are drawn by the size of their advantages, a "
+        "pair maybe in several, before they are shared by trainer.updates (Shuffle-R1); 0: every prompt once",
+    )
     output_dir: Path = Field(
         Path("runs/vogue"), description="folder of the run: metrics, completions, plots and checkpoints"
     )

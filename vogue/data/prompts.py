@@ -15,6 +15,11 @@ FOUR_TAGS = (
     f"Then {THINK}. Then look at the image again, check the description and the monologue against it, and correct "
     f"them where they are wrong, inside <rethink></rethink>. {ANSWER}"
 )
+FOUR_HEADINGS = (
+    "Answer in four parts, each under its own heading. Under '### Image Description:' describe what the image shows. "
+    "Under '### Rationales:' say how the question can be solved and what of the image it takes. Under '### Let's think "
+    "step by step.' solve it step by step. Behind '### The final answer is:' give the final answer, and nothing else."
+)
 SYSTEM_PROMPTS = {  # what each reward design asks for
     "verifiable": f"Think first: {THINK}. {BOXED}",
     "vanilla": f"Think first: {THINK}. {ANSWER}",
@@ -26,6 +31,8 @@ SYSTEM_PROMPTS = {  # what each reward design asks for
     "no_accuracy": FOUR_TAGS,
     "vision_sr1": "First describe the image inside <description></description>, in such detail that someone who cannot "
     f"see it can answer the question from the description. Then {THINK}. {BOXED}",
+    "pebr_perception": FOUR_HEADINGS,
+    "pebr_reasoning": FOUR_HEADINGS,
 }
 SYSTEM_PROMPT = SYSTEM_PROMPTS["verifiable"]
 

@@ -16,7 +16,7 @@ import hashlib
 import os
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,19 +119,36 @@ def is_visible(text: str) -> bool:
 
 
 def write_parquet(samples: Iterable[Sample], path: str | Path) -> None:
-    """Write samples to a parquet file in the EasyR1 schema, with the images inside as PNG.
+    """Write samples to a parquet file in the EasyR1 schema, with the images inside as PNG, and their further columns.
 
-    The file appears whole or not at all: it is written under another name, then renamed.
+    Raises DataError for a system message of a row's own, which the schema has no column for, and for a column of values
+    of several kinds. The file appears whole or not at all: it is written under another name, then renamed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist([_record(sample) for sample in samples], schema=SCHEMA)
+    samples = list(samples)
+    table = pa.Table.from_pylist([_record(sample) for sample in samples], schema=_schema(samples, path))
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unfinished = Path(folder) / path.name
         pq.write_table(table, unfinished, row_group_size=BATCH_ROWS)
         os.replace(unfinished, path)
 
 
+def _schema(samples: Sequence[Sample], path: Path) -> pa.Schema:
+    """The columns of a file of these samples; raises DataError for what such a file can't hold."""
+    for sample in samples:
+        if sample.system:
+            raise DataError(f"{sample.place}: {path} has no place for its own system message: {sample.system[:80]!r}")
+    schema = SCHEMA
+    for name in dict.fromkeys(name for sample in samples for name in sample.columns):
+        values = [sample.columns.get(name) for sample in samples]
+        try:
+            schema = schema.append(pa.field(name, pa.array(values).type))
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(f"{path}: column {name!r} holds values of several kinds: {error}") from error
+    return schema
+
+
 def _record(sample: Sample) -> dict:
     cells = [{"bytes": images.png(image), "path": None} for image in sample.load_images()]
-    return {name: getattr(sample, name) for name in COLUMNS} | {"images": cells}
+    return dict(sample.columns) | {name: getattr(sample, name) for name in COLUMNS} | {"images": cells}

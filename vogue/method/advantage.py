@@ -7,6 +7,8 @@ rloo     A_i = r_i − mean(r_j, j ≠ i)                            REINFORCE l
 passk    R = 1 − C(N⁻, k) / C(N, k),   s = √(R (1 − R))          Pass@k Training, arXiv 2508.10751
          A⁺ = (1 − R) / s                                        right responses
          A⁻ = (1 − R − C(N⁻ − 1, k − 1) / C(N − 1, k − 1)) / s   the N⁻ wrong ones of N
+
+over a completion's tokens t of L: A_t = A (1 + λ (2 t / (L − 1) − 1)²)      AVATAR's shape, arXiv 2508.03100
 """
 
 from collections.abc import Iterable
@@ -81,6 +83,19 @@ def _passk(right: Tensor, size: int, k: int) -> Tensor:
         return torch.zeros(size)
     fails = comb(wrong - 1, k - 1) / comb(size - 1, k - 1)  # of the subsets that hold a given wrong response
     return torch.where(right, 1 - mean, 1 - mean - fails) / sqrt(mean * (1 - mean))
+
+
+def over_tokens(advantage: float, length: int, shape: float) -> Tensor:
+    """A completion's advantage at each of its `length` ≥ 1 tokens (T,) float32, larger at its beginning and its end.
+
+    The weight is 1 + `shape` at both ends and 1 in the middle (AVATAR's temporal advantage shaping, λ = `shape`), so
+    that a step is larger by 1 + λ / 3. A single token is an end (ours). A shape of 0 leaves the advantage as it is.
+    """
+    advantages = torch.full((length,), advantage, dtype=torch.float32)
+    if shape == 0:
+        return advantages
+    place = torch.linspace(-1, 1, length) if length > 1 else torch.ones(1)
+    return advantages * (1 + shape * place**2)
 
 
 def mixed(rewards: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class Row:
     paid: bool = False  # the loss reads u_per
     weight: float = 1.0  # 0 for a row that only keeps ranks in step
     places: tuple[Place, ...] = ()  # of each completion; empty for a row that only keeps ranks in step
+    repeats: tuple[int, ...] = ()  # how often each completion is trained on; empty: once
 
     @property
     def tokens(self) -> int:
@@ -165,8 +166,9 @@ def _can_be_cut(rows: Sequence[Sized]) -> bool:
 def collate(rows: Sequence[Row], pad_id: int, *, token_mean: bool) -> Batch:
     """Pad `rows` into a batch; those that are compared with more views must come first.
 
-    A token's weight is 1 (token-mean), or 1 / its completion's length (sequence-mean), times its row's; the trainer
-    divides by their sum over the whole update, so that splitting it into micro-batches changes nothing.
+    A token's weight is 1 (token-mean), or 1 / its completion's length (sequence-mean), times its row's and how often it
+    is trained on; the trainer divides by their sum over the whole update, so that splitting it into micro-batches
+    changes nothing.
     """
     counts = [len(row.others) for row in rows]
     assert counts == sorted(counts, reverse=True), "a row that is compared with more views follows one with fewer"
@@ -182,13 +184,16 @@ def collate(rows: Sequence[Row], pad_id: int, *, token_mean: bool) -> Batch:
         ids, segment_ids = [], [0] * prompt
         places += row.places or [None] * len(row.completions)
         sources = row.sources or (row.trained,) * len(row.completions)
-        for i, (completion, shaped, source) in enumerate(zip(row.completions, row.advantages, sources, strict=True)):
+        repeats = row.repeats or (1,) * len(row.completions)
+        for i, (completion, shaped, source, times) in enumerate(
+            zip(row.completions, row.advantages, sources, repeats, strict=True)
+        ):
             size = len(completion.token_ids)
             sizes.append(size)
             starts.append(b * length + prompt + len(ids))
             prompt_ends.append(b * length + prompt - 1)
             advantages.append(shaped)
-            weights.append(row.weight if token_mean else row.weight / size)
+            weights.append(row.weight * times if token_mean else row.weight * times / size)
             targets += completion.token_ids
             logprobs += completion.logprobs if source == row.trained else [math.nan] * size
             inputs = _inputs(completion)

@@ -2,6 +2,8 @@ r"""The reward designs: what a completion is asked for, and what it earns.
 
 reward = sum of weight · score over the scores of `reward.design` (`reward.weights`, else `vogue.presets.DESIGNS`)
 
+With `reward.wrong` = w the score s that judges the answer counts as w + (1 − w) s: 1 if right, w if wrong.
+
 VOGUE (arXiv 2510.01444), `verifiable`, the default:  <think> … </think> … \boxed{answer}
     accuracy       1 for a right answer
     format         1 for the form above
@@ -14,6 +16,8 @@ Vision-SR1 (arXiv 2508.19652), `vision_sr1`:  <description> … </description> <
     accuracy, format
     blind          1 if the policy, asked again with its description in the image's place, answers right
 
+PeBR-R1 (arXiv 2509.13031), `pebr_perception` and `pebr_reasoning`, under headings: `vogue.rewards.headed`
+
 Ours, since arXiv 2601.00215 doesn't state it or we couldn't find it: the tags' names; that an absent tag scores 0 and
 that their order isn't checked; that the same tag twice counts as one with both contents, and the last answer is the
 answer, inside its \boxed{} if it has one; that <visual> counts within <think> alone, whose sentences include it; what
@@ -22,16 +26,25 @@ partial credit.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import tanh
 
 from vogue.boxed import boxed
 from vogue.data import Sample
-from vogue.presets import DESIGNS
+from vogue.presets import DESIGNS, HEADED, JUDGING
 from vogue.rewards.checker import verdicts
-from vogue.rewards.function import Earned, RewardError, own_rewards
+from vogue.rewards.function import Earned, RewardError, description_scorer, own_rewards
+from vogue.rewards.headed import (
+    cosines,
+    has_headings,
+    headed_answer,
+    keyword_score,
+    keywords_of,
+    length_score,
+    share_of_enough,
+)
 from vogue.rewards.reading import Number, Time, read
 from vogue.rewards.verifiable import is_formatted
 from vogue.rewards.writing import is_blank
@@ -67,9 +80,10 @@ def score(completion: str, answer: str, settings: RewardConfig = DEFAULT, blind:
     blind  what the policy answered from the completion's description without the image, where its weight isn't 0;
            None without a description
 
-    Never raises for what a model wrote: what cannot be parsed is wrong.
+    Never raises for what a model wrote: what cannot be parsed is wrong. Raises ValueError for a design with a score
+    that takes more than texts (`pebr_perception`): those are for `score_batch`.
     """
-    return _scores([completion], [answer], settings, [blind])[0]
+    return _scores([completion], [answer], settings, [blind], [{}])[0]
 
 
 def score_batch(
@@ -77,13 +91,17 @@ def score_batch(
     samples: Sequence[Sample],
     settings: RewardConfig = DEFAULT,
     blind: Sequence[str | None] | None = None,
+    tokens: Sequence[int] | None = None,
 ) -> list[Score]:
     """The scores of completions, each for the sample at its position, with the functions of the user's own.
+
+    tokens  of each completion, which a score of length reads
 
     Raises ValueError where the lengths differ and RewardError where such a function fails.
     """
     blind = [None] * len(completions) if blind is None else blind
-    scores = _scores(completions, [sample.answer for sample in samples], settings, blind)
+    seen = perceived(completions, samples, settings, tokens)
+    scores = _scores(completions, [sample.answer for sample in samples], settings, blind, seen)
     own = own_rewards(settings)
     if not own:
         return scores
@@ -93,6 +111,25 @@ def score_batch(
     weights = {"": 1.0} if settings.function else settings.weights
     rows = [dict(zip(earned, row, strict=True)) for row in zip(*earned.values(), strict=True)]
     return [_with_own(score, row, weights) for score, row in zip(scores, rows, strict=True)]
+
+
+def perceived(
+    completions: Sequence[str], samples: Sequence[Sample], settings: RewardConfig, tokens: Sequence[int] | None
+) -> list[dict[str, float]]:
+    """What of each completion's scores reads its sample, or its tokens, as far as it is weighed; {} in most designs."""
+    weights, found = settings.weights, [{} for _ in completions]
+    if settings.design != "pebr_perception":
+        return found
+    if weights.get("similarity"):
+        for scores, cosine in zip(found, cosines(description_scorer(settings), completions, samples), strict=True):
+            scores["similarity"] = share_of_enough(cosine, settings.similar_enough)
+    if weights.get("keywords"):
+        for scores, completion, sample in zip(found, completions, samples, strict=True):
+            scores["keywords"] = keyword_score(completion, keywords_of(sample))
+    if weights.get("length") and tokens is not None:
+        for scores, count in zip(found, tokens, strict=True):
+            scores["length"] = length_score(count, settings.expected_length)
+    return found
 
 
 def _with_own(score: Score, earned: dict[str, Earned], weights: dict[str, float]) -> Score:
@@ -115,7 +152,11 @@ def _with_own(score: Score, earned: dict[str, Earned], weights: dict[str, float]
 
 
 def _scores(
-    completions: Sequence[str], answers: Sequence[str], settings: RewardConfig, blind: Sequence[str | None]
+    completions: Sequence[str],
+    answers: Sequence[str],
+    settings: RewardConfig,
+    blind: Sequence[str | None],
+    seen: Sequence[Mapping[str, float]],
 ) -> list[Score]:
     """The scores of completions by their design; all their answers are checked together."""
     parsed = [find_answer(completion, settings.design) for completion in completions]
@@ -123,8 +164,8 @@ def _scores(
     found = verdicts([*_pairs(parsed, answers), *_pairs(again, answers if again else [])])
     right = [verdict.right for verdict in found]
     again = right[len(parsed) :] or [None] * len(parsed)
-    rows = zip(completions, answers, parsed, right[: len(parsed)], again, strict=True)
-    return [_score(*row, settings) for row in rows]
+    rows = zip(completions, answers, parsed, right[: len(parsed)], again, seen, strict=True)
+    return [_score(*row, settings) for row in rows]  # pyright: ignore[reportCallIssue]
 
 
 def _pairs(parsed: Sequence[str | None], answers: Sequence[str]) -> list[tuple[str, str]]:
@@ -132,9 +173,18 @@ def _pairs(parsed: Sequence[str | None], answers: Sequence[str]) -> list[tuple[s
 
 
 def _score(
-    completion: str, answer: str, parsed: str | None, right: bool, again: bool | None, settings: RewardConfig
+    completion: str,
+    answer: str,
+    parsed: str | None,
+    right: bool,
+    again: bool | None,
+    seen: Mapping[str, float],
+    settings: RewardConfig,
 ) -> Score:
-    """The score of a completion whose answer `parsed` is `right`, as is, or isn't, the one given without the image."""
+    """The score of a completion whose answer `parsed` is `right`, as is, or isn't, the one given without the image.
+
+    seen  the scores that were made of more than texts
+    """
     asked, accuracy = DESIGNS[settings.design], float(right)
     components = {tag: sentence_score(content(completion, tag) or "") for tag in TAGS if tag in asked}
     if settings.design == "continuous":
@@ -145,18 +195,33 @@ def _score(
         components["answer"] = accuracy
     if again is not None:
         components["blind"] = float(again)
+    components |= seen
     scores = {"accuracy": accuracy, "format": float(has_format(completion, settings.design))} | components
-    reward = sum(weight * scores[name] for name, weight in settings.weights.items() if weight and name in asked)
+    worth = scores
+    if judging := JUDGING.get(settings.design):
+        worth = scores | {judging: settings.wrong + (1 - settings.wrong) * scores[judging]}
+    if missing := [name for name, weight in settings.weights.items() if weight and name in asked and name not in worth]:
+        raise ValueError(
+            f"reward.design={settings.design}: the scores {', '.join(missing)} take the completion's sample and tokens"
+        )
+    reward = sum(weight * worth[name] for name, weight in settings.weights.items() if weight and name in asked)
     return Score(reward, accuracy, scores["format"], parsed, components)
 
 
 def check_function(settings: RewardConfig) -> None:
     """Import the functions of `settings`; raises RewardError where that fails, before anything is trained."""
     own_rewards(settings)
+    if settings.scorer and settings.design == "pebr_perception" and settings.weights.get("similarity"):
+        description_scorer(settings)
 
 
 def find_answer(completion: str, design: str) -> str | None:
-    r"""What a completion answers where its design asks for it: in \boxed{} or in <answer>; None without that."""
+    r"""What a completion answers where its design asks for it: in \boxed{}, in <answer> or behind its heading.
+
+    None without that; a heading that is missing makes all of it the answer.
+    """
+    if design in HEADED:
+        return headed_answer(completion)
     return tagged_answer(completion) if "answer" in DESIGNS[design] else boxed(completion)
 
 
@@ -179,6 +244,8 @@ def tagged_answer(completion: str) -> str | None:
 def has_format(completion: str, design: str) -> bool:
     """Whether a completion has all that the design asks for; VOGUE and Vision-SR1 ask for it in an order."""
     asked = DESIGNS[design]
+    if design in HEADED:
+        return has_headings(completion)
     if "answer" in asked:
         found = all(content(completion, tag) is not None for tag in asked)
         return found and not is_blank(tagged_answer(completion) or "")

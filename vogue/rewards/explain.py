@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vogue.presets import DESIGNS
+from vogue.presets import DESIGNS, HEADED
 from vogue.rewards.checker import Verdict, verdicts
 from vogue.rewards.designs import find_answer, score
+from vogue.rewards.headed import ANSWER
 from vogue.rewards.reading import Collection, Mathematics, Number, Option, Reading, Series, Time, Words, read
 from vogue.sections import RewardConfig
 
@@ -25,21 +26,27 @@ class Change:
 def steps(completion: str, answer: str, settings: RewardConfig) -> list[tuple[str, str]]:
     """The steps from a completion to its reward by the design, each with a name; `settings.function` is not called."""
     where = "<answer>" if "answer" in DESIGNS[settings.design] else "\\boxed{}"
+    headed = settings.design in HEADED
     parsed = find_answer(completion, settings.design)
     if parsed is None:
         found = [("given", f"none: nothing in a finished {where}, which reward.design={settings.design} asks for")]
     else:
         verdict = verdicts([(parsed, answer)])[0]
         found = [
-            ("given", f"{parsed!r}, from the last finished {where}"),
+            ("given", f"{parsed!r}, {f'behind {ANSWER!r}' if headed else f'from the last finished {where}'}"),
             ("read as", described(read(parsed))),
             ("right answer", f"{answer!r}, read as {described(read(answer))}"),
             ("verdict", f"{'right' if verdict.right else 'wrong'}: {verdict.rule}"),
         ]
-    scored = score(completion, answer, settings)
+    of_sample = settings.design == "pebr_perception"
+    scored = score(completion, answer, settings.unweighed() if of_sample else settings)
     parts = {"accuracy": scored.accuracy, "format": scored.format} | scored.components
     weights = settings.weights
     found += [(name, f"{value:.4g}, weight {weights.get(name, 0):g}") for name, value in parts.items()]
+    if settings.wrong:
+        found.append(("reward.wrong", f"{settings.wrong:g}, what a wrong answer counts as in place of 0"))
+    if of_sample:
+        return [*found, ("reward", "not told: its other scores take the sample with its image")]
     return [*found, ("reward", f"{scored.reward:.4g}")] if weights else found
 
 

@@ -163,6 +163,13 @@ def own_rewards(settings: RewardConfig) -> dict[str, RewardFunction]:
     }
 
 
+def description_scorer(settings: RewardConfig) -> RewardFunction:
+    """The function of `reward.scorer`, started once in this process. Raises RewardError where it can't be."""
+    if settings.scorer is None:
+        raise RewardError("reward.scorer is not set")
+    return _started(settings.scorer.function, settings.timeout, json.dumps(settings.scorer.options), "reward.scorer")
+
+
 @functools.cache
 def _started(spec: str, seconds: float, options: str, key: str) -> RewardFunction:
     return RewardFunction(spec, seconds, json.loads(options), key)

@@ -43,7 +43,8 @@ def score_groups(
             for number in range(len(group))
         ]
         blind = blind_answers(engine, preprocessor, config, completions, repeated, seeds, sampling)
-    scores = iter(score_batch(completions, repeated, config.reward, blind))
+    tokens = [len(completion.token_ids) for group in groups for completion in group]
+    scores = iter(score_batch(completions, repeated, config.reward, blind, tokens))
     return [tuple(islice(scores, len(group))) for group in groups]
 
 

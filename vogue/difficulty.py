@@ -1,0 +1,48 @@
+"""A data set by how often a model is right on it: `vogue data split`, the stages of PeBR-R1 (arXiv 2509.13031).
+
+easy    all of a problem's completions are right: what the first stage trains on
+medium  some are: what the second stage trains on
+hard    none is: what neither trains on
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from vogue.config import Config
+from vogue.data import Sample, write_parquet
+from vogue.data.dataset import training_samples
+from vogue.evaluate import Judged, evaluate_model
+
+LEVELS = ("easy", "medium", "hard")
+
+
+def level(right: int, count: int) -> str:
+    """Which of `LEVELS` a problem is of, by so many right completions of `count`."""
+    return "easy" if right == count else "medium" if right else "hard"
+
+
+def by_level(judged: Sequence[Judged]) -> dict[str, list[Sample]]:
+    """The samples of each level, in their order."""
+    found: dict[str, list[Sample]] = {name: [] for name in LEVELS}
+    for item in judged:
+        found[level(item.right, len(item.scores))].append(item.sample)
+    return found
+
+
+def split(config: Config, folder: Path, console: Console) -> dict[str, int]:
+    """Ask `model.path` each problem of `data.train`, and write easy, medium and hard.parquet; returns their counts.
+
+    A level without a problem has no file. Raises ConfigError and DataError as an evaluation does.
+    """
+    samples = training_samples(config.data)
+    config = config.model_copy(update={"reward": config.reward.unweighed()})
+    found = by_level(evaluate_model(config, ("image",), console, samples)["image"])
+    for name, samples in found.items():
+        path = folder / f"{name}.parquet"
+        if samples:
+            write_parquet(samples, path)
+        else:
+            path.unlink(missing_ok=True)  # of an earlier split
+    return {name: len(samples) for name, samples in found.items()}
