@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from vogue.families import family_of
-from vogue.model.files import read_checkpoint
+from vogue.model.files import read_checkpoint, write_as_published
 from vogue.settings import ConfigError
 from vogue.training_sections import LoraConfig
 
@@ -102,6 +102,7 @@ def save_adapter(weights: dict[str, Tensor], model: PreTrainedModel, base: str, 
 def load_adapted(path: str, dtype: str, settings: LoraConfig) -> PreTrainedModel:
     """The model at `path` with the adapter of `settings`, on the CPU."""
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    write_as_published(model)
     add_adapters(model, settings, seed=0)
     return model
 
@@ -165,6 +166,7 @@ def _read(settings: LoraConfig) -> tuple[Any, dict[str, Tensor]]:
         "use_dora": config.use_dora,
         "bias": config.bias != "none",
         "modules_to_save": config.modules_to_save,
+        "target_parameters": getattr(config, "target_parameters", None),  # experts, which aren't linear layers
         "init_lora_weights": config.init_lora_weights not in (True, False, "gaussian"),  # others change W
     }
     if names := [name for name, value in more.items() if value]:

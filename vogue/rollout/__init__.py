@@ -6,7 +6,7 @@
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vogue.config import Config
-from vogue.model.files import check_finite, read_checkpoint
+from vogue.model.files import check_experts, check_finite, read_checkpoint
 from vogue.model.lora import load_adapted, whole_parameters
 from vogue.rollout.engine import Engine
 from vogue.run.memory import check_engine, check_length
@@ -44,5 +44,6 @@ def _check_model(config: Config) -> None:
     checkpoint = read_checkpoint(config.model.path)
     check_length(checkpoint.model.config.get_text_config(), config)
     if config.rollout.engine == "vllm":
+        check_experts(checkpoint)
         check_engine(checkpoint.model, config)
     check_finite(config.model.path, checkpoint.files)

@@ -78,8 +78,7 @@ class HfEngine:
         positions = self.family.positions(self.model, ids, types, real, images.get(self.family.sizes))
         after = positions[..., -1] + 1  # the last token is text, and at the highest position so far
         cache = roomy_cache(self.model.config)
-        if self.family.grid_positions:
-            images["mm_token_type_ids"] = types
+        images |= self.family.token_inputs(types)
         logits = self._next(cache, input_ids=ids, attention_mask=real, position_ids=positions, **images)
         # Not `batch_repeat_interleave`, which layers of linear attention lack.
         copies: Any = torch.arange(len(ids), device=self.device).repeat_interleave(n)

@@ -18,10 +18,11 @@ from vogue.config import Config
 from vogue.data import DataError
 from vogue.inputs import Preprocessor
 from vogue.model.deepspeed_check import deepspeed_problems
-from vogue.model.files import Checkpoint, read_checkpoint
+from vogue.model.files import Checkpoint, check_experts, read_checkpoint
 from vogue.model.liger import check_liger
 from vogue.model.lora import add_adapters
 from vogue.model.optimizer import own_settings
+from vogue.model.policy import check_attention
 from vogue.rewards import RewardError, check_function
 from vogue.run import logs, trackers
 from vogue.run.chat_template import checked_preprocessor
@@ -109,6 +110,7 @@ def _examine_model(found: Preflight, checkpoint: Checkpoint, config: Config) -> 
         found.fine["adapters"] = f"{adapter_count(model) / 1e6:.3g} million weights; the model itself is frozen"
     if warning := keeps_activations(count, config, torch.cuda.is_available()):
         found.warnings.append(warning)
+    found.of(check_attention, model, config.model.attention)
     if config.model.liger:
         found.of(check_liger, model)
     checks = {
@@ -117,6 +119,7 @@ def _examine_model(found: Preflight, checkpoint: Checkpoint, config: Config) -> 
         "disk": (check_disk, model),
     }
     if config.rollout.engine == "vllm":
+        found.of(check_experts, checkpoint)
         checks["engine"] = (check_engine, model)
     for part, (check, given) in checks.items():
         if text := found.of(check, given, config):
