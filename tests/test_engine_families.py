@@ -17,7 +17,6 @@ from vogue.data import Sample
 from vogue.data.dataset import check_samples
 from vogue.inputs import Preprocessor, load_processor
 from vogue.model import loading, policy
-from vogue.rollout import vllm
 from vogue.settings import ConfigError
 from vogue.trainer import Trainer
 
@@ -96,6 +95,8 @@ def test_vllm_follows_the_policy(kind, processor, tmp_path):
 
 def check_causal(kind, processor, folder):
     """With a policy whose images' tokens see none behind them, as vLLM's do on a CPU."""
+    from vogue.rollout import vllm  # in the process that has the engine
+
     masks = policy.layer_masks
     policy.layer_masks = lambda name, segments, types, *rest: masks(name, segments, torch.zeros_like(types), *rest)
     vllm.check_images = lambda _: None

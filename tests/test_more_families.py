@@ -56,6 +56,7 @@ def test_prompts_have_the_tokens_and_pixels_of_the_familys_own_processor(kind, s
     theirs = own(images=[images], text=[written], return_tensors="pt")
     assert prompt.token_ids.tolist() == theirs["input_ids"][0].tolist()
     assert torch.equal(view.pixel_values, theirs["pixel_values"])
+    assert preprocessor.family.pixel_counts(view.sizes).sum() == len(view.pixel_values)
     assert preprocessor.lengths([sample]) == [len(prompt.token_ids)]
     assert [int(prompt.token_types[a : a + n].sum()) for a, n in prompt.image_spans] == [
         n for _, n in prompt.image_spans
