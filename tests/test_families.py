@@ -141,7 +141,10 @@ def test_a_model_with_linear_attention_gets_separate_rows_and_says_why():
     assert policy.why_separate == "qwen3_5 has layers of linear_attention"
 
 
-@pytest.mark.parametrize("kind", SHARING)
+LONG = ("qwen3_vl_moe", "internvl", "glm4v")  # of which profiles take long
+
+
+@pytest.mark.parametrize("kind", [pytest.param(x, marks=pytest.mark.long) if x in LONG else x for x in SHARING])
 def test_recomputing_activations_changes_no_gradient(kind, no_float32):
     gradients, plans = [], []
     for checkpointing in (False, True):

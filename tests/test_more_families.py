@@ -246,9 +246,27 @@ def test_experts_that_no_token_visits_have_a_gradient_of_zero():
     assert visited.sum() == 2
 
 
-# ------------------------------------------------------------------------------------------------------ ZeRO-3's ranks
-
 KINDS = ("qwen3_vl_moe", "internvl", "gemma3", "glm4v")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_text_model_and_tower_are_merged_into_weights_of_the_models_own_names(kind):
+    plain = random_model(kind, torch.float32)
+    batch = collate([row_of(plain, kind, 2, [10, 11, 12], [20, 21])], 0, token_mean=True)
+    model = copy.deepcopy(plain)
+    lora.add_adapters(model, LoraConfig(rank=2, alpha=4.0, vision=True), seed=0)
+    with torch.no_grad():
+        for parameter in lora.adapter_parameters(model).values():
+            parameter.normal_(std=0.1)
+    merged = {whole.name: whole.merged() for whole in lora.whole_parameters(model)}
+    adapted = Policy(model, 1.0)(batch).logprob
+    assert not torch.allclose(Policy(copy.deepcopy(plain), 1.0)(batch).logprob, adapted, atol=1e-2)
+    assert merged.keys() == dict(plain.named_parameters()).keys()
+    plain.load_state_dict(merged, strict=False)
+    torch.testing.assert_close(Policy(plain, 1.0)(batch).logprob, adapted, rtol=0, atol=2e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ ZeRO-3's ranks
 
 
 @pytest.mark.slow
