@@ -154,7 +154,7 @@ def settings(model_folder, digits_folder, tmp_path):
 @pytest.fixture
 def no_float32(monkeypatch):
     """transformers' norms, rotations and routers compute in float32 in a float64 model too; here they don't."""
-    to, softmax = torch.Tensor.to, torch.nn.functional.softmax
+    to, as_type, softmax = torch.Tensor.to, torch.Tensor.type, torch.nn.functional.softmax
 
     def wide(tensor, *arguments, **named):
         named |= {"dtype": torch.float64} if named.get("dtype") is torch.float32 else {}
@@ -162,10 +162,14 @@ def no_float32(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "to", wide)
 
+    def wide_type(tensor, *arguments, **named):
+        return as_type(tensor, *(torch.float64 if x is torch.float32 else x for x in arguments), **named)
+
     def wide_softmax(tensor, *arguments, **named):
         named |= {"dtype": torch.float64} if named.get("dtype") is torch.float32 else {}
         return softmax(tensor, *arguments, **named)
 
+    monkeypatch.setattr(torch.Tensor, "type", wide_type)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(torch.nn.functional, "softmax", wide_softmax)
 

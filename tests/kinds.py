@@ -9,6 +9,7 @@ from transformers import (
     Gemma3Processor,
     Glm4vConfig,
     Glm4vImageProcessor,
+    Glm4vMoeConfig,
     Glm4vProcessor,
     Glm4vVideoProcessor,
     GotOcr2ImageProcessor,
@@ -64,6 +65,13 @@ QWEN3_VISION = {
     "patch_size": 16,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True}
+SHARED_EXPERTS = {
+    "use_qk_norm": False,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
 TILE = 28  # pixels a side: 2 x 2 patches
 SQUARE = 56  # of InternVL and Gemma 3: 4 x 4 patches, 4 tokens
 PINPOINTS = [[TILE, TILE], [TILE, 2 * TILE], [2 * TILE, TILE]]
@@ -89,12 +97,14 @@ def config_of(kind):
         linear |= {f"linear_num_{name}_heads": 2 for name in ("key", "value")}
         text = TEXT | linear | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
         return Qwen3_5Config(text_config=text, vision_config=QWEN3_VISION, **QWEN_TOKENS)
-    if kind == "glm4v":
+    if kind in ("glm4v", "glm4v_moe"):
         rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}
         vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
         vision |= {"image_size": SQUARE, "patch_size": 14}
         text = TEXT | {"rope_parameters": rope, "tie_word_embeddings": False}
         tokens = {"image_token_id": IMAGE, "video_token_id": VIDEO, "image_start_token_id": START}
+        if kind == "glm4v_moe":
+            return Glm4vMoeConfig(text_config=text | SHARED_EXPERTS, vision_config=vision, **tokens)
         return Glm4vConfig(text_config=text, vision_config=vision, **tokens)
     if kind == "gemma3":
         rope = {name: {"rope_type": "default"} for name in ("full_attention", "sliding_attention")}
@@ -148,6 +158,9 @@ def fill(model, scale):
                 if not parameter.any():  # Gemma 3's projection, InternVL's positions
                     parameter.normal_(std=0.02)
                 parameter.mul_(scale)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # of GLM-4.5V's routers
+                buffer.uniform_(0, 0.1, generator=torch.Generator().manual_seed(0))
     return model
 
 
@@ -163,6 +176,7 @@ TOKENS = {  # of the families whose tokenizer has other ones than Qwen's: their 
 }
 WRITTEN = {"internvl": "<IMG_CONTEXT>\n", "gemma3": "<start_of_image>"}  # by the chat template, for an image
 WRITTEN["glm4v"] = "<|begin_of_image|><|image|><|end_of_image|>"
+TOKENS["glm4v_moe"], WRITTEN["glm4v_moe"] = TOKENS["glm4v"], WRITTEN["glm4v"]
 
 
 def processor_of(kind, tokenizer, chat_template):
@@ -198,7 +212,7 @@ def processor_of(kind, tokenizer, chat_template):
     patch = 16 if third else 14
     pixels = {"size": {"shortest_edge": 2 * (2 * patch) ** 2, "longest_edge": 64 * (2 * patch) ** 2}}
     pixels["patch_size"] = patch
-    if kind == "glm4v":
+    if kind.startswith("glm4v"):
         video = Glm4vVideoProcessor(**pixels)
         return Glm4vProcessor(Glm4vImageProcessor(**pixels), tokenizer, video, chat_template=chat_template)
     whole, video = Qwen2VLProcessor, Qwen2VLVideoProcessor
@@ -219,7 +233,7 @@ def model_of(kind, processor):
     if kind == "llava_onevision":
         config.image_token_index = config.image_token_id
         config.video_token_id = config.video_token_index = token_id("<|video_pad|>")
-    elif kind == "glm4v":
+    elif kind.startswith("glm4v"):
         config.video_token_id = processor.video_token_id
         for name in ("image_start", "image_end", "video_start", "video_end"):
             what, _, place = name.partition("_")

@@ -82,7 +82,7 @@ def check(kind, processor, folder):
     "kind",
     [
         *("qwen2_vl", "qwen3_vl", "llava_onevision"),
-        *(pytest.param(kind, marks=pytest.mark.long) for kind in ("qwen3_vl_moe", "internvl", "glm4v")),
+        *(pytest.param(kind, marks=pytest.mark.long) for kind in ("qwen3_vl_moe", "internvl", "glm4v", "glm4v_moe")),
     ],
 )
 def test_vllm_follows_the_policy(kind, processor, tmp_path):

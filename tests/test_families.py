@@ -94,7 +94,8 @@ def assert_equal_to_separate_rows(kind, dtype, error, images=True, attention="au
     return policy
 
 
-SHARING = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava_onevision", "internvl", "gemma3", "glm4v")
+OLDER = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
+SHARING = (*OLDER, "qwen3_vl_moe", "internvl", "gemma3", "glm4v", "glm4v_moe")
 
 
 @pytest.mark.parametrize("kind", SHARING)
@@ -141,7 +142,7 @@ def test_a_model_with_linear_attention_gets_separate_rows_and_says_why():
     assert policy.why_separate == "qwen3_5 has layers of linear_attention"
 
 
-LONG = ("qwen3_vl_moe", "internvl", "glm4v")  # of which profiles take long
+LONG = ("qwen3_vl_moe", "internvl", "glm4v", "glm4v_moe")  # of which profiles take long
 
 
 @pytest.mark.parametrize("kind", [pytest.param(x, marks=pytest.mark.long) if x in LONG else x for x in SHARING])

@@ -246,7 +246,7 @@ def test_experts_that_no_token_visits_have_a_gradient_of_zero():
     assert visited.sum() == 2
 
 
-KINDS = ("qwen3_vl_moe", "internvl", "gemma3", "glm4v")
+KINDS = ("qwen3_vl_moe", "internvl", "gemma3", "glm4v", "glm4v_moe")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -247,6 +247,7 @@ def test_weights_are_counted_from_the_configuration_alone(name, folder_of):
         (transformers.InternVLConfig, 32, (1024, 4096, False)),
         (transformers.Gemma3Config, 26, (768, 3072, False)),
         (transformers.Glm4vConfig, 40, (1536, 4096, True)),
+        (transformers.Glm4vMoeConfig, 46, (1536, 4096, True)),
     ],
 )
 def test_every_family_has_sizes(kind, attending, tower):

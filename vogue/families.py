@@ -289,6 +289,7 @@ FAMILIES: dict[str, Family] = {
     "internvl": INTERNVL,
     "gemma3": GEMMA,
     "glm4v": GLM,
+    "glm4v_moe": GLM,
 }
 
 

@@ -133,9 +133,9 @@ class HfEngine:
         Where it generates with the policy's, it has them already, and doesn't touch `weights`.
         """
         if self._copies:
-            parameters = dict(self.model.named_parameters())
+            own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
             for name, tensor in weights:
-                parameters[name].copy_(tensor)
+                own[name].copy_(tensor)
         self.version = version
 
 

@@ -178,7 +178,7 @@ def _text_blocks(text: Any, module: Any) -> Blocks:
         query=text.num_attention_heads * head,
         key=text.num_key_value_heads * head,
         key_heads=text.num_key_value_heads,
-        inner=experts * expert if experts else text.intermediate_size,
+        inner=(experts + getattr(text, "n_shared_experts", 0)) * expert if experts else text.intermediate_size,
         **_kinds(module),
         norms=sum(type(part).__name__.endswith("Norm") for part in layer.children()),
         routed=experts,
