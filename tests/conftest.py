@@ -152,6 +152,29 @@ def settings(model_folder, digits_folder, tmp_path):
 
 
 @pytest.fixture
+def no_float32(monkeypatch):
+    """transformers' norms, rotations and routers compute in float32 in a float64 model too; here they don't."""
+    to, as_type, softmax = torch.Tensor.to, torch.Tensor.type, torch.nn.functional.softmax
+
+    def wide(tensor, *arguments, **named):
+        named |= {"dtype": torch.float64} if named.get("dtype") is torch.float32 else {}
+        return to(tensor, *(torch.float64 if x is torch.float32 else x for x in arguments), **named)
+
+    monkeypatch.setattr(torch.Tensor, "to", wide)
+
+    def wide_type(tensor, *arguments, **named):
+        return as_type(tensor, *(torch.float64 if x is torch.float32 else x for x in arguments), **named)
+
+    def wide_softmax(tensor, *arguments, **named):
+        named |= {"dtype": torch.float64} if named.get("dtype") is torch.float32 else {}
+        return softmax(tensor, *arguments, **named)
+
+    monkeypatch.setattr(torch.Tensor, "type", wide_type)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(torch.nn.functional, "softmax", wide_softmax)
+
+
+@pytest.fixture
 def on_a_disk(tmp_path):
     """A function: run Python beside a small or read-only `disk`; skips where no file system may be mounted."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:

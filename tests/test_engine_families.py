@@ -6,86 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kinds import model_of, processor_of, save_as_published
 from PIL import Image
 from ranks import apart
 from safetensors.torch import load_file, save_file
 from steps import batches_of, generated
-from test_families import PINPOINTS, TILE, config_of
-from transformers import (
-    AutoModelForImageTextToText,
-    LlavaOnevisionImageProcessor,
-    LlavaOnevisionProcessor,
-    LlavaOnevisionVideoProcessor,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
-)
 
 from vogue.config import load_config
 from vogue.data import Sample
 from vogue.data.dataset import check_samples
 from vogue.inputs import Preprocessor, load_processor
-from vogue.model import loading
+from vogue.model import loading, policy
 from vogue.settings import ConfigError
 from vogue.trainer import Trainer
 
 pytestmark = pytest.mark.slow
-
-
-def processor_of(kind, tokenizer, chat_template):
-    if kind == "llava_onevision":
-        pixels = {"size": {"height": TILE, "width": TILE}, "image_grid_pinpoints": PINPOINTS}
-        return LlavaOnevisionProcessor(
-            LlavaOnevisionImageProcessor(**pixels),
-            tokenizer,
-            LlavaOnevisionVideoProcessor(),
-            num_image_tokens=4,
-            vision_feature_select_strategy="full",
-            image_token="<|image_pad|>",
-            video_token="<|video_pad|>",
-            chat_template=chat_template,
-        )
-    third = kind in ("qwen3_vl", "qwen3_5")
-    patch = 16 if third else 14
-    pixels = {"size": {"shortest_edge": 2 * (2 * patch) ** 2, "longest_edge": 64 * (2 * patch) ** 2}}
-    pixels["patch_size"] = patch
-    whole, video = Qwen2VLProcessor, Qwen2VLVideoProcessor
-    if third:
-        whole, video = Qwen3VLProcessor, Qwen3VLVideoProcessor
-    return whole(Qwen2VLImageProcessor(**pixels), tokenizer, video(**pixels), chat_template=chat_template)
-
-
-def model_of(kind, tokenizer):
-    config, token_id = config_of(kind), tokenizer.convert_tokens_to_ids
-    config.text_config.vocab_size = len(tokenizer)
-    if kind == "qwen3_vl":  # as in the published configurations; transformers does so whatever they say
-        config.text_config.rope_parameters["mrope_interleaved"] = True
-    config.text_config.eos_token_id, config.text_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    config.image_token_id, config.video_token_id = token_id("<|image_pad|>"), token_id("<|video_pad|>")
-    if kind == "llava_onevision":
-        config.image_token_index, config.video_token_index = config.image_token_id, config.video_token_id
-    else:
-        config.vision_start_token_id = token_id("<|vision_start|>")
-        config.vision_end_token_id = token_id("<|vision_end|>")
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    return model
-
-
-def save_as_published(kind, model, folder):
-    """Under the names of the checkpoints on the hub, of which transformers drops a part of LLaVA-OneVision's."""
-    model.save_pretrained(folder)
-    if kind == "llava_onevision":
-        file = folder / "model.safetensors"
-        weights = load_file(file)
-        named = {k.replace("vision_tower.", "vision_tower.vision_model."): v.clone() for k, v in weights.items()}
-        save_file(named, file, metadata={"format": "pt"})
 
 
 def both_logprobs(trainer):
@@ -107,8 +42,9 @@ def disagreement(trainer):
 def trainer_of(kind, processor, folder, *overrides):
     """A trainer of a random model, on a prompt without an image, one with one and one with two."""
     tokenizer = copy.deepcopy(processor.tokenizer)
-    processor_of(kind, tokenizer, processor.chat_template).save_pretrained(folder / "model")
-    save_as_published(kind, model_of(kind, tokenizer), folder / "model")
+    own = processor_of(kind, tokenizer, processor.chat_template)
+    own.save_pretrained(folder / "model")
+    save_as_published(kind, model_of(kind, own), folder / "model")
     settings = [
         f"model.path={folder / 'model'}",
         "model.dtype=float32",
@@ -142,13 +78,35 @@ def check(kind, processor, folder):
     assert disagreement(trainer) < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "llava_onevision"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("qwen2_vl", "qwen3_vl", "llava_onevision"),
+        *(pytest.param(kind, marks=pytest.mark.long) for kind in ("qwen3_vl_moe", "internvl", "glm4v", "glm4v_moe")),
+    ],
+)
 def test_vllm_follows_the_policy(kind, processor, tmp_path):
     """Before and after its weights change.
 
     In a process of its own, and not as a rank of this one's run: vLLM's engines in one share their process groups.
     """
     apart(check, kind, processor, tmp_path)
+
+
+def check_causal(kind, processor, folder):
+    """With a policy whose images' tokens see none behind them, as vLLM's do on a CPU."""
+    from vogue.rollout import vllm  # in the process that has the engine
+
+    masks = policy.layer_masks
+    policy.layer_masks = lambda name, segments, types, *rest: masks(name, segments, torch.zeros_like(types), *rest)
+    vllm.check_images = lambda _: None
+    check(kind, processor, folder)
+
+
+@pytest.mark.long
+def test_vllm_follows_gemma_in_all_but_what_a_cpu_refuses(processor, tmp_path):
+    """Windows, tokens, positions, and weights before and after they change."""
+    apart(check_causal, "gemma3", processor, tmp_path)
 
 
 def with_tying(outer, inner, head, folder):
@@ -171,8 +129,9 @@ def with_tying(outer, inner, head, folder):
 def tied_disagreement(kind, processor, tying, folder, refuse):
     """How far apart policy and engine are at the start; `refuse`=False trains on a model that would be refused."""
     tokenizer = copy.deepcopy(processor.tokenizer)
-    processor_of(kind, tokenizer, processor.chat_template).save_pretrained(folder)
-    save_as_published(kind, model_of(kind, tokenizer), folder)
+    own = processor_of(kind, tokenizer, processor.chat_template)
+    own.save_pretrained(folder)
+    save_as_published(kind, model_of(kind, own), folder)
     with_tying(*tying, folder)
     if not refuse:
         loading.misfit = lambda *_: ""

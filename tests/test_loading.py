@@ -15,6 +15,7 @@ from vogue.config import load_config
 from vogue.families import FAMILIES
 from vogue.model.checkpoint import gathered_weights
 from vogue.model.loading import load_model
+from vogue.model.lora import saved_buffers
 from vogue.model.optimizer import deepspeed_settings
 from vogue.settings import ConfigError
 
@@ -40,10 +41,11 @@ def test_a_partitioned_model_has_the_weights_and_buffers_of_a_whole_one(kind, dt
     whole = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=dtype, attn_implementation="sdpa")
     assert is_partitioned(model)
     assert not is_partitioned(whole)  # nor would a rollout engine's model be
-    weights, buffers = dict(whole.named_parameters()), dict(whole.named_buffers())
+    buffers, saved = dict(whole.named_buffers()), saved_buffers(whole)
+    weights = dict(whole.named_parameters()) | saved
     for name, weight in gathered_weights(model):
         expected = weights.pop(name)
-        assert weight.dtype == expected.dtype == getattr(torch, dtype), name
+        assert weight.dtype == expected.dtype == (torch.float32 if name in saved else getattr(torch, dtype)), name
         assert torch.equal(weight, expected), name
     assert not weights
     assert any(buffer.dtype == torch.float32 for buffer in buffers.values())  # the rotary frequencies, in bfloat16 too

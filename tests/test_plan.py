@@ -270,6 +270,11 @@ def test_weights_are_counted_from_the_configuration_alone(name, folder_of):
         (transformers.Qwen3VLConfig, 32, (1152, 4304, False)),
         (transformers.Qwen3_5Config, 8, (1152, 4304, False)),
         (transformers.LlavaOnevisionConfig, 32, (1152, 4304, False)),
+        (transformers.Qwen3VLMoeConfig, 24, (1152, 4304, False)),
+        (transformers.InternVLConfig, 32, (1024, 4096, False)),
+        (transformers.Gemma3Config, 26, (768, 3072, False)),
+        (transformers.Glm4vConfig, 40, (1536, 4096, True)),
+        (transformers.Glm4vMoeConfig, 46, (1536, 4096, True)),
     ],
 )
 def test_every_family_has_sizes(kind, attending, tower):
@@ -282,6 +287,68 @@ def test_every_family_has_sizes(kind, attending, tower):
     run = layout_of(config, sizes, 8, 80e9, on_gpu=True)
     assert run.shared_prefix == (attending == sizes.text.layers)  # linear attention can't share a prompt
     assert all(phase.total > 0 for phase in phases(sizes, run))
+
+
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+PUBLISHED = {  # billions of weights, and those of one MLP that a token goes through, with its copies for experts
+    "qwen3_vl_30b_a3b": (
+        transformers.Qwen3VLMoeConfig(
+            text_config={
+                **{"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4},
+                **{"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+            },
+            vision_config={"out_hidden_size": 2048},
+        ),
+        (31.07, 8 * 768, 8),
+    ),
+    "internvl3_8b": (
+        transformers.InternVLConfig(
+            text_config={
+                **{"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+                **{"intermediate_size": 18944, "vocab_size": 151674, "model_type": "qwen2"},
+            },
+            tie_word_embeddings=False,
+        ),
+        (7.94, 18944, 0),
+    ),
+    "gemma3_4b": (
+        transformers.Gemma3Config(
+            text_config={"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34},
+            vision_config=SO400M | {"image_size": 896, "patch_size": 14, "vision_use_head": False},
+        ),
+        (4.30, 10240, 0),
+    ),
+    "glm4_1v_9b": (transformers.Glm4vConfig(text_config={"tie_word_embeddings": False}), (10.29, 13696, 0)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_as_many_weights_as_they_are_said_to(name):
+    config, (billions, inner, routed) = PUBLISHED[name]
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    settings = load_config(None, ["model.path=none"])
+    sizes = sizes_of(model, settings)
+    assert sizes.weights / 1e9 == pytest.approx(billions, abs=0.02)
+    assert (sizes.text.inner, sizes.text.routed, sizes.text.gated) == (inner, routed, True)
+    assert sizes.text.norms == (4 if name.startswith(("gemma", "glm")) else 2)
+    # Tokens of one image of 448 x 448: 16 pixels a patch and 2 x 2 patches, or a square.
+    small = layout_of(load_config(None, ["model.path=none", f"data.max_pixels={448**2}"]), sizes, 8, 80e9, on_gpu=True)
+    assert small.image == {"qwen3": 196, "inter": 256, "gemma": 256, "glm4_": 256}[name[:5]]
+
+
+def test_without_recomputed_activations_experts_stay_gathered():
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(PUBLISHED["qwen3_vl_30b_a3b"][0])
+    found = []
+    for recomputed in ("true", "false"):
+        given = ["model.path=none", "trainer.updates=2", f"model.gradient_checkpointing={recomputed}"]
+        config = load_config(None, given)
+        sizes = sizes_of(model, config)
+        run = layout_of(config, sizes, 8, 80e9, on_gpu=True)
+        found.append([parts(sizes, run, name)["gathered"] / 1e9 for name in ("training", "old")])
+    # In bfloat16: DeepSpeed's 10^9 weights at a time, or all 31.07e9 of them in the pass that keeps what it computes.
+    assert found == [[2.0, 2.0], [pytest.approx(62.1, abs=0.1), 2.0]]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from vogue.families import FAMILIES
 from vogue.model import vision
 from vogue.model.vision import WINDOWS, PatchProjection, prepare_tower, windows_attention
 
-TOWERS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+TOWERS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v")
 # In patches. In windows of 8 x 8, as Qwen2.5-VL's: of 64, 16, 64 and 8 patches.
 SIZES = torch.tensor([[1, 10, 8], [1, 8, 8], [1, 2, 4]])
 

@@ -39,8 +39,11 @@ class View:
     """The images of a prompt, raw or perturbed, and what the model's own image processor makes of them."""
 
     images: tuple[Image.Image, ...]
-    pixel_values: Tensor | None  # float32: Qwen's (patches, D), LLaVA-OneVision's (images, tiles, 3, height, width)
-    sizes: Tensor | None  # int64: (images, 3) patches in time, height and width; (images, 2) pixels high and wide
+    # float32: Qwen's and GLM's (patches, D), LLaVA-OneVision's (images, tiles, 3, height, width), InternVL's and
+    # Gemma's (tiles, 3, height, width)
+    pixel_values: Tensor | None
+    # int64: (images, 3) patches in time, height and width; (images, 2) pixels high and wide; (images,) tiles
+    sizes: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,12 @@ class Preprocessor:
         self.max_prompt_tokens = max_prompt_tokens
         self.limits = limits
         self.own_system = own_system
-        self.image_token_id: int = self.processor.image_token_id
         self.family = family_of_processor(processor)
+        self.image_token_id: int = self.family.image_token_id(self.processor)
+        self.image_options = self.family.image_options(self.processor)
+        self._frame = self.family.frame(self.processor)
+        # What a sample spells itself stands in a mark.
+        self._written = re.compile(f"(?<!{MARKED}){re.escape(self.processor.image_token)}")
         special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         # Longest first; LLaVA-OneVision has one that reads like the placeholder.
         self.special_tokens = sorted((text for text in special if text != PLACEHOLDER), key=len, reverse=True)
@@ -142,19 +149,21 @@ class Preprocessor:
         own = self._special.sub(_marked, sample.system) if self.own_system else ""
         quoted = replace(sample, problem=self._special.sub(_marked, sample.problem))
         try:
-            return self.processor.apply_chat_template(
+            text = self.processor.apply_chat_template(
                 chat_messages(quoted, own or self.system_prompt), tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, ValueError) as error:  # a template that takes no system message, or none at all
             raise DataError(f"{sample.place}: the model's chat template says: {error}") from error
+        frame = self._frame
+        return text if frame is None else self._written.sub(lambda _: frame, text)
 
     def view(self, images: Sequence[Image.Image]) -> View:
         """Turn PIL images into the vision tower's input."""
         if not images:
             return View((), None, None)
         # A list of lists: of several images of one prompt LLaVA-OneVision cuts none into tiles.
-        features = self.processor.image_processor(images=[list(images)], return_tensors="pt")
-        return View(tuple(images), features["pixel_values"], features[self.family.sizes])
+        features = self.processor.image_processor(images=[list(images)], return_tensors="pt", **self.image_options)
+        return View(tuple(images), features["pixel_values"], self.family.view_sizes(features))
 
     def prompt(self, sample: Sample, view: View) -> Prompt:
         """Tokenize `sample` for images of `view`'s size."""
@@ -202,8 +211,8 @@ class Preprocessor:
 
 
 def cat_images(pixel_values: Sequence[Tensor]) -> Tensor:
-    """`pixel_values` of several views in one; where images are cut into tiles, the missing ones are zero."""
-    if pixel_values[0].dim() > 2:
+    """`pixel_values` of several views in one; where every image has room for as many tiles, missing ones are zero."""
+    if pixel_values[0].dim() == 5:
         tiles = max(values.shape[1] for values in pixel_values)
         pixel_values = [
             torch.cat([values, values.new_zeros(len(values), tiles - values.shape[1], *values.shape[2:])], dim=1)

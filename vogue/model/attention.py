@@ -28,6 +28,7 @@ PAD = -1  # segment of padding
 # Names under which transformers finds them; it offers its own flex_attention to some models only.
 PARTS, VARLEN, FLEX = "shared_prefix", "shared_prefix_varlen", "shared_prefix_flex"
 OWN = (PARTS, VARLEN, FLEX)
+MASKED = ("sdpa", FLEX)  # those that take any mask
 IMPLEMENTATIONS = (*OWN, "sdpa")
 
 
@@ -85,6 +86,42 @@ def boolean_mask(segments: Tensor) -> Tensor:
     length = segments.shape[1]
     at = torch.arange(length, device=segments.device)
     return _allowed(segments[:, :, None], segments[:, None, :], at[:, None] >= at)[:, None]
+
+
+def layer_masks(implementation: str, segments: Tensor, types: Tensor, positions: Tensor, window: int) -> dict:
+    """What each kind of Gemma 3's layers takes as its mask: token i attends to j of its prompt and its own completion,
+
+        in layers of full attention      where j <= i, or i and j are of the same image
+        in those of sliding windows      where, besides, position(i) - position(j) < window
+
+    The second completion of a row lies further behind the prompt than its positions say; a window counts positions.
+    segments, types (1 at image tokens), positions: (B, L) int64. `implementation` is one of `MASKED`.
+    """
+    begins = torch.ones_like(types, dtype=torch.bool)
+    begins[:, 1:] = types[:, 1:] != types[:, :-1]
+    images = begins.cumsum(dim=1).masked_fill(types != 1, -1)  # (B, L): a number for each image of a row
+
+    def full(row, head, query, key):
+        same_image = (images[row, query] == images[row, key]) & (images[row, key] >= 0)
+        return _allowed(segments[row, query], segments[row, key], (query >= key) | same_image)
+
+    def sliding(row, head, query, key):
+        return full(row, head, query, key) & (positions[row, query] - positions[row, key] < window)
+
+    return {
+        name: _mask_of(rule, implementation, segments)
+        for name, rule in (("full_attention", full), ("sliding_attention", sliding))
+    }
+
+
+def _mask_of(rule, implementation: str, segments: Tensor):
+    """The mask of a rule of (row, head, query, key), as an implementation takes it."""
+    batch, length = segments.shape
+    if implementation == FLEX:
+        return create_block_mask(rule, batch, None, length, length, device=segments.device)
+    at = torch.arange(length, device=segments.device)
+    row = torch.arange(batch, device=segments.device)[:, None, None, None]
+    return rule(row, None, at[:, None], at)
 
 
 def _block_mask(segments: Tensor):

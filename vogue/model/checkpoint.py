@@ -57,7 +57,8 @@ class State(NamedTuple):
 def gathered_weights(model: torch.nn.Module, byte_budget: int = 256 << 20) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of `model` whole, gathered by at most `byte_budget` bytes at a time on every rank.
 
-    All ranks must exhaust the iterator. A tied parameter comes once, under its first name; adapters are merged.
+    All ranks must exhaust the iterator. A tied parameter comes once, under its first name; adapters are merged. Buffers
+    that checkpoints hold come last.
     """
     chunk: list[lora.Whole] = []
     size = 0
@@ -69,6 +70,7 @@ def gathered_weights(model: torch.nn.Module, byte_budget: int = 256 << 20) -> It
         chunk.append(whole)
         size += bytes_needed
     yield from _gather(chunk)
+    yield from lora.saved_buffers(model).items()
 
 
 def _gather(chunk: list[lora.Whole]) -> Iterator[tuple[str, Tensor]]:

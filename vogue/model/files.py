@@ -20,6 +20,7 @@ from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers.core_model_loading import Transpose
 from transformers.utils import logging
 
 from vogue.families import FAMILIES
@@ -111,6 +112,34 @@ def configured_model(path: str) -> PreTrainedModel:
         raise ConfigError(f"model.path={path}: {error}") from None
 
 
+def write_as_published(model: PreTrainedModel) -> None:
+    """Let a loaded model's weights be written, and sent to vLLM, as those on the hub lie.
+
+    transformers turns Qwen3-VL-MoE's experts round where it loads them. It would look at a weight's shape before it
+    turns one back, which says no where the weight is whole and yes where ZeRO-3 partitions it; vLLM reads one way.
+    """
+    for conversion in getattr(model, "_weight_conversions", None) or ():
+        for operation in getattr(conversion, "operations", ()):
+            if isinstance(operation, Transpose):
+                operation.check_dims = False
+
+
+def check_experts(checkpoint: Checkpoint) -> None:
+    """Raise `ConfigError` where experts' weights lie as transformers holds them, which vLLM would read the wrong way.
+
+    Of Qwen3-VL-MoE: such a folder was written by `save_pretrained`. Those on the hub lie (experts, in, out).
+    """
+    if checkpoint.model.config.model_type != "qwen3_vl_moe":
+        return
+    held = {name: weight.shape for name, weight in checkpoint.model.named_parameters() if ".mlp.experts." in name}
+    stored = {name: weight.shape for file in checkpoint.files for name, weight in _header(file).items()}
+    if wrong := [name for name, shape in held.items() if stored.get(name) == shape]:
+        raise ConfigError(
+            f"model.path={checkpoint.folder}: {listed(wrong)} lie as transformers holds them, (experts, out, in): vLLM "
+            "reads (experts, in, out), as on the hub; turn their last two dimensions round, or set rollout.engine=hf"
+        )
+
+
 def misfit(info: Mapping[str, Any], config: Any) -> str:
     """What of a checkpoint and the model of `config` doesn't fit together, in a sentence; empty where all does.
 
@@ -166,11 +195,15 @@ def _planned(folder: Path) -> PreTrainedModel:
     if kind not in FAMILIES:
         raise ConfigError(f"config.json has model_type={kind}; vogue trains {', '.join(FAMILIES)}")
     try:
+        described = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+            model = AutoModelForImageTextToText.from_config(described)
     # Each family checks its values in its own way, or divides by them.
     except Exception as error:
         raise ConfigError(f"config.json: {' '.join(str(error).split())[:200]}") from None
+    if told := FAMILIES[kind].refusal(described):
+        raise ConfigError(f"config.json: {told}")
+    return model
 
 
 def _read_json(file: Path) -> Any:

@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from vogue import distributed
 from vogue.config import Config
-from vogue.model.files import TIED_BUT_DIFFERENT, is_finite, listed, misfit
+from vogue.model.files import TIED_BUT_DIFFERENT, is_finite, listed, misfit, write_as_published
 from vogue.model.liger import apply_liger
 from vogue.model.lora import add_adapters
 from vogue.model.optimizer import deepspeed_settings
@@ -49,6 +49,7 @@ def load_model(config: Config, device: torch.device) -> PreTrainedModel:
     told = misfit(info, loaded.config) or (TIED_BUT_DIFFERENT if loaded.config.tie_word_embeddings > is_tied else "")
     if told:
         raise ConfigError(f"model.path={model.path}: {told}")
+    write_as_published(loaded)
     settings = deepspeed_settings(config)
     if settings["zero_optimization"]["stage"] == 3:
         deepspeed.zero.Init(module=loaded, config_dict_or_path=settings)

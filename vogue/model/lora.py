@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from vogue.families import family_of
-from vogue.model.files import read_checkpoint
+from vogue.model.files import read_checkpoint, write_as_published
 from vogue.settings import ConfigError
 from vogue.training_sections import LoraConfig
 
@@ -25,6 +25,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's n
 NAME = "default"  # PEFT's, of a model's one adapter
 PREFIX = "base_model.model."  # of PEFT's files: a model within PeftModel
 ALL = "all-linear"
+EXPERTS = ".mlp.experts."  # within the names of weights of three dimensions, one of all experts of a layer
 
 
 class Whole(NamedTuple):
@@ -56,6 +57,12 @@ def whole_parameters(model: nn.Module) -> Iterator[Whole]:
             if layer is not None and name.endswith(".weight"):
                 adapter = (layer.lora_A[NAME].weight, layer.lora_B[NAME].weight, layer.scaling[NAME])
             yield Whole(name.replace(".base_layer.", "."), parameter, adapter)
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are part of a checkpoint, by name: those of GLM-4.5V's routers, which no gradient reaches."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -113,6 +120,7 @@ def save_adapter(weights: dict[str, Tensor], model: PreTrainedModel, base: str, 
 def load_adapted(path: str, dtype: str, settings: LoraConfig) -> PreTrainedModel:
     """The model at `path` with the adapter of `settings`, on the CPU."""
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    write_as_published(model)
     add_adapters(model, settings, seed=0)
     return model
 
@@ -132,7 +140,8 @@ def merge(adapter: Path, base: str | None, folder: Path) -> None:
     found = read_checkpoint(base).folder
     model = load_adapted(str(found), "auto", LoraConfig(adapter=adapter))  # pyright: ignore[reportCallIssue]
     processor = AutoProcessor.from_pretrained(found)
-    model.save_pretrained(folder, state_dict={whole.name: whole.merged() for whole in whole_parameters(model)})
+    weights = {whole.name: whole.merged() for whole in whole_parameters(model)}
+    model.save_pretrained(folder, state_dict=weights | saved_buffers(model))
     processor.save_pretrained(folder)
 
 
@@ -152,6 +161,9 @@ def _targets(model: PreTrainedModel, settings: LoraConfig) -> list[str]:
     tower = f"model.{family_of(model).tower}."
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
     linear = [name for name in linear if settings.vision or not _sees(name, tower)]
+    if any(EXPERTS in name for name, _ in model.named_parameters()):
+        # PEFT would adapt the experts, which were linear layers of these names before transformers 5.
+        linear = [name for name in linear if name.rpartition(".")[2] not in ("gate_proj", "up_proj", "down_proj")]
     if settings.target_modules == ALL:
         return linear
     kinds = {name.rpartition(".")[2] for name in linear}
@@ -176,6 +188,7 @@ def _read(settings: LoraConfig) -> tuple[Any, dict[str, Tensor]]:
         "use_dora": config.use_dora,
         "bias": config.bias != "none",
         "modules_to_save": config.modules_to_save,
+        "target_parameters": getattr(config, "target_parameters", None),  # experts, which aren't linear layers
         "init_lora_weights": config.init_lora_weights not in (True, False, "gaussian"),  # others change W
     }
     if names := [name for name, value in more.items() if value]:
@@ -204,7 +217,7 @@ def _config(folder: str) -> Any:
 def _check_linear(model: PreTrainedModel, settings: LoraConfig) -> None:
     """Raise `ConfigError` where something else than a linear layer of the body is adapted: it couldn't be merged."""
     for name, parameter in model.named_parameters():
-        odd = parameter.dim() != 2 or name.startswith("lm_head.")
+        odd = parameter.dim() != 2 or name.startswith("lm_head.") or EXPERTS in name
         if "lora_" in name and (odd or not _is_adapters(name)):
             raise ConfigError(f"lora.adapter={settings.adapter}: {name} is no linear layer of the body's")
 

@@ -25,11 +25,12 @@ from transformers import PreTrainedModel
 from vogue.families import Family, family_of
 from vogue.method.kl import Reference
 from vogue.method.uncertainty import OtherBranch, TokenStats
-from vogue.model.attention import FLEX, IMPLEMENTATIONS, OWN, attention_inputs, automatic
+from vogue.model.attention import FLEX, IMPLEMENTATIONS, MASKED, OWN, attention_inputs, automatic, layer_masks
 from vogue.model.lora import without_adapters
 from vogue.model.packing import PAD, Batch, Images
 from vogue.model.vision import prepare_tower
 from vogue.rollout.engine import BAN
+from vogue.settings import ConfigError
 from vogue_kernels import BranchStats, LogprobStats, linear_branch_stats, linear_logprob
 
 
@@ -149,8 +150,11 @@ class Policy(nn.Module):
     ):
         super().__init__()
         self.family = family_of(model)
+        if told := self.family.refusal(model.config):
+            raise ConfigError(told)
+        check_attention(model, attention)
         if attention == "auto":
-            attention = automatic(model.dtype, _head_size(model))
+            attention = "sdpa" if self.family.both_ways else automatic(model.dtype, _head_size(model))
         attention = FLEX if attention == "flex_attention" else attention
         self.why_separate = _why_separate(model, attention)
         if self.why_separate and attention in OWN:
@@ -189,12 +193,9 @@ class Policy(nn.Module):
         # Not on the weights' device: those that are offloaded are elsewhere.
         features = self._features(images or _blank(self.family, model).to(batch.input_ids.device), model)
         inputs = {"input_ids": batch.input_ids, "position_ids": self._positions(batch), "use_cache": False}
-        if self.why_separate:
-            inputs["attention_mask"] = (batch.segments != PAD).long()
-        else:
-            inputs |= attention_inputs(self.attention, batch.segments, model.dtype)
+        inputs |= self._attention_inputs(batch, inputs["position_ids"], model)
         if images is not None:
-            output = _see(model.model, _in_order(features, images.order), inputs)
+            output = _see(model.model, _in_order(features, images), inputs)
         else:
             # Under ZeRO-3 every rank must call the same modules in the same order, vision included, and have a gradient
             # for each. So the blank's features come in where images' do: what is behind them has a gradient, too.
@@ -202,6 +203,18 @@ class Policy(nn.Module):
             with _added_to(model.get_input_embeddings(), 0 * nothing):
                 output = model.model(**inputs)
         return output.last_hidden_state.flatten(0, 1)[batch.positions]
+
+    def _attention_inputs(self, batch: Batch, positions: Tensor, model: PreTrainedModel) -> dict:
+        """What lets a token attend to its row's prompt and its own completion alone."""
+        both_ways = self.family.both_ways
+        if self.why_separate:
+            types = self.family.token_inputs(batch.token_types) if both_ways else {}
+            return {"attention_mask": (batch.segments != PAD).long(), **types}
+        if both_ways:
+            window = model.config.text_config.sliding_window
+            masks = layer_masks(self.attention, batch.segments, batch.token_types, positions, window)
+            return {"attention_mask": masks}
+        return attention_inputs(self.attention, batch.segments, model.dtype)
 
     def _features(self, images: Images, model: PreTrainedModel):
         """What a model's vision tower makes of the images, as the model's own forward takes it."""
@@ -237,11 +250,19 @@ def _head_size(model: PreTrainedModel) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
+def check_attention(model: PreTrainedModel, attention: str) -> None:
+    """Raise `ConfigError` where `model.attention` can't be had: a token of an image attends to later ones by a mask."""
+    if family_of(model).both_ways and attention not in ("auto", "flex_attention", "eager", *MASKED):
+        raise ConfigError(
+            f"model.attention={attention}: it takes no mask, by which tokens of an image attend to each other in "
+            f"{model.config.model_type}; there are auto, sdpa, flex_attention and eager"
+        )
+
+
 def _why_separate(model: PreTrainedModel, attention: str) -> str | None:
     """Why a model's rows can't share a prompt, if they can't."""
-    kinds = set(getattr(model.config.text_config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        return f"{model.config.model_type} has layers of {', '.join(sorted(kinds - {'full_attention'}))}"
+    if kinds := family_of(model).unmasked_layers(model.config.text_config):
+        return f"{model.config.model_type} has layers of {', '.join(kinds)}"
     if attention not in IMPLEMENTATIONS:
         return f"{attention} attention takes no mask of that kind"
     return None
@@ -281,10 +302,16 @@ def _added_to(module: nn.Module, value: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def _in_order(features, order: Sequence[int]):
+def _in_order(features, images: Images):
     """`features` with the i-th image of the rows in the i-th place; images that appear twice were computed once."""
-    if list(order) != list(range(len(features.pooler_output))):
-        features.pooler_output = tuple(features.pooler_output[i] for i in order)
+    order = images.order
+    if list(order) != list(range(len(images.sizes))):
+        found = features.pooler_output
+        if isinstance(found, Tensor):  # (tiles, S, D), as many of each image as its size says
+            tiles = found.split(images.sizes.tolist())
+            features.pooler_output = torch.cat([tiles[i] for i in order])
+        else:
+            features.pooler_output = tuple(found[i] for i in order)
         if "deepstack_features" in features:
             features.deepstack_features = [tuple(layer[i] for i in order) for layer in features.deepstack_features]
     return features

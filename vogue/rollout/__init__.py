@@ -3,11 +3,13 @@
 `engine.py` says what an engine is; `vllm.py` and `hf.py`, where vLLM can't be installed, are the two that there are.
 """
 
+from itertools import chain
+
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vogue.config import Config
-from vogue.model.files import check_finite, read_checkpoint
-from vogue.model.lora import load_adapted, whole_parameters
+from vogue.model.files import check_experts, check_finite, read_checkpoint
+from vogue.model.lora import load_adapted, saved_buffers, whole_parameters
 from vogue.rollout.engine import Engine
 from vogue.run.memory import check_engine, check_length
 
@@ -36,7 +38,8 @@ def _with_adapter(config: Config, processor: ProcessorMixin) -> Engine:
     """An engine of a model with an adapter, which vLLM gets merged into its weights, in the host's memory first."""
     model = load_adapted(config.model.path, config.model.dtype, config.lora)
     engine = create_engine(config, processor, model)
-    engine.load_weights(((whole.name, whole.merged()) for whole in whole_parameters(model)), version=0)
+    merged = ((whole.name, whole.merged()) for whole in whole_parameters(model))
+    engine.load_weights(chain(merged, saved_buffers(model).items()), version=0)
     return engine
 
 
@@ -44,5 +47,6 @@ def _check_model(config: Config) -> None:
     checkpoint = read_checkpoint(config.model.path)
     check_length(checkpoint.model.config.get_text_config(), config)
     if config.rollout.engine == "vllm":
+        check_experts(checkpoint)
         check_engine(checkpoint.model, config)
     check_finite(config.model.path, checkpoint.files)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from vogue.families import family_of_processor
 from vogue.inputs import Prompt, View
 from vogue.rollout.sampling import Sampling
 
@@ -64,5 +65,5 @@ class Engine(Protocol):
 def media_token_ids(processor: Any) -> list[int]:
     """The ids that stand for images or videos in a prompt; a sampled one would ask for an image that isn't there."""
     known = processor.tokenizer.get_vocab()
-    tokens = (processor.image_token, getattr(processor, "video_token", None), "<|vision_start|>", "<|vision_end|>")
+    tokens = (processor.image_token, getattr(processor, "video_token", None), *family_of_processor(processor).marks)
     return sorted({known[token] for token in tokens if token in known})

@@ -88,8 +88,7 @@ class HfEngine:
         positions = self.family.positions(self.model, ids, types, real, images.get(self.family.sizes))
         after = positions[..., -1] + 1  # the last token is text, and at the highest position so far
         cache = roomy_cache(self.model.config)
-        if self.family.grid_positions:
-            images["mm_token_type_ids"] = types
+        images |= self.family.token_inputs(types)
         logits = self._next(cache, input_ids=ids, attention_mask=real, position_ids=positions, **images)
         # Not `batch_repeat_interleave`, which layers of linear attention lack.
         copies: Any = torch.arange(len(ids), device=self.device).repeat_interleave(n)
@@ -140,9 +139,9 @@ class HfEngine:
         Where it generates with the policy's, it has them already, and doesn't touch `weights`.
         """
         if self._copies:
-            parameters = dict(self.model.named_parameters())
+            own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
             for name, tensor in weights:
-                parameters[name].copy_(tensor)
+                own[name].copy_(tensor)
         self.version = version
 
 

@@ -34,7 +34,7 @@ from vogue.config import Config
 from vogue.families import family_of_processor
 from vogue.rollout.engine import BAN, Completion, Request, media_token_ids
 from vogue.rollout.sampling import Sampling, until_stop
-from vogue.run.memory import longest_sequence
+from vogue.run.memory import check_images, longest_sequence
 from vogue.settings import ConfigError
 
 # Read by vLLM when it is imported: run in this process, and leave OpenMP's threads to the trainer, which shares them.
@@ -123,6 +123,18 @@ def _talk_by_gloo() -> None:
     CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
 
 
+def _forget_experts(model: torch.nn.Module) -> None:
+    """Let vLLM's kernels of experts be made anew with the next weights.
+
+    Those of a CPU hold weights in an order of their own, into which vLLM brings them where it makes the kernel alone:
+    later weights it would take as they come, and compute with the wrong ones, without a word.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None  # pyright: ignore[reportOptionalMemberAccess]
+
+
 class VllmEngine:
     """A `vogue.rollout.engine.Engine` on vLLM.
 
@@ -131,6 +143,7 @@ class VllmEngine:
 
     def __init__(self, config: Config, processor: ProcessorMixin, model: PreTrainedModel | None):
         check_sleep(config)
+        check_images(family_of_processor(processor))
         on_gpu = torch.cuda.is_available()
         platform: dict[str, Any] = {"gpu_memory_utilization": config.rollout.memory}
         if not on_gpu:
@@ -150,6 +163,7 @@ class VllmEngine:
         self._banned = {token: BAN for token in media_token_ids(processor)}
         self._tokenizer = processor.tokenizer
         self._family = family_of_processor(processor)
+        self._image_token = torch.tensor(self._family.image_token_id(processor))
         self._request_ids = map(str, itertools.count())  # vLLM hands results out in their order
         self._model: Any = model
         self._sleeps = config.rollout.sleep
@@ -211,10 +225,14 @@ class VllmEngine:
         token_ids = prompt.token_ids.tolist()
         if view.pixel_values is None or view.sizes is None:
             return tokens_input(token_ids)
-        sizes, one_by_one = self._family.sizes, MultiModalFieldConfig.batched
-        patches = MultiModalFieldConfig.flat_from_sizes("image", view.sizes.prod(-1)) if self._family.patches else None
-        fields = {"pixel_values": patches or one_by_one("image"), sizes: one_by_one("image", keep_on_cpu=True)}
+        sizes, one_by_one = self._family.engine_sizes, MultiModalFieldConfig.batched
+        counts = self._family.pixel_counts(view.sizes)
+        pixels = one_by_one("image") if counts is None else MultiModalFieldConfig.flat_from_sizes("image", counts)
+        fields = {"pixel_values": pixels, sizes: one_by_one("image", keep_on_cpu=True)}
         given: Any = {"pixel_values": view.pixel_values, sizes: view.sizes}
+        if token := self._family.engine_token:
+            fields[token] = MultiModalFieldConfig.shared("image", len(view.sizes), keep_on_cpu=True)
+            given[token] = self._image_token
         features = MultiModalKwargsItems.from_hf_inputs(given, fields)
         several = len(view.images) > 1  # LLaVA-OneVision cuts the same image into tiles where it is the only one
         heads = [f"{image.size} {several}".encode() for image in view.images]
@@ -246,6 +264,8 @@ class VllmEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take the trainer's weights, streamed, and mark them as those of update `version`."""
         self._wake(WEIGHTS)
+        if not torch.cuda.is_available():
+            self.llm.apply_model(_forget_experts)
         with self._stance():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._as_in_checkpoint(weights)})
         # What was computed with the old weights: keys and values, and image embeddings. The worker has dropped its

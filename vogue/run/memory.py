@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from vogue.config import Config
 from vogue.distributed import rank_count
-from vogue.families import family_of
+from vogue.families import Family, family_of
 from vogue.model.lora import adapter_parameters, whole_parameters
 from vogue.settings import ConfigError
 
@@ -61,9 +61,14 @@ def sequence_bytes(text: Any, config: Config) -> int:
 
 def cache_bytes(text: Any, config: Config) -> int:
     """Size of a token's keys and values."""
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * kinds.count("full_attention") * text.num_key_value_heads * head * weight_bytes(config)
+    return 2 * attending_layers(text) * text.num_key_value_heads * head * weight_bytes(config)
+
+
+def attending_layers(text: Any) -> int:
+    """Layers that hold a token's keys and values: those of sliding windows too, which let them go after a while."""
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    return sum(kind in ("full_attention", "sliding_attention") for kind in kinds)
 
 
 def longest_sequence(config: Config) -> int:
@@ -102,6 +107,7 @@ def check_engine(model: PreTrainedModel, config: Config) -> str:
     Raises `ConfigError` where ranks can't share it, or one longest sequence doesn't fit beside the weights.
     """
     _check_sharing(model, config)
+    check_images(family_of(model))
     text, shared = model.config.get_text_config(), config.rollout.tensor_parallel
     # A rank has its part of the heads of keys and values, and one whole where there are fewer of them than ranks.
     cache = sequence_bytes(text, config) // min(shared, text.num_key_value_heads)
@@ -122,6 +128,15 @@ def check_engine(model: PreTrainedModel, config: Config) -> str:
             f"needs for the weights, {shown(weights)}, and one longest sequence, {shown(cache)}"
         )
     return f"weights {shown(weights)} and a longest sequence {shown(cache)} of vLLM's {shown(given)}"
+
+
+def check_images(family: Family) -> None:
+    """Raise `ConfigError` where vLLM would compute an image's tokens otherwise than the trainer does."""
+    if family.both_ways and not torch.cuda.is_available():
+        raise ConfigError(
+            "rollout.engine=vllm: on a CPU vLLM lets an image's token attend to none after it, where this model's "
+            "attend to their whole image; set rollout.engine=hf"
+        )
 
 
 def _check_sharing(model: PreTrainedModel, config: Config) -> None:

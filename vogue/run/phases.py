@@ -168,7 +168,8 @@ def kept_bytes(layer: Blocks, run: Layout, trained: bool) -> int:
     attention = item * (2 * layer.query + 2 * keys)
     inner = (3 if run.liger else 4) if layer.gated else 2
     of_heads = norm * (layer.query + layer.key) if layer.head_norms else 0
-    return 2 * norm * layer.hidden + attention + of_heads + item * inner * layer.inner
+    of_experts = 2 * item * layer.routed * layer.hidden  # what goes into each and comes out of it
+    return layer.norms * norm * layer.hidden + attention + of_heads + of_experts + item * inner * layer.inner
 
 
 def _training(sizes: Sizes, run: Layout) -> dict[str, float]:
@@ -177,7 +178,7 @@ def _training(sizes: Sizes, run: Layout) -> dict[str, float]:
         "activations": _activations(sizes, run),
         "head": _head(sizes, run),
         "working": _working(sizes, run),
-        "gathered": _gathered(sizes, run),
+        "gathered": _gathered_and_kept(sizes, run),
         "images": _pixels(sizes, run),
     }
 
@@ -224,6 +225,13 @@ def _gathered(sizes: Sizes, run: Layout) -> float:
     if run.shards == 1:
         return 0.0
     return float(run.item * min(sizes.weights, max(run.live, sizes.largest)))
+
+
+def _gathered_and_kept(sizes: Sizes, run: Layout) -> float:
+    """The same where a backward pass follows: autograd keeps views of experts' weights, which so stay whole."""
+    if run.shards > 1 and sizes.text.routed and not run.checkpointing:
+        return float(run.item * sizes.weights)
+    return _gathered(sizes, run)
 
 
 def _pixels(sizes: Sizes, run: Layout) -> float:

@@ -18,10 +18,11 @@ from vogue.config import Config
 from vogue.data import DataError
 from vogue.inputs import Preprocessor
 from vogue.model.deepspeed_check import deepspeed_problems
-from vogue.model.files import Checkpoint, read_checkpoint
+from vogue.model.files import Checkpoint, check_experts, read_checkpoint
 from vogue.model.liger import check_liger
 from vogue.model.lora import add_adapters
 from vogue.model.optimizer import own_settings
+from vogue.model.policy import check_attention
 from vogue.model.reference import check_reference
 from vogue.rewards import RewardError, check_function
 from vogue.rollout.sampling import told_of_truncation
@@ -113,6 +114,7 @@ def _examine_model(found: Preflight, checkpoint: Checkpoint, config: Config) -> 
         found.fine["adapters"] = f"{adapter_count(model) / 1e6:.3g} million weights; the model itself is frozen"
     if warning := keeps_activations(count, config, torch.cuda.is_available()):
         found.warnings.append(warning)
+    found.of(check_attention, model, config.model.attention)
     if config.model.liger:
         found.of(check_liger, model)
     checks = {
@@ -123,6 +125,7 @@ def _examine_model(found: Preflight, checkpoint: Checkpoint, config: Config) -> 
     if config.kl.coef:
         checks["reference"] = (check_reference, model)
     if config.rollout.engine == "vllm":
+        found.of(check_experts, checkpoint)
         checks["engine"] = (check_engine, model)
     for part, (check, given) in checks.items():
         if text := found.of(check, given, config):

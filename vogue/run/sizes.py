@@ -15,7 +15,14 @@ from vogue.model.files import configured_model
 from vogue.model.lora import whole_parameters
 from vogue.model.optimizer import SUB_GROUP
 from vogue.model.reference import reference_path
-from vogue.run.memory import adapter_count, cache_bytes, checkpoint_bytes, weight_count, weights_on_disk
+from vogue.run.memory import (
+    adapter_count,
+    attending_layers,
+    cache_bytes,
+    checkpoint_bytes,
+    weight_count,
+    weights_on_disk,
+)
 
 # DeepSpeed's own where `trainer.deepspeed` has none: weights of a bucket of gradients, and gathered at a time.
 BUCKET, LIVE = 500_000_000, 1_000_000_000
@@ -31,10 +38,12 @@ class Blocks:
     query: int  # heads x their size
     key: int  # heads of keys x their size
     key_heads: int
-    inner: int  # width of the MLP
+    inner: int  # width of the MLP; of experts, the widths of all that a token goes through
     gated: bool  # the MLP has a gate beside what it gates
     rms: bool  # norms are RMSNorm, which transformers computes in float32 by parts; else LayerNorm, in one operator
     head_norms: bool  # queries and keys have norms of their own
+    norms: int = 2  # of a layer, beside those
+    routed: int = 0  # experts that a token goes through, each with a copy of it; 0: one MLP
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,8 @@ class Sizes:
     checkpoint: int  # bytes
     saved: int  # bytes of its weights as transformers or PEFT reads them, which rank 0 copies to its memory first
     reference: int = 0  # weights of a frozen model beside it
+    least_image: int = 1  # tokens of the smallest image
+    shares_prompt: bool = True  # completions can share a row with their prompt
 
 
 @dataclass(frozen=True)
@@ -133,12 +144,12 @@ def sizes_of(model: PreTrainedModel, config: Config) -> Sizes:
     """The sizes of a model, on the meta device say, with its adapters where `lora` has some."""
     whole: Any = model.model
     outer: Any = model.config
-    tower = getattr(whole, family_of(model).tower)
+    family = family_of(model)
+    tower, seen = getattr(whole, family.tower), family.seen(outer)
     text, vision = outer.get_text_config(), outer.vision_config
     counts = [weight.parameter.numel() for weight in whole_parameters(model)]
     adapters = adapter_count(model)
     frozen = weight_count(tower) if config.model.freeze_vision else 0
-    patches, side = getattr(vision, "spatial_merge_size", 1) ** 2, vision.patch_size**2
     return Sizes(
         weights=sum(counts),
         trained=adapters or sum(counts) - frozen,
@@ -147,10 +158,12 @@ def sizes_of(model: PreTrainedModel, config: Config) -> Sizes:
         largest=max(counts),
         vocabulary=text.vocab_size,
         text=_text_blocks(text, whole.language_model),
-        tower=_tower_blocks(vision, tower),
-        patches=patches,
-        patch=getattr(vision, "in_channels", 3) * getattr(vision, "temporal_patch_size", 1) * side,
-        token_pixels=patches * side,
+        tower=_tower_blocks(vision, tower, family.inner),
+        patches=seen.patches,
+        patch=getattr(vision, "in_channels", 3) * getattr(vision, "temporal_patch_size", 1) * seen.side**2,
+        token_pixels=seen.patches * seen.side**2,
+        least_image=seen.least,
+        shares_prompt=not family.unmasked_layers(text),
         token_cache=cache_bytes(text, config),
         checkpoint=checkpoint_bytes(model, config),
         reference=weight_count(configured_model(path)) if (path := reference_path(config)) else 0,
@@ -158,30 +171,35 @@ def sizes_of(model: PreTrainedModel, config: Config) -> Sizes:
     )
 
 
-def _text_blocks(text: Any, module: nn.Module) -> Blocks:
+def _text_blocks(text: Any, module: Any) -> Blocks:
+    layer: nn.Module = module.layers[0]
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    experts = getattr(text, "num_experts_per_tok", None) or 0  # that a token goes through
+    expert = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
     return Blocks(
-        layers=len(kinds),
-        attending=kinds.count("full_attention"),
+        layers=text.num_hidden_layers,
+        attending=attending_layers(text),
         hidden=text.hidden_size,
         query=text.num_attention_heads * head,
         key=text.num_key_value_heads * head,
         key_heads=text.num_key_value_heads,
-        inner=text.intermediate_size,
+        inner=(experts + getattr(text, "n_shared_experts", 0)) * expert if experts else text.intermediate_size,
         **_kinds(module),
+        norms=sum(type(part).__name__.endswith("Norm") for part in layer.children()),
+        routed=experts,
     )
 
 
-def _tower_blocks(vision: Any, module: nn.Module) -> Blocks:
+def _tower_blocks(vision: Any, module: nn.Module, width: str) -> Blocks:
     """Of a vision tower, whose configurations have several names for the same."""
     hidden = getattr(vision, "embed_dim", None) or vision.hidden_size  # Qwen2-VL's hidden_size is the text model's
     layers = getattr(vision, "depth", None) or vision.num_hidden_layers
-    inner = getattr(vision, "intermediate_size", None) or int(hidden * vision.mlp_ratio)
+    inner = getattr(vision, width, None) or int(hidden * vision.mlp_ratio)
     return Blocks(layers, layers, hidden, hidden, hidden, 1, inner, **_kinds(module))
 
 
 def _kinds(module: nn.Module) -> dict[str, bool]:
     names = {name.rpartition(".")[2] for name, _ in module.named_modules()}
     rms = any(type(part).__name__.endswith("RMSNorm") for part in module.modules())
-    return {"gated": "gate_proj" in names, "rms": rms, "head_norms": "q_norm" in names}
+    gated = bool(names & {"gate_proj", "gate_up_proj", "experts"})
+    return {"gated": gated, "rms": rms, "head_norms": "q_norm" in names}
