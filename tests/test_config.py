@@ -7,8 +7,8 @@ import yaml
 
 from vogue.arguments import fields
 from vogue.config import Config, load_config, save_config
+from vogue.method_sections import AdvantageConfig, LossConfig
 from vogue.presets import METHODS, STARTS
-from vogue.sections import AdvantageConfig, LossConfig
 from vogue.settings import ConfigError
 from vogue_kernels.loss import AGGREGATIONS
 from vogue_kernels.surrogates import KINDS, LEVELS, MODES

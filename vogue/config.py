@@ -18,23 +18,23 @@ from pydantic import Field, model_validator
 
 from vogue.estimates import powers_of_two
 from vogue.method.pairs import pair_count
-from vogue.method_sections import CuriosityConfig, SamplingConfig
-from vogue.presets import METHODS, with_method
-from vogue.sections import (
-    ALL_TOKENS,
+from vogue.method_sections import (
     AdvantageConfig,
     BranchConfig,
-    DataConfig,
+    CreditConfig,
+    CuriosityConfig,
     GuidanceConfig,
+    KlConfig,
     LossConfig,
-    ModelConfig,
+    PerceptionConfig,
     PerturbConfig,
-    RewardConfig,
-    RolloutConfig,
+    SamplingConfig,
     UncertaintyConfig,
 )
+from vogue.presets import METHODS, with_method
+from vogue.sections import ALL_TOKENS, DataConfig, ModelConfig, RewardConfig, RolloutConfig
 from vogue.settings import ConfigError, Section, check, read_settings
-from vogue.training_sections import CreditConfig, KlConfig, LoraConfig, OptimizerConfig, PerceptionConfig, TrainerConfig
+from vogue.training_sections import LoraConfig, OptimizerConfig, TrainerConfig
 
 VLLM_HOTTEST = 2.0  # temperature
 

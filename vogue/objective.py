@@ -21,10 +21,9 @@ from vogue.method.credit import Gather, token_factors
 from vogue.method.entropy import entropy_threshold
 from vogue.method.kl import Reference, divergence
 from vogue.method.uncertainty import OtherBranch, Signals, TokenStats, perception_uncertainty
+from vogue.method_sections import CreditConfig, KlConfig, LossConfig, PerceptionConfig
 from vogue.metrics import Mean, mean_over
 from vogue.model.packing import Batch
-from vogue.sections import LossConfig
-from vogue.training_sections import CreditConfig, KlConfig, PerceptionConfig
 from vogue_kernels import (
     CorrectionConfig,
     GuidanceConfig,
