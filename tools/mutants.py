@@ -46,7 +46,7 @@ MUTANTS = (
         "vogue/loader.py", "drawn[first : first + rollout.prompts]", "drawn[: rollout.prompts]", "tests/test_loader.py"
     ),
     Mutant("vogue/rewards/groups.py", "*place, number)", "*place)", "tests/test_rewards_groups.py"),
-    Mutant("vogue/loader.py", "step * total + first", "step * total", "tests/test_loader.py"),
+    Mutant("vogue/loader.py", "(step * rollout.rounds + number) *", "step * rollout.rounds *", "tests/test_loader.py"),
     Mutant("vogue/loader.py", "PERTURB, step, number, i)", "PERTURB, step, number)", "tests/test_loader.py"),
     Mutant(
         "vogue/method/branch.py", "SeedSequence((seed, step))", "SeedSequence((seed + step,))", "tests/test_branch.py"
