@@ -179,8 +179,8 @@ def test_an_update_through_both_views_makes_the_divergence_larger(new_trainer):
 CURVES = ("reward", "loss", "entropy", "kl", "perception_kl", "grad_norm", "tokens")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("gradient", ["clean", pytest.param("both", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("gradient", ["clean", "both"])
 def test_two_ranks_train_as_one_does_and_go_on_as_if_they_had_not_stopped(settings, mixed_data, tmp_path, gradient):
     chosen = [*settings, "method=papo", "branch.rollout=raw", f"perception.gradient={gradient}"]
     chosen += [f"data.train={mixed_data}", "rollout.n=4", "perception.kl_coef=0.1"]

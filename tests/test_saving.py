@@ -130,7 +130,7 @@ def test_a_run_keeps_its_best_checkpoint_and_names_it(settings, tmp_path, capsys
     assert sum(accuracies) / len(accuracies) == pytest.approx(values[first])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_of_some_epochs_that_go_on_have_the_same_best_checkpoint_as_a_straight_run(settings, tmp_path):
     given = [*settings, *EVALUATING, "trainer.save_best=pass@1", "trainer.keep=9", "trainer.save_every=1"]
     given += ["trainer.steps=null", "trainer.epochs=1", "data.limit=8", "optimizer.lr=1e-2"]

@@ -92,7 +92,7 @@ def straight_and_resumed(tmp_path_factory, model_folder, digits_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_run_goes_on_with_what_it_remembered_while_its_loader_works_ahead(straight_and_resumed, ranks):
     straight, resumed = straight_and_resumed(ranks)
     assert [row["step"] for row in resumed] == [0, 1, 2, 3]

@@ -29,7 +29,8 @@ def threads():
     [
         ("ATEN_CPU_CAPABILITY=default", "portable"),
         ("VOGUE_CPU_PRODUCTS=f32", "\n"),
-        ("VOGUE_CPU_PRODUCTS=bf16", ", products of bfloat16\n"),
+        # What a processor with such products takes anyway.
+        pytest.param("VOGUE_CPU_PRODUCTS=bf16", ", products of bfloat16\n", marks=pytest.mark.long),
         pytest.param("VOGUE_CPU_PRODUCTS=amx", " by AMX\n", marks=pytest.mark.long),
     ],
 )
