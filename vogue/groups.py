@@ -22,8 +22,9 @@ from vogue.method.advantage import (
     rloo_advantages,
 )
 from vogue.method.pairs import kept_by_pairs
+from vogue.method.uncertainty import TokenStats
 from vogue.metrics import Means
-from vogue.model.packing import Place, Row
+from vogue.model.packing import Batch, Place, Row
 from vogue.objective import has_gradient, reads_all
 from vogue.rewards import Score
 from vogue.rollout.engine import Completion, Engine, Request
@@ -40,6 +41,19 @@ class Trace:
     entropy: Tensor  # (T,) nats, exact
     u_per: Tensor | None  # (T,) nats, the symmetric divergence; None where one branch alone was computed
     kl: Tensor | None = None  # (T,) nats, to the reference; None where it wasn't computed
+
+
+def traced(batch: Batch, stats: TokenStats) -> dict[Place, Trace]:
+    """What the forward found of each completion, by its place among the step's groups."""
+    entropy = stats.entropy.detach().cpu()
+    u_per = entropy[:0] if stats.other is None else stats.other.symmetric_kl.detach().cpu()
+    kl = None if stats.reference is None else stats.reference.kl.detach().cpu()
+    traces = {}
+    for here, place in zip(batch.slices, batch.places, strict=True):
+        if place is not None:
+            compared = u_per[here] if here.stop <= len(u_per) else None
+            traces[place] = Trace(entropy[here], compared, None if kl is None else kl[here])
+    return traces
 
 
 @dataclass(frozen=True, kw_only=True)

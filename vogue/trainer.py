@@ -52,6 +52,7 @@ from vogue.groups import (
     rows,
     scaled_by_all,
     tally,
+    traced,
 )
 from vogue.inputs import NOISY, Preprocessor
 from vogue.loader import SCORES, Loader
@@ -441,16 +442,3 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of all ranks; returns its folder."""
         return checkpoint.save(self.deepspeed, self.policy.model, self.processor, self.state, self.config, self.step)
-
-
-def traced(batch: Batch, stats: TokenStats) -> dict[Place, Trace]:
-    """What the forward found of each completion, by its place among the step's groups."""
-    entropy = stats.entropy.detach().cpu()
-    u_per = entropy[:0] if stats.other is None else stats.other.symmetric_kl.detach().cpu()
-    kl = None if stats.reference is None else stats.reference.kl.detach().cpu()
-    traces = {}
-    for here, place in zip(batch.slices, batch.places, strict=True):
-        if place is not None:
-            compared = u_per[here] if here.stop <= len(u_per) else None
-            traces[place] = Trace(entropy[here], compared, None if kl is None else kl[here])
-    return traces
