@@ -129,7 +129,7 @@ def test_media_tokens_are_never_sampled_even_where_the_model_favours_them(traine
     head = trainer.policy.model.lm_head
     batch = batches_of(trainer, [give_advantages(group) for group in generated(trainer)])[0]
     with torch.no_grad():
-        hidden = trainer.policy._hidden(batch)
+        hidden = trainer.policy._hidden(batch, trainer.policy.model)
         direction = hidden.mean(0) / hidden.mean(0).norm() ** 2
         # Those that never stand in a prompt as themselves: the head is tied, so they are embeddings too.
         favoured = [

@@ -216,7 +216,7 @@ def test_the_policy_has_the_whole_distribution_and_the_ratio_to_the_engine_is_th
     groups = [replace(group, advantages=(1.0, -0.5)) for group in generated(trainer)]
     (batch,) = batches_of(trainer, groups)
     with torch.no_grad():
-        hidden, head = trainer.policy._hidden(batch).double(), trainer.policy.model.lm_head
+        hidden, head = trainer.policy._hidden(batch, trainer.policy.model).double(), trainer.policy.model.lm_head
         whole = ((hidden @ head.weight.double().T + head.bias) / 4).softmax(-1)
         stats = trainer.policy(batch)
     share = whole.topk(2).values.sum(-1)
