@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -238,6 +239,23 @@ def test_a_run_is_told_of_test_samples_that_it_trains_on(config, digits_folder, 
     chosen = config("trainer.eval_every=1", f"data.test={digits_folder}/train.parquet", "data.test_limit=5")
     load_data(chosen, Preprocessor.of(chosen))
     assert "warning: 5 of 5 samples of data.test are in data.train too" in capsys.readouterr().out
+
+
+def test_pictures_of_one_length_under_one_question_are_told_apart(config, tmp_path, capsys):
+    from vogue.run.training import load_data
+
+    pictures = [Image.new("RGB", (56, 56), (shade, 0, 0)) for shade in (40, 41)]
+    for name, picture in zip(("train", "test"), pictures, strict=True):
+        write_parquet([Sample("<image>How dark?", "4", (picture,))], tmp_path / f"{name}.parquet")
+    cells = [
+        pyarrow.parquet.read_table(tmp_path / f"{name}.parquet")["images"][0].as_py()[0]["bytes"]
+        for name in ("train", "test")
+    ]
+    assert len(cells[0]) == len(cells[1]) and cells[0] != cells[1]
+    files = (f"data.train={tmp_path}/train.parquet", f"data.test={tmp_path}/test.parquet")
+    chosen = config("trainer.eval_every=1", *files)
+    load_data(chosen, Preprocessor.of(chosen))
+    assert "are in data.train too" not in capsys.readouterr().out
 
 
 def test_a_run_says_that_images_were_not_looked_at_until_they_were(settings, digits_folder, capsys, config):

@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 FORMS = "encoded bytes, {bytes, path}, a file's path, a data: URI, or base64"
 SHOWN = 60  # characters of a value in a message
+END = 64  # bytes of a file that tell it from others of its length
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 RANGELESS = ("I", "F")
 ORIENTATION = 0x0112  # of EXIF
@@ -111,10 +112,16 @@ def name_of(found: Reference | str) -> str:
 
 
 def identity(found: Reference | str) -> str:
-    """What tells an image from others without reading it: the end of its path, its length, or its pixels."""
+    """What tells an image from others, not all of it read: the end of its path, its length and its end, or its pixels.
+
+    The end of a file of an image is compressed pixels, and in PNG's case their checksum: files of one length are told
+    apart by it.
+    """
     if isinstance(found, Image.Image):
         return hashlib.blake2b(found.tobytes(), digest_size=16).hexdigest()
-    return "/".join(Path(found).parts[-2:]) if isinstance(found, str | Path) else name_of(found)
+    if isinstance(found, str | Path):
+        return "/".join(Path(found).parts[-2:])
+    return f"{len(found)} {bytes(memoryview(found)[-END:]).hex()}"
 
 
 def short(value) -> str:
