@@ -66,7 +66,7 @@ class Environment:
             subprocess.run([find_python(row.python), "-m", "venv", folder / "venv"], check=True)
         self.pip(*row.packages, *TOOLS)
         built = shutil.ignore_patterns("*.so", "build", "*.egg-info", "__pycache__")
-        for name in ("kernels", "tests/kernels", "bench"):
+        for name in ("kernels", "tests/kernels", "bench", "examples", "tools"):
             shutil.rmtree(folder / name, ignore_errors=True)  # what an earlier run built would be installed again
             shutil.copytree(ROOT / name, folder / name, ignore=built)
         shutil.copy(ROOT / "pyproject.toml", folder)

@@ -39,7 +39,8 @@ def named(heads: list[Head]) -> dict[str, Tensor]:
     """The heads' tensors by the names of the operators' arguments; without a bias that is None."""
     names = ("weight", "bias", "weight_q", "bias_q")
     tensors = [tensor for head in heads for tensor in head]
-    return {name: x for name, x in zip(names, tensors, strict=False) if x is not None}
+    # As many names as tensors: torch 2.8 compiles no zip of others.
+    return {name: x for name, x in zip(names[: len(tensors)], tensors, strict=True) if x is not None}
 
 
 def as_rows(hiddens: dict[str, Tensor], heads: list[Head], targets: Tensor, ignore_index: int, shift: bool) -> Rows:
