@@ -96,7 +96,7 @@ MUTANTS = (
     Mutant("vogue/groups.py", "measures or reads_all(config.loss)", "measures", "tests/test_entropy.py"),
     Mutant("vogue/trainer.py", "is None or group.item.number in chosen]", "is None or True]", "tests/test_methods.py"),
     # KL to a reference, and the image's part in a token.
-    Mutant("vogue/method/kl.py", "else _ratio(logprob, old_logprob) * found", "else found", "tests/test_kl.py"),
+    Mutant("vogue/method/kl.py", "else ratio_of(logprob, old_logprob) * found", "else found", "tests/test_kl.py"),
     Mutant("vogue/model/policy.py", "detach(), found.kl_qp)", "detach(), found.kl_pq)", "tests/test_kl.py"),
     Mutant("vogue/model/policy.py", "with without_adapters(self.model):", "if True:", "tests/test_kl.py"),
     Mutant("vogue/objective.py", "loss = loss - _perceived", "loss = loss + _perceived", "tests/test_perception.py"),

@@ -352,15 +352,12 @@ class Trainer:
             stats = self.deepspeed(there)
             found.append(replace(batch, old=self.signals(there, stats)) if several or share < 1 else batch)
             dependences.append(dependence(there, stats, config.credit.estimator).cpu())
-        if share < 1:
-            found = with_chosen(found, share, distributed.gather)
-        if not config.credit.on:
-            return found
-        found = credited(found, dependences, config.credit, distributed.gather)
-        again = reads_other(config) and config.branch.probability != 0
-        if again or config.perception.on or config.trainer.measures(self.step):
-            return found
-        return [replace(batch, others=()) for batch in found]  # nothing reads them from here on
+        if config.credit.on:
+            found = credited(found, dependences, config.credit, distributed.gather)
+            again = reads_other(config) and config.branch.probability != 0
+            if not (again or config.perception.on or config.trainer.measures(self.step)):
+                found = [replace(batch, others=()) for batch in found]  # nothing reads them from here on
+        return with_chosen(found, share, distributed.gather) if share < 1 else found
 
     def entropy_coef(self) -> float | None:
         """The weight of the entropy in the next update's loss; None where it is the setting."""

@@ -12,11 +12,11 @@ The last one's value is KL(π‖ref) in the mean, where π is π_old. Its gradie
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from vogue_kernels.surrogates import LOG_RATIO_LIMIT, ratio_of
+
 ESTIMATORS = ("exact", "k1", "k3", "low_var_kl")
-LIMIT = 20.0  # nats of log-ratios, e^20 = 5e8; beyond it nothing has a gradient, in place of one that is infinite
 
 
 class Reference(NamedTuple):
@@ -30,12 +30,8 @@ def divergence(logprob: Tensor, old_logprob: Tensor, reference: Reference, estim
     """KL(π‖ref) (N,) in nats by `estimator`, with its gradient; `logprob` (N,) has one, `old_logprob` (N,) has none."""
     if estimator == "exact":
         return reference.kl
-    difference = (logprob - reference.logprob).clamp(-LIMIT, LIMIT)
+    difference = (logprob - reference.logprob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     if estimator == "k1":
-        return _ratio(logprob, old_logprob) * difference
+        return ratio_of(logprob, old_logprob) * difference
     found = (-difference).expm1() + difference
-    return found if estimator == "low_var_kl" else _ratio(logprob, old_logprob) * found
-
-
-def _ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
-    return torch.exp((logprob - old_logprob).clamp(max=LIMIT))
+    return found if estimator == "low_var_kl" else ratio_of(logprob, old_logprob) * found
