@@ -15,7 +15,7 @@ from vogue.method.entropy import EntropyBonus, entropy_threshold
 from vogue.method.uncertainty import Signals, TokenStats
 from vogue.metrics import Clock, Means
 from vogue.objective import objective, reads_all, uncertainties
-from vogue.trainer import BONUS
+from vogue.steering import BONUS
 from vogue_kernels import linear_logprob
 
 # ----------------------------------------------------------------------------------------------------- the equations

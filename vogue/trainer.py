@@ -24,9 +24,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import NamedTuple, cast
-
-import torch
+from typing import NamedTuple
 
 from vogue import distributed
 from vogue.config import Config, with_steps
@@ -48,7 +46,6 @@ from vogue.groups import (
     judged,
     kept_lengths,
     penalised,
-    reads_other,
     rows,
     scaled_by_all,
     tally,
@@ -57,17 +54,16 @@ from vogue.groups import (
 from vogue.inputs import NOISY, Preprocessor
 from vogue.loader import SCORES, Loader
 from vogue.method import branch
-from vogue.method.entropy import EntropyBonus
-from vogue.method.kl import Reference, divergence
 from vogue.method.uncertainty import Signals, TokenStats, read_signals
-from vogue.metrics import Clock, Means, mean_over, peak_memory
+from vogue.metrics import Clock, Means, peak_memory
 from vogue.model import checkpoint
 from vogue.model.loading import load_model
 from vogue.model.optimizer import start_deepspeed
 from vogue.model.packing import Batch, Place, collate
 from vogue.model.policy import Policy
 from vogue.model.reference import load_reference
-from vogue.objective import PAID, credited, dependence, objective, uncertainties, with_chosen
+from vogue.objective import objective, uncertainties
+from vogue.passes import looked_at, needs_look, referred
 from vogue.prompt_scores import TOKENS, refreshed, remembered
 from vogue.rewards import RewardError, verifier
 from vogue.rewards.groups import score_groups
@@ -77,11 +73,11 @@ from vogue.rollout.sampling import of_rollouts
 from vogue.sharing import IDLE, IDLE_COMPARED, Load, balance, bring_home, deal, exchange
 from vogue.shuffle import shuffled
 from vogue.state import RunState
+from vogue.steering import entropy_coef, steer_entropy
 from vogue_kernels import GuidanceConfig
 
 FAILURES = (DataError, RewardError)  # that end a run between two steps, with a checkpoint
 DATA = "data"  # the run's state under this name: the fingerprint of what it is trained on
-BONUS = "entropy_bonus"  # an `EntropyBonus`, with `loss.entropy_target`
 MOST_SKIPPED = 3  # updates in a row whose gradient isn't finite
 
 
@@ -258,11 +254,8 @@ class Trainer:
             updates = in_updates(groups, config.trainer.updates)
         with clock("pack"):
             packed = [self.micro_batches(part, groups[0], means, clock) for part in updates]
-        if len(updates) > 1 or config.credit.on or config.loss.top_entropy_quantile < 1:
-            # The later ones start from another policy than the one that generated: its signals are computed first, in
-            # the same packing, so that the first ratio is 1 to rounding. And only once all entropies of an update are
-            # known is it known which are the highest.
-            with clock("old"), torch.no_grad():
+        if needs_look(config, len(updates)):
+            with clock("old"):
                 packed = [self.looked_at(batches, several=len(updates) > 1) for batches in packed]
         sign = branch.bonus_sign(self.step, config.trainer.steps, config.guidance.sign_transition)
         for number, (part, batches) in enumerate(zip(updates, packed, strict=True)):
@@ -272,7 +265,7 @@ class Trainer:
             weight = float(items[config.loss.aggregation])
             # Of all ranks: with a divisor of its own, a rank with fewer tokens would weigh more. 1 where none has any.
             divisor = distributed.total({"weight": weight}, self.device)["weight"] or 1.0
-            coef, told = self.entropy_coef(), Means()
+            coef, told = entropy_coef(self.state, config.loss), Means()
             for i, batch in enumerate(batches):
                 self.deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
                 batch = batch.to(self.device)  # here, so that a GPU holds the pixels of one micro-batch
@@ -301,7 +294,7 @@ class Trainer:
                 means.add("trained_share", int((batch.weights > 0).sum()), 0)
             with clock("update"):
                 self.deepspeed.step()
-            self.steer_entropy(told)
+            steer_entropy(self.state, config.loss, told)
             means.add("loss", 0.0, weight)  # of what went through no forward: its loss is 0
             means.add("trained_share", 0.0, sum(lengths))
             self.check_gradient(float(self.deepspeed.get_global_grad_norm() or 0.0), means)
@@ -318,15 +311,9 @@ class Trainer:
             for number, group in enumerate(groups)
             if alone or any(group.kept)
         }
-        with clock("reference"), torch.no_grad():
-            traces: dict[Place, Trace] = {}
-            for batch in self.micro_batches(whole, groups[0], Means(), clock):
-                batch = batch.to(self.device)
-                stats = self.deepspeed(batch, refers=True)
-                reference, logprob = cast(Reference, stats.reference), stats.logprob
-                means.add_all({"kl": mean_over(batch.weights > 0, reference.kl)})
-                found = divergence(logprob, logprob, reference, self.config.kl.estimator)
-                traces |= traced(batch, stats._replace(reference=reference._replace(kl=found)))
+        with clock("reference"):
+            batches = self.micro_batches(whole, groups[0], Means(), clock)
+            traces = referred(self.deepspeed, batches, self.config, self.device, means)
             traces = bring_home(traces, self.rank)
         groups = [
             penalised(group, [traces[Place(number, i, self.rank)] for i in range(count)], self.config)
@@ -341,41 +328,10 @@ class Trainer:
         return read_signals(stats, batch.noisy, batch.paid, **self.config.uncertainty.model_dump())
 
     def looked_at(self, batches: list[Batch], *, several: bool) -> list[Batch]:
-        """An update's batches with what is known of them before it: old signals with `several` updates, and who trains.
-
-        That is which tokens, by `loss.top_entropy_quantile`, and with which part of the advantage, by `credit`.
-        """
-        config, found, dependences = self.config, [], []
-        share = config.loss.top_entropy_quantile
-        for batch in batches:
-            there = batch.to(self.device)
-            stats = self.deepspeed(there)
-            found.append(replace(batch, old=self.signals(there, stats)) if several or share < 1 else batch)
-            dependences.append(dependence(there, stats, config.credit.estimator).cpu())
-        if config.credit.on:
-            found = credited(found, dependences, config.credit, distributed.gather)
-            again = reads_other(config) and config.branch.probability != 0
-            if not (again or config.perception.on or config.trainer.measures(self.step)):
-                found = [replace(batch, others=()) for batch in found]  # nothing reads them from here on
-        return with_chosen(found, share, distributed.gather) if share < 1 else found
-
-    def entropy_coef(self) -> float | None:
-        """The weight of the entropy in the next update's loss; None where it is the setting."""
-        loss = self.config.loss
-        return None if loss.entropy_target is None else self.entropy_bonus().paid(loss.entropy_target)
-
-    def entropy_bonus(self) -> EntropyBonus:
-        return EntropyBonus(*self.state.current.get(BONUS, (self.config.loss.entropy_coef,)))
-
-    def steer_entropy(self, told: Means) -> None:
-        """Move the entropy's weight by what the update tells, where `loss.entropy_target` asks for it; collective."""
-        loss = self.config.loss
-        if loss.entropy_target is None:
-            return
-        found = told.over_ranks()
-        if PAID in found:  # an update of no token says nothing
-            settings = loss.entropy_target, loss.entropy_coef_delta, loss.entropy_coef_max
-            self.state.current[BONUS] = list(self.entropy_bonus().after(found[PAID], *settings))
+        """An update's batches with what has to be known of them before it (`vogue.passes`)."""
+        measuring = self.config.trainer.measures(self.step)
+        given = self.deepspeed, self.signals, batches, self.config, self.device
+        return looked_at(*given, several=several, measuring=measuring)
 
     def micro_batches(self, groups: dict[int, Group], some: Group, means: Means, clock: Clock) -> list[Batch]:
         """This rank's share of an update's rows, whoever generated them (`vogue.sharing`); `groups` are its own.
