@@ -1,6 +1,7 @@
 import contextlib
 import os
 import types
+from collections import Counter
 
 import pytest
 import torch
@@ -21,6 +22,19 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         return types.SimpleNamespace(restore=lambda: None)
 
     interpreter._patch_lang = _patch_once
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of each test's cases on a backend the first, and every n-th after it, where a suite is run a second time."""
+    n, seen = int(os.environ.get("VOGUE_EVERY_NTH_CASE", "1")), Counter()
+    kept, left_out = [], []
+    for item in items:
+        case = getattr(item, "callspec", None)
+        of = item.path, item.originalname, case.params.get("backend") if case else None
+        (left_out if seen[of] % n else kept).append(item)
+        seen[of] += 1
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(params=list(available_backends()))

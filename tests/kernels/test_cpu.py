@@ -24,6 +24,7 @@ def threads():
 
 @pytest.mark.slow
 @needs_library
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.long), 6])
 @pytest.mark.parametrize(
     "setting, expected",
     [
@@ -34,9 +35,14 @@ def threads():
         pytest.param("VOGUE_CPU_PRODUCTS=amx", " by AMX\n", marks=pytest.mark.long),
     ],
 )
-def test_every_kernel_test_passes_without_vector_instructions_and_by_each_product_of_bfloat16(setting, expected):
+def test_every_kernel_test_passes_without_vector_instructions_and_by_each_product_of_bfloat16(setting, expected, every):
     name, value = setting.split("=")
-    environment = {**os.environ, name: value, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {
+        **os.environ,
+        name: value,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "VOGUE_EVERY_NTH_CASE": str(every),
+    }
     said = "from vogue_kernels import cpu, available_backends as a; a(); print(cpu.description())"
     done = subprocess.run([sys.executable, "-c", said], env=environment, capture_output=True, text=True)
     assert expected in done.stdout, done.stderr

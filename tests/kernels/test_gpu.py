@@ -20,10 +20,16 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETING, reason="this is the child")
-def test_every_kernel_test_of_a_small_vocabulary_passes_in_the_interpreter():
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.long), 8])
+def test_every_kernel_test_of_a_small_vocabulary_passes_in_the_interpreter(every):
     """In a process of its own: triton must be told before its first import, and other tests compile with it."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--confcutdir", FOLDER, FOLDER]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "VOGUE_EVERY_NTH_CASE": str(every),
+    }
     small = "not (V32003 or V151936 or V152)"
     command += ["-k", f"(triton or test_gpu) and {small} and not compile_to"]
     done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
