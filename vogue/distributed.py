@@ -73,6 +73,13 @@ def _keep_freed_memory() -> None:
             allocator.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most before glibc 2.35
 
 
+def give_back_freed_memory() -> None:
+    """Give the system what was freed and is kept, where glibc keeps it: after what no step needs as much memory as."""
+    allocator = ctypes.CDLL(None)
+    if not torch.cuda.is_available() and hasattr(allocator, "malloc_trim"):
+        allocator.malloc_trim(0)
+
+
 def _end() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -56,6 +56,7 @@ except ImportError as error:
     ) from error
 
 CPU_BATCHED_TOKENS = 4096  # of prompts that vLLM takes in at once
+LARGE = 1e9  # bytes of weights, whose pages cost less to fault in again than to keep beside them
 SETTINGS = {  # of vogue, for what vLLM would be told otherwise
     "model": "model.path",
     "dtype": "model.dtype",
@@ -158,6 +159,7 @@ class VllmEngine:
         self.llm = vllm.LLM(**arguments)
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a stub in its place, and serves with fewer
         torch.set_num_threads(threads)
+        distributed.give_back_freed_memory()  # its copies of the weights, of which loading makes two
         # A few of vLLM's sampling helpers are torch.compile'd; on a CPU compiling them takes longer than a short run.
         self._stance = contextlib.nullcontext if on_gpu else lambda: torch.compiler.set_stance("force_eager")
         self._banned = {token: BAN for token in media_token_ids(processor)}
@@ -170,6 +172,7 @@ class VllmEngine:
         self._asleep: set[str] = set()  # WEIGHTS, KV_CACHE: what has no memory at present
         shared = config.rollout.tensor_parallel
         self._group = distributed.neighbours(shared, config.trainer.timeout) if shared > 1 else None
+        self._received = 0  # bytes of weights, in the last sync
         self.version = 0
 
     def generate(self, requests: list[Request], n: int, sampling: Sampling) -> list[list[Completion]]:
@@ -266,8 +269,11 @@ class VllmEngine:
         self._wake(WEIGHTS)
         if not torch.cuda.is_available():
             self.llm.apply_model(_forget_experts)
+        self._received = 0
         with self._stance():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._as_in_checkpoint(weights)})
+        if self._received > LARGE:  # vLLM held a copy of them meanwhile
+            distributed.give_back_freed_memory()
         # What was computed with the old weights: keys and values, and image embeddings. The worker has dropped its
         # own part of the image caches; the scheduler's must go too, or it counts on entries that are gone.
         self.llm.reset_prefix_cache()
@@ -280,6 +286,7 @@ class VllmEngine:
         """Rename weights as the checkpoint does, which vLLM can read; transformers' names may differ."""
         tied = self._model.config.tie_word_embeddings
         for name, tensor in weights:
+            self._received += tensor.nbytes
             yield from revert_weight_conversion(self._model, {name: tensor}).items()
             # vLLM packs a tied head's weight apart from the embedding; unless it is sent too, it silently stays old.
             if tied and name.endswith("embed_tokens.weight"):
