@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vogue.config import load_config
 from vogue.run import logs
+from vogue.run.folder import parts, read_rows, rotate
 from vogue.settings import ConfigError
 
 FIXED = "branch.probability=0.5"
@@ -192,3 +193,59 @@ logs.prepare(load_config(sys.argv[1], []), 1)
     assert {path.name: path.read_bytes() for path in folder.glob("*.jsonl")} == before
     log_steps(config(), 1, 2)
     assert [row["step"] for row in lines(config(), "metrics.jsonl")] == [0, 1]
+
+
+def rotated(config, start, end, size=100):
+    """`log_steps` with logs of at most `size` bytes; a row of metrics here has 30 or so, of an evaluation 150."""
+    chosen = config(f"trainer.log_rotation_mb={size / 1e6}")
+    log_steps(chosen, start, end)
+    return chosen.trainer.output_dir
+
+
+def test_logs_are_put_aside_where_they_grow_too_large_and_read_as_one(config):
+    folder = rotated(config, 0, 9)
+    files = parts(folder / "metrics.jsonl")
+    assert [file.name for file in files] == ["metrics.1.jsonl", "metrics.2.jsonl", "metrics.jsonl"]
+    assert all(file.stat().st_size <= 100 for file in files)
+    for name, first in {"metrics": 0, "completions": 0, "evaluations": 1}.items():  # a row larger than that: one a file
+        assert [row["step"] for row in read_rows(folder / f"{name}.jsonl")] == list(range(first, first + 9))
+    assert len(parts(folder / "evaluations.jsonl")) == 9
+
+
+def test_a_resumed_run_drops_rows_from_the_logs_that_were_put_aside_and_goes_on_in_a_new_file(config):
+    folder = rotated(config, 0, 9)
+    logs.check_folder(config(), resume=True)
+    before = (folder / "metrics.1.jsonl").stat().st_ino
+    rotated(config, 4, 6)
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert [row["reward"] for row in rows] == [0, 1, 2, 3, 404, 405]
+    assert (folder / "metrics.1.jsonl").stat().st_ino == before  # of steps before the checkpoint alone
+    assert [row["step"] for row in read_rows(folder / "evaluations.jsonl")] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(ConfigError, match="holds a run already"):
+        (folder / "metrics.jsonl").unlink()
+        logs.check_folder(config(), resume=False)
+
+
+def test_a_torn_line_is_dropped_from_the_newest_file_alone(config):
+    folder = rotated(config, 0, 9)
+    with open(folder / "metrics.1.jsonl", "a") as file:
+        file.write('{"step"')
+    with pytest.raises(ConfigError, match=r"metrics\.1\.jsonl, line 4: "):
+        logs.check_folder(config(), resume=True)
+
+
+def test_a_run_that_begins_anew_leaves_nothing_of_logs_that_were_put_aside(config):
+    folder = rotated(config, 0, 9)
+    logs.prepare(config(), 0)
+    assert read_rows(folder / "metrics.jsonl") == []
+    assert [file.name for file in parts(folder / "metrics.jsonl")] == ["metrics.jsonl"]
+
+
+def test_logs_are_numbered_beyond_nine_in_their_order(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step in range(12):
+        path.write_text(json.dumps({"step": step}) + "\n")
+        rotate(path)
+    (tmp_path / "metrics.old.jsonl").write_text("not a part of it\n")
+    assert [row["step"] for row in read_rows(path)] == list(range(12))

@@ -32,7 +32,7 @@ from vogue import compare, doctor
 from vogue.config import Config, load_config
 from vogue.model.checkpoint import checkpoints
 from vogue.run import logs
-from vogue.run.folder import read_rows
+from vogue.run.folder import parts, read_rows
 from vogue.run.stopping import STOPPED
 from vogue.settings import ConfigError, Count, Section, check, read_settings
 
@@ -191,7 +191,7 @@ def show_table(sweep: Sweep, overrides: list[str], console: Console) -> int:
 
 def _check_folder(one: Run) -> None:
     """Raise `ConfigError` where the run's folder holds another one, which would end in this table or be lost."""
-    if (one.folder / "metrics.jsonl").exists() and (told := logs.changes(one.config, logs.HARMLESS)):
+    if parts(one.folder / "metrics.jsonl") and (told := logs.changes(one.config, logs.HARMLESS)):
         raise ConfigError(f"{one.folder} holds another run than this sweep's: {told}; choose another output_dir")
 
 
@@ -229,7 +229,8 @@ def _start(one: Run, launcher: tuple[str, ...], lock: IO, environment: dict[str,
     one.folder.parent.mkdir(parents=True, exist_ok=True)
     resume = ["--resume"] if one.resumable else []
     if not resume:  # steps without a checkpoint are lost; with this file `vogue train` would refuse to start over
-        (one.folder / "metrics.jsonl").unlink(missing_ok=True)
+        for file in parts(one.folder / "metrics.jsonl"):
+            file.unlink()
     with open(one.log, "a" if resume else "w") as log:
         return subprocess.Popen(
             [*launcher, *one.arguments, *resume],

@@ -171,6 +171,11 @@ class TrainerConfig(Section):
         description="every so many steps both branches of every group are computed, to log measured/...; 0: never",
     )
     log_completions: int = Field(8, ge=0, description="completions a step that are written to completions.jsonl")
+    log_rotation_mb: Positive | None = Field(
+        None,
+        description="MB beyond which metrics.jsonl, evaluations.jsonl or completions.jsonl is put aside as "
+        "metrics.1.jsonl, metrics.2.jsonl and so on, and a new file begun; all are read as one; unset: never",
+    )
     timeout: Positive = Field(
         1800.0,
         description="seconds that a rank waits for the others before the run ends; what each was doing is then in "

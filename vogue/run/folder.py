@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -21,6 +22,7 @@ from vogue.settings import ConfigError
 PHASES = ("data", "rollout", "reward", "train", "sync", "wait")  # of a step; only several ranks wait for one another
 TRAIN_PHASES = ("pack", "old", "forward", "backward", "update")  # within "train"
 LOCK = ".lock"
+IMAGES = "completions"  # of completions.jsonl
 FULL = (errno.ENOSPC, errno.EDQUOT)
 LEAST_FREE = 1 << 20  # bytes; a disk with less is full, whatever the library that failed to write says
 
@@ -29,22 +31,57 @@ class FolderError(RuntimeError):
     """A run's folder that can't be written to any more; the message says why, and what was to be written."""
 
 
+def parts(path: Path) -> list[Path]:
+    """The files of a log, oldest first: NAME.1.jsonl, NAME.2.jsonl, … that `rotate` has put aside, then NAME.jsonl.
+
+    Those that exist, so that there is none where there is no log.
+    """
+    numbered = re.compile(rf"{re.escape(path.stem)}\.([1-9][0-9]*){re.escape(path.suffix)}")
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    aside = {int(found[1]): file for file in beside if (found := numbered.fullmatch(file.name))}
+    return [*(aside[number] for number in sorted(aside)), *([path] if path.exists() else [])]
+
+
+def rotate(path: Path) -> None:
+    """Put a log aside as the newest of its `parts`, so that what is written next begins a new file."""
+    aside = [file for file in parts(path) if file != path]
+    newest = int(aside[-1].suffixes[-2][1:]) if aside else 0
+    path.rename(path.with_name(f"{path.stem}.{newest + 1}{path.suffix}"))
+    sync(path.parent)
+
+
 def read_rows(path: Path, *, steps: bool = True) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, of a step each as a run writes them; none of no file, and without a torn last line.
+    """The objects of a JSONL file, and of the `parts` that were put aside before it: see `iterate_rows`."""
+    return list(iterate_rows(path, steps=steps))
+
+
+def iterate_rows(path: Path, *, steps: bool = True) -> Iterator[dict[str, Any]]:
+    """Read the objects of all `parts` of a JSONL file, one at a time; none of no file, and no torn last line.
 
     Such a line is still being written, or was when the disk was full or the power went. Raises `ConfigError` for any
     other line that is no object, or has no step where `steps` are expected.
     """
-    if not path.exists():
-        return []
-    *lines, last = path.read_bytes().split(b"\n")
-    rows = [_row(line, f"{path}, line {number}", steps) for number, line in enumerate(lines, 1)]
-    with suppress(ConfigError):
-        rows.append(_row(last, str(path), steps))
-    return rows
+    files = parts(path)
+    for file in files:
+        for _, row in lines_of(file, torn=file == files[-1], steps=steps):
+            yield row
 
 
-def _row(line: bytes, place: str, steps: bool) -> dict[str, Any]:
+def lines_of(file: Path, *, torn: bool, steps: bool = True) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Read the lines of one file with what they hold, as `iterate_rows` does; `torn`: the last line may be."""
+    with open(file, "rb") as opened:
+        for number, line in enumerate(opened, 1):
+            try:
+                row = row_of(line, f"{file}, line {number}", steps)
+            except ConfigError:
+                if torn and not line.endswith(b"\n"):
+                    return
+                raise
+            yield line, row
+
+
+def row_of(line: bytes, place: str, steps: bool = True) -> dict[str, Any]:
+    """The object of a line of JSON; raises `ConfigError`, with the place, where it is none or has no step."""
     try:
         row = json.loads(line.decode())
     except ValueError as error:
@@ -155,3 +192,23 @@ def locked(folder: Path) -> Iterator[None]:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         yield
+
+
+def is_worked_in(folder: Path) -> bool | None:
+    """Whether the process that owns the folder is alive; None where nobody here knows, who may be on another machine.
+
+    It only reads: a lock that is tried out could keep the owner out.
+    """
+    try:
+        owner = re.fullmatch(r"process ([0-9]+) on (.+)", (folder / LOCK).read_text().strip())
+    except FileNotFoundError:
+        return False
+    if owner is None or owner[2] != socket.gethostname():
+        return None
+    try:
+        os.kill(int(owner[1]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is there, and somebody else's
+        return True
+    return True

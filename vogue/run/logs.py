@@ -19,8 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vogue.config import Config, dumped, flatten, load_config
 from vogue.evaluate import headline
-from vogue.run.folder import check_writable, read_rows, replace
-from vogue.run.records import FOLDER
+from vogue.run.folder import IMAGES, check_writable, iterate_rows, lines_of, parts, replace, rotate
 from vogue.run.trackers import Trackers
 from vogue.settings import ConfigError
 
@@ -35,7 +34,7 @@ HARMLESS = (
     *("trainer.output_dir", "trainer.save_every", "trainer.keep", "trainer.log_completions", "trainer.timeout"),
     *("trainer.report_to", "trainer.project", "trainer.run_name", "trainer.tracker_args", "rollout.memory"),
     *("trainer.save_minutes", "trainer.save_best", "trainer.save_model_only", "trainer.save_command"),
-    "trainer.push_to_hub",
+    *("trainer.push_to_hub", "trainer.log_rotation_mb", "reward.pass_env"),
 )
 LENGTH = ("trainer.steps", "trainer.epochs")
 # Settings that a resumed run may change: those, and what is asked for. So is its length where no schedule reads it.
@@ -54,11 +53,12 @@ def check_folder(config: Config, resume: bool) -> None:
     folder = config.trainer.output_dir
     check_writable(folder)
     if not resume:
-        if (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("step_*")):
+        if parts(folder / "metrics.jsonl") or any((folder / "checkpoints").glob("step_*")):
             raise ConfigError(f"{folder} holds a run already: pass --resume, or another trainer.output_dir")
         return
     for name in STEPS_BEHIND:
-        read_rows(folder / name)
+        for _ in iterate_rows(folder / name):
+            pass
     if (folder / "config.yaml").exists():
         scheduled = config.uses_steps()
         if told := changes(config, RESUMABLE if scheduled else (*RESUMABLE, *LENGTH)):
@@ -107,18 +107,30 @@ def prepare(config: Config, step: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, behind in STEPS_BEHIND.items():
         last = step - behind if step else -1  # the evaluation before the first step runs again with it
-        kept = [row for row in read_rows(folder / name) if row["step"] <= last]
-        _rewrite(folder / name, "".join(json.dumps(row) + "\n" for row in kept))
-    for image in (folder / FOLDER).glob("step_*.webp"):
+        files = parts(folder / name)
+        for file in reversed(files):  # the newest first: killed between two, what is left is a log without a gap
+            _keep_steps(file, last, torn=file == files[-1])
+            if file.stat().st_size == 0 and file.name != name:
+                file.unlink()
+    for image in (folder / IMAGES).glob("step_*.webp"):
         if int(image.name.split("_")[1]) >= step:
             image.unlink()
-    _rewrite(folder / "config.yaml", dumped(config))
+    settings, text = folder / "config.yaml", dumped(config)
+    if not settings.exists() or settings.read_text() != text:
+        replace(settings, text)
 
 
-def _rewrite(path: Path, text: str) -> None:
-    """Give a file another text where it has another one; there is no file for nothing."""
-    if (path.read_bytes() if path.exists() else b"") != text.encode():
-        replace(path, text)
+def _keep_steps(file: Path, last: int, torn: bool) -> None:
+    """Leave in a log's file the rows of steps up to the `last`; they come first, and the last of them gets its end."""
+    kept, end = 0, b"\n"
+    for line, row in lines_of(file, torn=torn):
+        if row["step"] > last:
+            break
+        kept, end = kept + len(line), line[-1:]
+    if end == b"\n" and kept == file.stat().st_size:
+        return  # without reading all of it: completions may be many
+    with open(file, "rb") as opened:
+        replace(file, (opened.read(kept) + (b"" if end == b"\n" else b"\n")).decode())
 
 
 class RunLog:
@@ -126,6 +138,7 @@ class RunLog:
 
     def __init__(self, config: Config, start: int, console: Console):
         self.folder = config.trainer.output_dir
+        self.most_bytes = int(1e6 * (config.trainer.log_rotation_mb or 0))
         self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start)
         self.trackers = Trackers(config, start > 0)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -166,7 +179,11 @@ class RunLog:
         self.trackers.log(values, step)
 
     def _append(self, name: str, records: list[dict]) -> None:
-        with open(self.folder / name, "a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        path, text = self.folder / name, "".join(json.dumps(record) + "\n" for record in records)
+        size = path.stat().st_size if path.exists() else 0
+        if size and self.most_bytes and size + len(text) > self.most_bytes:
+            rotate(path)
+        with open(path, "a") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())  # a checkpoint that comes after it relies on it

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from vogue.groups import Group
 from vogue.inputs import NOISY, RAW
+from vogue.run.folder import IMAGES
 
-FOLDER = "completions"
 SIDE = 448  # pixels of an image's longer side at most
 LONGEST = 4  # bytes, and so tokens, of a character
 
@@ -72,8 +72,8 @@ def _rounded(values: Tensor) -> list[float]:
 
 def _written(images: Sequence[Image.Image], folder: Path, name: str) -> list[str]:
     """Where the images are, relative to `folder`."""
-    (folder / FOLDER).mkdir(exist_ok=True)
-    paths = [f"{FOLDER}/{name}_{number}.webp" for number in range(len(images))]
+    (folder / IMAGES).mkdir(exist_ok=True)
+    paths = [f"{IMAGES}/{name}_{number}.webp" for number in range(len(images))]
     for image, path in zip(images, paths, strict=True):
         small = max(image.size) <= SIDE
         if not small:
