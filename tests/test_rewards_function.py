@@ -1,10 +1,12 @@
 """A reward of the user's own: a real file in a real process, and what its user is told when it fails."""
 
+import json
 import signal
 import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -290,3 +292,69 @@ def test_a_worker_outlives_the_thread_that_started_it(tmp_path):
     time.sleep(0.2)
     assert made[0](TEXTS, SAMPLES) == [1.0] * 3
     made[0].close()
+
+
+SECRETS = (
+    *("HF_TOKEN", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "GITHUB_PAT", "CLIENT_SECRET", "DB_PASSWORD"),
+    *("GOOGLE_APPLICATION_CREDENTIALS", "SSH_AUTH_SOCK", "API_KEY", "Token", "MLFLOW_TRACKING_PASSWORD"),
+)
+HARMLESS = ("TOKENIZERS_PARALLELISM", "KEYBOARD", "HF_HOME", "MONKEY", "TOKENS_A_STEP")
+
+
+def test_a_function_gets_no_secret_of_the_trainers_but_those_that_it_is_handed(tmp_path, monkeypatch):
+    for name in (*SECRETS, *HARMLESS):
+        monkeypatch.setenv(name, "1")
+    (tmp_path / "rewards.py").write_text(
+        "import os, subprocess\nENV = subprocess.run(['env'], capture_output=True, text=True).stdout\n"
+        "NAMES = [line.partition('=')[0] for line in ENV.splitlines()]\n"
+        "def own(completions, samples):\n"
+        "    return [{'reward': 1, 'parsed': ' '.join(NAMES) + ' ' + os.environ['HF_HOME']}] * len(completions)\n"
+    )
+    own = RewardFunction(f"{tmp_path}/rewards.py:own", 30, passed=("DB_PASSWORD",))
+    names = own(TEXTS[:1], SAMPLES[:1])[0].judged["parsed"].split()
+    own.close()
+    assert {*HARMLESS, "PATH"} <= set(names)
+    assert {*SECRETS} & set(names) == {"DB_PASSWORD"}
+    assert names[-1] == "1"
+
+
+def test_a_function_that_lacks_a_secret_is_told_how_it_gets_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "1")
+    (tmp_path / "at_import.py").write_text("import os\nKEY = os.environ['OPENAI_API_KEY']\ndef own(c, s): ...\n")
+    (tmp_path / "in_a_call.py").write_text("import os\ndef own(c, s): os.environ['OPENAI_API_KEY']\n")
+    hint = r"OPENAI_API_KEY is withheld from it: reward\.pass_env=\[\"OPENAI_API_KEY\"\]"
+    with pytest.raises(RewardError, match=rf"cannot be imported: KeyError.*; {hint}"):
+        RewardFunction(f"{tmp_path}/at_import.py:own", 30)
+    own = RewardFunction(f"{tmp_path}/in_a_call.py:own", 30)
+    with pytest.raises(RewardError, match=hint):
+        own(TEXTS, SAMPLES)
+    own.close()
+    with pytest.raises(RewardError, match=r"reward\.pass_env: there is no environment variable NOT_SET"):
+        check_function(RewardConfig(function=f"{tmp_path}/in_a_call.py:own", pass_env=["NOT_SET"]))
+
+
+def test_a_judge_in_the_box_has_the_key_of_its_endpoint(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "the key")
+    asked = []
+
+    class Endpoint(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.headers["Authorization"])
+            self.rfile.read(int(self.headers["Content-Length"]))
+            reply = json.dumps({"choices": [{"message": {"content": "yes"}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Endpoint) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        options = {"url": f"http://127.0.0.1:{server.server_port}/v1", "model": "m"}
+        judge = RewardFunction("vogue.rewards.library:judge", 30, options)
+        assert [earned.reward for earned in judge(TEXTS[:1], SAMPLES[:1])] == [1.0]
+        judge.close()
+        server.shutdown()
+    assert asked == ["Bearer the key"]

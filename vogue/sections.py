@@ -168,6 +168,11 @@ class RewardConfig(Section):
         description="seconds that a call of a reward function may take, and importing its file; a call is of all "
         "completions of a step",
     )
+    pass_env: list[str] = Field(
+        [],
+        description="environment variables that reward functions of your own get although their names say that they "
+        "are secrets (*_KEY, *_TOKEN, *_SECRET, *_PASSWORD, AWS_* and the like, which are withheld): [OPENAI_API_KEY]",
+    )
 
     def unweighed(self) -> "RewardConfig":
         """The same where accuracy alone is read: what a completion earns isn't worked out, and costs nothing."""

@@ -10,13 +10,16 @@ returns      a finite number for each, on any scale: advantages are relative to 
              "reward", and, if wanted, "accuracy" from 0 to 1, "parsed", the answer as text, and components to log
 
 The file is imported once, with its own folder first on the path; what it prints goes to standard error. Another
-process can be ended in the middle of C code, and can't disturb the trainer's threads, signals and GPU. Nothing that
-goes wrong becomes a score: an exception, a time-out, a wrong length or a number that isn't finite ends the run.
+process can be ended in the middle of C code, and can't disturb the trainer's threads, signals and GPU. Its environment
+has none of the trainer's secrets (HF_TOKEN, WANDB_API_KEY, AWS_… and the like) but those of `reward.pass_env`; vogue's
+own functions have all. Nothing that goes wrong becomes a score: an exception, a time-out, a wrong length or a number
+that isn't finite ends the run.
 """
 
 import atexit
 import functools
 import json
+import os
 import sys
 import threading
 import time
@@ -25,9 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vogue.rewards.worker import Worker
+from vogue.rewards.worker import Worker, without_secrets
 from vogue.sections import RewardConfig
 
+OURS = "vogue."  # what modules of vogue's own begin with
 COLUMNS = ("problem", "answer", "source", "category", "state")
 LAST_SECONDS = 5.0  # that a worker whose replies have ended has for its exit code
 SHOWN = 2000  # characters of a completion in a message
@@ -55,14 +59,23 @@ class RewardFunction:
 
     spec     path/to/file.py:name or package.module:name
     options  further arguments
+    passed   secrets of the environment that it gets, by their names
 
-    Raises RewardError where there is no such file or function, or the file cannot be imported in that time.
+    Raises RewardError where there is no such file, function or secret, or the file cannot be imported in that time.
     """
 
-    def __init__(self, spec: str, seconds: float, options: dict[str, Any] | None = None, key: str = "reward.function"):
+    def __init__(
+        self,
+        spec: str,
+        seconds: float,
+        options: dict[str, Any] | None = None,
+        key: str = "reward.function",
+        passed: Sequence[str] = (),
+    ):
         self.spec = spec
         self.seconds = seconds
         self.options = options or {}
+        self.passed = passed
         self.name = f"{key}={spec}"
         self._worker: Worker | None = None
         self._start()
@@ -80,7 +93,8 @@ class RewardFunction:
         rows = [{**sample.columns} | {name: getattr(sample, name) for name in COLUMNS} for sample in samples]
         reply = self._call(completions, rows)
         if "failed" in reply:
-            raise RewardError(f"{self.name} {self._located(reply, completions, rows)}")
+            withheld = self._withheld(reply["failed"])
+            raise RewardError(f"{self.name} {self._located(reply, completions, rows)}{withheld}")
         return [_earned(values) for values in reply["earned"]]
 
     def close(self) -> None:
@@ -111,16 +125,26 @@ class RewardFunction:
             target = str(Path(target).absolute())
             if not Path(target).is_file():
                 raise RewardError(f"{self.name}: there is no file {target}")
+        if missing := [name for name in self.passed if name not in os.environ]:
+            raise RewardError(f"reward.pass_env: there is no environment variable {', '.join(missing)}")
         search = [place or str(Path.cwd()) for place in sys.path]
         given = (json.dumps(self.options), json.dumps(search))
-        worker = self._worker = Worker("function_worker.py", target, name, *given)
+        worker = self._worker = Worker("function_worker.py", target, name, *given, environment=self._environment())
         reply, expired = self._in_time(worker, worker.read)
         if expired or reply is None or "failed" in reply:
             code = self._stop(0.0 if expired else LAST_SECONDS)
             told = f"exit code {code}" if reply is None else reply["failed"]
             told = f"it took longer than reward.timeout={self.seconds:g} s" if expired else told
-            raise RewardError(f"{self.name} cannot be imported: {told}")
+            raise RewardError(f"{self.name} cannot be imported: {told}{self._withheld(told)}")
         return worker
+
+    def _environment(self) -> dict[str, str]:
+        return dict(os.environ) if self.spec.startswith(OURS) else without_secrets(os.environ, self.passed)
+
+    def _withheld(self, told: str) -> str:
+        """What to say of secrets that a message names, and that the function wasn't given."""
+        names = [name for name in sorted(os.environ.keys() - self._environment().keys()) if name in told]
+        return f"; {', '.join(names)} is withheld from it: reward.pass_env={json.dumps(names)}" if names else ""
 
     def _call(self, completions: Sequence[str], rows: list[dict]) -> dict:
         """Call the function; returns {"earned": [...]}, or {"failed": "raised …"} and maybe its position "at"."""
@@ -155,10 +179,11 @@ def own_rewards(settings: RewardConfig) -> dict[str, RewardFunction]:
 
     Each is started once in this process. Raises RewardError where one can't be.
     """
+    passed = tuple(settings.pass_env)
     if settings.function:
-        return {"": _started(settings.function, settings.timeout, "{}", "reward.function")}
+        return {"": _started(settings.function, settings.timeout, "{}", "reward.function", passed)}
     return {
-        name: _started(own.function, settings.timeout, json.dumps(own.options), f"reward.functions.{name}")
+        name: _started(own.function, settings.timeout, json.dumps(own.options), f"reward.functions.{name}", passed)
         for name, own in settings.functions.items()
     }
 
@@ -167,12 +192,13 @@ def description_scorer(settings: RewardConfig) -> RewardFunction:
     """The function of `reward.scorer`, started once in this process. Raises RewardError where it can't be."""
     if settings.scorer is None:
         raise RewardError("reward.scorer is not set")
-    return _started(settings.scorer.function, settings.timeout, json.dumps(settings.scorer.options), "reward.scorer")
+    scorer, passed = settings.scorer, tuple(settings.pass_env)
+    return _started(scorer.function, settings.timeout, json.dumps(scorer.options), "reward.scorer", passed)
 
 
 @functools.cache
-def _started(spec: str, seconds: float, options: str, key: str) -> RewardFunction:
-    return RewardFunction(spec, seconds, json.loads(options), key)
+def _started(spec: str, seconds: float, options: str, key: str, passed: tuple[str, ...]) -> RewardFunction:
+    return RewardFunction(spec, seconds, json.loads(options), key, passed)
 
 
 def _earned(values: dict[str, Any]) -> Earned:

@@ -3,11 +3,25 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Collection, Mapping
 from pathlib import Path
+
+# Names of environment variables that hold what lets somebody in, by their last word; and those of a cloud's, or of an
+# agent that has the user's keys, whatever they end with.
+SECRET = re.compile(
+    r"(.*_)?(API_?KEY|KEY|KEYS|TOKEN|TOKENS|SECRET|SECRETS|PASSWORD|PASSWD|PASS|PAT|CREDENTIALS?)|AWS_.*|SSH_AUTH_SOCK",
+    re.IGNORECASE,
+)
+
+
+def without_secrets(environment: Mapping[str, str], passed: Collection[str] = ()) -> dict[str, str]:
+    """The environment variables but those whose name says that they are secrets; `passed` ones stay."""
+    return {name: value for name, value in environment.items() if name in passed or not SECRET.fullmatch(name)}
 
 
 class Worker:
@@ -16,9 +30,11 @@ class Worker:
     Not multiprocessing: spawning imports the trainer's main module again, forking copies its threads and GPU. The
     process leads a session: Ctrl-C is for the trainer to handle, and what the process starts can be ended with it. On
     Linux it dies with the trainer, whatever it is doing.
+
+    environment  of the process; unset: the trainer's, without its secrets
     """
 
-    def __init__(self, script: str, *arguments: str):
+    def __init__(self, script: str, *arguments: str, environment: Mapping[str, str] | None = None):
         here = Path(__file__).parent
         command = [str(here / script), *arguments]
         # It would die with the thread that starts it: another one than the main thread may end before the trainer.
@@ -30,6 +46,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            env=without_secrets(os.environ) if environment is None else environment,
         )
         assert self._process.stdin and self._process.stdout  # both are pipes
         self._questions, self._answers = self._process.stdin, self._process.stdout
