@@ -137,6 +137,24 @@ def test_of_several_files_of_weights_the_wrong_one_is_named(change, told, folder
     assert told().startswith(says.get(change, f"{second.name} is damaged or not whole, "))
 
 
+class Hostile:
+    """An object that makes a file when it is read from a pickle."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_pickled_weights_are_refused_unread(told, folder, tmp_path):
+    torch.save({NORM: Hostile(tmp_path / "hacked")}, folder / "pytorch_model.bin")
+    assert told() == ""  # beside others nobody reads them
+    (folder / WEIGHTS).unlink()
+    assert told().startswith(f"its weights are pickled files, which could run anything: only {WEIGHTS} is read.")
+    assert not (tmp_path / "hacked").exists()
+
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 

@@ -69,7 +69,7 @@ def find_folder(path: str) -> Path:
 def read_checkpoint(path: str) -> Checkpoint:
     """The checkpoint at `path`, looked at without reading its weights; raises `ConfigError` for the first thing wrong.
 
-    A checkpoint in pickled files is taken as it is: those can't be looked at without loading them.
+    One in pickled files is refused: reading those can run what they say.
     """
     folder = find_folder(path)
     try:
@@ -79,10 +79,10 @@ def read_checkpoint(path: str) -> Checkpoint:
             elif file.is_file():
                 _refuse_pointer(file)
         model = _planned(folder)
-        if files := _weight_files(folder):
-            stored = {name: weight for file in files for name, weight in _header(file).items()}
-            model = _on_meta(model, stored)
-            _check_tied(model, files)
+        files = _weight_files(folder)
+        stored = {name: weight for file in files for name, weight in _header(file).items()}
+        model = _on_meta(model, stored)
+        _check_tied(model, files)
     except ConfigError as error:
         raise ConfigError(f"model.path={path}: {error}") from None
     return Checkpoint(folder, files, model)
@@ -223,7 +223,7 @@ def _refuse_pointer(file: Path) -> None:
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files that transformers would read, none where the weights are pickled; raises where one is missing."""
+    """The files that transformers would read; raises `ConfigError` where one is missing, or all are pickled."""
     if (folder / WEIGHTS).exists():
         return (folder / WEIGHTS,)
     if (folder / INDEX).exists():
@@ -236,7 +236,10 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             raise ConfigError(f"of {len(files)} files of weights there lack {listed(missing)}")
         return tuple(files)
     if any(folder.glob("pytorch_model*.bin")):
-        return ()
+        raise ConfigError(
+            f"its weights are pickled files, which could run anything: only {WEIGHTS} is read. Where you trust them, "
+            "load them with transformers and save_pretrained to another folder"
+        )
     found = [file.name for file in folder.glob("*.safetensors")]
     raise ConfigError(f"there is neither {WEIGHTS} nor {INDEX} in it" + (f", only {listed(found)}" if found else ""))
 
