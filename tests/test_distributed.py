@@ -1,7 +1,24 @@
+"""How a rank ends, and where one that is alone listens."""
+
+import ipaddress
 import subprocess
 import sys
 
+import psutil
 import pytest
+
+from vogue import distributed
+
+
+def listening():
+    """The addresses at which this process listens."""
+    return {ipaddress.ip_address(c.laddr.ip) for c in psutil.Process().net_connections() if c.status == "LISTEN"}
+
+
+def test_a_rank_that_is_alone_listens_for_nobody_but_this_machine():
+    distributed.start()
+    assert distributed.gather({"of": "this rank"}) == [{"of": "this rank"}]
+    assert all(address.is_loopback for address in listening())
 
 
 @pytest.mark.parametrize("code", [0, 3])

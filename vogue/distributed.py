@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from vogue.run.stacks import LostRank
 
+LOOPBACK = "lo"  # Linux' name of the interface
 TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
 LOST = re.compile(rf"gloo|NCCL|Connection (closed|reset) by peer|Broken pipe|{TIMED_OUT.pattern}", re.IGNORECASE)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -46,8 +47,12 @@ def start(seconds: float = 1800.0) -> tuple[int, int, torch.device]:
         _keep_freed_memory()
         # An all-reduce for inference that nothing here uses; DeepSpeed would compile it for minutes first.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    is_first = not dist.is_initialized()
-    deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False, timeout=timedelta(seconds=seconds))
+    is_first, backend, timeout = not dist.is_initialized(), "nccl" if on_gpu else "gloo", timedelta(seconds=seconds)
+    if is_first and rank_count() == 1:
+        # Nobody is to be met: without a store of torch's, which would listen to everybody who reaches this machine.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
     if is_first and not on_gpu:
         # Else gloo's threads may let go of a tensor when the interpreter is already gone, which aborts the process.
         # Finalizers run at exit, the last made first: after vLLM's, which ends groups of its own.
