@@ -4,92 +4,19 @@ import base64
 import io
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
+from written_runs import change, write_lines, write_run
 
 from vogue.cli import main
-from vogue.config import load_config, save_config
-from vogue.data.digits import demonstration, digit_pairs
-from vogue.method.perturb import perturb
 from vogue.report import write_report
+from vogue.report.completions import TokenSums, sample
 from vogue.report.figures import sections
-from vogue.report.page import unsure_tokens
 from vogue.report.runs import group_methods, read_runs
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
-
-
-# ----------------------------------------------------------------------------------------------- a believable run
-
-
-def write_run(folder, *settings, seed=0, steps=12, logged=6, problems=40):
-    """A run's folder as `vogue train` leaves it, with digits that the policy reads better from step to step."""
-    base = ["model.path=base", "data.train=train.parquet", "data.test=test.parquet", "trainer.eval_every=6"]
-    chosen = [*base, f"seed={seed}", f"trainer.steps={steps}", f"trainer.output_dir={folder}", *settings]
-    (folder / "completions").mkdir(parents=True)
-    config = load_config(None, chosen)
-    save_config(config, folder / "config.yaml")
-    rng = np.random.default_rng((seed, config.method == "vogue"))
-    pairs = iter(digit_pairs("train", steps * logged, seed))
-    completions = [
-        completion(folder, rng, step, number, next(pairs), steps) for step in range(steps) for number in range(logged)
-    ]
-    write_lines(folder / "completions.jsonl", completions)
-    write_lines(folder / "metrics.jsonl", [metrics(rng, step, steps) for step in range(steps)])
-    write_lines(folder / "evaluations.jsonl", [evaluation(rng, step, steps, problems) for step in (0, 6, 12)])
-    return folder
-
-
-def write_lines(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def metrics(rng, step, steps):
-    accuracy = 0.3 + 0.2 * step / steps + rng.normal(0, 0.03)
-    noisy = 1 - step / steps
-    seconds = {"data": 0.1, "rollout": 2.5, "reward": 0.05, "train": 2.6 + noisy, "pack": 0.1, "forward": 1 + noisy}
-    seconds |= {"backward": 1.2, "update": 0.2, "sync": 0.12}
-    return {
-        "step": step, "reward": 0.1 + 0.9 * accuracy, "accuracy": accuracy, "format": 0.98, "finished": 0.99,
-        "tokens": 22.0, "noisy_share": noisy, "mixed_share": 0.7, "solved_share": 0.1,
-        "distinct_answers": 5 - 2 * step / steps,
-        "pass_at_n": 0.8, "entropy": 0.25 - 0.1 * step / steps, "clip_fraction": 0.01, "out_capped": 0.1,
-        "u_per": 0.02 + rng.normal(0, 0.002), "per_capped": 0.02, "mismatch/logprob": 2.5e-7, "mismatch/kl": 1e-12,
-        "grad_norm": 0.2, "reward/accuracy": accuracy, "reward/format": 0.98, "lr": 1e-4, "memory_gb": 2.8,
-        "throughput/rollout": 1950.0, "throughput/train": 1700.0, "loss": float("nan"),
-    } | {f"time/{phase}": value for phase, value in seconds.items()}  # fmt: skip
-
-
-def evaluation(rng, step, steps, problems):
-    right = rng.binomial(4, rng.beta(0.4 + 0.4 * step / steps, 0.8, problems)).tolist()
-    one, four = np.mean(right) / 4, np.mean(np.array(right) > 0)
-    estimates = {"pass@1": [one, one - 0.03, one + 0.03], "pass@4": [four, four - 0.04, four + 0.04]}
-    return {"step": step, **estimates, "n": 4, "right": right, "distinct": [2] * problems}
-
-
-def completion(folder, rng, step, number, pair, steps):
-    """A record of completions.jsonl and its images; in half of them a digit is misread."""
-    noisy = bool(rng.random() < 1 - step / steps)
-    read = (pair.left, pair.right) if rng.random() < 0.5 else pair.misread(rng)
-    text, answer = demonstration(pair.question, *read), pair.sample().answer
-    right = text.endswith(f"{{{answer}}}")
-    tokens = re.findall(r"</?think>|\\boxed| ?[a-z]+| ?\d| ?\S|\n", text)
-    digits = [bool(re.fullmatch(r" ?\d", token)) for token in tokens]
-    paths = [f"completions/{step:06d}_{number}_{kind}.webp" for kind in ("raw", "perturbed")]
-    pair.image.save(folder / paths[0], lossless=True)
-    perturb(pair.image, seed=step * 100 + number).save(folder / paths[1], lossless=True)
-    return {
-        "step": step, "problem": pair.sample().problem, "answer": answer, "category": pair.question,
-        "completion": text, "branch": "noisy" if noisy else "raw", "reward": 0.1 + 0.9 * right,
-        "accuracy": float(right), "components": {"accuracy": float(right), "format": 1.0},
-        "advantage": float(rng.normal(right - 0.5, 0.3)), "tokens": tokens,
-        "entropy": rng.gamma(1, [0.4 if digit else 0.02 for digit in digits]).tolist(),
-        "u_per": rng.gamma(1, [0.1 if digit else 0.003 for digit in digits]).tolist() if noisy else None,
-        "image": paths[:1], "perturbed": paths[1:] if noisy else None,
-    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- what it computes
@@ -100,12 +27,6 @@ def panel(folders, title):
     panels = [panel for section in sections(group_methods(read_runs(folders))) for panel in section.panels]
     (found,) = [panel for panel in panels if panel.title == title]
     return {(line.label, line.thin, line.dashed): line.points for line in found.lines}
-
-
-def change(path, edit):
-    """Rewrite each object of a JSONL file as edit(number, object)."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    write_lines(path, [edit(number, row) for number, row in enumerate(rows)])
 
 
 def test_seeds_of_a_method_are_one_line_with_their_mean_lowest_and_highest(tmp_path):
@@ -193,7 +114,10 @@ def test_tokens_are_ranked_by_mean_u_per_where_it_was_measured():
         {"tokens": ["b"], "u_per": None, "entropy": [100.0]},
         {"completion": "b"},
     ]
-    ranked = [(row.text, row.count, row.u_per, row.entropy) for row in unsure_tokens(records, min_count=2)]
+    sums = TokenSums()
+    for record in records:
+        sums.add(record)
+    ranked = [(row.text, row.count, row.u_per, row.entropy) for row in sums.ranked(min_count=2)]
     assert ranked == [("b", 2, pytest.approx(0.6), 3.0), ("a", 2, pytest.approx(0.2), 2.0)]
 
 
@@ -215,7 +139,8 @@ def test_the_page_of_one_run_lies_in_its_folder_with_pngs_beside_it(tmp_path, ca
 
 def test_nothing_in_the_page_is_loaded_from_elsewhere(report):
     page = report.read_text()
-    assert "default-src 'none'" in page
+    assert "default-src 'none'; img-src data:; style-src" in page
+    assert "None: rewards differ" in page  # no alarm
     assert set(re.findall(r"https?://[^\s\"']+", page)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
     assert all(value.startswith(("#", "data:")) for value in re.findall(r"\b(?:src|href)=\"([^\"]*)", page))
 
@@ -259,7 +184,7 @@ def test_images_too_large_for_a_page_are_scaled_down(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", steps=2, logged=2)
     for path in (run / "completions").iterdir():
         Image.new("RGB", (600, 300), "green").save(path)
-    monkeypatch.setattr("vogue.report.page.MAX_PIXELS", 256 * 128 * len(list((run / "completions").iterdir())))
+    monkeypatch.setattr("vogue.report.completions.MAX_PIXELS", 256 * 128 * len(list((run / "completions").iterdir())))
     embedded = page_data(write_report([run])[0])["images"]
     assert {tuple(image["size"]) for image in embedded} == {(600, 300)}
     for image in embedded:
@@ -267,31 +192,48 @@ def test_images_too_large_for_a_page_are_scaled_down(tmp_path, monkeypatch):
             assert small.size == (256, 128)
 
 
+def test_completions_are_taken_evenly_from_all_runs_and_all_parts_of_their_logs(tmp_path):
+    runs = [write_run(tmp_path / name, steps=4, logged=3) for name in "ab"]
+    log = runs[0] / "completions.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    (runs[0] / "completions.1.jsonl").write_text("".join(lines[:7]))
+    log.write_text("".join(lines[7:]))
+    logged = [run.completions for run in read_runs(runs)]
+    assert [len(completions) for completions in logged] == [12, 12]
+    assert [row["step"] for row in logged[0]] == [i // 3 for i in range(12)]
+    sampled = sample(logged, read=12, shown=6)
+    assert (sampled.logged, sampled.read) == (24, 12)
+    # Every second one is read, every fourth is shown: the 1st, 5th and 9th of each run.
+    assert [(number, row["step"]) for number, row in sampled.shown] == [(r, s) for r in (0, 1) for s in (0, 1, 2)]
+    assert [row["completion"] for _, row in sampled.shown[:3]] == [
+        json.loads(lines[i])["completion"] for i in (0, 4, 8)
+    ]
+    tokens = sum(len(row["tokens"]) for _, row in sampled.shown)
+    assert len(sample(logged, read=12, shown=6, most_tokens=tokens // 2).shown) == 3
+
+
+def test_a_long_run_has_the_highs_and_lows_of_its_curves_and_its_alarms(tmp_path):
+    run = write_run(tmp_path / "run", steps=2, logged=1)
+    spikes = {1011: 5.0, 2000: -5.0}
+    rows = [{"step": step, "reward": spikes.get(step, 0.5), "grad_norm": 0.1} for step in range(2500)]
+    rows = [row | {"skipped_updates": float(row["step"] in (3, 4, 2499))} for row in rows]
+    write_lines(run / "metrics.jsonl", rows)
+    page = write_report([run])[0]
+    lines = [line for panel in page_data(page)["panels"] if panel["title"] == "Reward" for line in panel["lines"]]
+    points = lines[0]["points"]
+    assert len(points) <= 1002
+    assert {step: [step, value] for step, value in spikes.items()}.items() <= {p[0]: p for p in points}.items()
+    assert [points[0][0], points[-1][0]] == [0, 2499]
+    text = " ".join(page.read_text().split())
+    assert "<b>skipped updates</b> steps 3 to 4: 100% of the step" in text
+    assert '<li class="on"><b>skipped updates</b> step 2499, until the end: 100% of the step' in text
+
+
 def page_data(page):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())[1])
 
 
 # -------------------------------------------------------------------------------------------------- what a reader sees
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    """A headless Chromium, started once."""
-    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and chromedriver):
-        pytest.skip("chromium and chromedriver aren't both installed")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (
-        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
-        *("disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('browser')}"),
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(scope="module")

@@ -82,6 +82,9 @@ its tokens coloured by u_per or entropy. Runs that differ in their seed alone ar
 
   vogue report runs/demo/vogue
   vogue report runs/sweeps/digits/*/seed_? --out runs/sweeps/digits/report.html"""
+WATCH_HELP = """\
+only the run's folder is read, while the run goes on and after it. Without a terminal it is shown once. Exit code 1: an
+alarm is on. --serve prints the page's address and ends with Ctrl-C. From elsewhere: ssh -L 6007:localhost:6007 HOST"""
 MERGE_HELP = """\
 in the dtype of the model's own files. `vogue eval model.path=MODEL lora.adapter=ADAPTER` needs no merging.
 
@@ -161,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_score(commands)
     _add_report(commands)
+    _add_watch(commands)
     _add_merge(commands)
     _add_warmstart(commands)
     _add_data(commands)
@@ -283,6 +287,14 @@ def _add_report(commands) -> None:
     command.add_argument(
         "--out", type=Path, metavar="FILE", help="the page (default for one run: RUN/report.html; several need it said)"
     )
+
+
+def _add_watch(commands) -> None:
+    command = _add(commands, "watch", "a run as it goes, in the terminal or on a page: curves, alarms", WATCH_HELP)
+    command.add_argument("run", type=Path, metavar="RUN", help="folder of a run, its trainer.output_dir")
+    command.add_argument("--serve", action="store_true", help="serve the page of `vogue report`, kept up to date")
+    command.add_argument("--port", type=_whole_number, metavar="N", help="of --serve (default 6007; 0: a free one)")
+    command.add_argument("--host", metavar="ADDRESS", help="of --serve (default 127.0.0.1, this machine alone)")
 
 
 def _add_merge(commands) -> None:

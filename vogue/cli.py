@@ -1,4 +1,4 @@
-"""The command `vogue`: warmstart, train, plan, sweep, eval, score, report, merge, data, doctor.
+"""The command `vogue`: warmstart, train, plan, sweep, eval, score, report, watch, merge, data, doctor.
 
 A wrong setting or sample ends a command with one message on standard error and exit code 2, before anything is
 trained or overwritten.
@@ -339,6 +339,22 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def watch(arguments: argparse.Namespace) -> int:
+    from vogue.watch.following import Follower
+
+    follower = Follower(arguments.run)
+    if arguments.serve:
+        from vogue.watch.server import HOST, PORT, serve
+
+        serve(follower, arguments.host or HOST, PORT if arguments.port is None else arguments.port, Console())
+        return 0
+    if arguments.port is not None or arguments.host is not None:
+        raise ConfigError("--port and --host are the page's: they go with --serve")
+    from vogue.watch.terminal import watch as show
+
+    return FOUND if show(follower, Console()) else 0
+
+
 def doctor(arguments: argparse.Namespace) -> int:
     from vogue import doctor as module
 
@@ -354,6 +370,7 @@ COMMANDS = {
     "eval": evaluate,
     "score": score,
     "report": report,
+    "watch": watch,
     "merge": merge,
     "warmstart": warmstart,
     "data": data,

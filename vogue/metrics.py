@@ -8,10 +8,12 @@ step keeps. `trained_share` is the share of those tokens that went through a for
 tokens that send a gradient, the share whose ratio to the engine is out of bounds.
 """
 
+import os
 import resource
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 from vogue import distributed
 
 WAIT = "wait"
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes, or "max"
 
 
 class Mean(NamedTuple):
@@ -108,3 +111,13 @@ def peak_memory() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def memory_limit() -> float:
+    """GB that `peak_memory` can reach: the GPU's, or this rank's share of what the machine or its container has."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 1e9
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # without cgroups, or without a limit
+        limit = min(limit, int(CGROUP_LIMIT.read_text()))
+    return limit / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / 1e9

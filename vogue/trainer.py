@@ -55,7 +55,7 @@ from vogue.inputs import NOISY, Preprocessor
 from vogue.loader import SCORES, Loader
 from vogue.method import branch
 from vogue.method.uncertainty import Signals, TokenStats, read_signals
-from vogue.metrics import Clock, Means, peak_memory
+from vogue.metrics import Clock, Means, memory_limit, peak_memory
 from vogue.model import checkpoint
 from vogue.model.loading import load_model
 from vogue.model.optimizer import start_deepspeed
@@ -174,8 +174,8 @@ class Trainer:
 
     def step_metrics(self, means: Means, clock: Clock) -> dict[str, float]:
         """The step's means over all ranks, seconds a phase, and all ranks' tokens in those of the slowest one."""
-        metrics = means.over_ranks() | {"lr": self.deepspeed.get_lr()[0], "memory_gb": peak_memory()}
-        metrics |= clock.over_ranks()
+        metrics = means.over_ranks() | {"lr": self.deepspeed.get_lr()[0]} | clock.over_ranks()
+        metrics |= {"memory_gb": peak_memory(), "memory_gb_limit": memory_limit()}
         if RIGHT in metrics and WRONG in metrics:
             metrics["calibration_gap"] = metrics[WRONG] - metrics[RIGHT]  # CDE's: a calibrated policy doubts its errors
         sums = {"verifier_failures": float(verifier.take_failures())}

@@ -107,13 +107,20 @@ function describe(span, x, y) {
   showTip(x, y, make("code", {}, span.textContent.replaceAll(" ", "␣").replaceAll("↵\n", "↵")), ...rows);
 }
 
-if (form) {
+// What tokens can be coloured by; the reader's choice stays while it can.
+function chooseSignal() {
   const known = ["u_per", "entropy"].filter((signal) => data.tops[signal]);
   form.querySelector("#signals").hidden = known.length < 2;
-  if (known.length) form.querySelector(`[name=signal][value=${known[0]}]`).checked = true;
+  const chosen = new FormData(form).get("signal");
+  if (known.length && !known.includes(chosen)) form.querySelector(`[name=signal][value=${known[0]}]`).checked = true;
+}
+
+if (form) {
+  chooseSignal();
 
   form.addEventListener("input", (event) => {
     if (event.target.name === "signal") return paint();
+    if (!event.target.name) return;
     page = 0;
     show();
   });

@@ -1,7 +1,7 @@
 // Draws each <figure data-panel> as SVG from the page's data: lines, bands, and values at the pointer or arrow keys.
 "use strict";
 
-const data = JSON.parse(document.getElementById("data").textContent);
+let data = JSON.parse(document.getElementById("data").textContent);
 const tip = document.getElementById("tip");
 
 // An element with attributes and children; text is always set as text.
@@ -160,7 +160,10 @@ function color(line) {
 const resized = new ResizeObserver((entries) => entries.forEach((entry) => drawPanel(entry.target)));
 document.querySelectorAll("figure[data-panel]").forEach((figure) => resized.observe(figure));
 
-for (const segment of document.querySelectorAll("[data-tip]")) {
-  segment.addEventListener("pointermove", (event) => showTip(event.clientX, event.clientY, segment.dataset.tip));
-  segment.addEventListener("pointerleave", hideTip);
+function tipsOf(part) {
+  for (const segment of part.querySelectorAll("[data-tip]")) {
+    segment.addEventListener("pointermove", (event) => showTip(event.clientX, event.clientY, segment.dataset.tip));
+    segment.addEventListener("pointerleave", hideTip);
+  }
 }
+tipsOf(document);

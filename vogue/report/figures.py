@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from vogue.estimates import Estimate, estimate, pass_at_k, powers_of_two
 from vogue.report.runs import Method, Run, group_methods, read_runs
-from vogue.run.folder import PHASES, TRAIN_PHASES
+from vogue.run.times import seconds_of
 
 # Of the methods, in light and dark mode: Okabe and Ito's palette, which colour-blind readers can tell apart, with an
 # indigo and a crimson in place of its second blue and its second orange, darkened or lightened until each stands out
@@ -179,18 +179,6 @@ def pass_at(evaluation: dict) -> dict[int, Estimate]:
     return {k: estimate([pass_at_k(n, right, k) for right in evaluation["right"]]) for k in ks}
 
 
-def phase_seconds(run: Run) -> dict[str, float]:
-    """Mean seconds a step of each phase; "train" as its parts, and what is left of it."""
-    seconds = {}
-    for phase in (*PHASES, *TRAIN_PHASES):
-        values = [row.get(f"time/{phase}", 0.0) for row in run.metrics]
-        seconds[phase] = sum(values) / len(values)
-    rest = seconds.pop("train") - sum(seconds[phase] for phase in TRAIN_PHASES)
-    order = ("data", "rollout", "reward", *TRAIN_PHASES, "rest of train", "sync", "wait")
-    seconds["rest of train"] = max(0.0, rest)
-    return {phase: seconds[phase] for phase in order}
-
-
 def plot_curves(runs: Sequence[Path], target: Path) -> None:
     """Draw all panels of `runs` (folders) into the PNG `target`."""
     panels = [panel for section in sections(group_methods(read_runs(runs))) for panel in section.panels]
@@ -330,7 +318,7 @@ def _distinct(run: Run) -> list[Point]:
 
 def _seconds(run: Run) -> list[Point]:
     rows = [row for row in run.metrics if "time/train" in row]
-    return [Point(row["step"], sum(row.get(f"time/{phase}", 0.0) for phase in PHASES)) for row in rows]
+    return [Point(row["step"], seconds_of(row)) for row in rows]
 
 
 def _gap(methods: Sequence[Method]) -> tuple[Panel, str]:

@@ -1,35 +1,32 @@
-"""The report's page: everything in one HTML file, and the PNGs beside it.
+"""The report's page: everything in one HTML file, and PNGs beside it; and the same page, live, of a run that goes on.
 
 Text of models and data sets is data: the template escapes it, the scripts only ever set it as text, and the page's
-content security policy runs these scripts alone and lets nothing be loaded.
+content security policy runs these scripts alone and lets nothing be loaded, or of a live page only its own server's.
 """
 
 import base64
 import hashlib
-import io
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image, UnidentifiedImageError
 
 from vogue.estimates import Estimate
 from vogue.report import figures
+from vogue.report.completions import MIN_COUNT, Record, Sampled, browser, embedded, linked, sample
 from vogue.report.runs import Method, Run, differing, group_methods, read_runs
+from vogue.run.alarms import Alarm, alarms
+from vogue.run.times import phase_seconds
 from vogue.settings import ConfigError
 
 HERE = Path(__file__).parent
 PNGS = ("learning_curves", "pass_at_k", "exploration")  # sections that are also written as PNGs
-MOST_COMPLETIONS = 2000  # on the page, over all runs
-MIN_COUNT = 5  # a token seen less often isn't ranked
 MOST_TOKENS = 40  # ranked
-MAX_PIXELS = 100e6  # of all images on the page; about 50 MB where they are noise
-SIDES = (512, 384, 256, 192, 128)  # longest side of an image on the page, in pixels: the first that fits
+MOST_POINTS = 1000  # of a curve on the page; a screen has no more columns
 FACTS = {
     "Model": "model.path",
     "Training data": "data.train",
@@ -38,16 +35,6 @@ FACTS = {
     "Completions a prompt": "rollout.n",
     "Learning rate": "optimizer.lr",
 }
-
-
-@dataclass(frozen=True)
-class UnsureToken:
-    """A token's text, how often u_per is known for it, and its mean u_per and entropy there, in nats."""
-
-    text: str
-    count: int
-    u_per: float
-    entropy: float | None
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
@@ -64,6 +51,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]
     if page.is_dir():
         raise ConfigError(f"--out {page} is a folder; it must be a file, such as {page / 'report.html'}")
     runs = read_runs(folders)
+    sampled = sample([run.completions for run in runs])
     methods = group_methods(runs)
     sections = figures.sections(methods)
     files = {
@@ -71,7 +59,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]
         for section in sections
         if section.name in PNGS
     }
-    files[page] = _render(runs, methods, sections).encode()
+    told = {run.name: alarms(run.metrics, run.config) for run in runs}
+    files[page] = _render(runs, methods, sections, sampled, told).encode()
     page.parent.mkdir(parents=True, exist_ok=True)
     for path, content in files.items():
         unfinished = path.with_name(f".{path.name}.part")
@@ -80,57 +69,59 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]
     return list(files)[::-1]
 
 
-def unsure_tokens(completions: Sequence[dict[str, Any]], min_count: int = MIN_COUNT) -> list[UnsureToken]:
-    """Tokens of at least `min_count` occurrences, by their mean u_per, the highest first."""
-    seen: dict[str, list[tuple[float, float | None]]] = {}
-    for record in completions:
-        if record.get("u_per"):
-            entropies = record.get("entropy") or [None] * len(record["u_per"])
-            for token, u_per, entropy in zip(record["tokens"], record["u_per"], entropies, strict=True):
-                seen.setdefault(token, []).append((u_per, entropy))
-    rows = [
-        UnsureToken(
-            token,
-            len(values),
-            sum(u for u, _ in values) / len(values),
-            _mean([h for _, h in values if h is not None]),
-        )
-        for token, values in seen.items()
-        if len(values) >= min_count
-    ]
-    return sorted(rows, key=lambda row: row.u_per, reverse=True)
+def live_page(run: Run, latest: Sequence[Record], told: Sequence[Alarm], state: str) -> str:
+    """The page of a run that goes on, which asks its server every few seconds for what is new.
+
+    latest  completions, the newest last; their images are below the page's own address
+    state   of the run, in a word
+    """
+    methods = group_methods([run])
+    sampled = Sampled(len(latest), len(latest), [(0, record) for record in reversed(latest)], [])
+    return _render([run], methods, figures.sections(methods), sampled, {run.name: list(told)}, state)
 
 
 # ----------------------------------------------------------------------------------------------------------- page
 
 
-def _render(runs: list[Run], methods: list[Method], sections: list[figures.Section]) -> str:
+def _render(
+    runs: list[Run],
+    methods: list[Method],
+    sections: list[figures.Section],
+    sampled: Sampled,
+    told: dict[str, list[Alarm]],
+    state: str | None = None,
+) -> str:
+    """The page; `told`: the alarms of each run; `state`: of a live page's run, in a word."""
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"number": _number, "visible": _visible}
     environment.trim_blocks = environment.lstrip_blocks = True
-    script = "\n".join((HERE / name).read_text() for name in ("charts.js", "browser.js"))
-    logged = [(number, record) for number, run in enumerate(runs) for record in run.completions]
-    shown = _evenly(logged, MOST_COMPLETIONS)
-    browser = _browser(runs, shown)
-    names = _pass_names(runs)
+    names = ("charts.js", "browser.js") + (("live.js",) if state else ())
+    script = "\n".join((HERE / name).read_text() for name in names)
+    folders = [run.folder for run in runs]
+    records = browser([run.name for run in runs], folders, sampled.shown, linked if state else embedded)
+    pass_names = _pass_names(runs)
     panels = [_panel(panel) for section in sections for panel in section.panels]
     return environment.get_template("page.html").render(
         style=Markup((HERE / "page.css").read_text()),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        state=state,
         colors={"light": figures.LIGHT, "dark": figures.DARK},
         methods=methods,
-        runs=[(number, run, _held_out(run, names)) for number, method in enumerate(methods) for run in method.runs],
+        runs=[
+            (number, run, _held_out(run, pass_names)) for number, method in enumerate(methods) for run in method.runs
+        ],
+        alarms=told,
         facts=_facts(runs),
         differing=differing([method.settings for method in methods]),
-        pass_names=names,
+        pass_names=pass_names,
         sections=sections,
         phases=_phases(methods),
-        tokens=unsure_tokens([record for _, record in logged])[:MOST_TOKENS],
+        tokens=sampled.tokens[:MOST_TOKENS],
         min_count=MIN_COUNT,
-        logged=len(logged),
-        browser=browser,
-        data=_finite({"panels": panels, "colors": len(figures.LIGHT)} | browser),
+        sampled=sampled,
+        browser=records,
+        data=_finite({"panels": panels, "colors": len(figures.LIGHT)} | records),
     )
 
 
@@ -157,106 +148,46 @@ def _held_out(run: Run, names: list[str]) -> dict[str, list[Estimate | None]]:
 
 
 def _panel(panel: figures.Panel) -> dict[str, Any]:
-    """A panel as JSON, with its points as [x, y] or [x, y, low, high]."""
+    """A panel as JSON, with its points as [x, y] or [x, y, low, high], of long curves those that `_telling` keeps."""
+    kept = _telling(panel.lines)
     lines = [
-        asdict(line) | {"points": [[v for v in astuple(point) if v is not None] for point in line.points]}
+        asdict(line) | {"points": [[v for v in astuple(p) if v is not None] for p in line.points if p.x in kept]}
         for line in panel.lines
     ]
     return asdict(panel) | {"lines": lines}
 
 
-def _phases(methods: list[Method]) -> dict[str, list[float | None]]:
+def _telling(lines: Sequence[figures.Line]) -> set[float]:
+    """The x at which all curves of a panel are drawn: every one, or of long curves those of highs and lows.
+
+    The x are cut into equal shares, and of each share every curve keeps its lowest and its highest point, so that no
+    spike is lost.
+    """
+    xs = sorted({point.x for line in lines for point in line.points})
+    if len(xs) <= MOST_POINTS:
+        return set(xs)
+    kept = {xs[0], xs[-1]}
+    shares = max(1, MOST_POINTS // (2 * len(lines)))
+    places = {x: i * shares // len(xs) for i, x in enumerate(xs)}
+    for line in lines:
+        lows: dict[int, figures.Point] = {}
+        highs: dict[int, figures.Point] = {}
+        for point in line.points:
+            share = places[point.x]
+            lows[share] = min(lows.get(share, point), point, key=lambda p: p.y)
+            highs[share] = max(highs.get(share, point), point, key=lambda p: p.y)
+        kept |= {point.x for point in (*lows.values(), *highs.values())}
+    return kept
+
+
+def _phases(methods: list[Method]) -> dict[str, list[float]]:
     """Seconds of each phase, a value a method (mean of its runs), without phases that took no time."""
-    each = [[figures.phase_seconds(run) for run in method.runs] for method in methods]
-    means = {phase: [_mean([run[phase] for run in runs]) for runs in each] for phase in each[0][0]}
+    each = [[phase_seconds(run.metrics) for run in method.runs] for method in methods]
+    means = {phase: [sum(run[phase] for run in runs) / len(runs) for runs in each] for phase in each[0][0]}
     return {phase: seconds for phase, seconds in means.items() if any(seconds)}
 
 
-# ---------------------------------------------------------------------------------------------------- completions
-
-
-def _browser(runs: list[Run], shown: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
-    """Collect what the browser of completions reads: records, their images, and the top of each colour scale."""
-    paths = [
-        runs[number].folder / path
-        for number, record in shown
-        for path in (record.get("image") or []) + (record.get("perturbed") or [])
-    ]
-    images = _images(list(dict.fromkeys(paths)))
-    places = {path: place for place, path in enumerate(images)}
-    records = []
-    for number, record in shown:
-        folder = runs[number].folder
-        records.append(
-            {name: record.get(name) for name in ("step", "answer", "category", "branch", "paid", "reward", "accuracy")}
-            | {name: record.get(name) for name in ("components", "advantage", "tokens", "completion")}
-            | {name: _rounded(record.get(name)) for name in ("entropy", "u_per")}
-            | {"run": number, "problem": record["problem"].replace("<image>", "").strip()}
-            | {name: [places[folder / path] for path in record.get(name) or []] for name in ("image", "perturbed")}
-        )
-    return {
-        "runs": [run.name for run in runs],
-        "records": records,
-        "images": list(images.values()),
-        "tops": {name: _top([r[name] for r in records if r[name]]) for name in ("u_per", "entropy")},
-    }
-
-
-def _images(paths: list[Path]) -> dict[Path, dict[str, Any]]:
-    """Each image as a data URI with its size in pixels, scaled down where all together would be too many pixels."""
-    sizes = {path: size for path in paths if (size := _size(path))}
-    for side in SIDES:
-        scales = {path: min(1.0, side / max(size)) for path, size in sizes.items()}
-        if sum(scales[path] ** 2 * math.prod(size) for path, size in sizes.items()) <= MAX_PIXELS:
-            break
-    return {
-        path: {"uri": _uri(path, scales[path]), "size": sizes[path]} if path in sizes else {"missing": str(path)}
-        for path in paths
-    }
-
-
-def _size(path: Path) -> tuple[int, int] | None:
-    """The width and height of an image; None where the file is gone, which the page then says in its place."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (FileNotFoundError, UnidentifiedImageError):
-        return None
-
-
-def _uri(path: Path, scale: float) -> str:
-    with Image.open(path) as image:
-        kind, content = image.format, path.read_bytes()
-        if scale < 1:
-            size = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
-            stream = io.BytesIO()
-            image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(stream, "WEBP", quality=80)
-            kind, content = "WEBP", stream.getvalue()
-    return f"data:{Image.MIME[str(kind)]};base64,{base64.b64encode(content).decode()}"
-
-
-def _top(values: list[list[float]]) -> float | None:
-    """The top of a colour scale: the 99th percentile, since the few tokens above it would leave the others pale."""
-    if not values:
-        return None
-    found = np.concatenate([np.asarray(row, dtype=float) for row in values])
-    return float(np.nanquantile(found, 0.99)) or float(np.nanmax(found)) or None
-
-
-def _evenly(items: list, most: int) -> list:
-    """Take at most so many items, evenly spread."""
-    return items if len(items) <= most else [items[i * len(items) // most] for i in range(most)]
-
-
 # -------------------------------------------------------------------------------------------------------- numbers
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def _rounded(values: list[float] | None) -> list[float] | None:
-    return None if values is None else [float(f"{value:.3g}") for value in values]
 
 
 def _number(value: float | None) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vogue.config import Config, flatten, load_config
-from vogue.run.folder import read_rows
+from vogue.report.completions import Logged
+from vogue.run.folder import parts, read_rows
 from vogue.settings import ConfigError
 
 PER_SEED = ("seed", "trainer.output_dir", "model.path")  # every seed may have a warm start of its own
@@ -16,14 +17,14 @@ PER_SEED = ("seed", "trainer.output_dir", "model.path")  # every seed may have a
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder: its settings, and one object a step, an evaluation and a logged completion."""
+    """A run's folder: its settings, one object a step and an evaluation, and the completions, read when asked for."""
 
     folder: Path
     name: str
     config: Config
     metrics: list[dict[str, float]]
     evaluations: list[dict[str, Any]]
-    completions: list[dict[str, Any]]
+    completions: Logged
 
 
 @dataclass(frozen=True)
@@ -63,25 +64,18 @@ def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _read_run(folder: Path, name: str) -> Run:
-    for needed in ("config.yaml", "metrics.jsonl"):
-        if not (folder / needed).is_file():
-            raise ConfigError(f"{folder} is no run: it has no {needed}")
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder} is no run: it has no config.yaml")
+    if not parts(folder / "metrics.jsonl"):
+        raise ConfigError(f"{folder} is no run: it has no metrics.jsonl")
     try:
         config = load_config(folder / "config.yaml", [])
     except ConfigError as error:
         raise ConfigError(f"{folder / 'config.yaml'}: {error}") from None
-    metrics, evaluations, completions = (
-        read_rows(folder / f"{kind}.jsonl") for kind in ("metrics", "evaluations", "completions")
-    )
+    metrics, evaluations = (read_rows(folder / f"{kind}.jsonl") for kind in ("metrics", "evaluations"))
     if not metrics:
         raise ConfigError(f"{folder / 'metrics.jsonl'} has no steps yet")
-    for number, record in enumerate(completions, 1):
-        for signal in ("u_per", "entropy"):
-            values, tokens = record.get(signal), record.get("tokens") or []
-            if values is not None and len(values) != len(tokens):
-                place = f"{folder / 'completions.jsonl'}, line {number}"
-                raise ConfigError(f"{place}: {len(tokens)} tokens, but {len(values)} values of {signal}")
-    return Run(folder, name, config, metrics, evaluations, completions)
+    return Run(folder, name, config, metrics, evaluations, Logged(folder / "completions.jsonl"))
 
 
 def _by_settings(runs: Sequence[Run], ignored: Sequence[str]) -> list[tuple[dict[str, Any], list[Run]]]:
