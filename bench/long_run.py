@@ -97,8 +97,9 @@ def watched(folder: Path, steps: int, ranks: int, engine: str, console: Console)
                 found.append(_held(process, _steps(folder / "run")))
             code = process.wait()
         finally:
-            for one in [*process.children(recursive=True), process]:
-                one.kill()
+            if process.poll() is None:
+                for one in [*process.children(recursive=True), process]:
+                    one.kill()
         if code:
             printed.seek(0)
             raise RuntimeError(f"the run ended with exit code {code}:\n{printed.read()[-3000:]}")

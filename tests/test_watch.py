@@ -307,11 +307,8 @@ def test_a_live_page_follows_the_run_and_leaves_the_reader_where_he_is(driver, s
         found("document.querySelector('.alarms .on').innerText").split()
     )
     wait_for("document.querySelector('.card .problem').textContent === 'the newest'")  # of the right ones the first
-    assert found("[document.querySelector('[name=result]').value, window.kept, {place}]".format(place=place)) == [
-        "right",
-        1,
-        where,
-    ]
+    kept = found(f"[document.querySelector('[name=result]').value, window.kept, {place}]")
+    assert kept == ["right", 1, where]
     server.shutdown()
     server.server_close()
     wait_for("document.getElementById('state').textContent.includes('ended')")

@@ -51,7 +51,7 @@ def start(seconds: float = 1800.0) -> tuple[int, int, torch.device]:
     if is_first and rank_count() == 1:
         # Nobody is to be met: without a store of torch's, which would listen to everybody who reaches this machine.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # pyright: ignore
     deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
     if is_first and not on_gpu:
         # Else gloo's threads may let go of a tensor when the interpreter is already gone, which aborts the process.
