@@ -1,8 +1,10 @@
 """What the tests of a trainer's step share: settings, groups with advantages, gradients, and an update's result."""
 
 import copy
+import ipaddress
 from dataclasses import replace
 
+import psutil
 import torch
 
 from vogue.groups import Group, generate, rows
@@ -89,3 +91,9 @@ def weights_after(trainer, groups):
     means = Means()
     trainer.update(groups, means, Clock())
     return torch.cat([p.detach().flatten() for p in trainer.policy.parameters()]), means
+
+
+def listening():
+    """The addresses at which this process listens."""
+    found = psutil.Process().net_connections()
+    return {ipaddress.ip_address(c.laddr.ip) for c in found if c.status == psutil.CONN_LISTEN}

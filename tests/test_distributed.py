@@ -1,18 +1,12 @@
 """How a rank ends, and where one that is alone listens."""
 
-import ipaddress
 import subprocess
 import sys
 
-import psutil
 import pytest
+from steps import listening
 
 from vogue import distributed
-
-
-def listening():
-    """The addresses at which this process listens."""
-    return {ipaddress.ip_address(c.laddr.ip) for c in psutil.Process().net_connections() if c.status == "LISTEN"}
 
 
 def test_a_rank_that_is_alone_listens_for_nobody_but_this_machine():

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from ranks import launch
 from safetensors.torch import load_file
-from steps import batches_of, generated
+from steps import batches_of, generated, listening
 from transformers import AutoModelForImageTextToText
 
 from vogue.cli import main
@@ -206,6 +206,10 @@ def test_an_engine_reads_the_features_that_it_is_given_and_no_pixel_again(traine
 
 def test_vllm_takes_arguments_of_its_own(trainer):
     assert trainer.engine.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs == 37
+
+
+def test_a_rank_with_its_engine_listens_for_nobody_but_this_machine(trainer):
+    assert all(address.is_loopback for address in listening())
 
 
 def test_nothing_is_generated_for_no_prompts(trainer, engine):
