@@ -55,7 +55,7 @@ def group(tokenizer, raw, noisy=None, texts=("4<|im_end|>", "né"), number=12):
 
 def traced(group, with_u_per):
     values = [torch.arange(1, 1 + len(c.token_ids)) / 3 for c in group.completions]
-    return replace(group, traces=tuple(Trace(v, v / 1000 if with_u_per else None) for v in values))
+    return replace(group, traces=tuple(Trace(v, v / 1000 if with_u_per else None, -v) for v in values))
 
 
 @pytest.mark.parametrize("text", ["<think>Left.</think>\\boxed{4}<|im_end|>", "né 日本 ½🙂!", "", "  two  spaces\n"])
@@ -92,7 +92,7 @@ def test_a_record_has_its_keys_and_the_values_of_its_tokens(processor, tmp_path)
 
 def test_what_was_not_computed_is_null(processor, tmp_path):
     plain = group(processor.tokenizer, [image(8, 4)])
-    half = replace(plain, traces=(None, Trace(torch.ones(3), None)))
+    half = replace(plain, traces=(None, Trace(torch.ones(3), None, -torch.ones(3))))
     for made, expected in ((plain, [None, None]), (half, [None, [1.0] * 3])):
         rows = records(0, [made], 8, processor.tokenizer, tmp_path)
         assert sorted((row["entropy"] for row in rows), key=bool) == expected

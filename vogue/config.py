@@ -32,7 +32,7 @@ from vogue.method_sections import (
     UncertaintyConfig,
 )
 from vogue.presets import METHODS, with_method
-from vogue.sections import ALL_TOKENS, DataConfig, ModelConfig, RewardConfig, RolloutConfig
+from vogue.sections import ALL_TOKENS, DataConfig, ModelConfig, ReplayConfig, RewardConfig, RolloutConfig
 from vogue.settings import ConfigError, Section, check, read_settings
 from vogue.training_sections import LoraConfig, OptimizerConfig, TrainerConfig
 
@@ -58,6 +58,7 @@ class Config(Section):
     reward: RewardConfig = RewardConfig()
     curiosity: CuriosityConfig = CuriosityConfig()
     rollout: RolloutConfig = RolloutConfig()
+    replay: ReplayConfig = ReplayConfig()
     loss: LossConfig = LossConfig()
     kl: KlConfig = KlConfig()
     perception: PerceptionConfig = PerceptionConfig()
@@ -183,6 +184,25 @@ class Config(Section):
             raise ValueError(
                 f"curiosity.weight={self.curiosity.weight} adds to rewards, which advantage.kind=passk doesn't read"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _replay_fits(self) -> "Config":
+        if self.method == "avatar" and not self.replay.size and not self.advantage.shape:
+            raise ValueError("replay.size=0 and advantage.shape=0: method=avatar without both is method=grpo")
+        refused = {
+            "advantage.kind=passk": (self.advantage.kind == "passk", "it reads right and wrong of one group alone"),
+            "advantage.pairs": (self.advantage.pairs < 1, "a replayed completion has no place in a pair"),
+            "trainer.shuffle": (self.trainer.shuffle > 0, "a replayed completion has no place in a pair"),
+            "kl.placement=reward": (self.kl.in_reward, "stored rewards are without today's KL"),
+            "replay.share": (
+                self.sampling.kind == "variance" and self.replay.share > 0,
+                "with sampling.kind=variance both would draw the step's prompts: set it to 0",
+            ),
+        }
+        for name, (wrong, why) in refused.items():
+            if self.replay.size and wrong:
+                raise ValueError(f"replay.size={self.replay.size} with {name}: {why}")
         return self
 
     def uses_steps(self) -> list[str]:

@@ -40,6 +40,7 @@ class Trace:
 
     entropy: Tensor  # (T,) nats, exact
     u_per: Tensor | None  # (T,) nats, the symmetric divergence; None where one branch alone was computed
+    logprob: Tensor  # (T,) nats, by the policy before the step's first update
     kl: Tensor | None = None  # (T,) nats, to the reference; None where it wasn't computed
 
 
@@ -47,13 +48,24 @@ def traced(batch: Batch, stats: TokenStats) -> dict[Place, Trace]:
     """What the forward found of each completion, by its place among the step's groups."""
     entropy = stats.entropy.detach().cpu()
     u_per = entropy[:0] if stats.other is None else stats.other.symmetric_kl.detach().cpu()
+    logprob = (stats if batch.old is None else batch.old).logprob.detach().cpu()
     kl = None if stats.reference is None else stats.reference.kl.detach().cpu()
     traces = {}
     for here, place in zip(batch.slices, batch.places, strict=True):
         if place is not None:
             compared = u_per[here] if here.stop <= len(u_per) else None
-            traces[place] = Trace(entropy[here], compared, None if kl is None else kl[here])
+            traces[place] = Trace(entropy[here], compared, logprob[here], None if kl is None else kl[here])
     return traces
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A completion of an earlier step that is trained on again, on the raw view."""
+
+    completion: Completion  # with the engine's log-probabilities of that time
+    behaviour: Tensor  # (T,) nats: those of the policy that generated it, by the trainer, which ratios are taken to
+    advantage: float
+    age: int  # steps since it was generated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +82,8 @@ class Group:
     scores: tuple[Score, ...] = ()
     advantages: tuple[float, ...] = ()
     traces: tuple[Trace | None, ...] = ()  # after training; None of those that needed no forward
+    replayed: tuple[Replayed, ...] = ()  # that are trained on beside these
+    behaviours: tuple[Tensor | None, ...] = ()  # of each completion, as `Row`'s
 
 
 def generate(engine: Engine, config: Config, items: Sequence[Item], step: int) -> list[Group]:
@@ -244,6 +258,7 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
     measures, made = config.trainer.measures(step), []
     everything = measures or reads_all(config.loss) or config.kl.in_loss or config.perception.on
     for number, group in groups.items():
+        group = joined(group)
         shown = bool(group.item.views[RAW].images)  # without images the views are one
         trained = group.view if shown else RAW
         other = RAW if trained == NOISY else NOISY
@@ -269,9 +284,31 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
                     paid=bonus,
                     places=tuple(Place(number, i, rank) for i in part),
                     repeats=tuple(group.repeats[i] for i in part) if group.repeats else (),
+                    behaviours=tuple(group.behaviours[i] for i in part) if group.behaviours else (),
                 )
                 made.append(row)
     return made
+
+
+def joined(group: Group) -> Group:
+    """The group with its replayed completions behind its own ones, without scores and traces of them.
+
+    Whether u_per is paid on one is the draw of the completion in the same place: with a draw a prompt, all's.
+    """
+    more = group.replayed
+    if not more:
+        return group
+    count = len(more)
+    return replace(
+        group,
+        completions=group.completions + tuple(one.completion for one in more),
+        sources=group.sources + (RAW,) * count,
+        kept=group.kept + (True,) * count,
+        paid=group.paid + tuple(group.paid[i % len(group.paid)] for i in range(count)),
+        advantages=group.advantages + tuple(one.advantage for one in more),
+        behaviours=(None,) * len(group.completions) + tuple(one.behaviour for one in more),
+        replayed=(),
+    )
 
 
 def cut(chosen: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -312,7 +349,7 @@ def kept_lengths(groups: Iterable[Group]) -> list[int]:
     """Tokens of each completion that is trained on, as often as it is, whether it goes through a forward or not."""
     return [
         len(completion.token_ids)
-        for group in groups
+        for group in map(joined, groups)
         for completion, times in compress(zip(group.completions, times_of(group), strict=True), group.kept)
         for _ in range(times)
     ]

@@ -19,11 +19,13 @@ from vogue.data.dataset import Checked
 from vogue.inputs import NOISY, RAW, Preprocessor, Prompt, View
 from vogue.method import branch, variance
 from vogue.method.perturb import annealed, perturb
+from vogue.method.replay import drawn_by_tier
 from vogue.seeds import Purpose, rng_for, seed_for
 from vogue.settings import ConfigError
 from vogue.state import RunState
 
 SCORES = "prompt_scores"  # the run's state under this name: OVS and TDS (S, 2) of the samples
+REPLAYABLE = "replay_prompts"  # and under this: `index` and `mean` R̄ (S,) of the samples that the replay buffer has
 REMAKING_THREADS = 4
 NOISY_COST = 4 / 3  # of training on a group with z = 1, in that of another one: it adds a forward without gradient
 
@@ -114,9 +116,11 @@ class Loader:
     def _order(self, step: int, number: int) -> list[int]:
         """Indices of the samples of the step's round `number`, some of them drawn by what is known of each sample."""
         settings, rollout, seed = self.config.sampling, self.config.rollout, self.config.seed
-        scored = settings.scored(rollout.prompts)
-        uniform = rollout.prompts - scored
+        scored, replayed = settings.scored(rollout.prompts), self.config.replay.drawn(rollout.prompts)
+        uniform = rollout.prompts - scored - replayed
         order = sample_order(len(self.samples), (step * rollout.rounds + number) * uniform, uniform, seed)
+        if replayed:
+            return variance.interleaved(self._replayable(replayed, step, number), order)
         if not scored:
             return order
         known = self.state.settled.get(SCORES)
@@ -124,6 +128,15 @@ class Loader:
         scores = variance.scores(known, settings.outcome, settings.diversity, normalise=settings.normalise)
         rng = rng_for(seed, Purpose.SCORED, step, number)
         return variance.interleaved(variance.drawn(scores, scored, rng), order)
+
+    def _replayable(self, count: int, step: int, number: int) -> list[int]:
+        """`count` samples of which the replay buffer has something; any others where it hasn't as many."""
+        rng, known = rng_for(self.config.seed, Purpose.REPLAY, step, number, 0), self.state.settled.get(REPLAYABLE)
+        found: list[int] = []
+        if known is not None:
+            places = drawn_by_tier(known["mean"].tolist(), count, self.config.replay.tiers, rng)
+            found = known["index"][places].tolist()
+        return found + rng.choice(len(self.samples), count - len(found)).tolist()
 
     def _usable_item(self, position: int, step: int, number: int, draws: tuple[bool, ...]) -> Item:
         """The item of a sample, or with `data.broken=skip` of the first behind it that can be used."""

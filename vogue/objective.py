@@ -4,10 +4,10 @@ r"""The loss of a batch from its signals: VOGUE's shaped advantage, a surrogate,
     loss = Σ_t w_t (c_t L(ρ_t, Â_t) − η H_t + β KL_t)   `vogue_kernels.surrogates` has L and c, `vogue.method.kl` KL
 
 L is −min(ρ Â, clip(ρ, 1 − ε_low, 1 + ε_high) Â), or another surrogate; ρ = π / π_old, with the policy before the step's
-first update, or the geometric mean of a completion's; c corrects for the engine's π where `loss.importance_cap` or
-`importance_floor` is set, else it is 1; η is `loss.entropy_coef`, and H the exact entropy, with gradient; β is
-`kl.coef`, and KL the divergence from a reference; w is the token's weight in the batch. PAPO's terms are in
-`_perceived`. All functions here are pure.
+first update, or of a replayed token with the one that generated it, or the geometric mean of a completion's; c corrects
+for the engine's π where `loss.importance_cap` or `importance_floor` is set, else it is 1; η is `loss.entropy_coef`, and
+H the exact entropy, with gradient; β is `kl.coef`, and KL the divergence from a reference; w is the token's weight in
+the batch. PAPO's terms are in `_perceived`. All functions here are pure.
 """
 
 from collections.abc import Sequence
@@ -73,6 +73,11 @@ def objective(
     perception    of what it has where they have another branch
     """
     old = batch.old or signals._replace(logprob=signals.logprob.detach())
+    metrics: dict[str, Mean] = {}
+    fresh = torch.ones_like(batch.noisy)
+    if batch.behaviour is not None:  # π_old of what is replayed is the policy that generated it
+        fresh = batch.behaviour.isnan()
+        old = old._replace(logprob=torch.where(fresh, old.logprob, batch.behaviour))
     shaped = shaped_advantage(batch.advantages, old.u_out, old.u_per, batch.paid, guidance, sign)
     sequences = sequences_of(batch)
     surrogate = SurrogateConfig(**_of(settings, SurrogateConfig))
@@ -81,7 +86,6 @@ def objective(
     comparable = ~batch.engine_logprob.isnan()
     mismatch = torch.where(comparable, old.logprob - batch.engine_logprob, 0.0)
     trained = sending_gradient(batch)
-    metrics = {}
     if (correction := CorrectionConfig(**_of(settings, CorrectionConfig))).on:
         factor, outside = engine_correction(mismatch, correction, sequences)
         token_loss = token_loss * factor
@@ -112,10 +116,18 @@ def objective(
         "mismatch/kl": mean_over(trained & comparable, mismatch.expm1() - mismatch),
     }
     if first:
-        metrics["ratio_error"] = mean_over(trained, (signals.logprob.detach() - old.logprob).expm1().abs())
+        metrics["ratio_error"] = mean_over(trained & fresh, (signals.logprob.detach() - old.logprob).expm1().abs())
+    if batch.behaviour is not None:
+        metrics |= _staleness(trained & ~fresh, signals.logprob.detach() - old.logprob, clipped)
     if signals.u_per is not None:
         metrics["per_capped"] = mean_over(trained & batch.paid, shaped.per_capped)
     return Objective(loss, metrics)
+
+
+def _staleness(replayed: Tensor, log_ratio: Tensor, clipped: Tensor) -> dict[str, Mean]:
+    """How far the policy has left those that generated the replayed tokens: KL(π_b‖π) in nats, and who is clipped."""
+    estimate = log_ratio.expm1() - log_ratio  # k3, whose mean over tokens of π_b is that KL
+    return {"replay/kl": mean_over(replayed, estimate), "replay/clip_fraction": mean_over(replayed, clipped)}
 
 
 def _of(settings: LossConfig, kind: type[SurrogateConfig] | type[CorrectionConfig]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "cde": GRPO,
     "mmr1": GRPO | {"sampling.kind": "variance"},
     "shuffle_r1": GRPO,
+    "avatar": GRPO,
 }
 
 # Where a method starts from other defaults; these may be set to something else. DAPO's buffer is the paper's 4,096 of
@@ -49,7 +50,8 @@ METHODS: dict[str, dict[str, Any]] = {
 # and its strength has halved at step 40 of the 60 that the paper trains on Geometry3K. DUPL, the name of VOGUE's
 # official code, adds little noise to much else, and leaves its clipping to EasyR1's defaults. CISPO's paper bounds
 # ratios from above alone and doesn't say where; 5 is ScaleRL's (arXiv 2510.13786), who took it up. CDE's rewards are 1
-# and -1; the height of its bonus's weight is ours. Shuffle-R1 keeps 8 of 16 completions.
+# and -1; the height of its bonus's weight is ours. Shuffle-R1 keeps 8 of 16 completions. AVATAR
+# trains on 4 new and 4 replayed ones.
 STARTS: dict[str, dict[str, Any]] = {
     "dapo": {"rollout.rounds": 4, "reward.overlong_buffer": 0.2},
     "noisy_rollout": {"rollout.noisy_share": 0.5, "perturb.anneal_at": 2 / 3},
@@ -61,6 +63,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "dupl": {"perturb.preset": "paper", "perturb.sigma": 0.2, "loss.clip_high": 0.3},
     "cde": {"curiosity.weight": 1.0, "reward.wrong": -1.0},
     "shuffle_r1": {"advantage.pairs": 0.5, "trainer.shuffle": 8, "rollout.n": 16},
+    "avatar": {"replay.size": 10_000, "rollout.n": 4, "advantage.shape": 0.3},
 }
 
 # What each reward design adds up, and with which weights. VOGUE's; the six of arXiv 2601.00215, whose weights are known

@@ -1,7 +1,7 @@
 """The settings of a run, section by section, with their units and defaults; `vogue.config` puts them together.
 
-Here are model, data, reward and rollout; `vogue.method_sections` has those of the methods, `vogue.training_sections`
-adapters, optimizer and trainer.
+Here are model, data, reward, rollout and replay; `vogue.method_sections` has those of the methods,
+`vogue.training_sections` adapters, optimizer and trainer.
 """
 
 # pydantic's defaults stand first in Field, where pyright doesn't look for them; a Literal may be of a table's keys.
@@ -290,3 +290,48 @@ class RolloutConfig(Section):
     def noisy_count(self) -> int:
         """Completions of each group that are generated from T(x), yet trained on x."""
         return round(self.noisy_share * self.n)
+
+
+class ReplayConfig(Section):
+    """A buffer of completions of earlier steps, some of which are trained on beside a step's own (AVATAR)."""
+
+    size: int = Field(
+        0, ge=0, description="completions in the replay buffer, of all ranks together; 0: there is none (AVATAR 10,000)"
+    )
+    n: Count = Field(
+        4, description="stored completions of its prompt that join the rollout.n generated ones of a group, at most"
+    )
+    share: Share = Field(
+        0.5,
+        description="share of each step's prompts that are drawn from those with stored completions, by tiers; the "
+        "others come in the data's order, and are joined by what is stored of them. 0: all in the data's order",
+    )
+    tiers: tuple[Share, Share, Share] = Field(
+        (0.25, 0.35, 0.4),
+        description="shares of easy, medium and hard prompts, by their mean reward, among those with stored "
+        "completions: of the prompts, of the buffer's room, and of the prompts that are drawn",
+    )
+    window: Count = Field(
+        20, description="latest generated completions of a prompt whose mean reward is its replayed ones' baseline"
+    )
+    weight: Positive = Field(1.0, description="factor of the advantages of replayed completions")
+    max_age: Count | None = Field(
+        None, description="steps after which a stored completion isn't replayed any more; unset: no limit"
+    )
+
+    @model_validator(mode="after")
+    def _is_read(self) -> "ReplayConfig":
+        for name, field in type(self).model_fields.items():
+            if not self.size and getattr(self, name) != field.default:
+                raise ValueError(f"replay.{name}={getattr(self, name)}: with replay.size=0 nothing is stored")
+        if abs(sum(self.tiers) - 1) > 1e-6:
+            raise ValueError(f"replay.tiers={list(self.tiers)} sum to {sum(self.tiers):g}, not to 1")
+        return self
+
+    def drawn(self, prompts: int) -> int:
+        """How many of a step's prompts are drawn from the buffer's: the share, rounded down."""
+        return int(self.share * prompts + 1e-9) if self.size else 0
+
+    def fresh_enough(self, age: int) -> bool:
+        """Whether a completion of so many steps ago may be replayed."""
+        return self.max_age is None or age <= self.max_age

@@ -20,6 +20,7 @@ class Purpose(IntEnum):
     REFRESH = 7  # completions by which prompts are scored
     SCORED = 8  # which prompts are drawn by their scores
     SHUFFLE = 9
+    REPLAY = 10  # which stored completions join a group, and which prompts are drawn for that
 
 
 def seed_for(seed: int, purpose: Purpose, *where: int) -> int:

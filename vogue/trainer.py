@@ -65,6 +65,7 @@ from vogue.model.reference import load_reference
 from vogue.objective import objective, uncertainties
 from vogue.passes import looked_at, needs_look, referred
 from vogue.prompt_scores import TOKENS, refreshed, remembered
+from vogue.replay import remember, with_replayed
 from vogue.rewards import RewardError, verifier
 from vogue.rewards.groups import score_groups
 from vogue.rollout import create_engine
@@ -140,6 +141,7 @@ class Trainer:
         try:
             self.refresh(means, clock)
             groups = self.roll_out(means, clock)  # x' = T(x), z, o_1..o_G, r, A
+            groups = with_replayed(groups, self.state, self.config, self.step, means)
             self.engine.sleep()
             if self.config.kl.in_reward:
                 groups = self.penalised(groups, means, clock)
@@ -155,6 +157,7 @@ class Trainer:
             replace(group, traces=tuple(traces.get(Place(number, i, self.rank)) for i in range(len(group.completions))))
             for number, group in enumerate(groups)
         ]
+        remember(groups, self.state, self.config, self.step, means)
         self.step += 1
         with clock("sync"):
             self.sync()
@@ -180,6 +183,7 @@ class Trainer:
             metrics["calibration_gap"] = metrics[WRONG] - metrics[RIGHT]  # CDE's: a calibrated policy doubts its errors
         sums = {"verifier_failures": float(verifier.take_failures())}
         sums["generated_tokens"] = means["tokens"].total + means[TOKENS].total
+        sums["trained_tokens"] = means["trained_share"].total
         if self.config.sampling.kind == "variance":
             sums[TOKENS] = means[TOKENS].total
         metrics |= distributed.total(sums, self.device)

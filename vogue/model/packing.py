@@ -46,6 +46,8 @@ class Row:
     weight: float = 1.0  # 0 for a row that only keeps ranks in step
     places: tuple[Place, ...] = ()  # of each completion; empty for a row that only keeps ranks in step
     repeats: tuple[int, ...] = ()  # how often each completion is trained on; empty: once
+    # Of each completion (T,) nats, by the policy that generated it, None of those that today's did; empty: all today's.
+    behaviours: tuple[Tensor | None, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -91,6 +93,7 @@ class Batch:
     paid: Tensor  # (N,) bool: the loss reads u_per
     others: tuple["Batch", ...]  # the first rows on the views that they are compared with, the i-th of each in the i-th
     old: Signals | None = None  # before the first of several updates
+    behaviour: Tensor | None = None  # (N,) float32 nats, by the policy that generated; NaN: today's. None: all today's
 
     @property
     def slices(self) -> list[slice]:
@@ -223,8 +226,19 @@ def collate(rows: Sequence[Row], pad_id: int, *, token_mean: bool) -> Batch:
         noisy=per_token([row.trained == NOISY for row in rows for _ in row.completions]),
         paid=per_token([row.paid for row in rows for _ in row.completions]),
         others=(),
+        behaviour=_behaviour(rows),
     )
     return replace(batch, others=tuple(_other(batch, rows, i, pad_id, token_mean) for i in range(counts[0])))
+
+
+def _behaviour(rows: Sequence[Row]) -> Tensor | None:
+    """The log-probabilities (N,) of replayed tokens by the policy that generated them, NaN for the others."""
+    known = [b for row in rows for b in row.behaviours or (None,) * len(row.completions)]
+    if all(values is None for values in known):
+        return None
+    completions = (completion for row in rows for completion in row.completions)
+    nothing = (torch.full((len(completion.token_ids),), math.nan) for completion in completions)
+    return torch.cat([b if b is not None else none for b, none in zip(known, nothing, strict=True)])
 
 
 def _other(batch: Batch, rows: Sequence[Row], i: int, pad_id: int, token_mean: bool) -> Batch:
