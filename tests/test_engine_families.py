@@ -15,6 +15,7 @@ from steps import batches_of, generated
 from vogue.config import load_config
 from vogue.data import Sample
 from vogue.data.dataset import check_samples
+from vogue.data.videos import Frames
 from vogue.inputs import Preprocessor, load_processor
 from vogue.model import loading, policy
 from vogue.settings import ConfigError
@@ -40,7 +41,7 @@ def disagreement(trainer):
 
 
 def trainer_of(kind, processor, folder, *overrides):
-    """A trainer of a random model, on a prompt without an image, one with one and one with two."""
+    """A trainer of a random model, on a prompt without an image, one with one and one with two, and on videos."""
     tokenizer = copy.deepcopy(processor.tokenizer)
     own = processor_of(kind, tokenizer, processor.chat_template)
     own.save_pretrained(folder / "model")
@@ -64,6 +65,12 @@ def trainer_of(kind, processor, folder, *overrides):
         Sample("Is <image> in <image>?", "no", (images[1], images[2])),
     ]
     preprocessor = Preprocessor(load_processor(config.model.path), "", 512)
+    if preprocessor.family.videos:
+        clip = Frames(tuple(Image.effect_noise((70, 40), 90).convert("RGB") for _ in range(6)), 1.5)
+        samples += [
+            Sample("What happens?", "it", (), videos=(clip,)),
+            Sample("Is <image> in <video> or <video>?", "no", (images[0],), videos=(clip, replace(clip, fps=9.0))),
+        ]
     return Trainer(config, check_samples(samples, preprocessor.lengths), preprocessor, resume=None)
 
 

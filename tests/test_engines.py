@@ -17,6 +17,7 @@ from vogue.cli import main
 from vogue.config import load_config
 from vogue.data import Sample, load_samples
 from vogue.data.dataset import check_samples
+from vogue.data.videos import Frames
 from vogue.inputs import Preprocessor, load_processor
 from vogue.rollout.engine import Request, media_token_ids
 from vogue.rollout.hf import HfEngine
@@ -188,6 +189,23 @@ def test_prompts_without_and_with_several_images_are_generated_for(trainer, engi
     items = [trainer.loader.item(sample, 0, i, (False,)) for i, sample in enumerate(samples)]
     groups = generate(engine, [Request(item.prompt, item.views["raw"], 7) for item in items])
     assert [len(group) for group in groups] == [3, 3]
+
+
+def test_videos_are_generated_for_as_the_policy_sees_them(trainer, engine):
+    frames = tuple(Image.effect_noise((70, 40), 90).convert("RGB") for _ in range(6))
+    (image,) = trainer.loader.samples[0].load_images()
+    slow, quick = Frames(frames, 1.5), Frames(frames[::-1], 2.0)
+    samples = [
+        Sample("What happens?", "it", (), videos=(slow,)),
+        Sample("Is <image> in <video> or <video>?", "no", (image,), videos=(quick, slow)),
+    ]
+    items = [trainer.loader.item(sample, 0, i, (False,) * 4) for i, sample in enumerate(samples)]
+    assert [clip.interval for clip in items[1].views["raw"].clips] == [0.5, 2 / 3]
+    trainer.sync()
+    groups = [give_advantages(group) for group in generated(trainer, items)]
+    with torch.no_grad():
+        pairs = [(trainer.policy(batch).logprob, batch.engine_logprob) for batch in batches_of(trainer, groups)]
+    assert max((ours - theirs).abs().max().item() for ours, theirs in pairs) < 1e-4
 
 
 def test_an_engine_reads_the_features_that_it_is_given_and_no_pixel_again(trainer, engine):

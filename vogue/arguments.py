@@ -327,7 +327,7 @@ def _add_inspection(kinds, name: str, help: str, epilog: str) -> argparse.Argume
 
 def _add_data(commands) -> None:
     command = commands.add_parser(
-        "data", help="look at a data set (show, check), or write one (split, digits, puzzles)"
+        "data", help="look at a data set (show, check), or write one (split, digits, moving-digits, puzzles)"
     )
     kinds = command.add_subparsers(dest="kind", required=True, metavar="COMMAND")
     command = _add_inspection(
@@ -345,12 +345,7 @@ def _add_data(commands) -> None:
     command.add_argument("--samples", type=_count, default=8, metavar="N", help="completions a problem (default 8)")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
 
-    command = _add(kinds, "digits", "two handwritten digits and a question: train, validation, test .parquet")
-    command.add_argument("out", type=Path, help="folder to write to")
-    for name, count in {"train": 8000, "validation": 500, "test": 1000}.items():
-        command.add_argument(
-            f"--{name}", type=int, default=count, metavar="N", help=f"samples of the {name} split (default {count})"
-        )
+    command = _add_splits(kinds, "digits", "two handwritten digits and a question: train, validation, test .parquet")
     command.add_argument(
         "--faintest",
         type=float,
@@ -358,7 +353,10 @@ def _add_data(commands) -> None:
         metavar="C",
         help="ink of each digit has a contrast between C and 1, so that noise hides some of them (default 1)",
     )
-    command.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
+    command = _add_splits(kinds, "moving-digits", "videos of two digits, one after the other: the same three .parquet")
+    command.add_argument(
+        "--frames", type=_count, default=4, metavar="N", help="frames of a video, a multiple of 4 (default 4)"
+    )
 
     command = _add(kinds, "puzzles", "puzzles with a known state: train.parquet, test.parquet", PUZZLES_HELP)
     command.add_argument("--kind", dest="kinds", type=_names, metavar="KIND,…", help="default: all of the kinds below")
@@ -367,6 +365,17 @@ def _add_data(commands) -> None:
             f"--{name}", type=_whole_number, default=default, metavar="N", help=f"{help} (default {default})"
         )
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
+
+
+def _add_splits(kinds, name: str, help: str) -> argparse.ArgumentParser:
+    command = _add(kinds, name, help)
+    command.add_argument("out", type=Path, help="folder to write to")
+    for split, count in {"train": 8000, "validation": 500, "test": 1000}.items():
+        command.add_argument(
+            f"--{split}", type=int, default=count, metavar="N", help=f"samples of the {split} split (default {count})"
+        )
+    command.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
+    return command
 
 
 def _steps(text: str) -> frozenset[int]:

@@ -236,7 +236,8 @@ def _refuse(given: dict[str, float], defaults: dict[str, tuple], why: str) -> No
 
 
 def data(arguments: argparse.Namespace) -> int:
-    commands = {"digits": digits, "puzzles": puzzles, "check": check_data, "show": show_data, "split": split_data}
+    commands = {"digits": digits, "moving-digits": moving_digits, "puzzles": puzzles}
+    commands |= {"check": check_data, "show": show_data, "split": split_data}
     return commands[arguments.kind](arguments)
 
 
@@ -314,6 +315,16 @@ def digits(arguments: argparse.Namespace) -> int:
 
     counts = (arguments.train, arguments.validation, arguments.test)
     write_digits(arguments.out, *counts, arguments.seed, faintest=arguments.faintest)
+    for name in ("train", "validation", "test"):
+        print(arguments.out / f"{name}.parquet")
+    return 0
+
+
+def moving_digits(arguments: argparse.Namespace) -> int:
+    from vogue.data.moving_digits import write_moving_digits
+
+    counts = (arguments.train, arguments.validation, arguments.test)
+    write_moving_digits(arguments.out, *counts, arguments.seed, arguments.frames)
     for name in ("train", "validation", "test"):
         print(arguments.out / f"{name}.parquet")
     return 0

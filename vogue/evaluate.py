@@ -20,6 +20,7 @@ from vogue.data.dataset import check_samples, test_samples
 from vogue.data.prompts import with_view
 from vogue.estimates import Estimate, estimate, pass_at_k, powers_of_two
 from vogue.inputs import Preprocessor
+from vogue.loader import perturbed
 from vogue.method.perturb import perturb
 from vogue.rewards import Score, check_function
 from vogue.rewards.groups import score_groups
@@ -54,7 +55,7 @@ def requests_for(
     """
     requests: list[Request] = []
     for number, sample in zip(numbers, samples, strict=True):
-        view = preprocessor.view(preprocessor.images(sample))
+        view = preprocessor.raw_view(sample)
         seed = seed_for(config.seed, Purpose.EVALUATION, number)
         requests.append(Request(preprocessor.prompt(sample, view), view, seed))
     return requests
@@ -139,11 +140,13 @@ def evaluate_model(
 
 
 def _perturbed(preprocessor: Preprocessor, sample: Sample, config: Config, number: int) -> Sample:
-    """Sample `number` with T(x) of its images."""
+    """Sample `number` with T(x) of its images and videos."""
     given = config.perturb.model_dump(exclude={"anneal_at"})
-    images = enumerate(preprocessor.images(sample))
-    noisy = (perturb(x, **given, seed=seed_for(config.seed, Purpose.EVALUATION, number, i)) for i, x in images)
-    return replace(sample, images=tuple(noisy))
+    count, clips = len(sample.images), preprocessor.clips(sample)
+    seeds = [seed_for(config.seed, Purpose.EVALUATION, number, i) for i in range(count + len(clips))]
+    noisy = (perturb(x, **given, seed=s) for x, s in zip(preprocessor.images(sample), seeds, strict=False))
+    noisy_clips = (perturbed(x, s, given) for x, s in zip(clips, seeds[count:], strict=True))
+    return replace(sample, images=tuple(noisy), videos=tuple(noisy_clips))
 
 
 def answer_benchmark(

@@ -8,8 +8,9 @@ image.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class Family:
     marks: tuple[str, ...]  # tokens that stand around an image's or a video's in a prompt
     inner: str = "intermediate_size"  # name of the width of the tower's MLPs in its configuration
     engine_token: str | None = None  # vLLM's name of the image token, where it is to be given with the images
+    # How a prompt holds a video: its tokens in a row, or those of each two frames behind their time; "": it takes none.
+    videos: Literal["", "whole", "in_frames"] = ""
 
     patches: ClassVar[bool] = False  # pixel_values are (patches, D) of all images
     grid_positions: ClassVar[bool] = False  # positions (3, B, L) in time, height and width; else (B, L), counted
@@ -55,6 +58,18 @@ class Family:
     def image_tokens(self, processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Tokens that each of a prompt's images takes, by their (width, height), by a family's own processor."""
         return _counted(processor, sizes)["num_image_tokens"]
+
+    def video_text(self, processor: Any, times: Sequence[float]) -> str:
+        """What takes the place of the video token that a chat template writes, for frames at these seconds."""
+        raise NotImplementedError
+
+    def video_tokens(self, processor: Any, frames: int, size: tuple[int, int]) -> list[int]:
+        """Tokens of each of a video's placeholders in that text, by its number of frames and their (width, height)."""
+        raise NotImplementedError
+
+    def video_options(self, processor: Any) -> Mapping[str, Any]:
+        """What the video processor is told beside the frames."""
+        return {}
 
     def image_options(self, processor: Any) -> Mapping[str, Any]:
         """What the image processor is told by the processor that it is part of."""
@@ -81,9 +96,20 @@ class Family:
         raise NotImplementedError
 
     def positions(
-        self, model: PreTrainedModel, ids: Tensor, types: Tensor, real: Tensor, sizes: Tensor | None
+        self,
+        model: PreTrainedModel,
+        ids: Tensor,
+        types: Tensor,
+        real: Tensor,
+        sizes: Tensor | None,
+        video_sizes: Tensor | None = None,
+        seconds: Sequence[float] = (),
     ) -> Tensor:
-        """Positions of the prompts `ids` (B, P) where they are `real` (B, P): (3, B, P) or (B, P)."""
+        """Positions of the prompts `ids` (B, P) where they are `real` (B, P): (3, B, P) or (B, P).
+
+        sizes        of their images, in order
+        video_sizes  of their videos, in order, and `seconds` between two frames of each
+        """
         return (real.cumsum(dim=1) - 1).clamp(min=0)
 
     def unmasked_layers(self, text: Any) -> list[str]:
@@ -122,11 +148,60 @@ class Patched(Family):
         sizes = torch.tensor([[1, merge, merge]], device=device)
         return torch.zeros(merge * merge, patch_dim, device=device), sizes
 
+    def video_text(self, processor: Any, times: Sequence[float]) -> str:
+        token = processor.video_token
+        if self.videos == "whole":
+            return token
+        merged = processor.video_processor.temporal_patch_size
+        padded = [*times, *times[-1:] * (-len(times) % merged)]
+        parts = [padded[i : i + merged] for i in range(0, len(padded), merged)]
+        around = f"{processor.vision_start_token}{token}{processor.vision_end_token}"
+        return "".join(f"<{(part[0] + part[-1]) / 2:.1f} seconds>{around}" for part in parts)
+
+    def video_tokens(self, processor: Any, frames: int, size: tuple[int, int]) -> list[int]:
+        maker = processor.video_processor
+        width, height = size
+        options = {"cap_pixels_per_frame": False}
+        tokens = maker.get_num_of_video_patches(frames, height, width, options) // maker.merge_size**2
+        places = -(-frames // maker.temporal_patch_size)
+        return [tokens] if self.videos == "whole" else [tokens // places] * places
+
+    def video_options(self, processor: Any) -> Mapping[str, Any]:
+        # Where transformers has such a cap: `data.video_max_pixels` is what bounds a frame here.
+        return {"cap_pixels_per_frame": False} if hasattr(processor.video_processor, "cap_pixels_per_frame") else {}
+
     def positions(
-        self, model: PreTrainedModel, ids: Tensor, types: Tensor, real: Tensor, sizes: Tensor | None
+        self,
+        model: PreTrainedModel,
+        ids: Tensor,
+        types: Tensor,
+        real: Tensor,
+        sizes: Tensor | None,
+        video_sizes: Tensor | None = None,
+        seconds: Sequence[float] = (),
     ) -> Tensor:
-        whole: Any = model.model
-        return whole.get_rope_index(ids, types, **{self.sizes: sizes}, attention_mask=real)[0]
+        if video_sizes is None:
+            whole: Any = model.model
+            return whole.get_rope_index(ids, types, **{self.sizes: sizes}, attention_mask=real)[0]
+        vision: Any = model.config.vision_config
+        grids = {1: iter(_grids(sizes)), 2: iter(_grids(video_sizes))}
+        if self.videos == "in_frames":
+            grids[2] = iter([(1, height, width) for time, height, width in _grids(video_sizes) for _ in range(time)])
+        paces = iter(each * vision.temporal_patch_size * getattr(vision, "tokens_per_second", 1) for each in seconds)
+        found = torch.zeros(3, *ids.shape, dtype=torch.long)
+        for row, of_row in enumerate(real.bool().cpu()):
+            parts, start = [], 0
+            for kind, run in groupby(types[row].cpu()[of_row].tolist()):
+                if kind == 0:
+                    here = torch.arange(len(list(run))).expand(3, -1)
+                else:
+                    steps = next(paces) if kind == 2 and self.videos == "whole" else 1.0
+                    here = _places(next(grids[kind]), vision.spatial_merge_size, steps)
+                parts.append(here + start)
+                # transformers lets what follows a video begin as if it had one frame: positions would come twice.
+                start = int(parts[-1].max()) + 1
+            found[:, row, of_row] = torch.cat(parts, dim=1)
+        return found.to(ids.device)
 
     def seen(self, config: Any) -> Seen:
         return Seen(config.vision_config.spatial_merge_size**2, config.vision_config.patch_size, 1)
@@ -237,14 +312,16 @@ class Gemma(Tiled):
 
 
 QWEN_MARKS = ("<|vision_start|>", "<|vision_end|>")
-QWEN = Patched(
-    processors=("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor"),
+QWEN2 = Patched(
+    processors=("Qwen2VLProcessor",),
     sizes="image_grid_thw",
     engine_sizes="image_grid_thw",
     tower="visual",
     projectors=("visual.merger", "visual.deepstack_merger_list"),
     marks=QWEN_MARKS,
 )
+QWEN2_5 = replace(QWEN2, processors=("Qwen2_5_VLProcessor",), videos="whole")
+QWEN3 = replace(QWEN2, processors=("Qwen3VLProcessor",), videos="in_frames")
 GLM = Patched(
     processors=("Glm4vProcessor",),
     sizes="image_grid_thw",
@@ -280,11 +357,11 @@ GEMMA = Gemma(
     marks=("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
 )
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": QWEN,
-    "qwen2_5_vl": QWEN,
-    "qwen3_vl": QWEN,
-    "qwen3_vl_moe": QWEN,
-    "qwen3_5": QWEN,
+    "qwen2_vl": QWEN2,
+    "qwen2_5_vl": QWEN2_5,
+    "qwen3_vl": QWEN3,
+    "qwen3_vl_moe": QWEN3,
+    "qwen3_5": QWEN3,
     "llava_onevision": LLAVA,
     "internvl": INTERNVL,
     "gemma3": GEMMA,
@@ -314,6 +391,19 @@ def family_of_processor(processor: ProcessorMixin) -> Family:
 def _counted(processor: Any, sizes: Sequence[tuple[int, int]]) -> Any:
     """What a processor counts of images of these (width, height), without their pixels."""
     return processor._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in sizes])
+
+
+def _grids(sizes: Tensor | None) -> list[tuple[int, int, int]]:
+    return [] if sizes is None else [tuple(grid) for grid in sizes.tolist()]
+
+
+def _places(grid: tuple[int, int, int], merge: int, pace: float) -> Tensor:
+    """(3, tokens) places in time, height and width of a grid of patches (T, H, W); places in time are `pace` apart."""
+    time, height, width = grid
+    places = torch.cartesian_prod(torch.arange(time), torch.arange(height // merge), torch.arange(width // merge))
+    places = places.view(-1, 3).T.clone()
+    places[0] = (places[0].double() * pace).long()
+    return places
 
 
 def _side(lengths: Any) -> int:

@@ -259,7 +259,7 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
     everything = measures or reads_all(config.loss) or config.kl.in_loss or config.perception.on
     for number, group in groups.items():
         group = joined(group)
-        shown = bool(group.item.views[RAW].images)  # without images the views are one
+        shown = group.item.views[RAW].shown  # without images and videos the views are one
         trained = group.view if shown else RAW
         other = RAW if trained == NOISY else NOISY
         lengths = [len(completion.token_ids) for completion in group.completions]

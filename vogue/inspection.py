@@ -20,6 +20,7 @@ from vogue.data.dataset import Offender, broken_images, fingerprint_of, offender
 from vogue.data.images import png
 from vogue.data.samples import PLACEHOLDER
 from vogue.data.shapes import NAMED, NUMBERED
+from vogue.data.videos import QWENS, Outline, VideoLimits, strip
 from vogue.inputs import MARKED, MARKS, Preprocessor
 from vogue.presets import DESIGNS, HEADED
 from vogue.rewards import Score, score
@@ -59,38 +60,54 @@ class Shown:
     facts: list[tuple[str, str]]
     images: list[tuple[tuple[int, int], tuple[int, int], int | None]]  # size before and after, tokens
     odd: list[str]
+    videos: list[tuple[Outline, int | None]]  # what is shown of each, tokens
+    limits: VideoLimits
 
     @property
     def pictures(self) -> list[tuple[str, str]]:
-        """Each image with no more detail than the model sees, as the page holds it, and the line below it."""
+        """Each image with no more detail than the model sees, as the page holds it, and the line below it.
+
+        Of a video its first frames, side by side.
+        """
         small = [image.copy() for image in self.sample.load_images()]
         for image, (_, (width, height), _) in zip(small, self.images, strict=True):
             image.thumbnail((min(SIDE, width), min(SIDE, height)))
+        small += map(strip, self.sample.load_videos(self.limits))
         content = [base64.b64encode(png(image)).decode() for image in small]
-        return list(zip(content, map(image_line, self.images), strict=True))
+        return list(zip(content, [*map(image_line, self.images), *map(video_line, self.videos)], strict=True))
 
 
 def show(sample: Sample, config: Config, preprocessor: Preprocessor | None) -> Shown:
     """Look at one sample; raises DataError for one that can't be used."""
     before = sample.image_sizes()
     after, counts, text = before, [None] * len(before), None
+    limits = preprocessor.video_limits if preprocessor else QWENS
+    outlines = preprocessor.outlines(sample) if preprocessor else sample.video_outlines(limits)
+    video_counts: list[int | None] = [None] * len(outlines)
     facts = [("answer", sample.answer)]
     if not config.reward.function:
         facts.append(("as the reward reads it", str(self_scored(sample, config).parsed)))
     if preprocessor:
         after = sample.image_sizes(preprocessor.limits)
         counts = preprocessor.image_tokens(sample)
-        text = preprocessor.text(sample)
+        video_counts = [sum(count) for count in preprocessor.video_tokens(outlines)]
+        text = preprocessor.text(sample, outlines)
         (length,) = preprocessor.lengths([sample])
         if isinstance(length, DataError):
             raise length
+        of_videos = f" and {sum(map(sum, preprocessor.video_tokens(outlines)))} of videos" if outlines else ""
         facts.insert(
-            0, ("tokens", f"{length}, {sum(counts)} of them of images; at most {config.data.max_prompt_tokens}")
+            0,
+            (
+                "tokens",
+                f"{length}, {sum(counts)} of them of images{of_videos}; at most {config.data.max_prompt_tokens}",
+            ),
         )
     named = {"source": sample.source, "category": sample.category, "state": sample.state}
     facts += [(name, value) for name, value in named.items() if value]
     facts += [(f"column {name}", str(value)) for name, value in sample.columns.items()]
-    return Shown(sample, text, facts, list(zip(before, after, counts, strict=True)), odd(sample, text, config))
+    shown = list(zip(before, after, counts, strict=True)), odd(sample, text, config)
+    return Shown(sample, text, facts, *shown, list(zip(outlines, video_counts, strict=True)), limits)
 
 
 def odd(sample: Sample, text: str | None, config: Config) -> list[str]:
@@ -99,7 +116,7 @@ def odd(sample: Sample, text: str | None, config: Config) -> list[str]:
     marks = [match[0] for pattern in (NUMBERED, NAMED) for match in pattern.finditer(sample.problem)]
     if marks:
         found.append(f"the question has {marks[0]!r} as plain text; {PLACEHOLDER} is what marks an image's place")
-    if not sample.images:
+    if not sample.images and not sample.videos:
         found.append("there is no image: raw and noisy views are alike, and nothing is paid for their difference")
     if not config.reward.function and self_scored(sample, config).accuracy != 1:
         found.append(f"a completion that gives the answer {sample.answer!r} as it stands there would not be right")
@@ -128,6 +145,16 @@ def image_line(image: tuple[tuple[int, int], tuple[int, int], int | None]) -> st
     return line if tokens is None else f"{line}, {tokens} tokens"
 
 
+def video_line(video: tuple[Outline, int | None]) -> str:
+    """What is said of a video: the frames that are shown of it, and its tokens."""
+    outline, tokens = video
+    frames, (width, height) = len(outline.times), outline.size
+    line = (
+        f"{frames} frames of {width} x {height} pixels, from {outline.times[0]:.1f} to {outline.times[-1]:.1f} seconds"
+    )
+    return line if tokens is None else f"{line}, {tokens} tokens"
+
+
 def print_shown(shown: Shown, special: Sequence[str], console: Console) -> None:
     """Print a sample: its chat text with special tokens in inverse, its images' sizes, and what looks odd."""
     console.rule(escape(shown.sample.place))
@@ -141,6 +168,8 @@ def print_shown(shown: Shown, special: Sequence[str], console: Console) -> None:
         console.print(shown.sample.problem, markup=False, soft_wrap=True)
     for number, image in enumerate(shown.images, 1):
         console.print(f"image {number}: {image_line(image)}", highlight=False)
+    for number, video in enumerate(shown.videos, 1):
+        console.print(f"video {number}: {video_line(video)}", highlight=False)
     for name, value in shown.facts:
         console.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
     for line in shown.odd:

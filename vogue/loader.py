@@ -8,7 +8,7 @@ the run's settled state (`vogue.state`).
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from vogue.config import Config
 from vogue.data import DataError, Sample
 from vogue.data.dataset import Checked
+from vogue.data.videos import Clip
 from vogue.inputs import NOISY, RAW, Preprocessor, Prompt, View
 from vogue.method import branch, variance
 from vogue.method.perturb import annealed, perturb
@@ -160,21 +161,28 @@ class Loader:
 
     def item(self, sample: Sample, step: int, number: int, draws: tuple[bool, ...]) -> Item:
         """Prompt `number` of the step, perturbed where a draw, the loss or a measuring step reads T(x)."""
-        images, settings = self.preprocessor.images(sample), self.config.perturb
-        config = self.config
+        config, settings = self.config, self.config.perturb
+        images, clips = self.preprocessor.images(sample), self.preprocessor.clips(sample)
         reads_noisy = any(draws) or config.rollout.noisy_count or config.compares or config.trainer.measures(step)
         try:
-            views = {RAW: self.preprocessor.view(images)}
+            views = {RAW: self.preprocessor.view(images, clips)}
             if reads_noisy:
                 given = settings.model_dump(exclude={"anneal_at"})
                 if settings.anneal_at is not None:
                     given["sigma"] = annealed(settings.sigma, step, config.trainer.steps, settings.anneal_at)
-                seeds = (seed_for(config.seed, Purpose.PERTURB, step, number, i) for i in range(len(images)))
-                copies = [perturb(x, **given, seed=seed) for x, seed in zip(images, seeds, strict=True)]
-                views[NOISY] = self.preprocessor.view(copies)
+                places = range(len(images) + len(clips))
+                seeds = [seed_for(config.seed, Purpose.PERTURB, step, number, i) for i in places]
+                copies = [perturb(x, **given, seed=seed) for x, seed in zip(images, seeds, strict=False)]
+                noisy = [perturbed(x, seed, given) for x, seed in zip(clips, seeds[len(images) :], strict=True)]
+                views[NOISY] = self.preprocessor.view(copies, noisy)
         except (OSError, ValueError) as error:
             raise DataError(f"{sample.place}: {error}") from error
         return Item(number, self.preprocessor.prompt(sample, views[RAW]), views, draws)
+
+
+def perturbed(clip: Clip, seed: int, settings: Mapping[str, Any]) -> Clip:
+    """T(x) of a video: every frame alike, by the same draws."""
+    return replace(clip, frames=tuple(perturb(frame, **settings, seed=seed) for frame in clip.frames))
 
 
 def sample_order(size: int, start: int, count: int, seed: int) -> list[int]:

@@ -91,7 +91,7 @@ def _requests(loader: Loader, numbers: Sequence[int], step: int) -> dict[int, Re
     for number in numbers:
         try:
             sample = loader.samples[number]
-            view = preprocessor.view(preprocessor.images(sample))
+            view = preprocessor.raw_view(sample)
             seed = seed_for(config.seed, Purpose.REFRESH, step, number)
             found[number] = Request(preprocessor.prompt(sample, view), view, seed)
         except DataError:

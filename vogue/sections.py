@@ -76,8 +76,11 @@ class DataConfig(Section):
     images_key: str | None = Field(
         None, description="column of the image or images; empty: there are none; unset: found by its name"
     )
+    videos_key: str | None = Field(
+        None, description="column of the video or videos; empty: there are none; unset: found by its name"
+    )
     image_folder: Path | None = Field(
-        None, description="folder that images' relative paths start from; unset: the one of the data file"
+        None, description="folder that images' and videos' relative paths start from; unset: the one of the data file"
     )
     format_prompt: str | None = Field(
         None,
@@ -97,7 +100,21 @@ class DataConfig(Section):
         description="most pixels of an image, larger ones are made smaller for trainer, engine and evaluation alike; "
         "unset: what the model's processor does",
     )
-    max_prompt_tokens: Count = Field(2048, description="most tokens of a prompt with its images; none is ever cut")
+    video_fps: Positive = Field(
+        2.0, description="frames a second that are taken of a video; also the rate of a list of frames that says none"
+    )
+    video_max_frames: int = Field(
+        768, ge=2, description="most frames that are taken of a video, evenly from its first to its last"
+    )
+    video_min_pixels: Count | None = Field(
+        None, description="least pixels of a video's frame, as data.min_pixels is of an image"
+    )
+    video_max_pixels: Count | None = Field(
+        None, description="most pixels of a video's frame, as data.max_pixels is of an image"
+    )
+    max_prompt_tokens: Count = Field(
+        2048, description="most tokens of a prompt with its images and videos; none is ever cut"
+    )
     overlong: Literal["refuse", "drop"] = Field(
         "refuse",
         description="samples of more than data.max_prompt_tokens end the run before its start (refuse), or are left "

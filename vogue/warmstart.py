@@ -29,8 +29,9 @@ from vogue.data import DataError, Sample, load_samples
 from vogue.data.dataset import check_samples
 from vogue.data.digits import QUESTIONS, DigitPair, digit_pairs
 from vogue.data.digits import SYSTEM_PROMPT as DIGITS_SYSTEM_PROMPT
-from vogue.data.prompts import SYSTEM_PROMPT, with_view
-from vogue.data.samples import PLACEHOLDER
+from vogue.data.prompts import MARK, SYSTEM_PROMPT, with_view
+from vogue.data.samples import PLACEHOLDER, VIDEO
+from vogue.families import family_of
 from vogue.inputs import Preprocessor, Prompt, View
 from vogue.seeds import Purpose, rng_for, seed_for
 from vogue.settings import ConfigError
@@ -127,13 +128,16 @@ def warmstart_on(
     _check_new(folder)
     samples = list(load_samples(data))
     for sample in samples:
-        if not sample.images or not sample.state:
-            missing = "'state'" if sample.images else "image"
+        shown = sample.images + sample.videos
+        if not shown or not sample.state:
+            missing = "'state'" if shown else "image or video"
             raise DataError(f"{sample.place}: has no {missing}: a warm start learns to read the state off the images.")
     processor = build_processor(_sample_corpus(samples[:1000]), VOCAB_SIZE)
     preprocessor = Preprocessor(processor, SYSTEM_PROMPT, MAX_PROMPT_TOKENS)
     check_samples([*samples, *(with_view(sample, "text") for sample in samples if printed)], preprocessor.lengths)
-    unasked = [replace(sample, problem=PLACEHOLDER * len(sample.images)) for sample in samples]
+    unasked = [
+        replace(sample, problem=PLACEHOLDER * len(sample.images) + VIDEO * len(sample.videos)) for sample in samples
+    ]
     alone = Preprocessor(processor, "", MAX_PROMPT_TOKENS)
     model = _new_model(processor, seed)
     rng = rng_for(seed, Purpose.WARMSTART)
@@ -157,7 +161,7 @@ def warmstart_on(
 
 def demonstrate(preprocessor: Preprocessor, sample: Sample) -> Demonstration:
     """The sample's question, images, and its state and answer in the reward's format."""
-    view = preprocessor.view(preprocessor.images(sample))
+    view = preprocessor.raw_view(sample)
     text = f"<think>{sample.state}{THOUGHT_END}\n\\boxed{{{sample.answer}}}"
     return Demonstration(preprocessor.prompt(sample, view), view, text)
 
@@ -179,11 +183,17 @@ def demonstration_loss(
     input_ids = _pad(rows, cast(int, tokenizer.pad_token_id))
     unlabelled = [torch.full_like(prompt, -100) for prompt in prompts]
     labels = _pad([torch.cat(parts) for parts in zip(unlabelled, texts, strict=True)], -100)[:, 1:]
+    mask = _pad([torch.ones_like(row) for row in rows], 0)
+    types = _pad([one.prompt.token_types for one in demonstrations], 0, input_ids.shape[1])
+    shown = _images([one.view for one in demonstrations])
+    seconds = [clip.interval for one in demonstrations for clip in one.view.clips]
+    sizes = shown.get("image_grid_thw"), shown.get("video_grid_thw")
     hidden = model.model(
         input_ids=input_ids,
-        attention_mask=_pad([torch.ones_like(row) for row in rows], 0),
-        mm_token_type_ids=_pad([one.prompt.token_types for one in demonstrations], 0, input_ids.shape[1]),
-        **_images([one.view for one in demonstrations]),
+        attention_mask=mask,
+        mm_token_type_ids=types,
+        position_ids=family_of(model).positions(model, input_ids, types, mask, *sizes, seconds),
+        **shown,
     ).last_hidden_state[:, :-1]
     kept = labels != -100
     logprob = linear_logprob(hidden[kept], model.lm_head.weight, labels[kept]).logprob
@@ -296,18 +306,19 @@ def _corpus(pairs: list[DigitPair], printed: bool) -> list[str]:
 
 def _sample_corpus(samples: list[Sample]) -> list[str]:
     """The same of samples, without their states: a small model learns to read these sooner character by character."""
-    problems = [sample.problem.replace(PLACEHOLDER, "") for sample in samples]
+    problems = [MARK.sub("", sample.problem) for sample in samples]
     return [SYSTEM_PROMPT, CHAT, "<think></think>\n\\boxed{}"] * len(problems) + problems
 
 
 def _images(views: Sequence[View]) -> dict[str, Tensor]:
-    shown = [view for view in views if view.images]
-    if not shown:
-        return {}
-    return {
-        "pixel_values": torch.cat([cast(Tensor, view.pixel_values) for view in shown]),
-        "image_grid_thw": torch.cat([cast(Tensor, view.sizes) for view in shown]),
+    given = {
+        "pixel_values": [view.pixel_values for view in views],
+        "image_grid_thw": [view.sizes for view in views],
+        "pixel_values_videos": [view.video_pixel_values for view in views],
+        "video_grid_thw": [view.video_sizes for view in views],
     }
+    found = {name: [tensor for tensor in tensors if tensor is not None] for name, tensors in given.items()}
+    return {name: torch.cat(tensors) for name, tensors in found.items() if tensors}
 
 
 def _pad(rows: list[Tensor], value: int, length: int | None = None) -> Tensor:

@@ -142,8 +142,8 @@ def test_messages_as_json_in_a_table(tmp_path):
         ([{"role": "tool", "content": "a"}], "has the role 'tool', not one of system, user, assistant"),
         (["a"], "must hold messages, but holds 'a'"),
         (
-            [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],
-            "a part of 'messages' must be text or an",
+            [{"role": "user", "content": [{"type": "audio", "audio": "a.mp3"}]}],
+            "a part of 'messages' must be text, an image or a video",
         ),
         ([{"role": "user", "content": None}], "'messages' must be text and not empty, but is None"),
     ],
@@ -292,7 +292,7 @@ def test_other_marks_for_an_image_are_understood(read, problem, expected, order)
             "See (image)[image-1.png].",
             r"the problem has 1 marks such as '\(image\)\[image-1.png\]', but the row has 2 image",
         ),
-        ("<video>What happens?", "the problem has <video>, and only images can be shown"),
+        ("<audio>What is said?", "the problem has <audio>, which can't be heard here"),
     ],
 )
 def test_marks_that_do_not_fit_the_images_are_told(read, problem, message):

@@ -11,6 +11,7 @@ from typing import NamedTuple, overload
 from vogue.data.rows import DataError, Rows, open_rows
 from vogue.data.samples import Sample
 from vogue.data.shapes import Reader, Shape, shape_of
+from vogue.data.videos import QWENS
 from vogue.sections import DataConfig
 from vogue.settings import ConfigError
 
@@ -211,7 +212,7 @@ def _looked_at(samples: Sequence[Sample], start: int, measure: Measure) -> list[
 
 
 def broken_images(samples: Sequence[Sample], progress: Callable[[Iterable], Iterable] = iter) -> list[Offender]:
-    """Decode every image, in threads; those that can't be. `progress` sees each sample's number go by.
+    """Decode every image and video, in threads; those that can't be. `progress` sees each sample's number go by.
 
     Pillow's `verify` would be quicker, but lets a truncated JPEG through.
     """
@@ -223,5 +224,6 @@ def broken_images(samples: Sequence[Sample], progress: Callable[[Iterable], Iter
 def _decoding_error(samples: Sequence[Sample], position: int) -> Offender | None:
     try:
         samples[position].load_images()
+        samples[position].load_videos(QWENS)
     except DataError as error:
         return Offender(position, str(error))

@@ -87,7 +87,7 @@ def digit_pairs(
     a contrast outside (0, 1].
     """
     _check(split, count, questions, faintest)
-    images, labels = _split(split)
+    images, labels = split_images(split)
     generator = np.random.default_rng((seed, SPLITS.index(split)))
     drawn = {}  # a dict keeps the order of the draws
     while len(drawn) < count:
@@ -146,7 +146,7 @@ def _answer(question: str, left: int, right: int) -> int:
 
 
 @cache
-def _split(split: str) -> tuple[np.ndarray, np.ndarray]:
+def split_images(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 8, 8) and labels (N,) of a split: 70% / 15% / 15% of every class.
 
     The seed is fixed: splits drawn with two seeds would overlap.
@@ -178,7 +178,7 @@ def _check(split: str, count: int, questions: tuple[str, ...], faintest: float) 
             raise DataError(f"question is {question!r}; it must be one of {', '.join(QUESTIONS)}.")
     if not 0 < faintest <= 1:
         raise DataError(f"the faintest contrast is {faintest}; it must lie in (0, 1].")
-    _, labels = _split(split)
+    _, labels = split_images(split)
     equal = int((np.bincount(labels) ** 2).sum())
     available = sum(len(labels) ** 2 - (equal if question == "larger" else 0) for question in set(questions))
     if count > available:

@@ -1,11 +1,14 @@
 r"""A sample becomes the chat that a Hugging Face processor renders."""
 
+import re
 from dataclasses import replace
 
 from vogue.config import Config
 from vogue.data.rows import DataError
-from vogue.data.samples import PLACEHOLDER, Sample
+from vogue.data.samples import PLACEHOLDER, VIDEO, Sample
 
+KINDS = {PLACEHOLDER: "image", VIDEO: "video"}
+MARK = re.compile(f"({'|'.join(KINDS)})")
 VIEWS = ("image", "noisy", "text", "both")
 ANSWER = "Then give the final answer, and nothing else, inside <answer></answer>."
 THINK = "work through the question as an inner monologue inside <think></think>"
@@ -51,17 +54,17 @@ def system_prompt(config: Config) -> str:
 def chat_messages(sample: Sample, system_prompt: str = SYSTEM_PROMPT) -> list[dict]:
     """The conversation up to the model's turn, in the multimodal chat format of Hugging Face.
 
-    Each `<image>` of the problem becomes an {"type": "image"} part where it stands; with none,
-    the images come first. An empty system prompt adds no system message.
+    Each `<image>` of the problem becomes an {"type": "image"} part where it stands, each `<video>` a video; with
+    neither, the images and then the videos come first. An empty system prompt adds no system message.
     """
     system = [_message("system", [_text(system_prompt)])] if system_prompt else []
     return [*system, _message("user", _parts(sample))]
 
 
 def with_view(sample: Sample, view: str) -> Sample:
-    """`sample` with its images ("image"), with its printed state instead ("text"), or with both ("both").
+    """`sample` with its images and videos ("image"), with its printed state instead ("text"), or with both ("both").
 
-    The state stands where the last image stood, or behind it. "noisy" is as "image": the images that it asks for are
+    The state stands where the last of them stood, or behind it. "noisy" is as "image": the images that it asks for are
     T(x), which takes settings and a seed (`vogue.evaluate`).
 
     A model that answers from the text what it doesn't from the image fails at seeing, not at thinking: the
@@ -77,20 +80,19 @@ def with_view(sample: Sample, view: str) -> Sample:
         raise DataError(
             f"{sample.place}: view {view!r} needs a 'state', all that the images show as text; it is empty."
         )
-    images = () if view == "text" else sample.images
-    before, placeholder, after = sample.problem.rpartition(PLACEHOLDER)
-    problem = f"{before}{placeholder}{sample.state}\n\n{after}"
-    return replace(sample, problem=problem if images else problem.replace(PLACEHOLDER, ""), images=images)
+    problem = sample.problem
+    behind = max((match.end() for match in MARK.finditer(problem)), default=0)
+    problem = f"{problem[:behind]}{sample.state}\n\n{problem[behind:]}"
+    if view == "both" and sample.images + sample.videos:
+        return replace(sample, problem=problem)
+    return replace(sample, problem=MARK.sub("", problem), images=(), videos=())
 
 
 def _parts(sample: Sample) -> list[dict]:
     problem = sample.problem
-    if PLACEHOLDER not in problem:
-        problem = PLACEHOLDER * len(sample.images) + problem
-    before, *rest = problem.split(PLACEHOLDER)
-    parts = [_text(before)]
-    for text in rest:
-        parts += [{"type": "image"}, _text(text)]
+    if PLACEHOLDER not in problem and VIDEO not in problem:
+        problem = PLACEHOLDER * len(sample.images) + VIDEO * len(sample.videos) + problem
+    parts = [{"type": KINDS[piece]} if piece in KINDS else _text(piece) for piece in MARK.split(problem)]
     return [part for part in parts if part.get("text") != ""]
 
 

@@ -2,9 +2,10 @@ r"""One question about images with its answer, and the file that vogue writes of
 
 | column   | content                                                                             |
 |----------|-------------------------------------------------------------------------------------|
-| problem  | the question; each `<image>` marks where an image goes                                |
+| problem  | the question; each `<image>` or `<video>` marks where one goes                        |
 | answer   | the one right answer, as text or a number                                             |
 | images   | a list of {"bytes", "path"}, encoded bytes, or file paths relative to the data file   |
+| videos   | optional: a list of {"frames": a list as of images, "fps"}, or of files                |
 | source   | optional: the data set the row was taken from                                         |
 | category | optional: the kind of problem                                                         |
 | state    | optional: all that the images show and the question needs, as text                    |
@@ -25,18 +26,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vogue.data import images
+from vogue.data import images, videos
 from vogue.data.images import NO_LIMITS, PixelLimits, Reference
 from vogue.data.rows import DataError
+from vogue.data.videos import Clip, Outline, Video, VideoLimits
 
-PLACEHOLDER = "<image>"
+PLACEHOLDER, VIDEO = "<image>", "<video>"
 OPTIONAL = ("source", "category", "state")
 COLUMNS = ("problem", "answer", "images", *OPTIONAL)
+IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+VIDEOS = pa.list_(pa.struct([("frames", IMAGES), ("fps", pa.float64())]))
 SCHEMA = pa.schema(
     [
         ("problem", pa.string()),
         ("answer", pa.string()),
-        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
+        ("images", IMAGES),
         *((name, pa.string()) for name in OPTIONAL),
     ]
 )
@@ -47,7 +51,7 @@ BATCH_ROWS = 256  # of a row group of what is written
 class Sample:
     """One question about images, with its verifiable answer.
 
-    problem  the question; a problem with no `<image>` at all has its images put in front
+    problem  the question; one with neither `<image>` nor `<video>` has all of them put in front, images first
     answer   the right answer, not empty
     images   encoded bytes, paths or PIL images, opened by `load_images` and not before
     source   the data set it was taken from
@@ -56,9 +60,10 @@ class Sample:
     place    where it was read, for messages: "train.parquet, row 12"
     system   the row's own system message, "" for none
     columns  the row's further columns, as JSON values, for a reward function of one's own
+    videos   files, bytes, lists of frames or clips, opened by `load_videos` and not before
 
-    Raises DataError for an empty problem or answer, and where the number of `<image>` in the
-    problem is neither 0 nor the number of images.
+    Raises DataError for an empty problem or answer, and where the numbers of `<image>` and `<video>` in the
+    problem are neither 0 both nor those of images and videos.
     """
 
     problem: str
@@ -70,18 +75,21 @@ class Sample:
     place: str = "sample"
     system: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
+    videos: tuple[Video, ...] = ()
 
     def __post_init__(self):
         for name in ("problem", "answer"):
             text = getattr(self, name)
             if not isinstance(text, str) or not is_visible(text):
                 raise DataError(f"{self.place}: '{name}' must be text and not empty, but is {text!r}.")
-        placeholders = self.problem.count(PLACEHOLDER)
-        if placeholders not in (0, len(self.images)):
-            raise DataError(
-                f"{self.place}: the problem has {placeholders} {PLACEHOLDER} but the row has "
-                f"{len(self.images)} image(s): {self.problem[:80]!r}."
-            )
+        kinds = ((PLACEHOLDER, self.images, "image"), (VIDEO, self.videos, "video"))
+        counts = [self.problem.count(mark) for mark, _, _ in kinds]
+        for count, (mark, media, name) in zip(counts, kinds, strict=True):
+            if any(counts) and count != len(media):
+                raise DataError(
+                    f"{self.place}: the problem has {count} {mark} but the row has "
+                    f"{len(media)} {name}(s): {self.problem[:80]!r}."
+                )
 
     def load_images(self, limits: PixelLimits = NO_LIMITS) -> list[Image.Image]:
         """The images, decoded, upright and in RGB; transparent pixels become white.
@@ -102,6 +110,25 @@ class Sample:
         except Exception as error:
             raise DataError(f"{self.image_place(number)} cannot be read: {error}.") from error
 
+    def load_videos(self, limits: VideoLimits) -> list[Clip]:
+        """The frames of each video that are shown; raises DataError for one that is missing or can't be decoded."""
+        return [self._of_video(number, videos.load, limits) for number in range(len(self.videos))]
+
+    def video_outlines(self, limits: VideoLimits) -> list[Outline]:
+        """Times and sizes of the frames that `load_videos` gives; raises DataError as it does."""
+        return [self._of_video(number, videos.outline, limits) for number in range(len(self.videos))]
+
+    def _of_video(self, number: int, function, limits: VideoLimits):
+        try:
+            return function(self.videos[number], limits)
+        except Exception as error:  # PyAV's are of many kinds, as Pillow's
+            raise DataError(f"{self.video_place(number)} cannot be read: {error}.") from error
+
+    def video_place(self, number: int) -> str:
+        """What a message calls a video: its row, its number and its file, length or frames."""
+        name = videos.name_of(self.videos[number])
+        return f"{self.place}: video {number + 1} of {len(self.videos)} ({name})"
+
     def image_place(self, number: int) -> str:
         """What a message calls an image: its row, its number and its file or length."""
         name = images.name_of(self.images[number])
@@ -110,6 +137,7 @@ class Sample:
     def digest(self) -> bytes:
         """16 bytes that tell this sample from others: by its texts, and its images' file names, lengths or pixels."""
         parts = [self.problem, self.answer, self.system, *(images.identity(found) for found in self.images)]
+        parts += map(videos.identity, self.videos)
         return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -120,6 +148,8 @@ def is_visible(text: str) -> bool:
 
 def write_parquet(samples: Iterable[Sample], path: str | Path) -> None:
     """Write samples to a parquet file in the EasyR1 schema, with the images inside as PNG, and their further columns.
+
+    Videos, where there are any, are a column of frames as PNG.
 
     Raises DataError for a system message of a row's own, which the schema has no column for, and for a column of values
     of several kinds. The file appears whole or not at all: it is written under another name, then renamed.
@@ -139,7 +169,7 @@ def _schema(samples: Sequence[Sample], path: Path) -> pa.Schema:
     for sample in samples:
         if sample.system:
             raise DataError(f"{sample.place}: {path} has no place for its own system message: {sample.system[:80]!r}")
-    schema = SCHEMA
+    schema = SCHEMA.append(pa.field("videos", VIDEOS)) if any(sample.videos for sample in samples) else SCHEMA
     for name in dict.fromkeys(name for sample in samples for name in sample.columns):
         values = [sample.columns.get(name) for sample in samples]
         try:
@@ -151,4 +181,5 @@ def _schema(samples: Sequence[Sample], path: Path) -> pa.Schema:
 
 def _record(sample: Sample) -> dict:
     cells = [{"bytes": images.png(image), "path": None} for image in sample.load_images()]
-    return dict(sample.columns) | {name: getattr(sample, name) for name in COLUMNS} | {"images": cells}
+    shown = {"images": cells, "videos": [videos.record(video) for video in sample.videos]}
+    return dict(sample.columns) | {name: getattr(sample, name) for name in COLUMNS} | shown

@@ -9,6 +9,8 @@ r"""A row in one of the shapes that data sets have becomes a `Sample`.
 | LLaVA, VLM-R1 | conversations: from and value      | image: a path or a list     | the assistant's                  |
 | a table       | problem, question, query …         | image: a path               | answer, solution or ground_truth |
 
+Videos stand in a column `videos` or `video` of any of these, or in parts of messages, {"type": "video", "video": …}.
+
 Which columns are meant is settled once for a data set, from the names that it has, and never guessed between two.
 """
 
@@ -27,9 +29,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 
 from vogue.boxed import boxed
+from vogue.data import videos
 from vogue.data.images import ImageError, Reference, reference, short
 from vogue.data.rows import DataError, Row
-from vogue.data.samples import OPTIONAL, PLACEHOLDER, Sample, is_visible
+from vogue.data.samples import OPTIONAL, PLACEHOLDER, VIDEO, Sample, is_visible
 from vogue.sections import DataConfig
 
 # What a column may be called, the names of vogue's own (and EasyR1's) schema first: where one of those is there, it is
@@ -37,12 +40,13 @@ from vogue.sections import DataConfig
 QUESTIONS = ("problem", "prompt", "messages", "conversations", "question", "query", "instruction")
 ANSWERS = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
 IMAGES = ("images", "image")
+VIDEOS = ("videos", "video")
 SOURCES = ("source", "data_source")
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 # Marks for an image's place in other schemas than EasyR1's: <image 1>, <image_1>, <|image_1|>, (image)[…], ![…](…).
 NUMBERED = re.compile(r"<\|?image[ _-]?(\d+)\|?>", re.IGNORECASE)
 NAMED = re.compile(r"\(image\)\[[^\]]*\]|!\[[^\]]*\]\([^)]*\)|<img>|<\|image\|>", re.IGNORECASE)
-OTHER_MEDIA = re.compile(r"<(video|audio)>", re.IGNORECASE)
+OTHER_MEDIA = re.compile(r"<audio>", re.IGNORECASE)
 ANSWER_TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
@@ -50,13 +54,14 @@ ANSWER_TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 class Shape:
     """The settings that say where things stand in a row; unset ones are found by the columns' names.
 
-    Keys may lead into a record: reward_model.ground_truth. `images_key` "" says that there are no images.
+    Keys may lead into a record: reward_model.ground_truth. `images_key` and `videos_key` "" say that there are none.
     `format_prompt` is a Jinja template, or the path of one, of `content` (the question) and the row's columns.
     """
 
     problem_key: str | None = None
     answer_key: str | None = None
     images_key: str | None = None
+    videos_key: str | None = None
     image_folder: Path | None = None
     format_prompt: str | None = None
 
@@ -68,12 +73,16 @@ def shape_of(settings: DataConfig) -> Shape:
 
 @dataclass(frozen=True)
 class Question:
-    """What a row asks: `cells` are images that stand in the messages themselves, `answer` an assistant's turn."""
+    """What a row asks.
+
+    `cells` are images that stand in the messages themselves, `videos` videos, `answer` an assistant's turn.
+    """
 
     text: str
     system: str = ""
     cells: list[Any] = field(default_factory=list)
     answer: str | None = None
+    videos: list[Any] = field(default_factory=list)
 
 
 class Reader:
@@ -86,9 +95,11 @@ class Reader:
         self.template = _template(shape.format_prompt)
         shown = _question(_get(first.values, self.problem), self.problem, first.place)
         self.answer = self._key(shape.answer_key, ANSWERS, "answer", "the right answer", needed=shown.answer is None)
-        self.images = self._key(shape.images_key, IMAGES, "images", "images", needed=not shown.cells)
+        self.videos = self._key(shape.videos_key, VIDEOS, "videos", "videos", needed=False)
+        shown_already = shown.cells or shown.videos or self.videos
+        self.images = self._key(shape.images_key, IMAGES, "images", "images", needed=not shown_already)
         self.source = next((name for name in SOURCES if name in columns), "")
-        used = (self.problem, self.answer, self.images, self.source, *OPTIONAL)
+        used = (self.problem, self.answer, self.images, self.videos, self.source, *OPTIONAL)
         self.further = tuple(name for name in columns if name not in used)
 
     def sample(self, row: Row) -> Sample:
@@ -106,7 +117,14 @@ class Reader:
             text = self.template.render(values | {"content": text})
         cells = question.cells or _cells(_get(values, self.images), self.images, place)
         folder = row.folder if self.folder is None else self.folder
+        clips = question.videos or _cells(_get(values, self.videos), self.videos, place)
+        found = tuple(videos.reference(cell, folder) for cell in clips)
         text, images = _placed(text, [reference(cell, folder) for cell in cells], place)
+        # Marks of one kind alone: the others come first, as without any mark.
+        if images and VIDEO in text and PLACEHOLDER not in text:
+            text = PLACEHOLDER * len(images) + text
+        if found and PLACEHOLDER in text and VIDEO not in text:
+            text = VIDEO * len(found) + text
         written = _get(values, self.answer)
         if written is None and question.answer is not None:
             written = question.answer
@@ -123,6 +141,7 @@ class Reader:
             place,
             question.system,
             {name: _plain(values[name]) for name in self.further if name in values},
+            found,
         )
 
     def _key(self, chosen: str | None, known: tuple[str, ...], own: str, meaning: str, needed: bool = True) -> str:
@@ -177,7 +196,7 @@ def _question(value: Any, key: str, place: str) -> Question:
     if not isinstance(value, list):
         return Question(_string(value, key, place))
     turns: dict[str, list[str]] = {"system": [], "user": [], "assistant": []}
-    cells: list[Any] = []
+    cells, clips = [], []
     for message in value:
         if not isinstance(message, Mapping):
             raise DataError(f"{place}: '{key}' must hold messages, but holds {short(message)}.")
@@ -186,16 +205,16 @@ def _question(value: Any, key: str, place: str) -> Question:
         known = ROLES.get(str(role).lower(), str(role).lower())
         if known not in turns:
             raise DataError(f"{place}: a message of '{key}' has the role {role!r}, not one of {', '.join(turns)}.")
-        turns[known].append(_content(content, cells, key, place))
+        turns[known].append(_content(content, cells, clips, key, place))
     if len(turns["user"]) != 1 or len(turns["assistant"]) > 1:
         counts = f"{len(turns['user'])} user turns and {len(turns['assistant'])} of an assistant"
         raise DataError(f"{place}: '{key}' has {counts}; a sample is one question, and its answer at most.")
     answer = turns["assistant"][0] if turns["assistant"] else None
-    return Question(turns["user"][0], "\n".join(turns["system"]), cells, answer)
+    return Question(turns["user"][0], "\n".join(turns["system"]), cells, answer, clips)
 
 
-def _content(content: Any, cells: list[Any], key: str, place: str) -> str:
-    """A message's text, with a placeholder for each image part; images that the parts hold go into `cells`."""
+def _content(content: Any, cells: list[Any], clips: list[Any], key: str, place: str) -> str:
+    """A message's text, with a placeholder for each image or video; what the parts hold goes into `cells`, `clips`."""
     if not isinstance(content, list):
         return _string(content, key, place)
     texts = []
@@ -211,8 +230,12 @@ def _content(content: Any, cells: list[Any], key: str, place: str) -> str:
             held = next((part[name] for name in ("image", "image_url", "path", "url", "bytes") if part.get(name)), None)
             if held is not None:
                 cells.append(held)
+        elif kind in ("video", "video_url"):
+            texts.append(VIDEO)
+            if any(part.get(name) for name in videos.NAMES):
+                clips.append({name: value for name, value in part.items() if name != "type"})
         else:
-            raise DataError(f"{place}: a part of '{key}' must be text or an image, but is {short(part)}.")
+            raise DataError(f"{place}: a part of '{key}' must be text, an image or a video, but is {short(part)}.")
     return "".join(texts)
 
 
@@ -233,7 +256,7 @@ def _cells(value: Any, key: str, place: str) -> list[Any]:
 def _placed(text: str, images: list[Reference], place: str) -> tuple[str, tuple[Reference, ...]]:
     """The text with `<image>` at each image's place, and the images in the order of their places."""
     if media := OTHER_MEDIA.search(text):
-        raise DataError(f"{place}: the problem has {media[0]}, and only images can be shown: {short(text)}.")
+        raise DataError(f"{place}: the problem has {media[0]}, which can't be heard here: {short(text)}.")
     if PLACEHOLDER in text or not images:
         return text, tuple(images)
     numbers = list(dict.fromkeys(int(match[1]) for match in NUMBERED.finditer(text)))

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, TypeVar, cast
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -60,15 +60,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Images:
-    """Images of B rows, each distinct `View` once: `pixel_values` and `sizes` as there, one view after the other.
+    """Images and videos of B rows, each distinct `View` once: `pixel_values` and `sizes` as there, view after view.
 
-    `counts`: images of each view. `order`: for every image of the rows, which of these it is.
+    Of a view its images come first, then its videos: a vision tower that takes both sees them in one call.
+    `counts`: how many each view has. `order`: for every one of the rows, which of these it is.
+    `seconds`: of each of these, between two frames of a video; None of an image.
     """
 
     pixel_values: Tensor
     sizes: Tensor
     counts: tuple[int, ...]
     order: tuple[int, ...]
+    seconds: tuple[float | None, ...]
+
+    def of_kind(self, *, video: bool) -> list[int]:
+        """Of every image of the rows, or of every video, in order, which of these it is."""
+        return [i for i in self.order if (self.seconds[i] is not None) == video]
+
+    @property
+    def video_sizes(self) -> Tensor | None:
+        """Sizes of every video of the rows, in order; None where there is none."""
+        return self.sizes[videos] if (videos := self.of_kind(video=True)) else None
 
     def to(self, device: torch.device) -> "Images":
         return replace(self, pixel_values=self.pixel_values.to(device), sizes=self.sizes.to(device))
@@ -255,14 +267,18 @@ def _inputs(completion: Completion) -> tuple[int, ...]:
 
 
 def _stack(views: Sequence[View]) -> Images | None:
-    """Images of several rows, one after the other, as the vision tower takes them."""
-    shown = [view for view in views if view.sizes is not None]
-    distinct = {id(view): view for view in shown}
+    """Images and videos of several rows, one after the other, as the vision tower takes them."""
+    distinct = {id(view): view for view in views if view.sizes is not None or view.video_sizes is not None}
     if not distinct:
         return None
-    sizes = [cast(Tensor, view.sizes) for view in distinct.values()]
-    counts = tuple(map(len, sizes))
-    first = dict(zip(distinct, itertools.accumulate(counts, initial=0), strict=False))
-    order = (first[id(view)] + i for view in shown for i in range(len(cast(Tensor, view.sizes))))
-    pixel_values = cat_images([cast(Tensor, view.pixel_values) for view in distinct.values()])
-    return Images(pixel_values, torch.cat(sizes), counts, tuple(order))
+    seconds, sizes, pixel_values = [], [], []
+    counts: dict[int, int] = {}
+    for key, view in distinct.items():
+        parts = [part for part in (view.sizes, view.video_sizes) if part is not None]
+        sizes += parts
+        pixel_values += [x for x in (view.pixel_values, view.video_pixel_values) if x is not None]
+        counts[key] = sum(map(len, parts))
+        seconds += [None] * (counts[key] - len(view.clips)) + [clip.interval for clip in view.clips]
+    first = dict(zip(distinct, itertools.accumulate(counts.values(), initial=0), strict=False))
+    order = (first[id(view)] + i for view in views if id(view) in distinct for i in range(counts[id(view)]))
+    return Images(cat_images(pixel_values), torch.cat(sizes), tuple(counts.values()), tuple(order), tuple(seconds))

@@ -12,9 +12,11 @@ each completion sees exactly what it would see alone. The vision tower sees each
 A reference, which `kl` compares the policy with, is a frozen model beside it, or the policy's own without its adapters.
 """
 
+import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from deepspeed.runtime.zero import register_external_parameter
@@ -230,8 +232,13 @@ class Policy(nn.Module):
         """Positions of the prompt's tokens, each completion counting on from there."""
         images = batch.images
         prompt = batch.segments == 0
-        sizes = None if images is None else images.sizes[list(images.order)]
-        in_prompt = self.family.positions(self.model, batch.input_ids, batch.token_types, prompt, sizes)
+        sizes, videos, seconds = None, None, []
+        if images is not None:
+            sizes, videos = images.sizes[images.of_kind(video=False)], images.video_sizes
+            seconds = [cast(float, images.seconds[i]) for i in images.of_kind(video=True)]
+        in_prompt = self.family.positions(
+            self.model, batch.input_ids, batch.token_types, prompt, sizes, videos, seconds
+        )
         last = in_prompt.masked_fill(~prompt, -1).view(-1, *prompt.shape).amax(dim=(0, 2))  # (B,)
         index = torch.arange(batch.segments.shape[1], device=batch.segments.device).expand_as(batch.segments)
         begins = torch.ones_like(prompt)
@@ -271,25 +278,28 @@ def _why_separate(model: PreTrainedModel, attention: str) -> str | None:
 def _blank(family: Family, model: PreTrainedModel) -> Images:
     """The smallest input of the vision tower, as of a single prompt."""
     pixel_values, sizes = family.blank(model)
-    return Images(pixel_values, sizes, (len(sizes),), tuple(range(len(sizes))))
+    return Images(pixel_values, sizes, (len(sizes),), tuple(range(len(sizes))), (None,) * len(sizes))
 
 
-def _see(body: nn.Module, features, inputs: dict):
-    """The body's forward with images' features in place of images.
+def _see(body: nn.Module, features: dict[str, Any], inputs: dict):
+    """The body's forward with features of images ("image") and of videos ("video") in their place.
 
     The forward of transformers 5.17 has no argument for features: it would take theirs for any other keyword, and leave
     the images out in silence. It takes pixels, and asks the model's own `get_image_features` for what the vision tower
     makes of them; here that answers with what the tower has made of them.
     """
     if "mm_encoder_outputs" in inspect.signature(body.forward).parameters:
-        return body(**inputs, mm_encoder_outputs={"image": features})
-    if layers := features.get("deepstack_features"):
-        features.deepstack_features = [torch.cat(layer) for layer in layers]
-    body.get_image_features = lambda *_, **__: features  # pyright: ignore[reportArgumentType]
+        return body(**inputs, mm_encoder_outputs=dict(features))
+    pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
+    for kind, found in features.items():
+        if layers := found.get("deepstack_features"):
+            found.deepstack_features = [torch.cat(layer) for layer in layers]
+        setattr(body, f"get_{kind}_features", lambda *_, found=found, **__: found)
     try:
-        return body(**inputs, pixel_values=features.pooler_output[0])
+        return body(**inputs, **{pixels[kind]: found.pooler_output[0] for kind, found in features.items()})
     finally:
-        del body.get_image_features
+        for kind in features:
+            delattr(body, f"get_{kind}_features")
 
 
 @contextmanager
@@ -302,19 +312,28 @@ def _added_to(module: nn.Module, value: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def _in_order(features, images: Images):
-    """`features` with the i-th image of the rows in the i-th place; images that appear twice were computed once."""
-    order = images.order
-    if list(order) != list(range(len(images.sizes))):
-        found = features.pooler_output
-        if isinstance(found, Tensor):  # (tiles, S, D), as many of each image as its size says
-            tiles = found.split(images.sizes.tolist())
-            features.pooler_output = torch.cat([tiles[i] for i in order])
-        else:
-            features.pooler_output = tuple(found[i] for i in order)
-        if "deepstack_features" in features:
-            features.deepstack_features = [tuple(layer[i] for i in order) for layer in features.deepstack_features]
-    return features
+def _in_order(features, images: Images) -> dict[str, Any]:
+    """`features` by kind, with those of the i-th image or video of the rows in the i-th place.
+
+    Those that appear twice were computed once.
+    """
+    by_kind = {"image": images.of_kind(video=False), "video": images.of_kind(video=True)}
+    if by_kind["image"] == list(range(len(images.sizes))):
+        return {"image": features}
+    return {kind: _picked(features, order, images.sizes) for kind, order in by_kind.items() if order}
+
+
+def _picked(features, order: Sequence[int], sizes: Tensor):
+    """A copy of `features` with those that `order` names."""
+    chosen, found = copy.copy(features), features.pooler_output
+    if isinstance(found, Tensor):  # (tiles, S, D), as many of each image as its size says
+        tiles = found.split(sizes.tolist())
+        chosen.pooler_output = torch.cat([tiles[i] for i in order])
+    else:
+        chosen.pooler_output = tuple(found[i] for i in order)
+    if "deepstack_features" in features:
+        chosen.deepstack_features = [tuple(layer[i] for i in order) for layer in features.deepstack_features]
+    return chosen
 
 
 def _tensors(features) -> list[Tensor]:

@@ -149,7 +149,7 @@ def browser(names: Sequence[str], folders: Sequence[Path], shown: Sequence[tuple
             {name: record.get(name) for name in ("step", "answer", "category", "branch", "paid", "reward", "accuracy")}
             | {name: record.get(name) for name in ("components", "advantage", "tokens", "completion")}
             | {name: _rounded(record.get(name)) for name in ("entropy", "u_per")}
-            | {"run": number, "problem": record["problem"].replace("<image>", "").strip()}
+            | {"run": number, "problem": record["problem"].replace("<image>", "").replace("<video>", "").strip()}
             | {name: [places[folders[number] / p] for p in record.get(name) or []] for name in ("image", "perturbed")}
         )
     return {

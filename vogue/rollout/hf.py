@@ -85,7 +85,9 @@ class HfEngine:
         """Yield the next token's logits (requests x n, V); the caller sends the tokens that it drew."""
         ids, types, real = self._prompts(requests)
         images = self._images(requests)
-        positions = self.family.positions(self.model, ids, types, real, images.get(self.family.sizes))
+        seconds = [clip.interval for request in requests for clip in request.view.clips]
+        sizes = images.get(self.family.sizes), images.get("video_grid_thw")
+        positions = self.family.positions(self.model, ids, types, real, *sizes, seconds)
         after = positions[..., -1] + 1  # the last token is text, and at the highest position so far
         cache = roomy_cache(self.model.config)
         images |= self.family.token_inputs(types)
@@ -119,11 +121,15 @@ class HfEngine:
 
     def _images(self, requests: list[Request]) -> dict[str, Tensor]:
         views: list[Any] = [request.view for request in requests if request.view.images]  # none without tensors
-        if not views:
-            return {}
-        sizes = torch.cat([view.sizes for view in views])
-        inputs = self.family.tower_inputs(sizes, [len(view.sizes) for view in views])
-        inputs["pixel_values"] = cat_images([view.pixel_values for view in views])
+        clips: list[Any] = [request.view for request in requests if request.view.clips]
+        inputs = {}
+        if views:
+            sizes = torch.cat([view.sizes for view in views])
+            inputs = self.family.tower_inputs(sizes, [len(view.sizes) for view in views])
+            inputs["pixel_values"] = cat_images([view.pixel_values for view in views])
+        if clips:
+            inputs["video_grid_thw"] = torch.cat([view.video_sizes for view in clips])
+            inputs["pixel_values_videos"] = torch.cat([view.video_pixel_values for view in clips])
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def _text(self, token_ids: list[int], opened: str, sampling: Sampling) -> str:

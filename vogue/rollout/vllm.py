@@ -31,7 +31,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from vogue import distributed
 from vogue.config import Config
+from vogue.data.videos import Clip
 from vogue.families import family_of_processor
+from vogue.inputs import Prompt, Spans, View
 from vogue.rollout.engine import BAN, Completion, Request, media_token_ids
 from vogue.rollout.sampling import Sampling, until_stop
 from vogue.run.memory import check_images, longest_sequence
@@ -166,6 +168,8 @@ class VllmEngine:
         self._tokenizer = processor.tokenizer
         self._family = family_of_processor(processor)
         self._image_token = torch.tensor(self._family.image_token_id(processor))
+        if self._family.videos:
+            self._merged_frames: int = processor.video_processor.temporal_patch_size  # pyright: ignore
         self._request_ids = map(str, itertools.count())  # vLLM hands results out in their order
         self._model: Any = model
         self._sleeps = config.rollout.sleep
@@ -226,8 +230,18 @@ class VllmEngine:
         """
         prompt, view = request.prompt, request.view
         token_ids = prompt.token_ids.tolist()
-        if view.pixel_values is None or view.sizes is None:
+        if not view.shown:
             return tokens_input(token_ids)
+        parts: tuple[Any, ...] = self._of_images(prompt, view)
+        fields, given, digests, spans = parts
+        for mine, more in zip((fields, given, digests, spans), self._of_videos(prompt, view), strict=True):
+            mine |= more
+        return mm_input(token_ids, MultiModalKwargsItems.from_hf_inputs(given, fields), digests, spans)
+
+    def _of_images(self, prompt: Prompt, view: View) -> tuple[dict, dict, dict, dict]:
+        """vLLM's fields, tensors, digests and places of the images."""
+        if view.pixel_values is None or view.sizes is None:
+            return {}, {}, {}, {}
         sizes, one_by_one = self._family.engine_sizes, MultiModalFieldConfig.batched
         counts = self._family.pixel_counts(view.sizes)
         pixels = one_by_one("image") if counts is None else MultiModalFieldConfig.flat_from_sizes("image", counts)
@@ -236,12 +250,28 @@ class VllmEngine:
         if token := self._family.engine_token:
             fields[token] = MultiModalFieldConfig.shared("image", len(view.sizes), keep_on_cpu=True)
             given[token] = self._image_token
-        features = MultiModalKwargsItems.from_hf_inputs(given, fields)
         several = len(view.images) > 1  # LLaVA-OneVision cuts the same image into tiles where it is the only one
         heads = [f"{image.size} {several}".encode() for image in view.images]
         digests = [hashlib.blake2b(h + x.tobytes()).hexdigest() for h, x in zip(heads, view.images, strict=True)]
         spans = [PlaceholderRange(*span) for span in prompt.image_spans]
-        return mm_input(token_ids, features, {"image": digests}, {"image": spans})
+        return fields, given, {"image": digests}, {"image": spans}
+
+    def _of_videos(self, prompt: Prompt, view: View) -> tuple[dict, dict, dict, dict]:
+        """The same of the videos."""
+        if view.video_pixel_values is None or view.video_sizes is None:
+            return {}, {}, {}, {}
+        one_by_one = MultiModalFieldConfig.batched("video", keep_on_cpu=True)
+        patches = MultiModalFieldConfig.flat_from_sizes("video", view.video_sizes.prod(-1))
+        fields = {"pixel_values_videos": patches, "video_grid_thw": one_by_one}
+        given: Any = {"pixel_values_videos": view.video_pixel_values, "video_grid_thw": view.video_sizes}
+        whole = self._family.videos == "whole"
+        if whole:  # places in time, which of the others their times in text tell
+            seconds = [clip.interval * self._merged_frames for clip in view.clips]
+            given["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float64)
+            fields["second_per_grid_ts"] = one_by_one
+        digests = [_digest(clip) for clip in view.clips]
+        spans = [PlaceholderRange(*runs[0]) if whole else _placeholder(runs) for runs in prompt.video_spans]
+        return fields, given, {"video": digests}, {"video": spans}
 
     def _completion(self, output: Any, opened: str, sampling: Sampling) -> Completion:
         # vLLM's CompletionOutput. Flat: of each position the sampled token's alone, since no other was asked for.
@@ -291,3 +321,23 @@ class VllmEngine:
             # vLLM packs a tied head's weight apart from the embedding; unless it is sent too, it silently stays old.
             if tied and name.endswith("embed_tokens.weight"):
                 yield from revert_weight_conversion(self._model, {"lm_head.weight": tensor}).items()
+
+
+def _placeholder(runs: Spans) -> PlaceholderRange:
+    """vLLM's place of a video whose tokens lie in these runs, with text between them.
+
+    vLLM looks for the mark before each run from the place's beginning on, so that the first one's is part of it.
+    """
+    start, end = runs[0][0] - 1, sum(runs[-1])
+    embedded = torch.zeros(end - start, dtype=torch.bool)
+    for first, count in runs:
+        embedded[first - start : first - start + count] = True
+    return PlaceholderRange(start, end - start, embedded)
+
+
+def _digest(clip: Clip) -> str:
+    """What tells a video's features from others': its pixels, size and pace."""
+    found = hashlib.blake2b(f"{clip.frames[0].size} {clip.interval}".encode())
+    for frame in clip.frames:
+        found.update(frame.tobytes())
+    return found.hexdigest()

@@ -8,8 +8,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from vogue.data.videos import strip
 from vogue.groups import Group
-from vogue.inputs import NOISY, RAW
+from vogue.inputs import NOISY, RAW, View
 from vogue.run.folder import IMAGES
 
 SIDE = 448  # pixels of an image's longer side at most
@@ -44,8 +45,8 @@ def completion_record(step: int, group: Group, i: int, tokenizer: PreTrainedToke
         "tokens": pieces(group.completions[i].token_ids, tokenizer),
         "entropy": _rounded(trace.entropy) if trace else None,
         "u_per": _rounded(trace.u_per) if trace and trace.u_per is not None else None,
-        "image": _written(item.views[RAW].images, folder, f"{name}_raw"),
-        "perturbed": _written(item.views[NOISY].images, folder, f"{name}_noisy") if NOISY in item.views else None,
+        "image": _written(_pictures(item.views[RAW]), folder, f"{name}_raw"),
+        "perturbed": _written(_pictures(item.views[NOISY]), folder, f"{name}_noisy") if NOISY in item.views else None,
     }
 
 
@@ -68,6 +69,11 @@ def pieces(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list
 
 def _rounded(values: Tensor) -> list[float]:
     return [float(f"{value:.5g}") for value in values.tolist()]
+
+
+def _pictures(view: View) -> list[Image.Image]:
+    """The images of a view, and of each video its first frames side by side."""
+    return [*view.images, *map(strip, view.clips)]
 
 
 def _written(images: Sequence[Image.Image], folder: Path, name: str) -> list[str]:

@@ -281,7 +281,7 @@ def load_data(config: Config, preprocessor: Preprocessor) -> tuple[Checked, Sequ
     console = Console(quiet=rank > 0)
     with console.status(f"looking at {len(samples)} samples"):
         data = _checked(samples, config, preprocessor, rank, ranks, console)
-    if any(sample.images for sample in data.samples[:LOOKED_AT]) and not was_decoded(data.fingerprint):
+    if any(sample.images or sample.videos for sample in data.samples[:LOOKED_AT]) and not was_decoded(data.fingerprint):
         console.print("images of data.train are decoded as they are met; `vogue data check` finds broken ones before")
     if not (config.trainer.eval_every and config.data.test):
         return data, []

@@ -164,7 +164,11 @@ def _completions(seen: Seen, width: int, count: int) -> list[RenderableType]:
         shown += [
             Rule(style="dim"),
             Text.assemble(mark, (facts, "bold"), f"  {record.get('branch', '')} image  right answer {answer}"),
-            Text(_shortened(record["problem"].replace("<image>", "").strip(), width), style="dim", no_wrap=True),
+            Text(
+                _shortened(record["problem"].replace("<image>", "").replace("<video>", "").strip(), width),
+                style="dim",
+                no_wrap=True,
+            ),
             Text(_shortened(record["completion"], 2 * width)),
         ]
     return shown
