@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vogue.compare import Outcome, compare, markdown, read_outcome
 from vogue.estimates import interval, sign_flip
+from vogue.report.differences import plot_differences
 
 
 def outcome(after, before=(0, 0, 0, 0), n=4, **training):
@@ -73,7 +75,7 @@ def test_the_interval_has_the_spread_of_seeds_and_of_problems():
 def test_a_run_is_read_from_its_folder(tmp_path):
     evaluations = [{"step": step, "n": 4, "right": right} for step, right in ((0, [0, 1]), (5, [2, 2]), (10, [3, 4]))]
     metrics = [
-        {"step": step, "entropy": step, "distinct_answers": 2.0, "time/train/forward": 9.0}
+        {"step": step, "entropy": step, "distinct_answers": 2.0, "time/train/forward": 9.0, "generated_tokens": 100.0}
         | {f"time/{phase}": 0.1 * (step + 1) ** 2 for phase in ("data", "rollout", "reward", "train", "sync")}
         | ({"u_per": 0.5} if step == 9 else {})
         for step in range(10)
@@ -84,6 +86,7 @@ def test_a_run_is_read_from_its_folder(tmp_path):
     assert (found.n, found.before, found.after) == (4, [0, 1], [3, 4])
     seconds = found.training.pop("seconds")
     assert seconds == pytest.approx(0.5 * (25 + 36) / 2)  # steps take 0.5, 2, 4.5 ... 50; the forward is part of train
+    assert found.training.pop("generated") == 1000  # of the whole run
     assert found.training == {"entropy": 8.5, "distinct_answers": 2.0, "u_per": 0.5}  # of the last two steps
 
 
@@ -101,15 +104,15 @@ def test_variants_are_paired_over_the_seeds_that_both_have():
 
 
 def test_the_table_says_what_is_in_it():
-    first = {seed: outcome((0, 2), (0, 1), entropy=1.0 + seed) for seed in range(2)}
+    first = {seed: outcome((0, 2), (0, 1), entropy=1.0 + seed, generated=5600.0 + 100 * seed) for seed in range(2)}
     other = {seed: outcome((1, 3), (0, 1), u_per=0.01) for seed in range(2)}
     lines = markdown(compare({"grpo": first, "vogue": other}), seeds=3).splitlines()
     assert lines[0] == "| variant | seeds | pass@1 | minus grpo | p | pass@4 | minus grpo | p |"
     assert lines[2].startswith("| (before training) |  | 12.5% [0.0, 25.0] |  |  | 50.0% [0.0, 100.0] |")
     assert lines[3].startswith("| grpo | 2 of 3 | 25.0% [0.0, 50.0] |  |  | 50.0% [0.0, 100.0] |")
     assert lines[4].startswith("| vogue | 2 of 3 | 50.0% [25.0, 75.0] | +25.0 [+25.0, +25.0] | 0.5 | 100.0%")
-    assert lines[8] == "| grpo | 1.5 ± 0.71 |  |  | 2 ± 0 |"
-    assert lines[9] == "| vogue |  |  | 0.01 ± 0 | 2 ± 0 |"
+    assert lines[8] == "| grpo | 1.5 ± 0.71 |  | 2 ± 0 | 5,650 ± 71 |"
+    assert lines[9] == "| vogue |  | 0.01 ± 0 | 2 ± 0 |  |"
     assert "which 2 of them can't bring below 0.5" in lines[13]
 
 
@@ -117,4 +120,19 @@ def test_one_seed_has_no_deviation_and_two_completions_no_pass_at_4():
     found = compare({"only": {7: outcome((1, 2), (0, 0), n=2)}})
     assert list(found["before"]) == ["pass@1"]
     assert found["variants"]["only"]["training"] == {"seconds": [2.0, None]}
-    assert markdown(found, seeds=1).splitlines()[7] == "| only |  |  |  | 2 |"
+    assert markdown(found, seeds=1).splitlines()[7] == "| only | 2 |"
+
+
+def test_the_figure_has_a_row_of_each_variant_but_the_first(tmp_path):
+    first = {seed: outcome((0, 2), (0, 1), generated=1000.0) for seed in range(2)}
+    others = {f"other {i}": {seed: outcome((1, 3), (0, 1), generated=2000.0) for seed in range(2)} for i in range(3)}
+    plot_differences(compare({"grpo": first}), tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    sizes = []
+    for count in (1, 3):
+        chosen = dict(list(others.items())[:count])
+        plot_differences(compare({"grpo": first, "empty": {}, **chosen}), path := tmp_path / f"{count}.png")
+        with Image.open(path) as image:
+            sizes.append(image.size)
+            assert len(image.convert("RGB").getcolors(100_000)) > 10
+    assert sizes[0][0] == sizes[1][0] and sizes[1][1] - sizes[0][1] == pytest.approx(2 * 0.24 * 120, abs=2)

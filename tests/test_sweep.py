@@ -372,7 +372,7 @@ def test_a_real_sweep_compares_methods_from_one_start(settings, sweep_file, tmp_
     after = {name: rows[-1]["pass@1"][0] for name, rows in evaluations.items()}
     row = table["variants"]["vogue"]
     assert row["difference"]["pass@1"][0] == pytest.approx(after["vogue"] - after["grpo"])
-    assert row["training"].keys() == {"entropy", "distinct_answers", "u_per", "seconds"}
+    assert row["training"].keys() == {"entropy", "distinct_answers", "u_per", "seconds", "generated"}
     assert "u_per" not in table["variants"]["grpo"]["training"]
 
 

@@ -133,8 +133,8 @@ FILE says what is run; `settings` is a file that `vogue train` takes, and its mo
   launcher: [deepspeed, --num_gpus, "8", --module, vogue.train]     # default: this Python, one rank
 
 key=value settings after FILE are for every run too. Each run has the folder OUTPUT_DIR/VARIANT/seed_N, and what it
-printed in seed_N.log beside it; OUTPUT_DIR/table.md and table.json are the table. The same command goes on with a sweep
-that stopped. Exit code 1: a run failed."""
+printed in seed_N.log beside it; OUTPUT_DIR/table.md and table.json are the table, differences.png its figure. The same
+command goes on with a sweep that stopped. Exit code 1: a run failed."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

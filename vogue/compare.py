@@ -23,7 +23,9 @@ TRAINING = {
     "entropy": "entropy (nats a token)",
     "distinct_answers": "distinct answers a group",
     "u_per": "u_per (nats a token)",
+    "perception_kl": "KL(x‖T(x)) (nats a token)",
     "seconds": "seconds a step",
+    "generated": "tokens generated",
 }
 
 
@@ -45,6 +47,8 @@ def read_outcome(folder: Path) -> Outcome:
     found = {name: [row[name] for row in tail if name in row] for name in TRAINING}
     training = {name: mean(values) for name, values in found.items() if values}
     training["seconds"] = median(sum(row.get(f"time/{phase}", 0.0) for phase in PHASES) for row in rows)
+    if counted := [row["generated_tokens"] for row in rows if "generated_tokens" in row]:
+        training["generated"] = sum(counted)
     return Outcome(last["n"], first["right"], last["right"], training)
 
 
@@ -106,7 +110,8 @@ def tables(compared: dict, seeds: int) -> list[list[list[str]]]:
     held_out.append(
         ["(before training)", "", *(cell for e in compared["before"].values() for cell in (_percent(e), "", ""))]
     )
-    training = [["variant", *TRAINING.values()]]
+    shown = [name for name in TRAINING if any(name in row.get("training", {}) for row in variants.values())]
+    training = [["variant", *(TRAINING[name] for name in shown)]]
     for variant, row in variants.items():
         count = len(row["seeds"])
         cells = [variant, str(count) if count == seeds else f"{count} of {seeds}"]
@@ -114,7 +119,7 @@ def tables(compared: dict, seeds: int) -> list[list[list[str]]]:
             cells.append(_percent(row["held_out"][name]))
             cells += [_points(row["difference"][name]), f"{row['p'][name]:.3g}"] if "p" in row else ["", ""]
         held_out.append(cells + [""] * (len(held_out[0]) - len(cells)))
-        training.append([variant, *(_spread(row.get("training", {}).get(name)) for name in TRAINING)])
+        training.append([variant, *(_spread(row.get("training", {}).get(name)) for name in shown)])
     return [held_out, training]
 
 
@@ -132,7 +137,8 @@ def notes(compared: dict) -> list[str]:
     last = (
         f"means over the last {TAIL:.0%} of the steps, entropy and u_per of tokens trained on, u_per where it is paid"
     )
-    lines.append(f"Training: {last}; seconds: the median of {' + '.join(PHASES)}; ± the standard deviation over seeds.")
+    cost = f"seconds: the median of {' + '.join(PHASES)}; tokens: of the whole run, measurements of samples included"
+    lines.append(f"Training: {last}; {cost}; ± the standard deviation over seeds.")
     return lines
 
 
@@ -169,4 +175,6 @@ def _spread(estimate: list[float | None] | None) -> str:
     if estimate is None:
         return ""
     center, deviation = estimate
+    if center is not None and center >= 1000:  # a count
+        return f"{center:,.0f}" if deviation is None else f"{center:,.0f} ± {deviation:,.0f}"
     return f"{center:.3g}" if deviation is None else f"{center:.3g} ± {deviation:.2g}"

@@ -3,6 +3,7 @@
     OUTPUT_DIR/VARIANT/seed_N/       the run's folder, as `vogue train` leaves it
     OUTPUT_DIR/VARIANT/seed_N.log    what it printed
     OUTPUT_DIR/table.md, table.json  `vogue.compare`, with the command, the machine and the versions
+    OUTPUT_DIR/differences.png       the same as a figure: each variant less the first one
 
 Runs take turns by seed, all variants of the first one first, so that a sweep that stops early has equally many of each
 variant. The same command goes on: a run whose last evaluation is there is left as it is, one with a checkpoint resumes,
@@ -31,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vogue import compare, doctor
 from vogue.config import Config, load_config
 from vogue.model.checkpoint import checkpoints
+from vogue.report.differences import plot_differences
 from vogue.run import logs
 from vogue.run.folder import parts, read_rows
 from vogue.run.stopping import STOPPED
@@ -306,3 +308,4 @@ def _write(compared: dict, sweep: Sweep, command: str) -> None:
     described = ["; ".join(f"{name} {text}" for name, text in part.items()) for part in (machine, made["versions"])]
     text = "\n\n".join([f"`{command}`", compare.markdown(compared, len(sweep.seeds)), *described])
     (sweep.output_dir / "table.md").write_text(text + "\n")
+    plot_differences(compared, sweep.output_dir / "differences.png")
