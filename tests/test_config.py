@@ -44,8 +44,8 @@ def load(*overrides, path=None):
         (
             "method=ppo",
             "method='ppo': input should be 'vogue', 'grpo', 'dapo', 'dr_grpo', 'gspo', 'cispo', 'sapo', 'rloo', "
-            "'papo', 'vppo', 'pgpo', 'noisy_rollout', 'entropy', 'passk', 'dupl', 'cde', 'mmr1', 'shuffle_r1' or "
-            "'avatar'",
+            "'papo', 'vppo', 'pgpo', 'roma', 'dvrp', 'noisy_rollout', 'entropy', 'passk', 'dupl', 'cde', 'cde_critic', "
+            "'mmr1', 'shuffle_r1' or 'avatar'",
         ),
         ("guidance.divergence=forward", "unknown setting guidance.divergence"),
         ("uncertainty.estimator=k2", "uncertainty.estimator='k2': input should be 'exact', 'k3' or 'sampled'"),

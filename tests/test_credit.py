@@ -63,7 +63,7 @@ METHOD = ("branch.rollout=raw", "perturb.share=0.9", "rollout.rounds=1", "rollou
 def test_a_step_trains_on_advantages_of_tokens(new_trainer, method, updates):
     trainer = new_trainer(f"method={method}", *METHOD, f"trainer.updates={updates}")
     batches = batches_of(trainer, with_rewards(trainer, 1.0, 0.0, 0.0, 1.0))
-    found = trainer.looked_at(batches, several=updates > 1)
+    found = trainer.looked_at(batches, Means(), several=updates > 1)
     assert all((batch.old is not None) == (updates > 1) and not batch.others for batch in found)
     dependences = []
     for batch in batches:
@@ -87,7 +87,7 @@ def test_what_sends_no_gradient_counts_for_nothing(new_trainer):
     sums = []
     for chosen in (groups[:2], [*groups[:2], *equal]):
         batches = trainer.micro_batches(dict(enumerate(chosen)), groups[0], Means(), Clock())
-        found = trainer.looked_at(batches, several=False)
+        found = trainer.looked_at(batches, Means(), several=False)
         sums.append(sorted(float(batch.advantages[here].sum()) for batch in found for here in batch.slices))
     assert [x for x in sums[1] if x] == pytest.approx([x for x in sums[0] if x], rel=1e-3)
     assert len(sums[1]) == 2 * len(sums[0]) == 16

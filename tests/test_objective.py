@@ -32,6 +32,7 @@ def batch_of(advantages, paid, noisy, token_mean, engine_logprob=None):
         noisy=noisy,
         paid=paid,
         others=(),
+        right=torch.zeros_like(noisy),
     )
 
 

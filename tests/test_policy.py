@@ -80,7 +80,8 @@ def alone(model, prompt, view, tokens, banned):
 
 def in_double(batch):
     images = batch.images and replace(batch.images, pixel_values=batch.images.pixel_values.double())
-    return replace(batch, images=images, others=tuple(map(in_double, batch.others)))
+    views = {name: tuple(map(in_double, getattr(batch, name))) for name in ("others", "degraded")}
+    return replace(batch, images=images, **views)
 
 
 def gradients(model):

@@ -102,6 +102,10 @@ MUTANTS = (
     Mutant("vogue/objective.py", "loss = loss - _perceived", "loss = loss + _perceived", "tests/test_perception.py"),
     Mutant("vogue/method/credit.py", "+ (1 - least) / average", "+ (1 - least)", "tests/test_credit.py"),
     Mutant("vogue/objective.py", "and sending_gradient(batch)[here].any()", "", "tests/test_credit.py"),
+    Mutant("vogue/method/robust.py", "argmax(dim=0", "argmin(dim=0", "tests/test_robust.py"),
+    Mutant("vogue/objective.py", "held & batch.right[:m]", "held", "tests/test_robust.py"),
+    Mutant("vogue/method/critic.py", "[spread[1:], ", "[spread[:-1], ", "tests/test_critic.py"),
+    Mutant("vogue/model/critic.py", "if step >= settings.warmup_steps", "if True", "tests/test_critic.py"),
     # Ranks.
     Mutant("vogue/sharing.py", "(-claims[claim], claim)", "(claims[claim], claim)", "tests/test_sharing.py"),
     Mutant("vogue/sharing.py", "pack(loads, middle)", "pack(loads, budget)", "tests/test_sharing.py"),

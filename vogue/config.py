@@ -21,12 +21,11 @@ from vogue.method.pairs import pair_count
 from vogue.method_sections import (
     AdvantageConfig,
     BranchConfig,
-    CreditConfig,
+    CriticConfig,
     CuriosityConfig,
     GuidanceConfig,
     KlConfig,
     LossConfig,
-    PerceptionConfig,
     PerturbConfig,
     SamplingConfig,
     UncertaintyConfig,
@@ -35,6 +34,7 @@ from vogue.presets import METHODS, with_method
 from vogue.sections import ALL_TOKENS, DataConfig, ModelConfig, ReplayConfig, RewardConfig, RolloutConfig
 from vogue.settings import ConfigError, Section, check, read_settings
 from vogue.training_sections import LoraConfig, OptimizerConfig, TrainerConfig
+from vogue.view_sections import CreditConfig, PerceptionConfig, RobustConfig
 
 VLLM_HOTTEST = 2.0  # temperature
 
@@ -55,6 +55,7 @@ class Config(Section):
     guidance: GuidanceConfig = GuidanceConfig()
     uncertainty: UncertaintyConfig = UncertaintyConfig()
     advantage: AdvantageConfig = AdvantageConfig()
+    critic: CriticConfig = CriticConfig()
     reward: RewardConfig = RewardConfig()
     curiosity: CuriosityConfig = CuriosityConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -62,6 +63,7 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     kl: KlConfig = KlConfig()
     perception: PerceptionConfig = PerceptionConfig()
+    robust: RobustConfig = RobustConfig()
     credit: CreditConfig = CreditConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig = TrainerConfig()
@@ -113,14 +115,16 @@ class Config(Section):
                 f"trainer.eval_samples={self.trainer.eval_samples} completions would be alike with "
                 "trainer.eval_temperature=0, which takes the likeliest token each time: set it to 1"
             )
-        if self.compares and self.branch.rollout == "drawn" and self.branch.probability != 0:
-            name = f"perception.kl_coef={self.perception.kl_coef}"
-            name = name if self.perception.on else f"credit.kind={self.credit.kind}"
+        if (self.compares or self.robust.on) and self.branch.rollout == "drawn" and self.branch.probability != 0:
+            name = f"robust.kl_coef={self.robust.kl_coef}"
+            name = f"perception.kl_coef={self.perception.kl_coef}" if self.perception.on else name
+            name = f"credit.kind={self.credit.kind}" if self.credit.on and not self.perception.on else name
             raise ValueError(f"{name}: with branch.rollout=drawn completions are trained on T(x) itself")
         if self.kl.in_reward and self.advantage.kind == "passk":
             raise ValueError("kl.placement=reward: advantage.kind=passk reads right and wrong alone, not the reward")
         if self.kl.in_reward and self.advantage.pairs < 1:
             raise ValueError("kl.placement=reward: advantage.pairs chooses completions before the KL is known")
+        self._check_critic()
         for name, value in (
             ("rollout.temperature", self.rollout.temperature),
             ("trainer.eval_temperature", self.trainer.eval_temperature),
@@ -145,8 +149,31 @@ class Config(Section):
 
     @property
     def compares(self) -> bool:
-        """Whether completions that are trained on x are compared with T(x), whatever was drawn."""
-        return self.perception.on or self.credit.on
+        """Whether completions that are trained on x are compared with T(x), whatever was drawn.
+
+        Beside degraded views all are, where VOGUE's bonuses read some: rows that are compared are so with the same
+        views, so that ranks have as many forwards.
+        """
+        guided = self.branch.probability != 0 and self.guidance.alpha_per + self.guidance.alpha_out > 0
+        return self.perception.on or self.credit.on or (self.robust.on and guided)
+
+    @property
+    def moving_views(self) -> int:
+        """Views beside the trained one that are in a forward with gradient, which holds as many activations."""
+        return len(self.robust.views) + (self.perception.gradient == "both")
+
+    def _check_critic(self) -> None:
+        """Raise ValueError where value heads are set and nothing reads them, or advantages of completions are read."""
+        valued, default = self.advantage.valued, CriticConfig()
+        for name in type(default).model_fields:
+            value = getattr(self.critic, name)
+            if not valued and value != getattr(default, name):
+                raise ValueError(f"critic.{name}={value}: advantage.kind={self.advantage.kind} has no value heads")
+        read = {"advantage.pairs": (self.advantage.pairs, 1.0), "advantage.shape": (self.advantage.shape, 0.0)}
+        read["trainer.shuffle"] = self.trainer.shuffle, 0
+        for name, (value, off) in read.items():
+            if valued and value != off:
+                raise ValueError(f"{name}={value} goes by a completion's advantage, which advantage.kind=gae hasn't")
 
     def _check_best(self) -> None:
         """Raise ValueError where the run's evaluations don't have the metric of `trainer.save_best`."""
@@ -168,6 +195,8 @@ class Config(Section):
                 f"sampling.share={self.sampling.share} of rollout.prompts={self.rollout.prompts} is none: method=mmr1 "
                 "without prompts drawn by their scores is method=grpo"
             )
+        if self.method in ("roma", "dvrp") and not self.robust.on:
+            raise ValueError(f"robust.kl_coef=0: method={self.method} without its degraded views is another method")
         pairs, n = self.advantage.pairs, self.rollout.n
         if self.method == "shuffle_r1" and pairs == 1 and not self.trainer.shuffle:
             raise ValueError("advantage.pairs=1 and trainer.shuffle=0: method=shuffle_r1 without both is method=grpo")
@@ -194,6 +223,7 @@ class Config(Section):
             "advantage.kind=passk": (self.advantage.kind == "passk", "it reads right and wrong of one group alone"),
             "advantage.pairs": (self.advantage.pairs < 1, "a replayed completion has no place in a pair"),
             "trainer.shuffle": (self.trainer.shuffle > 0, "a replayed completion has no place in a pair"),
+            "advantage.kind": (self.advantage.valued, "value heads learn from today's policy's completions"),
             "kl.placement=reward": (self.kl.in_reward, "stored rewards are without today's KL"),
             "replay.share": (
                 self.sampling.kind == "variance" and self.replay.share > 0,

@@ -21,6 +21,7 @@ from vogue.method.advantage import (
     passk_advantages,
     rloo_advantages,
 )
+from vogue.method.critic import dealt_prefixes
 from vogue.method.pairs import kept_by_pairs
 from vogue.method.uncertainty import TokenStats
 from vogue.metrics import Means
@@ -29,7 +30,7 @@ from vogue.objective import has_gradient, reads_all
 from vogue.rewards import Score
 from vogue.rollout.engine import Completion, Engine, Request
 from vogue.rollout.sampling import of_rollouts
-from vogue.seeds import Purpose, seed_for
+from vogue.seeds import Purpose, rng_for, seed_for
 
 RIGHT, WRONG = "log_perplexity/right", "log_perplexity/wrong"  # metrics
 
@@ -165,6 +166,8 @@ def penalised(group: Group, traces: Sequence[Trace], config: Config) -> Group:
 
 def _advantages(scores: tuple[Score, ...], config: Config) -> tuple[float, ...]:
     rewards, settings = torch.tensor([[score.reward for score in scores]]), config.advantage
+    if settings.valued:  # what the tokens' advantages are made of once their values are known
+        return tuple(rewards[0].tolist())
     if settings.kind == "passk":
         advantages = passk_advantages(torch.tensor([[score.accuracy == 1 for score in scores]]), settings.k)
     elif settings.kind == "rloo":
@@ -257,6 +260,8 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
     """
     measures, made = config.trainer.measures(step), []
     everything = measures or reads_all(config.loss) or config.kl.in_loss or config.perception.on
+    everything |= config.advantage.valued
+    robust, all_compared = config.robust, measures or config.compares
     for number, group in groups.items():
         group = joined(group)
         shown = group.item.views[RAW].shown  # without images and videos the views are one
@@ -265,12 +270,20 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
         lengths = [len(completion.token_ids) for completion in group.completions]
         shape = config.advantage.shape
         advantages = [over_tokens(a, length, shape) for a, length in zip(group.advantages, lengths, strict=True)]
-        needed = [i for i, kept in enumerate(group.kept) if kept and (everything or has_gradient(advantages[i]))]
-        for paid in (False, True):
-            chosen = [i for i in needed if group.paid[i] == paid]
+        right = [score.accuracy == 1 for score in group.scores]
+        right += [False] * (len(lengths) - len(right))  # of what is replayed the scores aren't kept
+        held = [shown and robust.holds(each) for each in right]
+        needed = [
+            i for i, kept in enumerate(group.kept) if kept and (everything or held[i] or has_gradient(advantages[i]))
+        ]
+        # Whatever is compared is so with the same views, so that ranks have as many forwards.
+        kinds = [(paid, all_compared or hold) for paid in (False, True) for hold in (False, True)]
+        for paid, hold in dict.fromkeys(kinds):
+            chosen = [i for i in needed if group.paid[i] == paid and (all_compared or held[i] == hold)]
             # Without an advantage there is no bonus: such completions are there for their entropy alone.
             bonus = paid and shown and (measures or any(has_gradient(advantages[i]) for i in chosen))
             compared = measures or (shown and config.compares) or (bonus and reads_other(config))
+            others = compared_views(config, step, other) if compared or (shown and hold) else ()
             budget = config.trainer.micro_batch_tokens - len(group.item.prompt.token_ids)
             for part in cut(chosen, lengths, budget if shared_prefix else 0):
                 row = Row(
@@ -279,12 +292,15 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
                     trained=trained,
                     completions=tuple(group.completions[i] for i in part),
                     advantages=tuple(advantages[i] for i in part),
-                    others=(other,) if compared else (),
+                    others=others,
+                    degraded=len(robust.views) if others else 0,
+                    right=tuple(right[i] for i in part),
                     sources=tuple(group.sources[i] if shown else RAW for i in part),
                     paid=bonus,
                     places=tuple(Place(number, i, rank) for i in part),
                     repeats=tuple(group.repeats[i] for i in part) if group.repeats else (),
                     behaviours=tuple(group.behaviours[i] for i in part) if group.behaviours else (),
+                    dealt=tuple(_dealt(group, i, config, step) for i in part) if config.advantage.valued else (),
                 )
                 made.append(row)
     return made
@@ -311,6 +327,14 @@ def joined(group: Group) -> Group:
     )
 
 
+def _dealt(group: Group, i: int, config: Config, step: int) -> Tensor:
+    """Which value head learns of which token of the group's completion `i`."""
+    where = step, group.item.number, group.view == NOISY, i
+    generator = rng_for(config.seed, Purpose.DEALT, *where)
+    length, settings = len(group.completions[i].token_ids), config.critic
+    return dealt_prefixes(length, settings.heads, settings.share, generator)
+
+
 def cut(chosen: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
     """`chosen` completions in order, in parts of at most `budget` tokens; one that is longer is a part of its own."""
     parts: list[list[int]] = []
@@ -325,7 +349,13 @@ def cut(chosen: Sequence[int], lengths: Sequence[int], budget: int) -> list[list
     return parts
 
 
-def idle_row(group: Group, compared: bool) -> Row:
+def compared_views(config: Config, step: int, other: str) -> tuple[str, ...]:
+    """The views of a row that is compared with any: the `other` of x and T(x), the degraded ones, or both."""
+    plain = not config.robust.on or config.compares or config.trainer.measures(step)
+    return (other,) * plain + config.robust.views
+
+
+def idle_row(group: Group, others: tuple[str, ...], degraded: int) -> Row:
     """A row that only keeps a rank in step, of the group's first completion."""
     completion = group.completions[0]
     return Row(
@@ -334,7 +364,8 @@ def idle_row(group: Group, compared: bool) -> Row:
         trained=RAW,
         completions=(completion,),
         advantages=(torch.zeros(len(completion.token_ids)),),
-        others=(RAW,) if compared else (),
+        others=others,
+        degraded=degraded if others else 0,
         weight=0.0,
     )
 

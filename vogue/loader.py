@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from threadpoolctl import threadpool_limits
 
 from vogue.config import Config
@@ -170,14 +171,36 @@ class Loader:
                 given = settings.model_dump(exclude={"anneal_at"})
                 if settings.anneal_at is not None:
                     given["sigma"] = annealed(settings.sigma, step, config.trainer.steps, settings.anneal_at)
-                places = range(len(images) + len(clips))
-                seeds = [seed_for(config.seed, Purpose.PERTURB, step, number, i) for i in places]
-                copies = [perturb(x, **given, seed=seed) for x, seed in zip(images, seeds, strict=False)]
-                noisy = [perturbed(x, seed, given) for x, seed in zip(clips, seeds[len(images) :], strict=True)]
-                views[NOISY] = self.preprocessor.view(copies, noisy)
+                views[NOISY] = self._perturbed(images, clips, given, Purpose.PERTURB, step, number)
+            views |= self._degraded(images, clips, step, number)
         except (OSError, ValueError) as error:
             raise DataError(f"{sample.place}: {error}") from error
         return Item(number, self.preprocessor.prompt(sample, views[RAW]), views, draws)
+
+    def _degraded(
+        self, images: Sequence[Image.Image], clips: Sequence[Clip], step: int, number: int
+    ) -> dict[str, View]:
+        """ROMA's views, their strengths in an order of the prompt's own, so that the first is one of them by chance."""
+        robust, seed = self.config.robust, self.config.seed
+        order = rng_for(seed, Purpose.DEGRADE, step, number).permutation(len(robust.views))
+        return {
+            name: self._perturbed(images, clips, {"sigma": robust.sigma[k]}, Purpose.DEGRADE, step, number, int(k))
+            for name, k in zip(robust.views, order, strict=True)
+        }
+
+    def _perturbed(
+        self,
+        images: Sequence[Image.Image],
+        clips: Sequence[Clip],
+        settings: Mapping[str, Any],
+        purpose: Purpose,
+        *where: int,
+    ) -> View:
+        """T(x) of all images and videos, each by a draw of its own place."""
+        seeds = [seed_for(self.config.seed, purpose, *where, i) for i in range(len(images) + len(clips))]
+        copies = [perturb(x, **settings, seed=seed) for x, seed in zip(images, seeds, strict=False)]
+        moving = [perturbed(x, seed, settings) for x, seed in zip(clips, seeds[len(images) :], strict=True)]
+        return self.preprocessor.view(copies, moving)
 
 
 def perturbed(clip: Clip, seed: int, settings: Mapping[str, Any]) -> Clip:

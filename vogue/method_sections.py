@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from vogue.settings import Count, Finite, NonNegative, Positive, Section, Share
+from vogue.settings import Count, Finite, NonNegative, Positive, PositiveShare, Section, Share
 
 
 class PerturbConfig(Section):
@@ -100,10 +100,10 @@ class UncertaintyConfig(Section):
 class AdvantageConfig(Section):
     """How rewards become the advantage A of a completion in its group."""
 
-    kind: Literal["group", "rloo", "passk"] = Field(
+    kind: Literal["group", "rloo", "passk", "gae"] = Field(
         "group",
         description="group: (reward - mean) / std, as in GRPO; rloo: reward - mean of the group's others; passk: by "
-        "right and wrong answers, as in Pass@k Training",
+        "right and wrong answers, as in Pass@k Training; gae: of each token, by the value heads of critic (PPO)",
     )
     scale: Literal["group", "batch", "none"] = Field(
         "group",
@@ -121,6 +121,29 @@ class AdvantageConfig(Section):
         description="lambda by which a completion's first and last token have a larger advantage than its middle one "
         "(AVATAR), A (1 + lambda (2 t / (L - 1) - 1)^2) at token t of L; 0: all have the same",
     )
+
+    @property
+    def valued(self) -> bool:
+        """Whether advantages are of tokens, from values of their states."""
+        return self.kind == "gae"
+
+
+class CriticConfig(Section):
+    """The value heads of advantage.kind=gae, on the policy's hidden states, and CDE's bonus of their spread."""
+
+    heads: Count = Field(4, description="K: value heads, each a linear function of a token's hidden state")
+    share: PositiveShare = Field(1.0, description="zeta: share of all prefixes that each head learns of")
+    lr: Positive = Field(1e-5, description="learning rate of the heads, which have an AdamW of their own")
+    warmup_steps: int = Field(
+        10, ge=0, description="steps at the run's start in which the heads learn and all advantages are 0"
+    )
+    gamma: Share = Field(1.0, description="discount of the next token's value")
+    lam: Share = Field(1.0, description="lambda of the generalised advantages: 1 is the reward less the value")
+    weight: NonNegative = Field(
+        1.0, description="weight of the bonus min(|A| / cap, alpha std of the heads) on advantages; 0: plain PPO"
+    )
+    alpha: Positive = Field(0.5, description="alpha of the bonus: the weight of the heads' std below the cap")
+    cap: Positive = Field(3.0, description="kappa: the bonus is at most weight * |A| / cap")
 
 
 class LossConfig(Section):
@@ -269,84 +292,6 @@ class KlConfig(Section):
     @property
     def in_reward(self) -> bool:
         return self.coef > 0 and self.placement == "reward"
-
-
-class PerceptionConfig(Section):
-    """PAPO (arXiv 2507.06448): how much the policy's words depend on the image is part of the loss."""
-
-    kl_coef: NonNegative = Field(
-        0.0, description="weight of KL(policy on x || policy on T(x)) a token, which is made larger; 0: there is none"
-    )
-    direction: Literal["forward", "reverse"] = Field(
-        "forward",
-        description="that KL (forward), or KL(policy on T(x) || policy on x), whose gradient low_var_kl has in the "
-        "mean",
-    )
-    estimator: Literal["exact", "k1", "k3", "low_var_kl"] = Field(
-        "exact", description="as kl.estimator; PAPO's own code has low_var_kl"
-    )
-    gradient: Literal["clean", "both"] = Field(
-        "clean", description="through the policy on x alone, as PAPO's own code has it, or on T(x), too"
-    )
-    entropy_coef: NonNegative = Field(
-        0.0,
-        description="weight of the entropy of the policy on T(x), which is made smaller, with perception.gradient=both",
-    )
-
-    @model_validator(mode="after")
-    def _is_read(self) -> "PerceptionConfig":
-        for name, field in type(self).model_fields.items():
-            if not self.kl_coef and getattr(self, name) != field.default:
-                raise ValueError(f"perception.{name}={getattr(self, name)}: with perception.kl_coef=0 nothing reads it")
-        if self.direction == "reverse" and self.estimator != "exact":
-            raise ValueError(f"perception.direction=reverse is computed exactly alone, not by {self.estimator}")
-        if self.entropy_coef and self.gradient == "clean":
-            raise ValueError("perception.entropy_coef: with perception.gradient=clean that entropy has no gradient")
-        if self.gradient == "both" and self.estimator != "exact":
-            raise ValueError(f"perception.gradient=both is computed exactly alone, not by {self.estimator}")
-        return self
-
-    @property
-    def on(self) -> bool:
-        return self.kl_coef > 0
-
-
-class CreditConfig(Section):
-    """What part of a completion's advantage each token gets, by how much the image matters to it: S, a KL."""
-
-    kind: Literal["none", "vppo", "pgpo"] = Field(
-        "none",
-        description="each token has its completion's (none), those of largest S alone have it (vppo), or they have "
-        "more of it (pgpo)",
-    )
-    estimator: Literal["exact", "k3"] = Field(
-        "exact",
-        description="S = KL(policy on x || policy on T(x)), or its estimate from the sampled token, as the code",
-    )
-    tokens: Share = Field(0.4, description="share of a completion's tokens that vppo trains")
-    floor: Share = Field(
-        0.9, description="least factor of a completion by its mean of S, with vppo; the mean of all is 1; 1: no factors"
-    )
-    divisor: Literal["all", "kept"] = Field(
-        "all", description="tokens that the loss is divided by with vppo: all, as the code, or those that it trains"
-    )
-    threshold: Positive = Field(0.4, lt=1, description="scaled S from which on pgpo gives a token more")
-    boost: NonNegative = Field(2.0, description="what pgpo adds to the weight 1 at the largest S")
-
-    @model_validator(mode="after")
-    def _is_read(self) -> "CreditConfig":
-        read = {"none": (), "vppo": ("estimator", "tokens", "floor", "divisor")}
-        for name, field in type(self).model_fields.items():
-            known = ("kind", *read.get(self.kind, ("estimator", "threshold", "boost")))
-            if name not in known and getattr(self, name) != field.default:
-                raise ValueError(f"credit.{name}={getattr(self, name)}: credit.kind={self.kind} doesn't read it")
-        if self.kind == "vppo" and self.tokens == 0:
-            raise ValueError("credit.tokens=0: nothing would be trained")
-        return self
-
-    @property
-    def on(self) -> bool:
-        return self.kind != "none"
 
 
 class SamplingConfig(Section):

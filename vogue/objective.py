@@ -7,7 +7,7 @@ L is −min(ρ Â, clip(ρ, 1 − ε_low, 1 + ε_high) Â), or another surrogate
 first update, or of a replayed token with the one that generated it, or the geometric mean of a completion's; c corrects
 for the engine's π where `loss.importance_cap` or `importance_floor` is set, else it is 1; η is `loss.entropy_coef`, and
 H the exact entropy, with gradient; β is `kl.coef`, and KL the divergence from a reference; w is the token's weight in
-the batch. PAPO's terms are in `_perceived`. All functions here are pure.
+the batch. PAPO's terms are in `_perceived`, ROMA's in `_robust`. All functions here are pure.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,12 @@ from torch import Tensor
 from vogue.method.credit import Gather, token_factors
 from vogue.method.entropy import entropy_threshold
 from vogue.method.kl import Reference, divergence
+from vogue.method.robust import worst_divergence
 from vogue.method.uncertainty import OtherBranch, Signals, TokenStats, perception_uncertainty
-from vogue.method_sections import CreditConfig, KlConfig, LossConfig, PerceptionConfig
+from vogue.method_sections import KlConfig, LossConfig
 from vogue.metrics import Mean, mean_over
 from vogue.model.packing import Batch
+from vogue.view_sections import CreditConfig, PerceptionConfig, RobustConfig
 from vogue_kernels import (
     CorrectionConfig,
     GuidanceConfig,
@@ -34,7 +36,7 @@ from vogue_kernels import (
     shaped_advantage,
 )
 
-NO_KL, NO_PERCEPTION = KlConfig(), PerceptionConfig()  # pyright: ignore[reportCallIssue]
+NO_KL, NO_PERCEPTION, NO_ROBUST = KlConfig(), PerceptionConfig(), RobustConfig()  # pyright: ignore[reportCallIssue]
 PAID = "entropy_paid"  # the metric: nats, the mean entropy of the tokens that a bonus is paid to
 
 
@@ -64,6 +66,7 @@ def objective(
     entropy_coef: float | None = None,
     kl: KlConfig = NO_KL,
     perception: PerceptionConfig = NO_PERCEPTION,
+    robust: RobustConfig = NO_ROBUST,
 ) -> Objective:
     """The batch's loss and its metrics.
 
@@ -71,6 +74,7 @@ def objective(
     entropy_coef  the entropy's weight in this update; None: `loss.entropy_coef`
     kl            of what the loss has where the signals have a reference
     perception    of what it has where they have another branch
+    robust        of what it has where they have degraded ones
     """
     old = batch.old or signals._replace(logprob=signals.logprob.detach())
     metrics: dict[str, Mean] = {}
@@ -107,6 +111,10 @@ def objective(
         loss = loss - _perceived(batch, signals, old.logprob, signals.other, perception)
         compared = batch.weights[: len(signals.other.logprob)] > 0
         metrics["perception_kl"] = mean_over(compared, signals.other.kl_own_other.detach())
+    if robust.on and signals.degraded:
+        held, found, worst = _robust(batch, signals.degraded, robust)
+        loss = loss + found
+        metrics["robust_kl"] = mean_over(held, worst)
 
     metrics |= {
         "loss": Mean(float(loss.detach()), float(batch.weights.sum())),
@@ -147,6 +155,22 @@ def _perceived(
         found = divergence(signals.logprob[:m], old_logprob[:m], reference, settings.estimator)
     found = settings.kl_coef * found - settings.entropy_coef * other.entropy
     return (batch.weights[:m] * found).sum()
+
+
+def _robust(batch: Batch, views: Sequence[OtherBranch], settings: RobustConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """What ROMA adds to the loss, of the tokens that are held to degraded views: (M,) bool, the term, and D (M,).
+
+    β max_k KL(π(·|x)‖π(·|x_k)) − γ A log π(·|x_1) + η mean_k H(π(·|x_k)); x_1 is a random one of a prompt's views.
+    """
+    m = len(views[0].logprob)
+    held = batch.weights[:m] > 0
+    if settings.completions == "right":
+        held = held & batch.right[:m]
+    worst = worst_divergence([view.kl_own_other for view in views])
+    found = settings.kl_coef * worst - settings.policy_coef * batch.advantages[:m] * views[0].logprob
+    if settings.entropy_coef:
+        found = found + settings.entropy_coef * torch.stack([view.entropy for view in views]).mean(dim=0)
+    return held, (batch.weights[:m] * held * found).sum(), worst.detach()
 
 
 def dependence(batch: Batch, stats: TokenStats, estimator: str) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from vogue import distributed
 from vogue.config import Config
@@ -27,9 +28,9 @@ def needs_look(config: Config, updates: int) -> bool:
 
     The later ones start from another policy than the one that generated: its signals are computed first, in the same
     packing, so that the first ratio is 1 to rounding. And only once all of an update's tokens are known is it known
-    which have the highest entropies, and which depend most on the image.
+    which have the highest entropies, and which depend most on the image; and their values are those before it.
     """
-    return updates > 1 or config.credit.on or config.loss.top_entropy_quantile < 1
+    return updates > 1 or config.credit.on or config.loss.top_entropy_quantile < 1 or config.advantage.valued
 
 
 @torch.no_grad()
@@ -42,18 +43,22 @@ def looked_at(
     *,
     several: bool,
     measuring: bool,
+    valued: Callable[[Batch, Tensor], Batch] | None = None,
 ) -> list[Batch]:
     """An update's batches with what is known of them before it.
 
-    That is the old signals, with `several` updates a step; with which part of the advantage a token trains, by
-    `credit`; and which tokens do at all, by `loss.top_entropy_quantile`.
+    That is the old signals, with `several` updates a step; a token's own advantage, which `valued` makes of its hidden
+    state; with which part of the advantage it trains, by `credit`; and which tokens do at all, by
+    `loss.top_entropy_quantile`.
     """
     found, dependences = [], []
     share = config.loss.top_entropy_quantile
     for batch in batches:
-        there = batch.to(device)
+        there = replace(batch, degraded=()).to(device)
         stats = forward(there)
         found.append(replace(batch, old=read_signals(there, stats)) if several or share < 1 else batch)
+        if valued and stats.hidden is not None:
+            found[-1] = valued(found[-1], stats.hidden)
         dependences.append(dependence(there, stats, config.credit.estimator).cpu())
     if config.credit.on:
         found = credited(found, dependences, config.credit, distributed.gather)
@@ -70,7 +75,7 @@ def referred(
     """The traces of the batches' completions, with the KL to the reference as `kl.estimator` has it."""
     traces: dict[Place, Trace] = {}
     for batch in batches:
-        batch = batch.to(device)
+        batch = replace(batch, degraded=()).to(device)
         stats = forward(batch, refers=True)
         reference, logprob = cast(Reference, stats.reference), stats.logprob
         means.add_all({"kl": mean_over(batch.weights > 0, reference.kl)})

@@ -25,6 +25,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "papo": GRPO,
     "vppo": GRPO | {"credit.kind": "vppo"},
     "pgpo": GRPO | {"credit.kind": "pgpo"},
+    "roma": GRPO | {"robust.completions": "right"},
+    "dvrp": GRPO | {"robust.completions": "all"},
     "noisy_rollout": {name: value for name, value in GRPO.items() if name != "rollout.noisy_share"},
     "entropy": {name: value for name, value in GRPO.items() if name != "guidance.alpha_out"},
     "passk": GRPO | {"advantage.kind": "passk"},
@@ -40,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "loss.aggregation": "token-mean",
     },
     "cde": GRPO,
+    "cde_critic": GRPO | {"advantage.kind": "gae"},
     "mmr1": GRPO | {"sampling.kind": "variance"},
     "shuffle_r1": GRPO,
     "avatar": GRPO,
@@ -50,8 +53,8 @@ METHODS: dict[str, dict[str, Any]] = {
 # and its strength has halved at step 40 of the 60 that the paper trains on Geometry3K. DUPL, the name of VOGUE's
 # official code, adds little noise to much else, and leaves its clipping to EasyR1's defaults. CISPO's paper bounds
 # ratios from above alone and doesn't say where; 5 is ScaleRL's (arXiv 2510.13786), who took it up. CDE's rewards are 1
-# and -1; the height of its bonus's weight is ours. Shuffle-R1 keeps 8 of 16 completions. AVATAR
-# trains on 4 new and 4 replayed ones.
+# and -1; the height of its bonus's weight is ours. Shuffle-R1 keeps 8 of 16 completions. AVATAR trains on 4 new and 4
+# replayed ones. ROMA's weights are ours, and so is the noise of ROMA and DVRP.
 STARTS: dict[str, dict[str, Any]] = {
     "dapo": {"rollout.rounds": 4, "reward.overlong_buffer": 0.2},
     "noisy_rollout": {"rollout.noisy_share": 0.5, "perturb.anneal_at": 2 / 3},
@@ -59,9 +62,21 @@ STARTS: dict[str, dict[str, Any]] = {
     "vppo": {"perturb.preset": "mask", "perturb.share": 0.5, "loss.clip_high": 0.28, "rollout.rounds": 4},
     "pgpo": {"perturb.preset": "mask", "perturb.share": 1.0, "loss.clip_high": 0.28, "rollout.rounds": 4},
     "papo": {"perturb.preset": "mask", "perception.kl_coef": 0.02, "kl.coef": 0.01},
+    "roma": {"robust.kl_coef": 0.02, "robust.policy_coef": 0.1},
+    "dvrp": {
+        "perturb.preset": "mask",
+        "perception.kl_coef": 0.01,
+        "perception.gradient": "both",
+        "perception.entropy_coef": 0.05,
+        "robust.kl_coef": 0.01,
+        "robust.sigma": (0.2,),
+        "robust.gradient": "both",
+        "robust.entropy_coef": 0.05,
+    },
     "cispo": {"loss.clip_low": 1.0, "loss.clip_high": 4.0},
     "dupl": {"perturb.preset": "paper", "perturb.sigma": 0.2, "loss.clip_high": 0.3},
     "cde": {"curiosity.weight": 1.0, "reward.wrong": -1.0},
+    "cde_critic": {"reward.wrong": -1.0},
     "shuffle_r1": {"advantage.pairs": 0.5, "trainer.shuffle": 8, "rollout.n": 16},
     "avatar": {"replay.size": 10_000, "rollout.n": 4, "advantage.shape": 0.3},
 }

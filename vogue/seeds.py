@@ -21,6 +21,9 @@ class Purpose(IntEnum):
     SCORED = 8  # which prompts are drawn by their scores
     SHUFFLE = 9
     REPLAY = 10  # which stored completions join a group, and which prompts are drawn for that
+    DEGRADE = 11
+    CRITIC = 12
+    DEALT = 13  # which value head learns of which token
 
 
 def seed_for(seed: int, purpose: Purpose, *where: int) -> int:

@@ -22,6 +22,7 @@ new prompts (`Trainer.roll_out`); NoisyRollout's groups hold completions of both
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +39,7 @@ from vogue.groups import (
     Trace,
     assigned,
     choose,
+    compared_views,
     curious,
     found_mixed,
     generate,
@@ -51,12 +53,13 @@ from vogue.groups import (
     tally,
     traced,
 )
-from vogue.inputs import NOISY, Preprocessor
+from vogue.inputs import NOISY, RAW, Preprocessor
 from vogue.loader import SCORES, Loader
 from vogue.method import branch
 from vogue.method.uncertainty import Signals, TokenStats, read_signals
 from vogue.metrics import Clock, Means, memory_limit, peak_memory
 from vogue.model import checkpoint
+from vogue.model.critic import Critic
 from vogue.model.loading import load_model
 from vogue.model.optimizer import start_deepspeed
 from vogue.model.packing import Batch, Place, collate
@@ -114,11 +117,15 @@ class Trainer:
             int(config.model.keep_logits_gb * 1e9),
             load_reference(config, self.device),
             config.perception.gradient if config.perception.on else None,
+            config.robust.gradient,
+            states=config.advantage.valued,
         )
         self.shared_prefix = config.trainer.shared_prefix and not self.policy.why_separate
         if config.trainer.shared_prefix and self.policy.why_separate and self.rank == 0:
             warnings.warn(f"every completion is a row of its own: {self.policy.why_separate}", stacklevel=2)
         self.deepspeed = start_deepspeed(self.policy, config)
+        width = self.policy.model.config.text_config.hidden_size
+        self.critic = Critic(config, width, self.device, self.state) if config.advantage.valued else None
         self.engine = create_engine(config, self.processor, self.policy.model)
         self.guidance = GuidanceConfig(**config.guidance.model_dump(exclude={"sign_transition"}))
         self.step = 0
@@ -260,7 +267,7 @@ class Trainer:
             packed = [self.micro_batches(part, groups[0], means, clock) for part in updates]
         if needs_look(config, len(updates)):
             with clock("old"):
-                packed = [self.looked_at(batches, several=len(updates) > 1) for batches in packed]
+                packed = [self.looked_at(batches, means, several=len(updates) > 1) for batches in packed]
         sign = branch.bonus_sign(self.step, config.trainer.steps, config.guidance.sign_transition)
         for number, (part, batches) in enumerate(zip(updates, packed, strict=True)):
             lengths = kept_lengths(part.values())
@@ -268,7 +275,9 @@ class Trainer:
             items["constant"] = len(lengths) * config.rollout.max_tokens
             weight = float(items[config.loss.aggregation])
             # Of all ranks: with a divisor of its own, a rank with fewer tokens would weigh more. 1 where none has any.
-            divisor = distributed.total({"weight": weight}, self.device)["weight"] or 1.0
+            mine = {"weight": weight, "pairs": float(self.critic.pairs(lengths) if self.critic else 0)}
+            totals = distributed.total(mine, self.device)
+            divisor, pairs = totals["weight"] or 1.0, totals["pairs"] or 1.0
             coef, told = entropy_coef(self.state, config.loss), Means()
             for i, batch in enumerate(batches):
                 self.deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
@@ -288,9 +297,12 @@ class Trainer:
                         entropy_coef=coef,
                         kl=config.kl,
                         perception=config.perception,
+                        robust=config.robust,
                     )
                     means.add_all(metrics)
                     told.add_all(metrics)
+                    if self.critic and stats.hidden is not None:
+                        means.add_all(self.critic.learn(batch, stats.hidden, pairs))
                 with clock("backward"):
                     # DeepSpeed averages gradients over the ranks; this loss is one summand of the global mean.
                     self.deepspeed.backward(loss * (self.ranks / divisor))
@@ -298,6 +310,8 @@ class Trainer:
                 means.add("trained_share", int((batch.weights > 0).sum()), 0)
             with clock("update"):
                 self.deepspeed.step()
+                if self.critic:
+                    self.critic.step()
             steer_entropy(self.state, config.loss, told)
             means.add("loss", 0.0, weight)  # of what went through no forward: its loss is 0
             means.add("trained_share", 0.0, sum(lengths))
@@ -331,11 +345,12 @@ class Trainer:
         """What the loss reads of the batch's tokens."""
         return read_signals(stats, batch.noisy, batch.paid, **self.config.uncertainty.model_dump())
 
-    def looked_at(self, batches: list[Batch], *, several: bool) -> list[Batch]:
+    def looked_at(self, batches: list[Batch], means: Means, *, several: bool) -> list[Batch]:
         """An update's batches with what has to be known of them before it (`vogue.passes`)."""
         measuring = self.config.trainer.measures(self.step)
         given = self.deepspeed, self.signals, batches, self.config, self.device
-        return looked_at(*given, several=several, measuring=measuring)
+        valued = partial(self.critic.advantages, step=self.step, means=means) if self.critic else None
+        return looked_at(*given, several=several, measuring=measuring, valued=valued)
 
     def micro_batches(self, groups: dict[int, Group], some: Group, means: Means, clock: Clock) -> list[Batch]:
         """This rank's share of an update's rows, whoever generated them (`vogue.sharing`); `groups` are its own.
@@ -353,7 +368,8 @@ class Trainer:
         items = [groups[row.places[0].group].item for row in own]
         taken = exchange(shares, own, items, self.loader, self.step, clock)
         taken |= {load: own[load.number] for load in loads[self.rank]}
-        taken |= {load: idle_row(some, compared=bool(load.others)) for load in (IDLE, IDLE_COMPARED)}
+        views, degraded = compared_views(config, self.step, RAW), len(config.robust.views)
+        taken |= {load: idle_row(some, views if load.others else (), degraded) for load in (IDLE, IDLE_COMPARED)}
         pad_id, token_mean = self.processor.tokenizer.pad_token_id, config.loss.aggregation != "sequence-mean"
         filled = ([taken[load] for load in micro_batch] for micro_batch in shares[self.rank])
         return [collate(micro_batch, pad_id, token_mean=token_mean) for micro_batch in filled]

@@ -43,6 +43,8 @@ class TokenStats(NamedTuple):
     entropy: Tensor  # (N,) nats, with gradient
     others: tuple[OtherBranch, ...]  # M falls from each to the next; none where nothing is compared
     reference: Reference | None = None  # None where the step doesn't read it
+    degraded: tuple[OtherBranch, ...] = ()  # the first M tokens on degraded views, with gradients
+    hidden: Tensor | None = None  # (N, D) states that predict the tokens, without gradient; None: unread
 
     @property
     def other(self) -> OtherBranch | None:
@@ -62,6 +64,7 @@ class Signals(NamedTuple):
     chosen: Tensor | None = None
     reference: Reference | None = None
     other: OtherBranch | None = None  # of the first M tokens, with the gradients that `perception` asks for
+    degraded: tuple[OtherBranch, ...] = ()
 
 
 def read_signals(
@@ -74,7 +77,7 @@ def read_signals(
     that was "drawn".
     """
     u_out = output_uncertainty(stats.entropy, stats.logprob, estimator)
-    rest = {"entropy": stats.entropy, "reference": stats.reference, "other": stats.other}
+    rest = {name: getattr(stats, name) for name in ("entropy", "reference", "other", "degraded")}
     if stats.other is None:
         return Signals(stats.logprob, u_out, None, **rest)
     other = OtherBranch(*(value.detach() for value in stats.other))

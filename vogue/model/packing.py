@@ -48,6 +48,9 @@ class Row:
     repeats: tuple[int, ...] = ()  # how often each completion is trained on; empty: once
     # Of each completion (T,) nats, by the policy that generated it, None of those that today's did; empty: all today's.
     behaviours: tuple[Tensor | None, ...] = ()
+    degraded: int = 0  # how many of `others`, the last ones, are degraded views
+    right: tuple[bool, ...] = ()  # each completion; empty: none
+    dealt: tuple[Tensor, ...] = ()  # of each completion (T, K) bool, which value head learns of which token
 
     @property
     def tokens(self) -> int:
@@ -104,8 +107,12 @@ class Batch:
     noisy: Tensor  # (N,) bool: trained on the noisy view
     paid: Tensor  # (N,) bool: the loss reads u_per
     others: tuple["Batch", ...]  # the first rows on the views that they are compared with, the i-th of each in the i-th
+    right: Tensor  # (N,) bool: of a completion that is right
+    degraded: tuple["Batch", ...] = ()  # the first rows on the degraded views, as `others`
     old: Signals | None = None  # before the first of several updates
     behaviour: Tensor | None = None  # (N,) float32 nats, by the policy that generated; NaN: today's. None: all today's
+    dealt: Tensor | None = None  # (N, K) bool: which value head learns of the token
+    returns: Tensor | None = None  # (N,) float32: the completion's reward, which it learns
 
     @property
     def slices(self) -> list[slice]:
@@ -115,7 +122,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Images)}
-        return replace(self, **moved, others=tuple(other.to(device) for other in self.others))
+        views = {name: tuple(view.to(device) for view in getattr(self, name)) for name in ("others", "degraded")}
+        return replace(self, **moved, **views)
 
 
 MAX_PADDING = 0.1  # of a micro-batch's tokens
@@ -239,8 +247,12 @@ def collate(rows: Sequence[Row], pad_id: int, *, token_mean: bool) -> Batch:
         paid=per_token([row.paid for row in rows for _ in row.completions]),
         others=(),
         behaviour=_behaviour(rows),
+        right=per_token([right for row in rows for right in row.right or (False,) * len(row.completions)]),
+        dealt=_dealt(rows),
     )
-    return replace(batch, others=tuple(_other(batch, rows, i, pad_id, token_mean) for i in range(counts[0])))
+    views = [_other(batch, rows, i, pad_id, token_mean) for i in range(counts[0])]
+    degraded = counts[0] - rows[0].degraded  # from here on
+    return replace(batch, others=tuple(views[:degraded]), degraded=tuple(views[degraded:]))
 
 
 def _behaviour(rows: Sequence[Row]) -> Tensor | None:
@@ -255,10 +267,20 @@ def _behaviour(rows: Sequence[Row]) -> Tensor | None:
 
 def _other(batch: Batch, rows: Sequence[Row], i: int, pad_id: int, token_mean: bool) -> Batch:
     """The batch of the rows that are compared with an i-th view, on that view."""
-    compared = [replace(row, trained=row.others[i], others=()) for row in rows if len(row.others) > i]
+    compared = [replace(row, trained=row.others[i], others=(), degraded=0) for row in rows if len(row.others) > i]
     if len(compared) < len(rows):
         return collate(compared, pad_id, token_mean=token_mean)
     return replace(batch, images=_stack([row.views[row.trained] for row in compared]))
+
+
+def _dealt(rows: Sequence[Row]) -> Tensor | None:
+    """Which value head learns of which of the N tokens: of those of an idle row none does."""
+    known = [dealt for row in rows for dealt in row.dealt]
+    if not known:
+        return None
+    none = known[0].new_zeros(1, known[0].shape[1])
+    idle = ([none.expand(len(c.token_ids), -1) for c in row.completions] for row in rows)
+    return torch.cat([part for row, rest in zip(rows, idle, strict=True) for part in row.dealt or rest])
 
 
 def _inputs(completion: Completion) -> tuple[int, ...]:

@@ -54,6 +54,7 @@ class PolicyHead(nn.Module):
         bias[list(banned)] = BAN
         self.register_buffer("bias", bias, persistent=False)
         self.perceives = False  # divergences from the first other view have gradients
+        self.moves_both = False  # those from degraded views have one through the trained branch, too
         self._reference: list[nn.Parameter] = []  # not registered: it is no part of what is trained and saved
 
     def set_reference(self, weight: nn.Parameter) -> None:
@@ -63,13 +64,24 @@ class PolicyHead(nn.Module):
             register_external_parameter(self, weight)
 
     def forward(
-        self, hidden: Tensor, others: Sequence[Tensor], targets: Tensor, reference: Tensor | None = None
+        self,
+        hidden: Tensor,
+        others: Sequence[Tensor],
+        targets: Tensor,
+        reference: Tensor | None = None,
+        degraded: Sequence[Tensor] = (),
     ) -> TokenStats:
         """The statistics of N tokens.
 
         others     hidden states (M, D) of the first M tokens on each view that they are compared with, M falling
         reference  those (N, D') of the reference model; None where nothing reads it
+        degraded   as `others`, of the degraded views, with gradient
         """
+        found = self._plain(hidden, others, targets, reference)
+        held = tuple(OtherBranch(*self._held(view, hidden[: len(view)], targets[: len(view)])) for view in degraded)
+        return found._replace(degraded=held)
+
+    def _plain(self, hidden: Tensor, others: Sequence[Tensor], targets: Tensor, reference: Tensor | None) -> TokenStats:
         if reference is not None:
             return self._beside_reference(hidden, others, targets, reference)
         if not others:
@@ -122,17 +134,26 @@ class PolicyHead(nn.Module):
         args, bias = (other, hidden, self.weight.detach(), targets, self.bias, self.temperature), self.bias
         return linear_branch_stats(*args, keep_logits_bytes=keep, weight_q=self.weight, bias_q=bias)
 
+    def _held(self, view: Tensor, hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """A degraded view, with its gradient, beside the trained branch, which is its target unless both move."""
+        if self.moves_both:
+            return _branch_values(self._both(view, hidden, targets))
+        args = view, hidden.detach(), self.weight, targets, self.bias, self.temperature
+        return _branch_values(linear_branch_stats(*args, weight_q=self.weight.detach(), bias_q=self.bias))
+
     def _alone(self, hidden: Tensor, targets: Tensor, keep: int) -> LogprobStats:
         args = hidden, self.weight, targets, self.bias, self.temperature
         return linear_logprob(*args, keep_logits_bytes=keep)
 
 
 class Policy(nn.Module):
-    """`forward(batch)` gives the statistics of the batch's N completion tokens; other views have no gradient.
+    """`forward(batch)` gives the statistics of the batch's N completion tokens; but for degraded ones, other views have
+    no gradient.
 
     `reference` is a frozen model of the same family and vocabulary that `forward(batch, refers=True)` compares with, or
     None for the policy's own without its adapters. `perception` says which views divergences have a gradient through:
-    None, or "clean", the trained one, or "both".
+    None, or "clean", the trained one, or "both"; `robust` the same of degraded views: "view", that one, or "both". With
+    `states` the results have the hidden states.
 
     `attention` is the text model's: one of transformers', or "auto" for `vogue.model.attention.automatic`'s choice of
     those that let completions share a prompt. `why_separate` says why they can't (None where they can); every row must
@@ -149,6 +170,8 @@ class Policy(nn.Module):
         keep_logits_bytes: int = 0,
         reference: PreTrainedModel | None = None,
         perception: str | None = None,
+        robust: str = "view",
+        states: bool = False,
     ):
         super().__init__()
         self.family = family_of(model)
@@ -166,6 +189,7 @@ class Policy(nn.Module):
             prepare_tower(each, self.family)
         model.lm_head = PolicyHead(model.lm_head, temperature, banned, keep_logits_bytes)
         model.lm_head.perceives, self._sees_both = perception is not None, perception == "both"
+        model.lm_head.moves_both, self._tells_states = robust == "both", states
         if reference:
             model.lm_head.set_reference(reference.lm_head.weight)
         self.model, self.reference = model, reference
@@ -181,7 +205,10 @@ class Policy(nn.Module):
             others = [self._hidden(other, self.model) for other in batch.others[first:]]
             reference = self._hidden_of_reference(batch) if refers else None
         others = [self._hidden(other, self.model) for other in batch.others[:first]] + others
-        return self.model.lm_head(self._hidden(batch, self.model), others, batch.targets, reference)
+        degraded = [self._hidden(view, self.model) for view in batch.degraded]
+        hidden = self._hidden(batch, self.model)
+        stats = self.model.lm_head(hidden, others, batch.targets, reference, degraded)
+        return stats._replace(hidden=hidden.detach()) if self._tells_states else stats
 
     def _hidden_of_reference(self, batch: Batch) -> Tensor:
         if self.reference is not None:
@@ -248,8 +275,12 @@ class Policy(nn.Module):
 
 
 def _other_branch(both: BranchStats, with_gradient: bool) -> OtherBranch:
-    values = (both.logprob_p, both.entropy_p, both.kl_qp, both.kl_pq, both.symmetric_kl)
-    return OtherBranch(*(value if with_gradient else value.detach() for value in values))
+    return OtherBranch(*(value if with_gradient else value.detach() for value in _branch_values(both)))
+
+
+def _branch_values(both: BranchStats) -> tuple[Tensor, ...]:
+    """What an `OtherBranch` has of both, where p is the other one."""
+    return both.logprob_p, both.entropy_p, both.kl_qp, both.kl_pq, both.symmetric_kl
 
 
 def _head_size(model: PreTrainedModel) -> int:

@@ -199,14 +199,14 @@ def _activations(sizes: Sizes, run: Layout) -> float:
     of_text, of_tower = kept_bytes(text, run, True) * run.tokens, kept_bytes(tower, run, True) * seen
     if run.checkpointing:
         inputs = run.item * (text.layers * text.hidden * run.tokens + tower.layers * tower.hidden * seen)
-        return inputs + max(of_text, of_tower)
-    return text.layers * of_text + tower.layers * of_tower
+        return (1 + run.moving) * inputs + max(of_text, of_tower)
+    return (1 + run.moving) * (text.layers * of_text + tower.layers * of_tower)
 
 
 def _head(sizes: Sizes, run: Layout) -> float:
     """Of the fused operator: hidden states and their float32 gradient, the weight's gradient, a chunk, kept logits."""
     hidden = run.predicted * sizes.text.hidden
-    views, chunk = 1 + run.compares + run.refers, GPU_CHUNK * run.item if run.on_gpu else CPU_CHUNK * 4
+    views, chunk = 1 + run.compares + run.refers + run.moving, GPU_CHUNK * run.item if run.on_gpu else CPU_CHUNK * 4
     weight = 0 if run.adapters else sizes.vocabulary * sizes.text.hidden * run.item
     kept = min(run.kept_logits, run.predicted * sizes.vocabulary * run.item)
     return hidden * (views * run.item + 4) + weight + views * chunk + kept
@@ -236,7 +236,7 @@ def _gathered_and_kept(sizes: Sizes, run: Layout) -> float:
 
 def _pixels(sizes: Sizes, run: Layout) -> float:
     """Patches in float32 and as the tower takes them; without a GPU of all prompts of two steps, one loaded ahead."""
-    views, values = 1 + run.compares, sizes.patches * run.image * sizes.patch
+    views, values = 1 + run.compares + run.moving, sizes.patches * run.image * sizes.patch
     if run.on_gpu:
         return float(run.rows[0] * values * (4 * views + run.item))
     return float(2 * run.prompts * values * 4 * views)

@@ -186,6 +186,7 @@ def layout_of(config: Config, sizes: Sizes, ranks: int, memory: float, *, on_gpu
         n=rollout.n,
         compares=reads_other(config) or config.compares or trainer.measure_every > 0,
         refers=config.kl.coef > 0,
+        moving=config.moving_views,
         prompt=data.max_prompt_tokens,
         image=min(data.max_prompt_tokens, max(sizes.least_image, -(-pixels // sizes.token_pixels))),
         completion=rollout.max_tokens,

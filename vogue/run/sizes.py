@@ -105,6 +105,7 @@ class Layout:
     steps: int
     keep: int
     refers: bool = False  # one more forward, by a reference
+    moving: int = 0  # further views in a forward with gradient
     bucket: int = BUCKET  # weights
     sub_group: int = SUB_GROUP
     live: int = LIVE

@@ -1,6 +1,6 @@
 """A run that learns nothing: for many steps no group has completions that are worth different things.
 
-Every advantage is 0 then, and so is every gradient. The metrics say why.
+Every advantage is 0 then, and so is every gradient, but for those of advantage.kind=gae. The metrics say why.
 """
 
 from collections import deque
@@ -23,7 +23,8 @@ class Stalled:
     def reasons(self, metrics: Mapping[str, float]) -> str | None:
         """What to tell after a step with these metrics: the likely reasons why nothing is learned, or None."""
         self._last.append(metrics)
-        if self._told or len(self._last) < STEPS or any(row["differing_share"] for row in self._last):
+        learns = self.config.advantage.valued or any(row["differing_share"] for row in self._last)
+        if self._told or len(self._last) < STEPS or learns:
             return None
         self._told = True
         means = {name: sum(row[name] for row in self._last) / STEPS for name in metrics if self._is_in_all(name)}
