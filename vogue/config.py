@@ -223,7 +223,7 @@ class Config(Section):
             "advantage.kind=passk": (self.advantage.kind == "passk", "it reads right and wrong of one group alone"),
             "advantage.pairs": (self.advantage.pairs < 1, "a replayed completion has no place in a pair"),
             "trainer.shuffle": (self.trainer.shuffle > 0, "a replayed completion has no place in a pair"),
-            "advantage.kind": (self.advantage.valued, "value heads learn from today's policy's completions"),
+            "advantage.kind=gae": (self.advantage.valued, "value heads learn from today's policy's completions"),
             "kl.placement=reward": (self.kl.in_reward, "stored rewards are without today's KL"),
             "replay.share": (
                 self.sampling.kind == "variance" and self.replay.share > 0,
