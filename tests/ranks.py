@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from multiprocessing import get_context, set_forkserver_preload
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -89,6 +90,41 @@ def _rank(output, environment, command):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def started_together(commands, variables, patience=0.0):
+    """The exit code and output of commands that run at once, each with some variables of its own.
+
+    Where one fails the others are killed, after so many seconds in which they may end by themselves.
+    """
+    with TemporaryDirectory() as folder, ExitStack() as opened:
+        outputs = [opened.enter_context(open(f"{folder}/{i}", "w+")) for i in range(len(commands))]
+        running = []
+        for command, own, output in zip(commands, variables, outputs, strict=True):
+            told = {"env": environment() | {name: str(value) for name, value in own.items()}, "stdout": output}
+            running.append(subprocess.Popen([*map(str, command)], **told, stderr=subprocess.STDOUT))
+        end = time.monotonic() + 900
+        while any(process.poll() is None for process in running):
+            if any(process.poll() for process in running):
+                end = min(end, time.monotonic() + patience)
+            if time.monotonic() > end:
+                for process in running:
+                    process.kill()  # they would wait for the one that failed
+            time.sleep(0.05)
+        return [(process.returncode, output.seek(0) or output.read()) for process, output in zip(running, outputs)]
+
+
+def torchrun(nodes, each, *arguments):
+    """The command of every node of a run, as docs/cluster.md has them; the nodes are addresses of this machine."""
+    port = free_port()
+    return [
+        [
+            *(str(Path(sys.executable).with_name("torchrun")), f"--nnodes={nodes}", f"--node-rank={node}"),
+            *(f"--nproc-per-node={each}", "--master-addr=127.0.0.1", f"--master-port={port}"),
+            *(f"--local-addr=127.0.0.{node + 1}", "--module", "vogue.train", *arguments),
+        ]
+        for node in range(nodes)
+    ]
 
 
 def free_port():

@@ -7,9 +7,9 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from vogue.arguments import fields
 from vogue.cli import main
 from vogue.config import Config
+from vogue.settings_help import fields
 
 
 @pytest.fixture

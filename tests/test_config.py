@@ -5,11 +5,11 @@ from typing import get_args
 import pytest
 import yaml
 
-from vogue.arguments import fields
 from vogue.config import Config, load_config, save_config
 from vogue.method_sections import AdvantageConfig, LossConfig
 from vogue.presets import METHODS, STARTS
 from vogue.settings import ConfigError
+from vogue.settings_help import fields
 from vogue_kernels.loss import AGGREGATIONS
 from vogue_kernels.surrogates import KINDS, LEVELS, MODES
 

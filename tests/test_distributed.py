@@ -15,6 +15,12 @@ def test_a_rank_that_is_alone_listens_for_nobody_but_this_machine():
     assert all(address.is_loopback for address in listening())
 
 
+def test_a_rank_that_has_failed_is_gone_though_an_exit_function_waits_for_ever():
+    script = "import atexit, time; atexit.register(time.sleep, 600); from vogue import distributed; "
+    script += "distributed.PATIENCE = 0.5; distributed.leave(3)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 3
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_rank_leaves_with_its_exit_code_after_all_that_is_registered_for_the_exit(code):
     script = f"import atexit; atexit.register(print, 'done'); from vogue.distributed import leave; leave({code})"

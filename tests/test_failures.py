@@ -1,12 +1,16 @@
 """What fails between two checkpoints costs nothing: a reward or an image, on all ranks or on one. And a hung rank."""
 
 import json
+import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from ranks import environment, launcher
+from ranks import environment, free_port, launcher, started_together
 from safetensors.torch import load_file
 
 from vogue.cli import main
@@ -162,6 +166,67 @@ def test_a_rank_that_hangs_ends_the_run_with_every_ranks_stack(failing, tmp_path
     assert "in all_gather_object" in stacks[0]
     assert "function.py" in stacks[1]
     assert "in own" not in stacks[0]
+
+
+GROUPS = """
+import sys, time, torch, torch.distributed as dist
+from vogue import distributed
+from vogue.run.stacks import LostRank
+rank, *_ = distributed.start(4.0)
+group = dist.new_group()
+if rank == 1:
+    time.sleep(60)
+began = time.monotonic()
+try:
+    with distributed.heeding_losses():
+        dist.all_reduce(torch.ones(1), group=group)
+except LostRank as error:
+    print("took", time.monotonic() - began, error, flush=True)
+distributed.leave(3)
+"""
+
+
+@pytest.mark.long
+def test_groups_that_others_make_wait_as_long_as_is_set(tmp_path):
+    (tmp_path / "groups.py").write_text(GROUPS)
+    shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    own = [{"RANK": rank, "LOCAL_RANK": rank, **shared} for rank in (0, 1)]
+    (code, printed), _ = started_together([[sys.executable, tmp_path / "groups.py"]] * 2, own)
+    took = re.search(r"took ([\d.]+) another rank has hung for trainer.timeout", printed)
+    assert code == 3
+    assert 3 < float(took[1]) < 10
+
+
+@pytest.mark.long
+def test_a_rank_that_is_stopped_ends_the_run_within_the_time_that_is_set(settings, tmp_path):
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "vogue", "train", *settings, "trainer.timeout=8", "trainer.steps=100000"]
+    command += ["trainer.save_every=0", "branch.probability=0.5"]
+    started = [
+        subprocess.Popen(
+            command,
+            env=environment() | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            **{"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True},
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert all(process.poll() is None for process in started)
+            time.sleep(0.1)
+        started[1].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        _, err = started[0].communicate(timeout=60)
+        assert time.monotonic() - began < 8 + 10
+    finally:
+        for process in started:
+            process.kill()
+    assert started[0].returncode == 3
+    told = (
+        "vogue train: rank 0: another rank has hung for trainer.timeout: see stacks_rank*.txt of trainer.output_dir ("
+    )
+    assert [line.startswith(told) for line in err.splitlines() if line.startswith("vogue")] == [True]
+    assert "most recent call first" in (tmp_path / "run" / "stacks_rank0.txt").read_text()
 
 
 def test_stacks_leave_no_file_behind_a_run_that_ends_well(settings, tmp_path):

@@ -1,8 +1,6 @@
 """`python -m vogue`, the same as the command `vogue`."""
 
-import sys
-
-from vogue.cli import main
+from vogue.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -1,16 +1,11 @@
 """What may be said to the command `vogue`: its commands, their options and their help."""
 
 import argparse
+import shlex
 import sys
-import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
-
-from vogue.config import Config
+from vogue.settings_help import settings_help
 
 RESUME = "--resume"
 HELP_WIDTH = 100  # columns of a setting's description
@@ -178,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_train(commands) -> None:
-    command = _add(commands, "train", "train a model", epilog=_settings_help())
+    command = _add(commands, "train", "train a model", epilog=settings_help())
     _add_config(command)
     command.add_argument(
         RESUME,
@@ -186,7 +181,8 @@ def _add_train(commands) -> None:
         nargs="?",
         const="",
         help="go on from the last checkpoint of trainer.output_dir, or from the one with this name: "
-        "--resume=step_000020 or --resume=best; without any checkpoint the run begins anew",
+        "--resume=step_000020 or --resume=best; --resume=whole passes over damaged ones; without any checkpoint the "
+        "run begins anew",
     )
     command.add_argument(
         "--check",
@@ -199,6 +195,20 @@ def _add_train(commands) -> None:
         default=frozenset(),
         metavar="STEPS",
         help="write a torch profiler trace of these steps, counted from 0, into trainer.output_dir/profile: 3,5",
+    )
+    command.add_argument(
+        "--restarts",
+        type=_count,
+        metavar="N",
+        help="after a crash go on by itself from the newest whole checkpoint, N times at most; not after a wrong "
+        "setting or sample, a failed reward, or a stop",
+    )
+    command.add_argument(
+        "--launcher",
+        type=shlex.split,
+        metavar="COMMAND",
+        help="what --restarts starts the ranks with, 'deepspeed --num_gpus 8 --module vogue.train' or 'srun vogue "
+        "train' for two (default: this Python, one rank)",
     )
     command.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
@@ -378,13 +388,6 @@ def _add_splits(kinds, name: str, help: str) -> argparse.ArgumentParser:
     return command
 
 
-def _steps(text: str) -> frozenset[int]:
-    steps = text.split(",")
-    if not all(step.isdecimal() for step in steps):
-        raise argparse.ArgumentTypeError(f"{text} is not a list of steps such as 3,5")
-    return frozenset(map(int, steps))
-
-
 def _add(commands, name: str, help: str, epilog: str | None = None) -> argparse.ArgumentParser:
     return commands.add_parser(
         name,
@@ -399,6 +402,13 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "settings", nargs="*", metavar="FILE.yaml | key=value", help="settings: a file first, then overrides"
     )
+
+
+def _steps(text: str) -> frozenset[int]:
+    steps = text.split(",")
+    if not all(step.isdecimal() for step in steps):
+        raise argparse.ArgumentTypeError(f"{text} is not a list of steps such as 3,5")
+    return frozenset(map(int, steps))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -430,27 +440,3 @@ def _whole_number(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number, but is {text!r}")
     return int(text)
-
-
-def _settings_help() -> str:
-    lines, section = ["settings (key=value, default in brackets):", ""], ""
-    for key, field in fields(Config, ""):
-        found = key.rpartition(".")[0]
-        if found != section:
-            lines += ["", f"{found}: {Config.model_fields[found].annotation.__doc__}", ""]
-            section = found
-        default = field.default
-        if default is None or default is PydanticUndefined:
-            default = "unset" if default is None else "required"
-        lines.append(f"  {key} [{default}]")
-        lines += textwrap.wrap(field.description or "", HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)
-
-
-def fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting below `model` by its dotted name, section by section."""
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from fields(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field

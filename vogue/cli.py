@@ -5,14 +5,10 @@ trained or overwritten.
 """
 
 import argparse
-import os
 import shlex
 import sys
-import warnings
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from vogue.inputs import Preprocessor
+import traceback
+from typing import NoReturn
 
 try:
     from rich.console import Console
@@ -20,13 +16,15 @@ try:
 
     from vogue.arguments import WARMSTART, WARMSTART_DATA, WARMSTART_DIGITS, parse
     from vogue.config import Config, load_config
-    from vogue.run.stopping import STOPPED
+    from vogue.data_commands import data
+    from vogue.quiet import quiet
+    from vogue.run.stopping import LOST, STOPPED
     from vogue.sections import RewardConfig
     from vogue.settings import ConfigError
 except ImportError as missing:  # only `vogue_kernels` was installed
     sys.exit(f"vogue: {missing.name} isn't installed: pip install 'vogue[cpu]' or 'vogue[gpu]' for training")
 
-DIVERGED = FOUND = 1  # a run whose gradients were not finite; a check that found something
+DIVERGED = FOUND = CRASHED = 1  # a run whose gradients were not finite; a check that found something; a bug
 USAGE_ERROR = 2
 
 
@@ -38,26 +36,51 @@ def main(argv: list[str] | None = None) -> int:
     from vogue.rewards import RewardError
     from vogue.run.folder import FolderError
     from vogue.run.stacks import LostRank
+    from vogue.run.telling import tell
 
     try:
         return COMMANDS[arguments.command](arguments)
-    except LostRank as error:  # of one rank, maybe not the first
-        print(f"vogue {arguments.command}: {error}", file=sys.stderr)
-        return USAGE_ERROR
     except (
-        *(ConfigError, DataError, RewardError, EndpointError, FolderError),
+        *(ConfigError, DataError, RewardError, EndpointError, FolderError, LostRank),
         *(ImportError, FloatingPointError, KeyboardInterrupt),
     ) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"vogue {arguments.command}: {str(error) or 'interrupted'}", file=sys.stderr)
-        return {FloatingPointError: DIVERGED, KeyboardInterrupt: STOPPED}.get(type(error), USAGE_ERROR)
+        tell(arguments.command, error, str(error) or "interrupted")
+        codes = {FloatingPointError: DIVERGED, KeyboardInterrupt: STOPPED, LostRank: LOST}
+        return codes.get(type(error), USAGE_ERROR)
+
+
+def command() -> NoReturn:
+    """What a shell or a launcher starts: `main`, and the end of the process."""
+    from vogue.run.restarts import note_end
+    from vogue.run.telling import tell_crash
+
+    try:
+        code = main()
+        if code != LOST:
+            note_end(code)
+    except Exception as error:  # a bug, maybe of one rank alone, whose output a launcher has mixed with the others'
+        traceback.print_exc()
+        tell_crash(error)
+        code = CRASHED
+    if "vogue.distributed" not in sys.modules:
+        sys.exit(code)
+    from vogue.distributed import leave
+
+    leave(code)
 
 
 # ------------------------------------------------------------------------------------------------------- commands
 
 
 def train(arguments: argparse.Namespace) -> int:
-    _quiet()
+    from vogue.run import launch
+
+    if arguments.restarts is not None:
+        return _restarted(arguments)
+    if arguments.launcher:
+        raise ConfigError("--launcher goes with --restarts; without them, it is what starts this command")
+    launch.join()
+    quiet()
     config = load_config(*_file_and_overrides(arguments.settings))
     from vogue.run.training import check, run
 
@@ -66,8 +89,22 @@ def train(arguments: argparse.Namespace) -> int:
     return run(config, arguments.resume, arguments.profile)
 
 
+def _restarted(arguments: argparse.Namespace) -> int:
+    from vogue.run import launch, restarts
+
+    if arguments.launcher is None:  # whose ranks are others
+        launch.join()
+    if arguments.check:
+        raise ConfigError("--check starts nothing that --restarts could start again")
+    trainer = load_config(*_file_and_overrides(arguments.settings)).trainer
+    command = [*(arguments.launcher or restarts.OWN_PYTHON), *arguments.settings]
+    if arguments.profile:
+        command.append(f"--profile={','.join(map(str, sorted(arguments.profile)))}")
+    return restarts.supervise(trainer.output_dir, trainer.timeout, command, arguments.resume, arguments.restarts)
+
+
 def plan(arguments: argparse.Namespace) -> int:
-    _quiet()
+    quiet()
     config = load_config(*_file_and_overrides(arguments.settings))
     from vogue.run import plan as module
 
@@ -81,7 +118,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    _quiet()
+    quiet()
     path, overrides = _file_and_overrides(arguments.settings)
     # A run's file may set them, and data.test=null or other samples may be asked for.
     overrides += ["trainer.eval_every=0", "trainer.save_best=null"]
@@ -190,7 +227,7 @@ def _reward(path: str | None, overrides: list[str]) -> RewardConfig:
 
 
 def sweep(arguments: argparse.Namespace) -> int:
-    _quiet()
+    quiet()
     path, overrides = _file_and_overrides(arguments.settings)
     if path is None:
         raise ConfigError("FILE is missing: what is to be run; `vogue sweep --help` shows one")
@@ -203,7 +240,7 @@ def sweep(arguments: argparse.Namespace) -> int:
 
 
 def merge(arguments: argparse.Namespace) -> int:
-    _quiet()
+    quiet()
     from vogue.model.lora import merge as write_merged
 
     write_merged(arguments.adapter, arguments.base, arguments.out)
@@ -212,7 +249,7 @@ def merge(arguments: argparse.Namespace) -> int:
 
 
 def warmstart(arguments: argparse.Namespace) -> int:
-    _quiet()
+    quiet()
     from vogue import warmstart as module
 
     console = Console()
@@ -233,112 +270,6 @@ def _refuse(given: dict[str, float], defaults: dict[str, tuple], why: str) -> No
     for name, value in given.items():
         if value != defaults[name][0]:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is {why}")
-
-
-def data(arguments: argparse.Namespace) -> int:
-    commands = {"digits": digits, "moving-digits": moving_digits, "puzzles": puzzles}
-    commands |= {"check": check_data, "show": show_data, "split": split_data}
-    return commands[arguments.kind](arguments)
-
-
-def check_data(arguments: argparse.Namespace) -> int:
-    _quiet()
-    config, preprocessor = _inspected(arguments)
-    from vogue.data.dataset import training_samples
-    from vogue.inspection import find_offenders, print_offenders, write_rows
-
-    samples, console = training_samples(config.data), Console()
-    offenders = find_offenders(samples, preprocessor, console)
-    if offenders:
-        print_offenders(samples, offenders, console)
-    else:
-        console.print(f"{samples.spec}: all {len(samples)} samples can be used")
-    if arguments.out:
-        write_rows(samples, offenders, arguments.out)
-        console.print(f"their row numbers, for data.skip={arguments.out}")
-    return FOUND if offenders else 0
-
-
-def show_data(arguments: argparse.Namespace) -> int:
-    _quiet()
-    config, preprocessor = _inspected(arguments)
-    from vogue.data.dataset import training_samples
-    from vogue.inspection import print_shown, show, write_page
-
-    samples, console = training_samples(config.data), Console()
-    if arguments.row not in samples.rows:
-        raise ConfigError(
-            f"--row {arguments.row}: {samples.spec} has no such row; they go from 0 to {samples.rows[-1]}"
-        )
-    first = samples.rows.index(arguments.row)
-    shown = [show(sample, config, preprocessor) for sample in samples[first : first + arguments.count]]
-    special = preprocessor.special_tokens if preprocessor else ()
-    for item in shown:
-        print_shown(item, special, console)
-    if preprocessor is None:
-        console.print("model.path=MODEL shows the chat text and its tokens too")
-    if arguments.html:
-        write_page(shown, f"{samples.spec}: {len(samples)} samples", special, arguments.html)
-        console.print(f"page: {arguments.html}")
-    return 0
-
-
-def split_data(arguments: argparse.Namespace) -> int:
-    _quiet()
-    is_settings = arguments.file.endswith((".yaml", ".yml"))
-    overrides = [*([] if is_settings else [f"data.train={arguments.file}"]), *arguments.settings]
-    overrides += [f"trainer.eval_samples={arguments.samples}", "trainer.eval_every=0"]
-    config = load_config(arguments.file if is_settings else None, overrides)
-    from vogue.difficulty import split
-
-    console = Console()
-    for name, count in split(config, arguments.out, console).items():
-        console.print(f"{name:8} {count:6}  {arguments.out / f'{name}.parquet' if count else ''}", soft_wrap=True)
-    return 0
-
-
-def _inspected(arguments: argparse.Namespace) -> tuple[Config, "Preprocessor | None"]:
-    """The settings of `vogue data check` and `show`, and a preprocessor where they name a model."""
-    is_settings = arguments.file.endswith((".yaml", ".yml"))
-    overrides = [*([] if is_settings else [f"data.train={arguments.file}"]), *arguments.settings]
-    has_model = is_settings or any(text.startswith("model.path=") for text in overrides)
-    config = load_config(
-        arguments.file if is_settings else None, [*([] if has_model else ["model.path=none"]), *overrides]
-    )
-    from vogue.run.chat_template import checked_preprocessor
-
-    return config, checked_preprocessor(config) if has_model else None
-
-
-def digits(arguments: argparse.Namespace) -> int:
-    from vogue.data.digits import write_digits
-
-    counts = (arguments.train, arguments.validation, arguments.test)
-    write_digits(arguments.out, *counts, arguments.seed, faintest=arguments.faintest)
-    for name in ("train", "validation", "test"):
-        print(arguments.out / f"{name}.parquet")
-    return 0
-
-
-def moving_digits(arguments: argparse.Namespace) -> int:
-    from vogue.data.moving_digits import write_moving_digits
-
-    counts = (arguments.train, arguments.validation, arguments.test)
-    write_moving_digits(arguments.out, *counts, arguments.seed, arguments.frames)
-    for name in ("train", "validation", "test"):
-        print(arguments.out / f"{name}.parquet")
-    return 0
-
-
-def puzzles(arguments: argparse.Namespace) -> int:
-    from vogue.data.puzzles import KINDS, write_puzzles
-
-    kinds = arguments.kinds or tuple(KINDS)
-    counts = (arguments.count, arguments.test)
-    write_puzzles(arguments.out, kinds, *counts, arguments.size, arguments.seed, Console(stderr=True))
-    for name in ("train", "test"):
-        print(arguments.out / f"{name}.parquet")
-    return 0
 
 
 def report(arguments: argparse.Namespace) -> int:
@@ -417,17 +348,3 @@ def _file_and_overrides(settings: list[str]) -> tuple[str | None, list[str]]:
     if files and files != settings[:1]:
         raise ConfigError(f"{files[-1]}: one YAML file may stand before the key=value settings")
     return (files[0] if files else None), settings[len(files) :]
-
-
-def _quiet() -> None:
-    """Leave the terminal to vogue: the libraries below it announce themselves at length."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed finds by itself, with a warning
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

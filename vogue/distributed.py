@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,45 +15,59 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
+from vogue.run import launch, telling
 from vogue.run.stacks import LostRank
 
 LOOPBACK = "lo"  # Linux' name of the interface
 TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
 LOST = re.compile(rf"gloo|NCCL|Connection (closed|reset) by peer|Broken pipe|{TIMED_OUT.pattern}", re.IGNORECASE)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+GROUPS_PATIENCE = ("default_pg_timeout", "default_pg_nccl_timeout")
+PATIENCE = 60.0  # seconds in which a rank that has failed must be gone
 
 
 def start(seconds: float = 1800.0) -> tuple[int, int, torch.device]:
     """Join the run that the launcher set up, or be the only rank; returns rank, number of ranks and device.
 
-    A rank waits for the others for at most so many seconds.
+    A rank waits for the others for at most so many seconds, whoever makes the group in which it does. Raises `LostRank`
+    where they don't come together.
     """
     import deepspeed
 
-    if "RANK" not in os.environ:
+    if launch.RANK not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {launch.RANK: "0", launch.LOCAL_RANK: "0", launch.RANKS: "1"}
+        os.environ |= {launch.ADDRESS: "127.0.0.1", launch.PORT: port}
     on_gpu = torch.cuda.is_available()
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank = int(os.environ[launch.LOCAL_RANK])
     if on_gpu:
         torch.cuda.set_device(local_rank)
     else:
         if "OMP_NUM_THREADS" not in os.environ:  # ranks on one machine share its cores
-            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+            local_ranks = int(os.environ.get(launch.LOCAL_RANKS, os.environ[launch.RANKS]))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         _keep_freed_memory()
         # An all-reduce for inference that nothing here uses; DeepSpeed would compile it for minutes first.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    is_first, backend, timeout = not dist.is_initialized(), "nccl" if on_gpu else "gloo", timedelta(seconds=seconds)
+    is_first, backend, patience = not dist.is_initialized(), "nccl" if on_gpu else "gloo", timedelta(seconds=seconds)
+    # DeepSpeed and vLLM make groups of their own and set no time: a rank that hangs in ZeRO's would be waited for in
+    # vain for 30 minutes, one that is slow for 10 on GPUs.
+    for name in GROUPS_PATIENCE:
+        setattr(distributed_c10d, name, patience)
     if is_first and rank_count() == 1:
         # Nobody is to be met: without a store of torch's, which would listen to everybody who reaches this machine.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # pyright: ignore
-    deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience)  # pyright: ignore
+    try:
+        deepspeed.init_distributed(backend, verbose=False, timeout=patience)
+    except dist.DistError as error:
+        where = f"{os.environ[launch.ADDRESS]}, port {os.environ[launch.PORT]}"
+        why = str(error).splitlines()[0]
+        raise LostRank(f"the {launch.ranks()} ranks haven't come together at {where}: {why}") from error
     if is_first and not on_gpu:
         # Else gloo's threads may let go of a tensor when the interpreter is already gone, which aborts the process.
         # Finalizers run at exit, the last made first: after vLLM's, which ends groups of its own.
@@ -63,7 +78,7 @@ def start(seconds: float = 1800.0) -> tuple[int, int, torch.device]:
 
 def rank_count() -> int:
     """Number of ranks, which the launcher has said before they meet."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_world_size() if dist.is_initialized() else launch.ranks()
 
 
 def _keep_freed_memory() -> None:
@@ -94,7 +109,12 @@ def leave(code: int) -> NoReturn:
     """End a launched rank with this exit code: all that is registered for the exit runs, the interpreter's end doesn't.
 
     While an engine lives, its process groups do, and threads of gloo may still want the interpreter when it is gone.
+    Where the run has failed, the others may be what an exit function waits for: it gets PATIENCE.
     """
+    if code:
+        end = threading.Timer(PATIENCE, os._exit, [code])
+        end.daemon = True
+        end.start()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -107,11 +127,11 @@ def heeding_losses() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not LOST.search(str(error)):
+        if launch.ranks() == 1 or not LOST.search(str(error)):
             raise
         waited = TIMED_OUT.search(str(error)) is not None
         why = "has hung for trainer.timeout: see stacks_rank*.txt of trainer.output_dir" if waited else "has ended"
-        raise LostRank(f"rank {dist.get_rank()}: another rank {why} ({str(error).splitlines()[0]})") from error
+        raise LostRank(f"another rank {why} ({str(error).splitlines()[0]})") from error
 
 
 def total(values: dict[str, float], device: torch.device) -> dict[str, float]:
@@ -162,6 +182,8 @@ def together(*kinds: type[Exception], meeting: Callable[[], AbstractContextManag
         mine = error
     with meeting():
         errors = gather(mine)
-    failed = [error for error in errors if error is not None]
+    failed = {rank: error for rank, error in enumerate(errors) if error is not None}
     if failed:
-        raise failed[0] from mine
+        rank, error = next(iter(failed.items()))
+        alike = len(failed) == len(errors) and len({str(one) for one in errors}) == 1
+        raise telling.agreed(error, None if alike else rank) from mine

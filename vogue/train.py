@@ -1,12 +1,12 @@
-"""What the launcher starts on every rank: `deepspeed --num_gpus 2 --module vogue.train FILE [key=value ...]`."""
+"""What a launcher starts on every rank: `torchrun --nproc-per-node 2 --module vogue.train FILE [key=value ...]`.
+
+DeepSpeed's does alike: `deepspeed --num_gpus 2 --module vogue.train FILE`. It is the command `vogue train`.
+"""
 
 import sys
 
-from vogue.cli import main
+from vogue.cli import command
 
 if __name__ == "__main__":
-    code = main(["train", *sys.argv[1:]])
-
-    from vogue.distributed import leave  # imports torch, which a wrong setting needn't wait for
-
-    leave(code)
+    sys.argv.insert(1, "train")
+    command()

@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from vogue import distributed
 from vogue.config import Config
 from vogue.model import checksums, lora
-from vogue.run.folder import FolderError, remove, replace, sync, writing
+from vogue.run.folder import NEWEST_WHOLE, FolderError, remove, replace, sync, writing
 from vogue.settings import ConfigError
 from vogue.state import RunState
 
@@ -269,27 +269,41 @@ def forget_after(root: Path, step: int) -> None:
 def find(root: Path, wanted: str) -> tuple[Path, int] | None:
     """The checkpoint with the `wanted` name, the newest one for "", and its step; None where there is none at all.
 
-    "best" is the one that the link of this name leads to. All ranks call, and share the checking of its files. Raises
-    `ConfigError` for one that isn't there, was written by another number of ranks, has the model alone, or is damaged,
-    with the way on.
+    "best" is the one that the link of this name leads to, "whole" the newest one that a run can go on from. All ranks
+    call, and share the checking of its files. Raises `ConfigError` for one that isn't there, was written by another
+    number of ranks, has the model alone, or is damaged, with the way on.
     """
     found = {path.name: path for path in checkpoints(root)}
     if wanted == BEST and (best := best_of(root)):
         wanted = best.name
-    if wanted and wanted not in found:
+    if wanted and wanted not in (*found, NEWEST_WHOLE):
         there = f"there are: {', '.join(found)}" if found else "there are none"
         raise ConfigError(f"--resume={wanted}: there is no such checkpoint in {root}; {there}")
     if not found:
         return None
-    folder = found[wanted or [*found][-1]]
+    all_found = [*found.values()]
+    if wanted != NEWEST_WHOLE:
+        return _checked(found[wanted or all_found[-1].name], all_found)
+    for folder in reversed(all_found):
+        try:
+            return _checked(folder, all_found)
+        except ConfigError as error:
+            if folder == all_found[0]:
+                raise
+            if dist.get_rank() == 0:
+                warnings.warn(f"passed over: {error}", stacklevel=2)
+
+
+def _checked(folder: Path, found: list[Path]) -> tuple[Path, int]:
+    """A checkpoint and its step; raises `ConfigError`, with the way on, where a run can't go on from it."""
     damage = _damage(folder, (RUN, DEEPSPEED))
     if damage:
-        raise ConfigError(f"--resume: {folder} is damaged: {'; '.join(damage)}. {_way_on(folder, [*found.values()])}")
+        raise ConfigError(f"--resume: {folder} is damaged: {'; '.join(damage)}. {_way_on(folder, found)}")
     state = _state(folder)
     if state.model_only:
         raise ConfigError(
             f"--resume: {folder} was written with trainer.save_model_only=true, so that no run can go on from it. "
-            f"{_way_on(folder, [*found.values()])}"
+            f"{_way_on(folder, found)}"
         )
     if state.ranks != dist.get_world_size():
         raise ConfigError(

@@ -23,6 +23,7 @@ PHASES = ("data", "rollout", "reward", "train", "sync", "wait")  # of a step; on
 TRAIN_PHASES = ("pack", "old", "forward", "backward", "update")  # within "train"
 LOCK = ".lock"
 IMAGES = "completions"  # of completions.jsonl
+NEWEST_WHOLE = "whole"  # as `--resume` takes it: the newest checkpoint that a run can go on from
 FULL = (errno.ENOSPC, errno.EDQUOT)
 LEAST_FREE = 1 << 20  # bytes; a disk with less is full, whatever the library that failed to write says
 
@@ -146,23 +147,36 @@ def is_full(error: Exception, folder: Path) -> bool:
 
 def check_writable(folder: Path) -> None:
     """Raise `ConfigError` where no run can write to `folder`; tries it, and leaves nothing behind."""
-    made: list[Path] = []
     try:
-        for part in reversed([folder, *folder.parents]):
-            if not part.exists():
-                part.mkdir()
-                made.append(part)
-        with tempfile.TemporaryFile(dir=folder) as probe:
+        with kept_for_a_while(folder), tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(4096))
             probe.flush()
             os.fsync(probe.fileno())
     except (OSError, ValueError) as error:  # ValueError of a name that no file can have
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"trainer.output_dir={folder}: no run can be written there: {why}") from None
+
+
+@contextmanager
+def kept_for_a_while(folder: Path) -> Iterator[None]:
+    """The folder is there in the block; what of it was missing is gone again afterwards."""
+    made: list[Path] = []
+    try:
+        for part in reversed([folder, *folder.parents]):
+            if not part.exists():
+                part.mkdir()
+                made.append(part)
+        yield
     finally:
         for part in reversed(made):
             with suppress(OSError):  # somebody else is in it by now
                 part.rmdir()
+
+
+def check_new(folder: Path) -> None:
+    """Raise `ConfigError` where a new run would overwrite another one."""
+    if parts(folder / "metrics.jsonl") or any((folder / "checkpoints").glob("step_*")):
+        raise ConfigError(f"{folder} holds a run already: pass --resume, or another trainer.output_dir")
 
 
 def check_unlocked(folder: Path) -> None:

@@ -11,6 +11,8 @@ trackers.json       the run's ids in the trackers of `trainer.report_to` (`vogue
 
 import json
 import os
+import time
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -19,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vogue.config import Config, dumped, flatten, load_config
 from vogue.evaluate import headline
-from vogue.run.folder import IMAGES, check_writable, iterate_rows, lines_of, parts, replace, rotate
+from vogue.run.folder import IMAGES, check_new, check_writable, iterate_rows, lines_of, parts, replace, rotate
 from vogue.run.trackers import Trackers
 from vogue.settings import ConfigError
 
@@ -53,8 +55,7 @@ def check_folder(config: Config, resume: bool) -> None:
     folder = config.trainer.output_dir
     check_writable(folder)
     if not resume:
-        if parts(folder / "metrics.jsonl") or any((folder / "checkpoints").glob("step_*")):
-            raise ConfigError(f"{folder} holds a run already: pass --resume, or another trainer.output_dir")
+        check_new(folder)
         return
     for name in STEPS_BEHIND:
         for _ in iterate_rows(folder / name):
@@ -137,12 +138,15 @@ class RunLog:
     """Writes metrics, evaluations and completions, and draws the progress bar; a context manager."""
 
     def __init__(self, config: Config, start: int, console: Console):
-        self.folder = config.trainer.output_dir
+        self.folder, self.steps = config.trainer.output_dir, config.trainer.steps
         self.most_bytes = int(1e6 * (config.trainer.log_rotation_mb or 0))
         self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start)
         self.trackers = Trackers(config, start > 0)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, TextColumn("{task.fields[shown]}"), console=console)
+        # A file that a scheduler keeps would have the bar once, at the end: there, every step is a line.
+        self.live, shown = console.is_terminal, TextColumn("{task.fields[shown]}")
+        self.progress = Progress(*columns, shown, console=console, disable=not self.live)
+        self.started = time.monotonic(), start
         self.task = self.progress.add_task(config.method, total=config.trainer.steps, completed=start, shown="")
 
     def __enter__(self) -> "RunLog":
@@ -161,6 +165,14 @@ class RunLog:
         self.trackers.table(completions, step)
         shown = "  ".join(f"{label} {metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics)
         self.progress.update(self.task, completed=step + 1, shown=shown)
+        if not self.live:
+            self._print(f"step {step + 1}/{self.steps}  {shown}  left {self._left(step + 1)}")
+
+    def _left(self, done: int) -> str:
+        """The time that the rest of the run takes, as h:mm:ss, if its steps take as long as those so far."""
+        began, first = self.started
+        seconds = (time.monotonic() - began) / (done - first) * (self.steps - done)
+        return str(timedelta(seconds=round(seconds)))
 
     def evaluation(self, step: int, record: dict) -> None:
         """`record`: see `vogue.evaluate.evaluation_row`."""
@@ -171,7 +183,10 @@ class RunLog:
         self.progress.console.print(f"after {step} steps: held-out {shown}")
 
     def warn(self, text: str) -> None:
-        self.progress.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        self._print(text, "yellow")
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        self.progress.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():

@@ -26,7 +26,7 @@ from vogue.model.policy import check_attention
 from vogue.model.reference import check_reference
 from vogue.rewards import RewardError, check_function
 from vogue.rollout.sampling import told_of_truncation
-from vogue.run import logs, trackers
+from vogue.run import launch, logs, trackers
 from vogue.run.chat_template import checked_preprocessor
 from vogue.run.folder import check_unlocked
 from vogue.run.memory import (
@@ -66,7 +66,7 @@ class Preflight:
 def examine(config: Config, resume: bool) -> Preflight:
     """Look at folder, model, chat template, memory, DeepSpeed's settings and reward of a run; its data comes next."""
     found = Preflight()
-    if os.environ.get("RANK", "0") == "0":  # which writes there, and tries it
+    if launch.rank() == 0:  # which writes there, and tries it
         found.of(logs.check_folder, config, resume)
         found.of(check_unlocked, config.trainer.output_dir)
         found.problems += trackers.missing(config)

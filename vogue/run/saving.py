@@ -17,11 +17,11 @@ import torch
 from vogue import distributed
 from vogue.config import Config
 from vogue.model import checkpoint
+from vogue.run import launch
+from vogue.run.restarts import ENDED
 from vogue.settings import ConfigError
 
 CHECKPOINT = "VOGUE_CHECKPOINT"  # the environment variable of `trainer.save_command`
-# What makes a process a rank of this run, which the command isn't: `vogue eval` in it would wait for the others.
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TAIL = 500  # characters of a failed command's output that are told
 
 
@@ -76,7 +76,8 @@ def run_command(config: Config, folder: Path) -> str | None:
     command = config.trainer.save_command
     if command is None:
         return None
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    # The command is no rank of this run: `vogue eval` in it would wait for the others.
+    environment = {name: value for name, value in os.environ.items() if name not in (*launch.NAMES, ENDED)}
     environment[CHECKPOINT] = str(folder.absolute())
     seconds = config.trainer.timeout / 2  # the other ranks wait no longer than all of it
     try:

@@ -1,7 +1,7 @@
 """What every rank is doing when one of them hangs: output_dir/stacks_rank0.txt and so on, a stack for each thread.
 
 The others wait for it for `trainer.timeout` seconds at most. A rank writes its stacks down after WAITED of that,
-counted from the beginning of a step, and whatever it is doing; they are gone with the next step.
+counted from its start or the beginning of a step, and whatever it is doing; they are gone with the next step.
 """
 
 import faulthandler

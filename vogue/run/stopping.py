@@ -4,8 +4,8 @@ SIGINT (Ctrl-C) and SIGTERM (of a scheduler, a launcher, `vogue sweep`) are wish
 the evaluation. All ranks stop at the same one, whichever of them was told. A second SIGINT ends a rank where it is. Who
 sends SIGTERM may have less patience: DeepSpeed's launcher, which sends it after Ctrl-C too, kills a rank 30 s later.
 
-DeepSpeed's command passes no signal on, and neither it nor the launcher that it starts can when it is killed. Ranks
-that have lost either of them stop as if they had been told.
+DeepSpeed's command passes no signal on, and neither it nor the launcher that it starts, nor torchrun, can when it is
+killed. Ranks that have lost one of them stop as if they had been told.
 """
 
 import os
@@ -15,10 +15,16 @@ from pathlib import PurePath
 
 import psutil
 
+from vogue.run import launch
+
 STOPPED = 128 + signal.SIGINT  # exit code
+LOST = 3  # exit code where the launcher, or another rank, no longer answers
 TOLD = b"\nvogue: stopping after this step or evaluation; Ctrl-C again stops at once\n"
 ORPHANED = b"\nvogue: the launcher has ended: stopping after this step or evaluation\n"
-LAUNCHERS = ("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch")  # in their command lines
+LAUNCHERS = (  # in their command lines
+    *("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch"),
+    *("torchrun", "torch.distributed.run"),
+)
 
 
 class Stop:
@@ -31,9 +37,14 @@ class Stop:
     @property
     def asked(self) -> bool:
         """Whether the run is to stop: by a signal, by the end of its launcher, or since it was set."""
-        if not self._asked and _launchers() != self._launched_by:
+        if not self._asked and self.is_orphaned:
             self._ask_once(ORPHANED)
         return self._asked
+
+    @property
+    def is_orphaned(self) -> bool:
+        """Whether the launcher has ended, or the command that started it."""
+        return _launchers() != self._launched_by
 
     @asked.setter
     def asked(self, value: bool) -> None:
@@ -56,7 +67,7 @@ class Stop:
         self._ask_once(TOLD)
 
     def _ask_once(self, message: bytes) -> None:
-        if not self._asked and os.environ.get("RANK", "0") == "0":
+        if not self._asked and launch.rank() == 0:
             _tell(message)
         self._asked = True
 
@@ -69,7 +80,7 @@ def _tell(message: bytes) -> None:
 
 
 def _launchers() -> list[psutil.Process]:
-    """DeepSpeed's launcher of this process and the command that started that, as far as they are alive.
+    """The launcher of this process, and DeepSpeed's command that started that, as far as they are alive.
 
     A process whose parent has ended has another one, also where nobody has waited for the parent.
     """

@@ -22,12 +22,12 @@ from vogue.groups import Group
 from vogue.inputs import Preprocessor
 from vogue.model import checkpoint
 from vogue.report import plot_curves
-from vogue.run import logs, preflight, saving
-from vogue.run.folder import FolderError, locked, read_rows, writing
+from vogue.run import launch, logs, preflight, saving, shared, telling
+from vogue.run.folder import NEWEST_WHOLE, FolderError, locked, read_rows, writing
 from vogue.run.records import records
 from vogue.run.stacks import Stacks
 from vogue.run.stalled import Stalled
-from vogue.run.stopping import STOPPED, Stop
+from vogue.run.stopping import LOST, STOPPED, Stop
 from vogue.settings import ConfigError
 from vogue.trainer import FAILURES, Trainer
 
@@ -36,14 +36,15 @@ EPOCHS = "epochs"
 
 
 def run(config: Config, resume: str | None, profile: frozenset[int] = frozenset()) -> int:
-    """Train; returns the exit code, `stopping.STOPPED` where SIGINT or SIGTERM stopped it after a step.
+    """Train; returns the exit code: `STOPPED` where a signal stopped it after a step, `LOST` where its launcher ended.
 
     Every rank calls it, rank 0 shows and writes. `resume`: the checkpoint to go on from, by its name, the newest one
     for ""; None for a new run. `profile`: steps whose torch profiler trace, of each rank, goes into the run's folder.
     """
     rank, *_ = distributed.start(config.trainer.timeout)
     folder, stop, console = config.trainer.output_dir, Stop(), Console()
-    with ExitStack() as held:
+    with distributed.heeding_losses(), ExitStack() as held:
+        resume = _again(folder, resume)
         found = preflight.examine(config, resume is not None)
         preprocessor, data, held_out = _without_problems(found, config)
         if rank == 0:
@@ -54,12 +55,14 @@ def run(config: Config, resume: str | None, profile: frozenset[int] = frozenset(
             if rank == 0:
                 held.enter_context(locked(folder))
                 logs.check_folder(config, resume is not None)  # another run may have been here meanwhile
+                launch.leave_name(folder)
                 checkpoint.clear(folder / "checkpoints")
+        stacks = held.enter_context(Stacks(folder, rank, config.trainer.timeout))
+        stacks.rearm()
         trainer = Trainer(config, data, preprocessor, resume)
         with distributed.together(ConfigError, FolderError):
             log = held.enter_context(_prepared(trainer, resume, console)) if rank == 0 else None
-        stacks = held.enter_context(Stacks(folder, rank, config.trainer.timeout))
-        with stop, distributed.heeding_losses():
+        with stop:
             events = _events(trainer, held_out, profile, stop, stacks)
             if log is None:
                 for _ in events:
@@ -68,7 +71,19 @@ def run(config: Config, resume: str | None, profile: frozenset[int] = frozenset(
                 _log(events, trainer, log, stop)
     if rank == 0:
         _tell_end(trainer, console)
-    return 0 if trainer.step >= trainer.config.trainer.steps else STOPPED
+    if trainer.step >= trainer.config.trainer.steps:
+        return 0
+    return LOST if stop.is_orphaned else STOPPED
+
+
+def _again(folder: Path, resume: str | None) -> str | None:
+    """`resume`; the newest whole checkpoint where torchrun starts again what it has started as a new run.
+
+    Its command is the same then, without --resume. All ranks call; only torchrun on a rank's own node counts restarts.
+    """
+    mine = distributed.gather((launch.attempt(), launch.rank() == 0 and launch.has_begun(folder)))
+    is_again = resume is None and any(attempts for attempts, _ in mine) and mine[0][1]
+    return NEWEST_WHOLE if is_again else resume
 
 
 def check(config: Config, resume: str | None) -> int:
@@ -84,6 +99,7 @@ def check(config: Config, resume: str | None) -> int:
 
 def _without_problems(found: preflight.Preflight, config: Config) -> tuple[Preprocessor, Checked, Sequence[Sample]]:
     """What a run goes on with; raises `ConfigError` with all problems of all ranks, those of the data last."""
+    found.problems += shared.problems(config.trainer.output_dir)
     preprocessor, problems = found.preprocessor, distributed.gather(found.problems)
     found.problems = list(dict.fromkeys(text for part in problems for text in part))
     usable = all(distributed.gather(preprocessor is not None))
@@ -253,7 +269,7 @@ def _with_checkpoint(error: Exception, trainer: Trainer, saved: int) -> tuple[Pa
     except FolderError as unsaved:
         return None, FolderError(f"{error}\n{unsaved}")
     stopped = f"stopped after {trainer.step} of {trainer.config.trainer.steps} steps"
-    return folder, type(error)(f"{error}\n{stopped}; {_way_on(trainer)}")
+    return folder, telling.reworded(error, f"{error}\n{stopped}; {_way_on(trainer)}")
 
 
 @contextmanager
