@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Some containers set this; every process would then spend half a minute on compiling what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test long fast lint types bench clean mutants matrix
+.PHONY: help setup demo test long chaos fast lint types bench clean mutants matrix
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -43,6 +43,10 @@ test: setup  ## the test suite
 
 long: setup  ## further cases of what is slow, several ranks and families: half an hour
 	python -m pytest -m long
+
+MINUTES := 60
+chaos: setup  ## runs that are killed, starved, stopped and damaged, and a table of what became of them; an hour, or MINUTES=5
+	CHAOS_MINUTES=$(MINUTES) $(shell unshare -rm true 2>&1 && echo unshare -rm) python -m pytest tests/chaos -m chaos
 
 fast: setup  ## the tests that take less than ten seconds each
 	python -m pytest -m "not slow"

@@ -30,10 +30,13 @@ CORPUS = ["<think></think>\\boxed{}"] * 100 + ["system\nuser\nassistant\n", "Thi
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    left_out = ("long", "chaos")
     for item in items:
-        if item.get_closest_marker("long"):
+        if any(map(item.get_closest_marker, left_out)):
             item.add_marker("slow")  # so that `-m "not slow"`, which takes the place of `-m "not long"`, leaves it out
-    slow = Counter(x.path for x in items if x.get_closest_marker("slow") and not x.get_closest_marker("long"))
+    slow = Counter(
+        x.path for x in items if x.get_closest_marker("slow") and not any(map(x.get_closest_marker, left_out))
+    )
     items.sort(key=lambda item: -slow[item.path])  # the slowest files first: two workers then end together
 
 

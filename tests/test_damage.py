@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 from ranks import environment, launcher
@@ -91,9 +92,12 @@ def test_a_damaged_checkpoint_is_named_and_the_whole_one_before_it_offered(damag
     assert f"model.path={folder}/checkpoints/{readable}/hf with another trainer.output_dir begins a new run" in line
 
 
-def test_the_checkpoint_before_a_damaged_one_ends_in_the_same_weights(damaged, finished):
+@pytest.mark.parametrize("how", ["step_000002", "whole"])
+def test_the_checkpoint_before_a_damaged_one_ends_in_the_same_weights(damaged, finished, how):
     folder, run = damaged
-    code, _ = run(lambda step: cut(step / SHARD), "--resume=step_000002")
+    told = pytest.warns(UserWarning, match=r"passed over: --resume: .*step_000004 is damaged: ")
+    with told if how == "whole" else nullcontext():
+        code, _ = run(lambda step: cut(step / SHARD), f"--resume={how}")
     assert code == 0
     again, first = (load_file(run / "checkpoints/step_000004/hf/model.safetensors") for run in (folder, finished[1]))
     assert all((again[name] == first[name]).all() for name in first)
