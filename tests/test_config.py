@@ -31,7 +31,7 @@ def load(*overrides, path=None):
         ("trainer.steps=", "trainer.steps='': input should be a valid integer"),
         ("rollout.n=1", "rollout.n=1: input should be greater than or equal to 2"),
         ("rollout.temperature=0", "rollout.temperature=0: input should be greater than 0"),
-        ("rollout.engine=sglang", "rollout.engine='sglang': input should be 'vllm' or 'hf'"),
+        ("rollout.engine=sglang", "rollout.engine='sglang': input should be 'vllm', 'server' or 'hf'"),
         ("branch.probability=1.5", "branch.probability=1.5: input should be less than or equal to 1"),
         ("branch.granularity=token", "branch.granularity='token': input should be 'prompt', 'response' or 'step'"),
         ("guidance.beta_per=0", "guidance.beta_per=0: input should be greater than 0"),

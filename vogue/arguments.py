@@ -71,6 +71,14 @@ config.yaml beside the file.
   vogue score '<think>5 + 7</think> \\boxed{12 cm}' 12
   vogue score '<think></think><answer>3:05</answer>' 3:10 reward.design=continuous
   vogue score --file runs/demo/vogue/completions.jsonl"""
+SERVE_HELP = """\
+The settings are those of the training: model, dtype, lengths, rollout.engine_args, rollout.tensor_parallel. Its GPUs
+are those of CUDA_VISIBLE_DEVICES. The environment variable VLLM_API_KEY is the key that it asks for at every door but
+/health; without a key it listens on this machine alone. docs/rollouts.md says how weights get there.
+
+on the machine of the servers, and on that of the training:
+  CUDA_VISIBLE_DEVICES=0 VLLM_API_KEY=... vogue serve run.yaml --host 10.0.0.7 --port 8000
+  VLLM_API_KEY=... deepspeed --module vogue.train run.yaml rollout.engine=server rollout.servers=[http://10.0.0.7:8000]"""
 REPORT_HELP = """\
 learning curves, pass@k before and after, exploration, guidance, times, and every logged completion with its images and
 its tokens coloured by u_per or entropy. Runs that differ in their seed alone are one method: their mean with a band.
@@ -157,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_sweep(commands)
     _add_eval(commands)
+    _add_serve(commands)
     _add_score(commands)
     _add_report(commands)
     _add_watch(commands)
@@ -279,6 +288,13 @@ def _add_eval(commands) -> None:
         "image)",
     )
     command.add_argument("--out", type=Path, metavar="FILE", help="write every completion with its score, JSONL")
+
+
+def _add_serve(commands) -> None:
+    command = _add(commands, "serve", "a server of vLLM, for trainings with rollout.engine=server", SERVE_HELP)
+    _add_config(command)
+    command.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where it listens (default 127.0.0.1)")
+    command.add_argument("--port", type=_count, default=8000, metavar="N", help="(default 8000)")
 
 
 def _add_score(commands) -> None:

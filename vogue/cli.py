@@ -1,4 +1,4 @@
-"""The command `vogue`: warmstart, train, plan, sweep, eval, score, report, watch, merge, data, doctor.
+"""The command `vogue`: warmstart, train, plan, sweep, eval, serve, score, report, watch, merge, data, doctor.
 
 A wrong setting or sample ends a command with one message on standard error and exit code 2, before anything is
 trained or overwritten.
@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     from vogue.benchmarks import EndpointError
     from vogue.data import DataError
     from vogue.rewards import RewardError
+    from vogue.rollout.engine import EngineError
     from vogue.run.folder import FolderError
     from vogue.run.stacks import LostRank
     from vogue.run.telling import tell
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return COMMANDS[arguments.command](arguments)
     except (
-        *(ConfigError, DataError, RewardError, EndpointError, FolderError, LostRank),
+        *(ConfigError, DataError, RewardError, EngineError, EndpointError, FolderError, LostRank),
         *(ImportError, FloatingPointError, KeyboardInterrupt),
     ) as error:
         tell(arguments.command, error, str(error) or "interrupted")
@@ -151,6 +152,16 @@ def evaluate(arguments: argparse.Namespace) -> int:
         write_judged(judged, arguments.out)
         console.print(f"completions and scores: {arguments.out}")
     return 0
+
+
+def serve(arguments: argparse.Namespace) -> NoReturn:
+    quiet()
+    config = load_config(*_file_and_overrides(arguments.settings))
+    from vogue.rollout.serving import serve as become_server
+    from vogue.rollout.vllm import check_engine_args
+
+    check_engine_args(config)
+    become_server(config, arguments.host, arguments.port)
 
 
 def _evaluate_benchmark(config: Config, arguments: argparse.Namespace, pass_at: tuple[int, ...]) -> int:
@@ -310,6 +321,7 @@ COMMANDS = {
     "plan": plan,
     "sweep": sweep,
     "eval": evaluate,
+    "serve": serve,
     "score": score,
     "report": report,
     "watch": watch,

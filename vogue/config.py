@@ -129,7 +129,7 @@ class Config(Section):
             ("rollout.temperature", self.rollout.temperature),
             ("trainer.eval_temperature", self.trainer.eval_temperature),
         ):
-            if self.rollout.engine == "vllm" and value is not None and value > VLLM_HOTTEST:
+            if self.rollout.engine != "hf" and value is not None and value > VLLM_HOTTEST:
                 raise ValueError(f"{name}={value}: vLLM samples at temperatures up to {VLLM_HOTTEST:g}")
         for name, all_tokens in ALL_TOKENS.items():
             value = getattr(self.trainer, f"eval_{name}")

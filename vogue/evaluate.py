@@ -15,21 +15,22 @@ from rich.progress import track
 from vogue.benchmarks import Average, Benchmark, Line, Problem, Share
 from vogue.benchmarks.answers import Answered, read_answers
 from vogue.config import Config
-from vogue.data import Sample
+from vogue.data import DataError, Sample
 from vogue.data.dataset import check_samples, test_samples
 from vogue.data.prompts import with_view
 from vogue.estimates import Estimate, estimate, pass_at_k, powers_of_two
 from vogue.inputs import Preprocessor
 from vogue.loader import perturbed
 from vogue.method.perturb import perturb
-from vogue.rewards import Score, check_function
+from vogue.rewards import RewardError, Score, check_function
 from vogue.rewards.groups import score_groups
 from vogue.rollout import create_engine
-from vogue.rollout.engine import Completion, Engine, Request
+from vogue.rollout.engine import Completion, Engine, EngineError, Request
 from vogue.rollout.sampling import of_evaluations
 from vogue.run.chat_template import checked_preprocessor
 from vogue.seeds import Purpose, seed_for
 
+FAILURES = (DataError, RewardError, EngineError)  # that end a run between two steps, with a checkpoint
 CHUNK = 64  # problems generated at a time, so that the progress bar moves and their images fit into memory
 
 

@@ -28,7 +28,7 @@ from vogue.metrics import Means
 from vogue.model.packing import Batch, Place, Row
 from vogue.objective import has_gradient, reads_all
 from vogue.rewards import Score
-from vogue.rollout.engine import Completion, Engine, Request
+from vogue.rollout.engine import Completion, Generates, Request
 from vogue.rollout.sampling import of_rollouts
 from vogue.seeds import Purpose, rng_for, seed_for
 
@@ -87,7 +87,7 @@ class Group:
     behaviours: tuple[Tensor | None, ...] = ()  # of each completion, as `Row`'s
 
 
-def generate(engine: Engine, config: Config, items: Sequence[Item], step: int) -> list[Group]:
+def generate(engine: Generates, config: Config, items: Sequence[Item], step: int) -> list[Group]:
     """The groups that the items' draws ask for, unscored.
 
     With `branch.rollout=drawn` one of every view that is drawn: both, where draws are per response and differ. With
@@ -116,7 +116,7 @@ def generate(engine: Engine, config: Config, items: Sequence[Item], step: int) -
 
 
 def _complete(
-    engine: Engine, config: Config, step: int, wanted: Sequence[tuple[Item, str]], n: int
+    engine: Generates, config: Config, step: int, wanted: Sequence[tuple[Item, str]], n: int
 ) -> list[tuple[Completion, ...]]:
     """`n` completions for each item's view of that name."""
     requests = [

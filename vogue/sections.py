@@ -235,7 +235,33 @@ class RewardConfig(Section):
 class RolloutConfig(Section):
     """How completions are generated."""
 
-    engine: Literal["vllm", "hf"] = Field("vllm", description="what generates completions: vLLM, or transformers (hf)")
+    engine: Literal["vllm", "server", "hf"] = Field(
+        "vllm",
+        description="what generates completions: vLLM in the trainer's process, vLLM in servers of its own (server), "
+        "or transformers (hf)",
+    )
+    servers: list[Annotated[str, Field(pattern=r"^https?://[^/]+/?$")]] = Field(
+        [],
+        description="servers of vLLM to ask, each started by `vogue serve`: [http://10.0.0.7:8000]; the key that they "
+        "ask for is the environment variable VLLM_API_KEY. Unset: with rollout.engine=server the run starts its own",
+    )
+    server_count: Count = Field(1, description="servers that the run starts on this machine, and ends")
+    server_gpus: list[Annotated[int, Field(ge=0)]] = Field(
+        [],
+        description="numbers of the GPUs of the servers that the run starts, rollout.tensor_parallel for each: [6, 7]; "
+        "the training has the others",
+    )
+    server_timeout: Positive = Field(600.0, description="seconds that servers may take until they are up")
+    weight_transfer: Literal["auto", "nccl", "folder"] = Field(
+        "auto",
+        description="how weights reach servers: by NCCL from GPU to GPU, or through a folder of files; auto: nccl "
+        "where the trainer has a GPU",
+    )
+    weight_folder: Path | None = Field(
+        None,
+        description="folder that trainer and servers share, for weight_transfer=folder; unset: this machine's memory, "
+        "/dev/shm",
+    )
     prompts: Count = Field(32, description="prompts a step, of all ranks together")
     rounds: Count = Field(
         1,
@@ -271,7 +297,7 @@ class RolloutConfig(Section):
     tensor_parallel: Count = Field(
         1,
         description="ranks that share one engine of vLLM, each with its part of every layer (tensor parallelism); "
-        "divides the number of ranks",
+        "divides the number of ranks. With rollout.engine=server, GPUs of one server",
     )
     sleep: bool = Field(
         False,
@@ -285,14 +311,37 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _arguments_have_an_engine(self) -> "RolloutConfig":
-        if self.engine_args and self.engine != "vllm":
+        if self.engine_args and self.engine == "hf":
             raise ValueError(f"rollout.engine_args are vLLM's, but rollout.engine={self.engine}")
-        if self.tensor_parallel > 1 and self.engine != "vllm":
+        if self.tensor_parallel > 1 and self.engine == "hf":
             raise ValueError(
                 f"rollout.tensor_parallel={self.tensor_parallel} is vLLM's, but rollout.engine={self.engine}"
             )
         if self.sleep and self.engine != "vllm":
             raise ValueError(f"rollout.sleep=true is vLLM's, but rollout.engine={self.engine}")
+        return self
+
+    @model_validator(mode="after")
+    def _servers_are_asked_for(self) -> "RolloutConfig":
+        for name in ("servers", "server_count", "server_gpus", "weight_transfer", "weight_folder"):
+            value = getattr(self, name)
+            given = value != type(self).model_fields[name].default
+            if given and self.engine != "server":
+                raise ValueError(f"rollout.{name}={value}: only rollout.engine=server reads it, not {self.engine}")
+            if given and self.servers and name in ("server_count", "server_gpus"):
+                raise ValueError(f"rollout.{name}={value}: rollout.servers names servers that are started elsewhere")
+        needed = self.server_count * self.tensor_parallel
+        if self.server_gpus and len(set(self.server_gpus)) != needed:
+            raise ValueError(
+                f"rollout.server_gpus={self.server_gpus}: rollout.server_count={self.server_count} servers of "
+                f"rollout.tensor_parallel={self.tensor_parallel} take {needed} GPUs"
+            )
+        if self.weight_folder and self.weight_transfer == "nccl":
+            raise ValueError(
+                f"rollout.weight_folder={self.weight_folder}: rollout.weight_transfer=nccl writes no files"
+            )
+        if len(set(self.servers)) < len(self.servers):
+            raise ValueError(f"rollout.servers={self.servers}: one of them stands twice")
         return self
 
     @property

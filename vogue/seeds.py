@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     DEGRADE = 11
     CRITIC = 12
     DEALT = 13  # which value head learns of which token
+    PROBE = 14  # a completion that a server's weights are tried by
 
 
 def seed_for(seed: int, purpose: Purpose, *where: int) -> int:

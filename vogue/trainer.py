@@ -25,13 +25,14 @@ from dataclasses import replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from vogue import distributed
 from vogue.config import Config, with_steps
 from vogue.data import DataError, Sample
 from vogue.data.dataset import Checked
-from vogue.evaluate import CHUNK, Judged, judge, requests_for
+from vogue.engine_check import Servers, mismatch
+from vogue.evaluate import CHUNK, FAILURES, Judged, judge, requests_for
 from vogue.groups import (
     RIGHT,
     WRONG,
@@ -54,7 +55,7 @@ from vogue.groups import (
     traced,
 )
 from vogue.inputs import NOISY, RAW, Preprocessor
-from vogue.loader import SCORES, Loader
+from vogue.loader import SCORES, Item, Loader
 from vogue.method import branch
 from vogue.method.uncertainty import Signals, TokenStats, read_signals
 from vogue.metrics import Clock, Means, memory_limit, peak_memory
@@ -69,7 +70,7 @@ from vogue.objective import objective, uncertainties
 from vogue.passes import looked_at, needs_look, referred
 from vogue.prompt_scores import TOKENS, refreshed, remembered
 from vogue.replay import remember, with_replayed
-from vogue.rewards import RewardError, verifier
+from vogue.rewards import verifier
 from vogue.rewards.groups import score_groups
 from vogue.rollout import create_engine
 from vogue.rollout.engine import media_token_ids
@@ -80,7 +81,6 @@ from vogue.state import RunState
 from vogue.steering import entropy_coef, steer_entropy
 from vogue_kernels import GuidanceConfig
 
-FAILURES = (DataError, RewardError)  # that end a run between two steps, with a checkpoint
 DATA = "data"  # the run's state under this name: the fingerprint of what it is trained on
 MOST_SKIPPED = 3  # updates in a row whose gradient isn't finite
 
@@ -134,6 +134,7 @@ class Trainer:
             checkpoint.load(self.deepspeed, folder, config)
         if found or config.lora.adapter:
             self.sync()
+        self.keep_up()
 
     @property
     def checkpoints(self):
@@ -146,6 +147,7 @@ class Trainer:
         """
         clock, means, settled = Clock(), Means(), self.state.settled
         try:
+            self.keep_up()
             self.refresh(means, clock)
             groups = self.roll_out(means, clock)  # x' = T(x), z, o_1..o_G, r, A
             groups = with_replayed(groups, self.state, self.config, self.step, means)
@@ -168,6 +170,7 @@ class Trainer:
         self.step += 1
         with clock("sync"):
             self.sync()
+            self.check_sync(groups[0].item, means)
         tally(groups, means)
         return StepResult(self.step_metrics(means, clock), groups)
 
@@ -396,8 +399,20 @@ class Trainer:
         if self.engine.version != self.step:
             raise RuntimeError(f"the rollout engine has weights of step {self.engine.version}, not of {self.step}")
 
+    def keep_up(self) -> None:
+        """Give the weights again to a server that has restarted since the last sync, if there is one."""
+        if not self.engine.up_to_date():
+            self.sync()
+
+    def check_sync(self, item: Item, means: Means) -> None:
+        """Hold log-probabilities of every server to the policy's, on a prompt; raises `EngineError` for others."""
+        if self.config.rollout.engine == "server":
+            given = (self.config, self.step, self.device, self.processor.tokenizer.pad_token_id)
+            means.add("mismatch/sync", mismatch(cast(Servers, self.engine), self.deepspeed, item, *given))
+
     def evaluate(self, samples: Sequence[Sample]) -> list[Judged]:
         """Judge `samples` with the rollout engine's weights, shared over the ranks; every rank gets all results."""
+        self.keep_up()
         numbers = range(self.rank, len(samples), self.ranks)  # in turns, since neighbours are often of one kind
         mine: list[Judged] = []
         for start in range(0, -(-len(samples) // self.ranks), CHUNK):  # as many on every rank: some share an engine

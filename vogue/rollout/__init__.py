@@ -1,6 +1,6 @@
 """Prompts in, completions out, weights in: the engine that generates, by vLLM or by transformers.
 
-`engine.py` says what an engine is; `vllm.py` and `hf.py`, where vLLM can't be installed, are the two that there are.
+`engine.py` says what an engine is; `vllm.py`, `server.py` and `hf.py`, where vLLM can't be installed, are the three.
 """
 
 from itertools import chain
@@ -29,6 +29,10 @@ def create_engine(config: Config, processor: ProcessorMixin, model: PreTrainedMo
         from vogue.rollout.vllm import VllmEngine
 
         return VllmEngine(config, processor, model)
+    if config.rollout.engine == "server":
+        from vogue.rollout.server import ServerEngine
+
+        return ServerEngine(config, processor, model)
     from vogue.rollout.hf import HfEngine
 
     return HfEngine(config, processor, model)
@@ -46,7 +50,8 @@ def _with_adapter(config: Config, processor: ProcessorMixin) -> Engine:
 def _check_model(config: Config) -> None:
     checkpoint = read_checkpoint(config.model.path)
     check_length(checkpoint.model.config.get_text_config(), config)
-    if config.rollout.engine == "vllm":
+    if config.rollout.engine != "hf":
         check_experts(checkpoint)
-        check_engine(checkpoint.model, config)
+        if not config.rollout.servers:
+            check_engine(checkpoint.model, config)
     check_finite(config.model.path, checkpoint.files)

@@ -1,7 +1,7 @@
 """A rollout engine takes prompts and the policy's weights, and gives completions.
 
-An engine has `generate`, `sleep`, `load_weights` and `version`; there are two: `vllm.py`, and `hf.py` where vLLM can't
-be installed. A rank generates for its own prompts; ranks that share an engine of vLLM call it together.
+There are three: `vllm.py`, in the trainer's process; `server.py`, vLLM in processes of its own; and `hf.py` where vLLM
+can't be installed. A rank generates for its own prompts; ranks that share an engine of vLLM call it together.
 """
 
 from collections.abc import Iterable
@@ -44,8 +44,12 @@ class Completion:
     finished: bool
 
 
-class Engine(Protocol):
-    version: int  # the optimizer update whose weights it has
+class EngineError(RuntimeError):
+    """Nothing generates any more, or what is to generate can't be used; the message says what and why."""
+
+
+class Generates(Protocol):
+    """What completions come from."""
 
     def generate(self, requests: list[Request], n: int, sampling: Sampling) -> list[list[Completion]]:
         """Generate `n` completions for each request; at temperature 0, which takes n = 1, of the likeliest tokens.
@@ -55,11 +59,22 @@ class Engine(Protocol):
         """
         ...
 
+
+class Engine(Generates, Protocol):
+    version: int  # the optimizer update whose weights it has
+
     def sleep(self) -> None:
         """Give memory to training until the next `load_weights`, before which nothing can be generated, if at all."""
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...
+
+    def up_to_date(self) -> bool:
+        """Whether all that generates has the weights of `version`; every rank calls.
+
+        False where a server has restarted: `load_weights` has to come before `generate`.
+        """
+        ...
 
 
 def media_token_ids(processor: Any) -> list[int]:

@@ -139,6 +139,10 @@ class HfEngine:
         """Nothing is given away: the policy's own weights take no further memory, and a copy's stay where they are."""
 
     @torch.no_grad()
+    def up_to_date(self) -> bool:
+        """Always: nobody else gives this engine weights."""
+        return True
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Mark the weights as those of update `version`, which are copied where the engine has a model of its own.
 

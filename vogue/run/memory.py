@@ -143,7 +143,7 @@ def _check_sharing(model: PreTrainedModel, config: Config) -> None:
     """Raise `ConfigError` where `rollout.tensor_parallel` ranks can't share the model in equal parts."""
     shared, ranks = config.rollout.tensor_parallel, rank_count()
     told = f"rollout.tensor_parallel={shared}"
-    if ranks % shared:
+    if ranks % shared and config.rollout.engine == "vllm":  # a server's GPUs aren't ranks
         alone = ": a single process, as `vogue eval` is, takes 1" if ranks == 1 else ""
         raise ConfigError(f"{told} doesn't divide the number of ranks, {ranks}{alone}")
     text, vision = model.config.get_text_config(), model.config.vision_config

@@ -125,6 +125,8 @@ def sequence_bytes(sizes: Sizes, run: Layout) -> float:
 
 
 def _engine(sizes: Sizes, run: Layout) -> float:
+    if run.engine == "server":  # whose memory isn't a rank's
+        return 0.0
     if run.engine == "hf":  # it generates with the policy's own weights where they are whole
         return 0.0 if run.shards == 1 else float(run.item * sizes.weights)
     return run.engine_share * run.memory if run.on_gpu else engine_weights(sizes, run) + run.kv_cache
@@ -141,8 +143,8 @@ def _engine_in_sync(sizes: Sizes, run: Layout) -> dict[str, float]:
 
 
 def _generating(sizes: Sizes, run: Layout) -> float:
-    """What transformers generates in, beside its weights; vLLM's is in its share, or its cache."""
-    if run.engine == "vllm":
+    """What transformers generates in, beside its weights; vLLM's is in its share, or its cache, or a server's."""
+    if run.engine != "hf":
         return 0.0
     sequences = min(run.prompts, max(1, HF_SEQUENCES // run.n)) * run.n
     # With room for tokens to come; while a layer takes more, it has its keys and values twice.

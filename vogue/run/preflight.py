@@ -80,6 +80,8 @@ def examine(config: Config, resume: bool) -> Preflight:
     found.warnings += filter(None, (told_of_truncation(config), found.of(check_hub, config)))
     if config.rollout.engine_args or config.rollout.sleep:
         _check_vllm(found, config)
+    if config.rollout.engine == "server":
+        _check_servers(found, config)
     return found
 
 
@@ -88,6 +90,12 @@ def _check_vllm(found: Preflight, config: Config) -> None:
 
     found.of(check_engine_args, config)
     found.of(check_sleep, config)
+
+
+def _check_servers(found: Preflight, config: Config) -> None:
+    from vogue.rollout.serving import check_servers  # as above
+
+    found.of(check_servers, config)
 
 
 def show(found: Preflight, console: Console) -> None:
@@ -124,8 +132,9 @@ def _examine_model(found: Preflight, checkpoint: Checkpoint, config: Config) -> 
     }
     if config.kl.coef:
         checks["reference"] = (check_reference, model)
-    if config.rollout.engine == "vllm":
+    if config.rollout.engine != "hf":
         found.of(check_experts, checkpoint)
+    if config.rollout.engine != "hf" and not config.rollout.servers:
         checks["engine"] = (check_engine, model)
     for part, (check, given) in checks.items():
         if text := found.of(check, given, config):

@@ -1,0 +1,251 @@
+"""Servers of vLLM: what they generate, how they get weights, and what becomes of a step when one of them dies."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import psutil
+import pytest
+import torch
+from ranks import environment
+from test_engines import base_settings, disagreement, requests_of
+
+from vogue.config import load_config
+from vogue.data import load_samples
+from vogue.data.dataset import check_samples
+from vogue.inputs import Preprocessor
+from vogue.metrics import Means
+from vogue.rollout import create_engine
+from vogue.rollout.engine import EngineError
+from vogue.rollout.sampling import Sampling
+from vogue.rollout.server_client import KEY, Server, ServerLost
+from vogue.rollout.serving import check_servers, serve, start_servers
+from vogue.settings import ConfigError
+from vogue.trainer import Trainer
+
+pytestmark = pytest.mark.slow
+
+SECONDS = 300.0  # that a server may take to start beside other tests
+SAMPLING = Sampling(12)
+
+
+class Started:
+    """Two servers and their key, and the trainer that asks them."""
+
+    def __init__(self, settings):
+        self.settings = [*settings, "rollout.engine=server", f"rollout.server_timeout={SECONDS}"]
+        self.servers = start_servers(load_config(None, [*self.settings, "rollout.server_count=2"]))
+        self.urls = [server.url for server in self.servers]
+        os.environ[KEY] = self.servers[0].key
+        self.config = load_config(None, [*self.settings, f"rollout.servers=[{','.join(self.urls)}]"])
+        preprocessor = Preprocessor.of(self.config)
+        data = check_samples(load_samples(self.config.data.train), preprocessor.lengths)
+        self.trainer = Trainer(self.config, data, preprocessor, resume=None)
+
+    def process(self, number):
+        """The process of a server that this one has started."""
+        port = self.urls[number].rpartition(":")[2]
+        return next((child for child in psutil.Process().children() if port in child.cmdline()), None)
+
+    def kill(self, number):
+        found = self.process(number)
+        family = [found, *found.children(recursive=True)] if found else []
+        for one in family:
+            one.kill()
+        psutil.wait_procs(family)
+
+    def restart(self, number):
+        """Start a server of the same address, as a user does; it isn't up yet."""
+        port = self.urls[number].rpartition(":")[2]
+        command = [sys.executable, "-m", "vogue", "serve", *self.settings, "--port", port]
+        self.restarted = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+
+    def await_restarted(self, number):
+        end = time.monotonic() + SECONDS
+        while True:
+            with contextlib.suppress(ServerLost):
+                return self.servers[number].label()
+            assert self.restarted.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def started(model_folder, digits_folder, tmp_path_factory):
+    settings = base_settings(model_folder, digits_folder / "train.parquet", tmp_path_factory.mktemp("run"))
+    found = Started([*settings, "trainer.deepspeed.zero_optimization.stage=0", "optimizer.lr=1e-3"])
+    yield found
+    os.environ.pop(KEY, None)
+    found.kill(1)  # which may have been started anew, and doesn't end with this process
+
+
+def tokens(groups):
+    return [[completion.token_ids for completion in group] for group in groups]
+
+
+def test_servers_generate_what_the_policy_thinks_and_follow_every_part_of_it(started):
+    trainer = started.trainer
+    assert [server.url for server in trainer.engine._live] == started.urls
+    assert disagreement(trainer) < 1e-3
+    before = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.policy.model.parameters():
+            parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+    assert disagreement(trainer) > 1e-2  # stale
+    trainer.sync()
+    assert disagreement(trainer) < 1e-3
+    with torch.no_grad():
+        for name, parameter in trainer.policy.named_parameters():
+            parameter.copy_(before[name])
+    trainer.sync()
+
+
+def test_a_sync_that_left_something_old_is_found(started):
+    trainer = started.trainer
+    head = trainer.policy.model.get_input_embeddings().weight
+    item = trainer.loader.items(0)[0]
+    means = Means()
+    trainer.check_sync(item, means)
+    assert 0 < means["mismatch/sync"].total < 1e-3
+    with torch.no_grad():
+        head.mul_(1.1)
+        try:
+            with pytest.raises(EngineError, match=r"^after 0 steps .* it hasn't all of the policy's weights$"):
+                trainer.check_sync(item, means)
+        finally:
+            head.div_(1.1)
+    trainer.sync()
+
+
+def test_nobody_without_the_key_changes_a_server(started):
+    url = started.urls[0]
+    for path in ("/collective_rpc", "/pause", "/inference/v1/generate", "/weight_info"):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(urllib.request.Request(url + path, b"{}", {"Authorization": "Bearer wrong"}))
+        assert error.value.code == 401
+    assert urllib.request.urlopen(f"{url}/health").status == 200
+    with pytest.raises(EngineError, match=rf"401 .* Set the environment variable {KEY}"):
+        Server(url, 10, "wrong").label()
+
+
+def test_an_evaluation_refuses_servers_that_were_trained(started):
+    trainer = started.trainer
+    with pytest.raises(EngineError, match=r"its weights are \w+:0: they don't have the weights of model.path="):
+        create_engine(started.config, trainer.processor)
+
+
+def test_a_server_that_dies_while_it_generates_leaves_the_completions_as_they_are(started):
+    engine, requests = started.trainer.engine, requests_of(started.trainer, 6)
+    expected = engine.generate(requests, 4, SAMPLING)
+    assert len(set(map(len, expected))) == 1 and any(c.finished for group in expected for c in group)
+    # It holds its requests back, so that it is certain that it dies with some.
+    started.servers[1].post("/pause?mode=keep", {})
+    found = []
+    asking = threading.Thread(target=lambda: found.extend(engine.generate(requests, 4, SAMPLING)))
+    with pytest.warns(UserWarning, match=f"a rollout server is out: {started.urls[1]}"):
+        asking.start()
+        while not engine._busy[started.urls[1]]:
+            time.sleep(0.01)
+        started.kill(1)
+        asking.join()
+    assert tokens(found) == tokens(expected)
+    flat = [[c.logprobs for c in group] for group in found], [[c.logprobs for c in group] for group in expected]
+    assert all(a == pytest.approx(b, abs=1e-5) for x, y in zip(*flat) for a, b in zip(x, y))
+    started.restart(1)
+
+
+def test_a_step_goes_on_with_the_server_that_is_left(started):
+    trainer = started.trainer
+    assert [server.url for server in trainer.engine._live] == started.urls[:1]
+    metrics, _ = trainer.run_step()
+    assert trainer.engine.version == trainer.step == 1
+    assert metrics["mismatch/logprob"] < 1e-3 and metrics["mismatch/sync"] < 1e-3
+
+
+def test_a_server_that_has_restarted_is_given_the_weights_again(started):
+    trainer, server = started.trainer, started.servers[1]
+    started.await_restarted(1)
+    assert server.label() == "default"
+    assert not trainer.engine.up_to_date()
+    trainer.keep_up()
+    assert trainer.engine.up_to_date()
+    assert server.label().endswith(":1")
+    request = requests_of(trainer, 1)[0]
+    one, other = trainer.engine.everywhere(request, SAMPLING)
+    assert one.token_ids == other.token_ids and one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
+def test_a_server_with_other_weights_than_the_run_gave_it_answers_for_nothing(started):
+    trainer, server = started.trainer, started.servers[1]
+    requests = requests_of(trainer, 4)
+    expected = trainer.engine.generate(requests, 2, SAMPLING)
+    mine = server.label()
+    server.set_label("another run's")
+    with pytest.warns(UserWarning, match="its weights are another run's, not the run's"):
+        found = trainer.engine.generate(requests, 2, SAMPLING)
+    assert tokens(found) == tokens(expected)
+    server.set_label(mine)
+    assert trainer.engine.up_to_date() and len(trainer.engine._live) == 2
+
+
+def test_without_any_server_a_step_ends_with_one_sentence_and_the_trainer_as_it_was(started):
+    trainer = started.trainer
+    before = [p.detach().clone() for p in trainer.policy.parameters()]
+    for number in (0, 1):
+        started.kill(number)
+    with pytest.warns(UserWarning), pytest.raises(EngineError) as error:
+        trainer.run_step()
+    told = str(error.value)
+    assert told.startswith("rollout.engine=server: no server is left: ") and all(url in told for url in started.urls)
+    assert trainer.step == 1
+    assert all(map(torch.equal, before, trainer.policy.parameters()))
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["servers=[http://a:1]"], r"rollout.servers=\['http://a:1'\]: only rollout.engine=server reads it, not hf"),
+        (["engine=server", "servers=[a:1]"], r"rollout.servers.0='a:1': string should match pattern"),
+        (["engine=server", "servers=[http://a:1,http://a:1]"], "one of them stands twice"),
+        (["engine=server", "servers=[http://a:1]", "server_count=2"], "rollout.servers names servers that are started"),
+        (
+            ["engine=server", "server_gpus=[0,1,2]", "server_count=2"],
+            "rollout.server_count=2 servers of rollout.tensor_parallel=1 take 2 GPUs",
+        ),
+        (["engine=server", "weight_folder=x", "weight_transfer=nccl"], "rollout.weight_transfer=nccl writes no files"),
+    ],
+)
+def test_settings_of_servers_that_nothing_reads_are_refused(given, told, config):
+    with pytest.raises(ConfigError, match=told):
+        config(*(f"rollout.{setting}" for setting in given))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("weight_transfer=nccl", "rollout.weight_transfer=nccl: there is no GPU here"),
+        ("server_gpus=[0]", r"rollout.server_gpus=\[0\]: there is no GPU here"),
+        (
+            "servers=[http://10.0.0.7:8000]",
+            "rollout.weight_folder is not set: http://10.0.0.7:8000 is on another machine",
+        ),
+    ],
+)
+def test_what_servers_would_lack_is_told_before_a_run(given, told, config, settings):
+    with pytest.raises(ConfigError, match=told):
+        check_servers(config("rollout.engine=server", f"rollout.{given}"))
+
+
+def test_a_server_that_others_reach_has_a_key(config, monkeypatch):
+    monkeypatch.delenv(KEY, raising=False)
+    with pytest.raises(ConfigError, match=f"^--host 0.0.0.0: whoever reaches the server .* variable {KEY}"):
+        serve(config(), "0.0.0.0", 8000)
