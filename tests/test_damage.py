@@ -19,8 +19,8 @@ def long_param(*values):
     return pytest.param(*values, marks=pytest.mark.long)
 
 
-SHARD = "deepspeed/state/zero_pp_rank_0_mp_rank_00_optim_states.pt"
-MODEL = "deepspeed/state/mp_rank_00_model_states.pt"
+SHARD = "training/optimizer_00000_00.safetensors"
+INDEX, RUN = "training/optimizer.json", "training/run.pt"
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +64,12 @@ def flip(path):
 
 DAMAGES = {
     "cut": (lambda step: cut(step / SHARD), f"{SHARD} has .* bytes and not "),
-    "empty": (lambda step: os.truncate(step / MODEL, 0), f"{MODEL} has 0 bytes and not "),
+    "empty": (lambda step: os.truncate(step / INDEX, 0), f"{INDEX} has 0 bytes and not "),
     "flipped bit": (lambda step: flip(step / SHARD), f"{SHARD} isn't what was written: its checksum differs"),
     "missing": (lambda step: (step / SHARD).unlink(), f"{SHARD} is missing"),
-    "no folder": (lambda step: shutil.rmtree(step / "deepspeed"), f"{MODEL} is missing"),
-    "no state of the rank": (lambda step: (step / "run/0.pt").unlink(), "run/0.pt is missing"),
-    "flipped bit of the rank's state": (lambda step: flip(step / "run/0.pt"), "run/0.pt isn't what was written"),
+    "no folder": (lambda step: shutil.rmtree(step / "training"), f"{INDEX} is missing"),
+    "no state of the run": (lambda step: (step / RUN).unlink(), f"{RUN} is missing"),
+    "flipped bit of the run's state": (lambda step: flip(step / RUN), f"{RUN} isn't what was written"),
     "state.json empty": (lambda step: os.truncate(step / "state.json", 0), "state.json is missing, empty or cut"),
     "state.json cut": (lambda step: cut(step / "state.json"), "state.json is missing, empty or cut"),
     "state.json missing": (lambda step: (step / "state.json").unlink(), "state.json is missing, empty or cut"),
@@ -169,9 +169,10 @@ if kind == "renaming":  # the new checkpoint is whole, and not yet in its place
     rename = Path.rename
     Path.rename = lambda path, to: os.kill(os.getpid(), 9) if path.name.endswith(".partial") else rename(path, to)
 else:  # an old one is being deleted
-    def rmtree(path, **_):
-        if not Path(path).exists():
-            return
+    others = shutil.rmtree
+    def rmtree(path, *rest, **named):
+        if not (Path(path).name.endswith(".old") and Path(path).exists()):
+            return others(path, *rest, **named)
         next(Path(path).rglob("*.safetensors")).unlink()
         os.kill(os.getpid(), 9)
     shutil.rmtree = rmtree
@@ -200,6 +201,11 @@ def own(completions, samples):
         (here / "disk/ballast").write_bytes(ballast)
     return [float(i % 2) for i in range(len(completions))]
 """
+UNKNOWING = """
+import shutil
+shutil.disk_usage = lambda _: type("Usage", (), {"total": 1 << 40, "used": 0, "free": 1 << 40})
+"""
+TRAINING = "import runpy; runpy.run_module('vogue.train', run_name='__main__')"
 FULL = """
 import subprocess, sys
 from pathlib import Path
@@ -211,19 +217,27 @@ for more in ([], ["--resume"]):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "share"), [long_param(1, 0.2), (1, 0.6), long_param(1, 0.9), long_param(2, 0.7)])
+@pytest.mark.parametrize(
+    ("ranks", "share", "known"),
+    [
+        (1, 0.6, False),
+        *(long_param(*case) for case in ((1, 0.2, False), (1, 0.9, True), (2, 0.7, False), (2, 0.7, True))),
+    ],
+)
 def test_a_disk_that_is_full_is_told_once_and_the_run_goes_on_from_the_checkpoint_before(
-    finished, on_a_disk, tmp_path, ranks, share
+    finished, on_a_disk, tmp_path, ranks, share, known
 ):
     settings, folder = finished
     size = sum(path.stat().st_size for path in (folder / "checkpoints/step_000002").rglob("*") if path.is_file())
     (tmp_path / "rewards.py").write_text(FILLING.format(left=int(share * size)))
     own = (f"reward.function={tmp_path}/rewards.py:own", "trainer.output_dir=disk/run")
-    command = [sys.executable, "-m", "vogue", "train"] if ranks == 1 else [*launcher(2), "--module", "vogue.train"]
+    (tmp_path / "train.py").write_text(TRAINING if known else UNKNOWING + TRAINING)
+    command = [*([sys.executable] if ranks == 1 else launcher(2)), tmp_path / "train.py"]
     done = on_a_disk(f"size={8 * size}", "-c", FULL, *command, *settings, *own)
     assert "Traceback" not in done.stderr, done.stderr
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("vogue train: ")]
     assert told.startswith("vogue train: the disk is full: the checkpoint after 4 steps can't be written to disk/run/")
+    assert told.endswith(" are free") == known
     assert [line for line in done.stdout.splitlines() if line.startswith("found")] == [
         "found 2 ['step_000002']",
         "found 0 ['step_000002', 'step_000004']",

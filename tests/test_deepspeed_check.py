@@ -79,6 +79,10 @@ def test_what_deepspeed_knows_is_fine(override):
             "zero_optimization.offload_param.device=nvme",
             "zero_optimization.offload_param.device=nvme: set trainer.offload_params=true, which this may only refine",
         ),
+        (
+            "zero_optimization.offload_optimizer.device=nvme",
+            "zero_optimization.offload_optimizer.device=nvme: no checkpoint can be written of what lies there",
+        ),
         ("train_batch_size=8", "train_batch_size=8: vogue sets that itself; its own setting is rollout.prompts"),
     ],
 )

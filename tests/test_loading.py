@@ -13,10 +13,10 @@ from transformers import AutoModelForImageTextToText
 from vogue import distributed
 from vogue.config import load_config
 from vogue.families import FAMILIES
-from vogue.model.checkpoint import gathered_weights
 from vogue.model.loading import load_model
 from vogue.model.lora import saved_buffers
 from vogue.model.optimizer import deepspeed_settings
+from vogue.model.weights import gathered_weights
 from vogue.settings import ConfigError
 
 CPU = torch.device("cpu")
@@ -198,7 +198,7 @@ import sys, torch
 import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
 from transformers import AutoModelForImageTextToText
 from vogue import distributed
-from vogue.model.checkpoint import gathered_weights
+from vogue.model.weights import gathered_weights
 from vogue.config import load_config
 from vogue.model.loading import load_model
 

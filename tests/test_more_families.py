@@ -20,11 +20,11 @@ from vogue.data import Sample
 from vogue.inputs import Preprocessor
 from vogue.model import lora
 from vogue.model.attention import layer_masks
-from vogue.model.checkpoint import gathered_weights
 from vogue.model.files import check_experts, read_checkpoint
 from vogue.model.loading import load_model
 from vogue.model.packing import collate
 from vogue.model.policy import Policy
+from vogue.model.weights import gathered_weights
 from vogue.rollout.engine import media_token_ids
 from vogue.run.memory import check_images
 from vogue.settings import ConfigError

@@ -64,7 +64,7 @@ def test_what_is_fine_is_shown_and_nothing_is_written(settings, model_folder, ca
     assert rows["tokens"] == "at most 140 with the completion; the model has 4096 positions"
     # 2 of keys and values, 2 layers, 1 head of 32, 4 bytes: 512 bytes a token
     assert rows["engine"] == f"a longest sequence takes {140 * 512 / 1e6:.3g} MB of vLLM's 1 GB"
-    assert rows["disk"].startswith(f"a checkpoint takes {20 * count / 1e6:.3g} MB; ")
+    assert rows["disk"].startswith(f"a checkpoint takes {16 * count / 1e6:.3g} MB; ")
     assert rows["data"] == "24 samples to train on, 6 held out"
     assert list(tmp_path.iterdir()) == []
 
@@ -240,7 +240,7 @@ def test_on_a_gpu_the_weights_and_one_sequence_must_fit_into_vllms_share(config,
 
 def test_a_disk_without_room_for_two_checkpoints_is_told(told, folder, monkeypatch):
     count = sum(weight.numel() for weight in load_file(folder / WEIGHTS).values())
-    usage = type("Usage", (), {"free": 2 * 20 * count})
+    usage = type("Usage", (), {"free": 2 * 16 * count})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert told() == ""
     usage.free -= 1

@@ -232,5 +232,5 @@ def test_two_ranks_that_were_stopped_draw_and_train_as_one_that_was_not(model_fo
     assert [row["step"] for row in resumed] == [0, 1, 2]
     for one, two in zip(straight, resumed, strict=True):
         assert {name: two[name] for name in CURVES} == pytest.approx({name: one[name] for name in CURVES}, rel=1e-3)
-    state = [torch.load(tmp_path / f"{n}/checkpoints/step_000003/run/0.pt")["current"][SCORES] for n in (1, 2)]
+    state = [torch.load(tmp_path / f"{n}/checkpoints/step_000003/training/run.pt")["current"][SCORES] for n in (1, 2)]
     torch.testing.assert_close(*state, rtol=0, atol=1e-6)

@@ -38,6 +38,7 @@ class Mutant:
 SURROGATES, SEEN_BY = "kernels/vogue_kernels/surrogates.py", "tests/kernels/test_surrogates.py"
 SAMPLING = "tests/test_sampling.py", "not vllm"
 SAVING = "tests/test_saving.py", "not two_ranks"
+RESHARDING = "tests/test_resharding.py", "two_ranks_and_one"
 MUTANTS = (
     # What is random is a function of the seed and of where it stands.
     Mutant("vogue/groups.py", "Purpose.ROLLOUT, step, item", "Purpose.ROLLOUT, item", "tests/test_trainer.py"),
@@ -72,6 +73,10 @@ MUTANTS = (
     Mutant("vogue/config.py", "steps = ceil(", "steps = int(", "tests/test_epochs.py"),
     Mutant("vogue/run/saving.py", 'best["value"] >= value', 'best["value"] > value', *SAVING),
     Mutant("vogue/model/checkpoint.py", "config.trainer.keep :], best_of(root))", "config.trainer.keep :],)", *SAVING),
+    Mutant(
+        "vogue/model/training_state.py", "[start - place.first : end - place.first]", "[: end - start]", *RESHARDING
+    ),
+    Mutant("vogue/model/training_state.py", "rate * factor(updates)", "rate * factor(0)", *RESHARDING),
     # The optimizer's step.
     Mutant(
         "vogue/model/optimizer.py",

@@ -66,6 +66,7 @@ from vogue.model.optimizer import start_deepspeed
 from vogue.model.packing import Batch, Place, collate
 from vogue.model.policy import Policy
 from vogue.model.reference import load_reference
+from vogue.model.weights import gathered_weights
 from vogue.objective import objective, uncertainties
 from vogue.passes import looked_at, needs_look, referred
 from vogue.prompt_scores import TOKENS, refreshed, remembered
@@ -131,7 +132,7 @@ class Trainer:
         self.step = 0
         if found:
             folder, self.step = found
-            checkpoint.load(self.deepspeed, folder, config)
+            checkpoint.load(self.deepspeed, folder)
         if found or config.lora.adapter:
             self.sync()
         self.keep_up()
@@ -395,7 +396,7 @@ class Trainer:
 
     def sync(self) -> None:
         """Give the rollout engine the policy's weights; its version is the number of steps they have seen."""
-        self.engine.load_weights(checkpoint.gathered_weights(self.policy.model), self.step)
+        self.engine.load_weights(gathered_weights(self.policy.model), self.step)
         if self.engine.version != self.step:
             raise RuntimeError(f"the rollout engine has weights of step {self.engine.version}, not of {self.step}")
 
@@ -429,4 +430,5 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of all ranks; returns its folder."""
-        return checkpoint.save(self.deepspeed, self.policy.model, self.processor, self.state, self.config, self.step)
+        run = checkpoint.Run(self.deepspeed, self.policy.model, self.processor, self.state, self.config, self.step)
+        return checkpoint.save(run)

@@ -2,7 +2,9 @@
 
 loading       from its checkpoint, partitioned          optimizer    AdamW and DeepSpeed's engine
 packing       rows, micro-batches, batches              attention    of rows that share a prompt
-policy        hidden states to statistics               checkpoint   saved and found again
+policy        hidden states to statistics               checkpoint   saved and found again, of
+weights       whole ones, gathered and written          fragments    of weights that a rank trains, and their
+training_state    what training goes on with
 varlen        the attention on GPUs                     vision       the vision tower's attention and patches
 liger         Liger's kernels in the text model         lora         adapters
 """

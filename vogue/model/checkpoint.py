@@ -1,18 +1,18 @@
-"""Checkpoints: a Hugging Face folder to use, and DeepSpeed's shards to go on from.
+"""Checkpoints: a Hugging Face folder to use, and what training goes on with.
 
-    output_dir/checkpoints/step_000020/hf          config, tokenizer, image processor, model.safetensors
+    output_dir/checkpoints/step_000020/hf          config, tokenizer, image processor, model.safetensors or several
     output_dir/checkpoints/step_000020/adapter     with LoRA: PEFT's adapter; hf is there where lora.save_merged
-    output_dir/checkpoints/step_000020/deepspeed   optimizer and master weights of every rank
-    output_dir/checkpoints/step_000020/run/0.pt    the run's state of rank 0, of each rank one
-    output_dir/checkpoints/step_000020/state.json  step, number of ranks, size and checksum of every file
+    output_dir/checkpoints/step_000020/training    AdamW's state, its schedule, and run.pt, the run's state
+    output_dir/checkpoints/step_000020/state.json  format, step, size and checksum of every file
     output_dir/checkpoints/best                    with trainer.save_best: a link to the best one
 
-With `trainer.save_model_only` there is neither deepspeed nor run: nothing can go on from such a checkpoint.
+With `trainer.save_model_only` there is no training: nothing can go on from such a checkpoint. From the others any
+number of ranks can, with any stage of ZeRO (`vogue.model.training_state`).
 
-A checkpoint is written beside its place, and renamed when all of it is on the disk, so that a stop in the middle leaves
-the one before it. An old one is renamed before it is deleted. Everything random in a run (order of data,
-perturbation, branch draws, sampling) is a function of the seed and the step, so no generator's state needs saving;
-`vogue.state` holds what isn't.
+A checkpoint is written beside its place, by all ranks at once, and renamed when all of it is on the disk, so that a
+stop in the middle leaves the one before it. An old one is renamed before it is deleted. Everything random in a run
+(order of data, perturbation, branch draws, sampling) is a function of the seed and the step, so no generator's state
+needs saving; `vogue.state` holds what isn't.
 """
 
 import json
@@ -22,10 +22,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import deepspeed
-import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
@@ -33,13 +31,16 @@ from transformers import PreTrainedModel
 
 from vogue import distributed
 from vogue.config import Config
-from vogue.model import checksums, lora
+from vogue.model import checksums, lora, training_state, weights
 from vogue.run.folder import NEWEST_WHOLE, FolderError, remove, replace, sync, writing
+from vogue.run.memory import check_room
 from vogue.settings import ConfigError
 from vogue.state import RunState
 
 STATE = "state.json"
-HF, ADAPTER, DEEPSPEED, RUN = "hf", "adapter", "deepspeed", "run"
+FORMAT = 2  # of a checkpoint's parts. 1, which didn't say so, had DeepSpeed's own files in place of training
+HF, ADAPTER, TRAINING = "hf", "adapter", "training"
+RUN = "run.pt"
 USABLE = (HF, ADAPTER)  # of which a checkpoint has at least one
 UNFINISHED = (".step_*.partial", ".step_*.old")
 BEST = "best"  # a link's name, and that of what the run's state knows of the best checkpoint: {"step": …}
@@ -49,34 +50,44 @@ class State(NamedTuple):
     """What state.json says."""
 
     step: int
-    ranks: int
     sums: checksums.Sums
     model_only: bool = False
+    format: int = FORMAT
 
 
-def gathered_weights(model: torch.nn.Module, byte_budget: int = 256 << 20) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of `model` whole, gathered by at most `byte_budget` bytes at a time on every rank.
+class Run(NamedTuple):
+    """What is saved of a run, as it is after `step` steps."""
 
-    All ranks must exhaust the iterator. A tied parameter comes once, under its first name; adapters are merged. Buffers
-    that checkpoints hold come last.
-    """
-    chunk: list[lora.Whole] = []
-    size = 0
-    for whole in lora.whole_parameters(model):
-        bytes_needed = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in whole.pieces)
-        if chunk and size + bytes_needed > byte_budget:
-            yield from _gather(chunk)
-            chunk, size = [], 0
-        chunk.append(whole)
-        size += bytes_needed
-    yield from _gather(chunk)
-    yield from lora.saved_buffers(model).items()
+    engine: Any  # DeepSpeed's
+    model: PreTrainedModel
+    processor: Any
+    state: RunState
+    config: Config
+    step: int
+
+    @property
+    def goes_on(self) -> bool:
+        return not self.config.trainer.save_model_only
+
+    @property
+    def has_hf(self) -> bool:
+        return self.config.lora.save_merged or not self.config.lora.on
 
 
-def _gather(chunk: list[lora.Whole]) -> Iterator[tuple[str, Tensor]]:
-    with deepspeed.zero.GatheredParameters([piece for whole in chunk for piece in whole.pieces]):
-        for whole in chunk:
-            yield whole.name, whole.merged()
+class Whole(NamedTuple):
+    """The whole weights that a rank writes: of its own files of `hf`, and of the adapter."""
+
+    files: weights.Files
+    total: int  # files of hf, of all ranks
+    adapter: dict[str, Tensor]
+
+
+class Part(NamedTuple):
+    """What a rank has written."""
+
+    sums: checksums.Sums
+    files: list[weights.Written]
+    training: training_state.Index
 
 
 def root_of(config: Config) -> Path:
@@ -84,23 +95,23 @@ def root_of(config: Config) -> Path:
     return config.trainer.output_dir / "checkpoints"
 
 
-def save(engine, model: PreTrainedModel, processor, state: RunState, config: Config, step: int) -> Path:
-    """Save everything after `step` steps, and delete all but the newest `trainer.keep` checkpoints and the best one.
+def save(run: Run) -> Path:
+    """Save the run as it is, and delete all but the newest `trainer.keep` checkpoints and the best one.
 
     Raises `FolderError` on every rank where one of them can't write its part; nothing of it is left then.
     """
-    root = root_of(config)
-    final = root / name_of(step)
+    root = root_of(run.config)
+    final = root / name_of(run.step)
     partial = root / f".{final.name}.partial"
     try:
-        _write(engine, model, processor, state, config, partial, step)
-        with _together(root, step):
+        _write(run, partial)
+        with _together(root, run.step):
             if dist.get_rank() == 0:
                 remove(final)
                 partial.rename(final)
                 sync(root)
-                mark_best(root, state)
-                kept = (*checkpoints(root)[-config.trainer.keep :], best_of(root))
+                mark_best(root, run.state)
+                kept = (*checkpoints(root)[-run.config.trainer.keep :], best_of(root))
                 for old in checkpoints(root):
                     if old not in kept:
                         remove(old)
@@ -111,107 +122,93 @@ def save(engine, model: PreTrainedModel, processor, state: RunState, config: Con
     return final
 
 
-def _write(
-    engine, model: PreTrainedModel, processor, state: RunState, config: Config, partial: Path, step: int
-) -> None:
+def _write(run: Run, partial: Path) -> None:
     """Write the whole checkpoint to `partial`; raises `FolderError` on every rank where one of them can't."""
-    root, rank, goes_on = partial.parent, dist.get_rank(), not config.trainer.save_model_only
-    with _together(root, step):
-        if rank == 0:
+    _begin(run, partial)
+    whole = _whole(run)
+    with _together(partial.parent, run.step):
+        part = _own_part(run, partial, whole)
+    parts = distributed.gather(part)
+    with _together(partial.parent, run.step):
+        if dist.get_rank() == 0:
+            _finish(run, partial, parts)
+
+
+def _begin(run: Run, partial: Path) -> None:
+    """Make the folders, where the disk has room for all that will be in them."""
+    root, first = partial.parent, dist.get_rank() == 0
+    needed = training_state.size(run.engine) if run.goes_on else 0
+    if first and run.has_hf:
+        needed += sum(weights.sizes_of(run.model).values())
+    if first and run.config.lora.on:
+        needed += sum(weights.adapter_sizes(run.model))
+    needed = sum(distributed.gather(needed))
+    run.state.check_alike()
+    with _together(root, run.step):
+        if first:
+            root.mkdir(parents=True, exist_ok=True)
             clear(root)
-            partial.mkdir(parents=True)
-            if goes_on:
-                (partial / RUN).mkdir()
-    if goes_on:
-        with _together(root, step):
-            state.save(partial / RUN / f"{rank}.pt")
-    if config.lora.on:
-        weights = _adapter(model)
-        with _together(root, step):
-            if rank == 0:
-                lora.save_adapter(weights, model, config.model.path, partial / ADAPTER)
-                processor.save_pretrained(partial / ADAPTER)
-    if config.lora.save_merged or not config.lora.on:
-        weights = _weights(model)
-        with _together(root, step):
-            if rank == 0:
-                model.save_pretrained(partial / HF, state_dict=weights)
-                processor.save_pretrained(partial / HF)
-    if goes_on:
-        with _together(root, step), _failing_late(engine):
-            left_out = _without_frozen(config)
-            engine.save_checkpoint(
-                str(partial / DEEPSPEED), tag="state", save_latest=False, exclude_frozen_parameters=left_out
-            )
-    with _together(root, step):
-        sums = checksums.written(partial, rank)
-    sums = {name: entry for part in distributed.gather(sums) for name, entry in part.items()}
-    with _together(root, step):
-        if rank == 0:
-            told = State(step, dist.get_world_size(), sums, model_only=not goes_on)
-            replace(partial / STATE, json.dumps(told._asdict()))
-            for folder, _, _ in os.walk(partial, topdown=False):
-                sync(Path(folder))
+    with distributed.together(FolderError):
+        if first:
+            check_room(_what(run.step), root, needed)
+    with _together(root, run.step):
+        if first:
+            partial.mkdir()
+            for name in [TRAINING] * run.goes_on + [HF] * run.has_hf + [ADAPTER] * run.config.lora.on:
+                (partial / name).mkdir()
+
+
+def _whole(run: Run) -> Whole:
+    """Gather the whole weights that this rank is to write; every rank calls."""
+    adapter = weights.gathered_adapter(run.model) if run.config.lora.on else {}
+    if not run.has_hf:
+        return Whole({}, 0, adapter)
+    plan = weights.planned(weights.sizes_of(run.model), dist.get_world_size())
+    return Whole(weights.gathered_files(run.model, plan), len({*plan.values()}), adapter)
+
+
+def _own_part(run: Run, partial: Path, whole: Whole) -> Part:
+    """Write what this rank writes, without a word to the others."""
+    first, index = dist.get_rank() == 0, {}
+    files = weights.write(run.model, whole.files, whole.total, partial / HF)
+    paths = [partial / HF / one.file for one in files]
+    if first and run.has_hf:
+        paths += weights.write_rest(run.model, run.processor, partial / HF)
+    if first and run.config.lora.on:
+        lora.save_adapter(whole.adapter, run.model, run.config.model.path, partial / ADAPTER)
+        run.processor.save_pretrained(partial / ADAPTER)
+        paths += [path for path in (partial / ADAPTER).rglob("*") if path.is_file()]
+    if run.goes_on:
+        index, written = training_state.write(run.engine, partial / TRAINING, dist.get_rank())
+        paths += written
+    if first and run.goes_on:
+        run.state.save(partial / TRAINING / RUN)
+        paths.append(partial / TRAINING / RUN)
+    return Part(checksums.written(partial, paths), files, index)
+
+
+def _finish(run: Run, partial: Path, parts: list[Part]) -> None:
+    """Write what says that all ranks' parts are there, and wait until all of it is on the disk."""
+    last = []
+    if run.goes_on:
+        last.append(training_state.finish(run.engine, [part.training for part in parts], partial / TRAINING))
+    if run.has_hf:
+        last += weights.finish([one for part in parts for one in part.files], partial / HF)
+    sums = {name: entry for part in parts for name, entry in part.sums.items()} | checksums.written(partial, last)
+    replace(partial / STATE, json.dumps(State(run.step, sums, model_only=not run.goes_on)._asdict()))
+    for folder, _, _ in os.walk(partial, topdown=False):
+        sync(Path(folder))
 
 
 @contextmanager
 def _together(root: Path, step: int) -> Iterator[None]:
     """All ranks write in the block; where one can't, all raise its `FolderError` at its end."""
-    what = f"the checkpoint after {step} steps"
-    with distributed.together(FolderError), writing(what, root, RuntimeError, SafetensorError):
+    with distributed.together(FolderError), writing(_what(step), root, RuntimeError, SafetensorError):
         yield
 
 
-@contextmanager
-def _failing_late(engine) -> Iterator[None]:
-    """What DeepSpeed's engine can't write fails at the end of the block: the other ranks wait for this one within."""
-    failed: list[Exception] = []
-
-    def noting(write):
-        def noted(*arguments, **named):
-            try:
-                return write(*arguments, **named)
-            except (OSError, RuntimeError) as error:
-                failed.append(error)
-
-        return noted
-
-    writers = ((engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script"))
-    for owner, name in writers:
-        setattr(owner, name, noting(getattr(owner, name)))
-    try:
-        yield
-    finally:
-        for owner, name in writers:
-            delattr(owner, name)
-    if failed:
-        raise failed[0]
-
-
-def _without_frozen(config: Config) -> bool:
-    """Whether DeepSpeed's part is without what is frozen and lies in model.path: beside adapters, and a reference.
-
-    A tower that is frozen alone stays in, as few weights as it has.
-    """
-    return config.lora.on or config.kl.coef > 0
-
-
-def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Every parameter whole, on the first rank's CPU; every rank calls."""
-    weights = {}
-    for name, tensor in gathered_weights(model):
-        if dist.get_rank() == 0:
-            weights[name] = tensor.to("cpu", copy=True)
-    return weights
-
-
-def _adapter(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Every parameter of the adapters whole, on the first rank's CPU; every rank calls."""
-    found = lora.adapter_parameters(model)
-    with deepspeed.zero.GatheredParameters([*found.values()]):
-        if dist.get_rank() > 0:
-            return {}
-        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in found.items()}
+def _what(step: int) -> str:
+    return f"the checkpoint after {step} steps"
 
 
 def clear(root: Path) -> None:
@@ -270,8 +267,8 @@ def find(root: Path, wanted: str) -> tuple[Path, int] | None:
     """The checkpoint with the `wanted` name, the newest one for "", and its step; None where there is none at all.
 
     "best" is the one that the link of this name leads to, "whole" the newest one that a run can go on from. All ranks
-    call, and share the checking of its files. Raises `ConfigError` for one that isn't there, was written by another
-    number of ranks, has the model alone, or is damaged, with the way on.
+    call, and share the checking of its files. Raises `ConfigError` for one that isn't there, is another version's, has
+    the model alone, or is damaged, with the way on.
     """
     found = {path.name: path for path in checkpoints(root)}
     if wanted == BEST and (best := best_of(root)):
@@ -296,7 +293,7 @@ def find(root: Path, wanted: str) -> tuple[Path, int] | None:
 
 def _checked(folder: Path, found: list[Path]) -> tuple[Path, int]:
     """A checkpoint and its step; raises `ConfigError`, with the way on, where a run can't go on from it."""
-    damage = _damage(folder, (RUN, DEEPSPEED))
+    damage = _damage(folder, (TRAINING,))
     if damage:
         raise ConfigError(f"--resume: {folder} is damaged: {'; '.join(damage)}. {_way_on(folder, found)}")
     state = _state(folder)
@@ -305,10 +302,10 @@ def _checked(folder: Path, found: list[Path]) -> tuple[Path, int]:
             f"--resume: {folder} was written with trainer.save_model_only=true, so that no run can go on from it. "
             f"{_way_on(folder, found)}"
         )
-    if state.ranks != dist.get_world_size():
+    if state.format != FORMAT:
         raise ConfigError(
-            f"--resume: {folder} was written by {state.ranks} ranks, this run has {dist.get_world_size()}; ZeRO-3's "
-            "shards fit the number of ranks they were written by"
+            f"--resume: {folder} was written by another version of vogue, whose optimizer state this one can't read. "
+            f"{_way_on(folder, found)}"
         )
     if (unneeded := _damage(folder, USABLE)) and dist.get_rank() == 0:
         warnings.warn(f"{folder} can be gone on from, but not used: {'; '.join(unneeded)}", stacklevel=2)
@@ -329,13 +326,13 @@ def _damage(folder: Path, parts: tuple[str, ...]) -> list[str]:
 def _state(folder: Path) -> State:
     values = json.loads((folder / STATE).read_text())
     sums = {name: tuple(entry) for name, entry in values["sums"].items()}
-    return State(values["step"], values["ranks"], sums, values.get("model_only", False))
+    return State(values["step"], sums, values.get("model_only", False), values.get("format", 1))
 
 
 def _way_on(damaged: Path, found: list[Path]) -> str:
     """What can be done without a damaged checkpoint: the newest whole one before it, or its weights in a new run."""
     before = [path for path in reversed(found) if step_of(path) < step_of(damaged)]
-    whole = next((path for path in before if not _damage(path, (RUN, DEEPSPEED)) and not _state(path).model_only), None)
+    whole = next((path for path in before if not _damage(path, (TRAINING,)) and _is_for_training(path)), None)
     ways = [f"--resume={whole.name} goes on from the whole one before it"] if whole else []
     weights = next((path for path in (damaged, *before) if not _damage(path, USABLE)), None)
     if weights:
@@ -344,19 +341,16 @@ def _way_on(damaged: Path, found: list[Path]) -> str:
     return "; ".join(ways) or "There is no whole one before it"
 
 
+def _is_for_training(checkpoint: Path) -> bool:
+    state = _state(checkpoint)
+    return not state.model_only and state.format == FORMAT
+
+
 def load_state(state: RunState, checkpoint: Path) -> None:
-    """Put this rank's part of the run's state back."""
-    state.load(checkpoint / RUN / f"{dist.get_rank()}.pt")
+    """Put the run's state back."""
+    state.load(checkpoint / TRAINING / RUN)
 
 
-def load(engine, checkpoint: Path, config: Config) -> None:
-    """Put weights, optimizer and its schedule back."""
-    path, _ = engine.load_checkpoint(
-        str(checkpoint / DEEPSPEED), tag="state", load_module_strict=not _without_frozen(config)
-    )
-    if path is None:
-        raise ConfigError(f"--resume: DeepSpeed found nothing to load in {checkpoint}")
-    # A run whose optimizer was offloaded, and no longer is, or the other way round, has saved another class' settings.
-    optimizer = engine.basic_optimizer
-    for group in optimizer.param_groups:
-        group.update({name: value for name, value in optimizer.defaults.items() if name not in group})
+def load(engine, checkpoint: Path) -> None:
+    """Put weights, optimizer and its schedule back; raises `ConfigError` where other weights are trained."""
+    training_state.read(engine, checkpoint / TRAINING)

@@ -3,30 +3,24 @@
 A rank takes the sums of the files that it wrote itself, and each rank checks a share of all of them.
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import xxhash
 
 from vogue.run.folder import sync
 
-Sums = Mapping[str, tuple[int, str]]  # by a file's path in the checkpoint: bytes, xxh3 as hexadecimal
+Sums = dict[str, tuple[int, str]]  # by a file's path in the checkpoint: bytes, xxh3 as hexadecimal
 
 CHUNK = 16 << 20  # bytes read at a time
-OF_A_RANK = re.compile(r"run/(\d+)\.pt|.*zero_pp_rank_(\d+)_.*")  # the others are the first rank's
 
 
-def written(folder: Path, rank: int) -> Sums:
-    """The sums of the files that this rank wrote into the checkpoint, which are on the disk by then."""
+def written(folder: Path, files: Iterable[Path]) -> Sums:
+    """The sums of files that were written into the checkpoint, which are on the disk by then."""
     sums = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        found = OF_A_RANK.fullmatch(name)
-        writer = int(found[1] or found[2]) if found else 0
-        if path.is_file() and writer == rank:
-            sync(path)
-            sums[name] = _sum(path)
+    for path in files:
+        sync(path)
+        sums[path.relative_to(folder).as_posix()] = _sum(path)
     return sums
 
 

@@ -96,7 +96,9 @@ def _misplaced(zero: dict[str, Any], own: dict[str, Any]) -> Iterator[str]:
     for name, setting in OFFLOADS.items():
         section = zero.get(name)
         device = section.get("device") if isinstance(section, dict) else None
-        if device in ("cpu", "nvme") and name not in known:
+        if device == "nvme" and name == "offload_optimizer":
+            yield f"{place}.{name}.device=nvme: no checkpoint can be written of what lies there; cpu is what there is"
+        elif device in ("cpu", "nvme") and name not in known:
             yield f"{place}.{name}.device={device}: set {setting}=true, which this may only refine"
         if name in known and stage in (0, 1, 2) and (stage == 0 or name == "offload_param"):
             yield f"{place}.stage={stage}: {setting}=true needs {'3' if name == 'offload_param' else '1, 2 or 3'}"

@@ -40,10 +40,12 @@ HARMLESS = (
 )
 LENGTH = ("trainer.steps", "trainer.epochs")
 # Settings that a resumed run may change: those, and what is asked for. So is its length where no schedule reads it.
-# Where the optimizer's state is held changes what a run computes by rounding alone, and may be what it needs to go on.
+# How a run is laid over ranks and their memory changes what it computes by rounding alone, and may be what it needs to
+# go on where there are fewer of them.
 RESUMABLE = (
     *(*HARMLESS, "trainer.eval_every", "trainer.eval_samples", "data.test", "data.test_limit"),
-    "trainer.offload_optimizer",
+    *("trainer.offload_optimizer", "trainer.offload_params", "trainer.deepspeed", "trainer.micro_batch_tokens"),
+    *("model.gradient_checkpointing", "rollout.tensor_parallel", "rollout.sleep", "rollout.kv_cache_gb"),
 )
 
 

@@ -1,14 +1,16 @@
 """What a run needs of memory and disk, by arithmetic from its model's configuration, before anything is loaded.
 
     a token's keys and values    2 layers kv_heads head_dim bytes         of the layers with full attention
-    a checkpoint                 2 weights bytes + 12 trained weights     hf and DeepSpeed's copy; AdamW in float32
+    a checkpoint                 weights bytes + 12 trained weights       hf; float32 master weights and two moments
     with save_model_only         weights bytes                            hf, or the adapter, alone
-    the same with LoRA           2 adapters bytes + 12 adapters           plus weights bytes with lora.save_merged
+    the same with LoRA           adapters bytes + 12 adapters             plus weights bytes with lora.save_merged
 
 `bytes` is what a weight of `model.dtype` takes: 2 or 4.
 """
 
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from vogue.config import Config
 from vogue.distributed import rank_count
 from vogue.families import Family, family_of
 from vogue.model.lora import adapter_parameters, whole_parameters
+from vogue.run.folder import FolderError
 from vogue.settings import ConfigError
 
 GB = 1e9
@@ -34,14 +37,24 @@ def adapter_count(model: torch.nn.Module) -> int:
 
 
 def checkpoint_bytes(model: PreTrainedModel, config: Config) -> int:
-    """Size of a checkpoint: `hf`; unless that is all, DeepSpeed's weights, master weights and AdamW's two moments."""
-    weights, whole, saved = weight_count(model), model.model, weights_on_disk(model, config)
+    """Size of a checkpoint: weights to use and, unless that is all, master weights and AdamW's two moments."""
+    whole, saved = model.model, weights_on_disk(model, config)
     if config.trainer.save_model_only:
         return saved
     if config.lora.on:
-        return saved + (weight_bytes(config) + 12) * adapter_count(model)
+        return saved + 12 * adapter_count(model)
     frozen = weight_count(getattr(whole, family_of(model).tower)) if config.model.freeze_vision else 0
-    return saved + weights * weight_bytes(config) + 12 * (weights - frozen)
+    return saved + 12 * (weight_count(model) - frozen)
+
+
+def check_room(what: str, folder: Path, needed: int) -> None:
+    """Raise `FolderError` where the disk of `folder` has less room than the `needed` bytes of what is to be written."""
+    disk = shutil.disk_usage(folder)
+    if disk.total and disk.free < needed:  # some file systems of a network don't know their size
+        raise FolderError(
+            f"the disk is full: {what} can't be written to {folder}: it takes {shown(needed)}, {shown(disk.free)} are "
+            "free"
+        )
 
 
 def weights_on_disk(model: PreTrainedModel, config: Config) -> int:

@@ -14,6 +14,8 @@ Figures of a GPU are arithmetic alone; those of a CPU are held to measurements (
 
 from dataclasses import dataclass, field
 
+from vogue.model.training_state import FILE
+from vogue.model.weights import file_count
 from vogue.rollout.cache import ROOM
 from vogue.run.sizes import Blocks, Layout, Sizes
 
@@ -21,7 +23,7 @@ GPU_RUNTIME = 2e9  # CUDA's context, NCCL's buffers, what the allocator can't fi
 CPU_RUNTIME = 3e7  # libraries' pools and what malloc can't fill: measured, as are the next two
 CPU_GENERATING = 4e7  # the same of transformers' generation, token by token
 CPU_FILES = 3e7  # a chunk of a checkpoint's files for its checksum, and their writers' buffers
-SYNC = 256 << 20  # gathered at a time, see `vogue.model.checkpoint.gathered_weights`
+SYNC = 256 << 20  # gathered at a time, see `vogue.model.weights`
 GPU_CHUNK, CPU_CHUNK = 1 << 26, 1 << 21  # logits of a branch at a time, of vogue_kernels' backward passes
 HF_SEQUENCES = 512  # see `vogue.rollout.hf`
 
@@ -56,7 +58,7 @@ def phases(sizes: Sizes, run: Layout) -> list[Phase]:
         Phase("sync", held | _engine_in_sync(sizes, run) | {"gathered": _gathered_in_sync(sizes, run)}, host),
     ]
     saving = {"gathered": _gathered_in_sync(sizes, run)}
-    copy = {"copy of the weights": float(sizes.saved)}
+    copy = {"copies": _copied(sizes, run)}
     if run.on_gpu:
         return [*found, Phase("save", held | training | saving, host | copy)]
     return [*found, Phase("save", held | training | saving | copy | {"files": CPU_FILES}, host)]
@@ -250,6 +252,19 @@ def _pixels(sizes: Sizes, run: Layout) -> float:
 def _starting(sizes: Sizes, run: Layout) -> float:
     """DeepSpeed's copies as it begins: a flat one of the weights, or under ZeRO-3 an update of nothing."""
     return _updating(sizes, run) if run.stage == 3 else float(run.item * sizes.trained)
+
+
+def _copied(sizes: Sizes, run: Layout) -> float:
+    """What is copied to be written: of a node's ranks on GPUs, of the first rank elsewhere.
+
+    First the weights of a rank's own files of `hf`, then, from a GPU, its optimizer's state, by at most a file of it.
+    """
+    files = file_count(sizes.saved, run.ranks)
+    of_rank = sizes.saved * -(-files // run.ranks) / files
+    if not run.on_gpu:
+        return of_rank
+    local = run.ranks / run.nodes
+    return max(min(local * of_rank, sizes.saved), local * min(12 * sizes.trained / run.ranks, FILE))
 
 
 def _updating(sizes: Sizes, run: Layout) -> float:

@@ -27,7 +27,7 @@ from vogue.settings import ConfigError, check
 
 DTYPES = {"fp32": 4, "fp16": 2, "bf16": 2, "float32": 4, "float16": 2, "bfloat16": 2}  # as DeepSpeed says them
 COLUMNS = {  # of the table, and the parts of a phase that each one sums
-    "weights": ("weights", "gathered", "copy of the weights"),
+    "weights": ("weights", "gathered", "copies"),
     "AdamW": ("optimizer", "gradients", "bucket"),
     "engine": ("engine",),
     "layers": ("activations", "working"),
