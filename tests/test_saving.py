@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from vogue import distributed
 from vogue.cli import main
 from vogue.model import checkpoint
 from vogue.run import saving
+from vogue.run.folder import FolderError
 from vogue.run.training import _note_best
 from vogue.settings import ConfigError
 
@@ -62,16 +64,17 @@ def test_a_metric_that_evaluations_do_not_have_is_refused(config, name):
         config("trainer.save_best=pass@1")
 
 
-def test_a_checkpoint_is_due_every_so_many_steps_or_minutes_and_at_the_end(config, monkeypatch):
+def test_a_checkpoint_is_due_every_so_many_steps_or_minutes_and_at_the_end(config, monkeypatch, tmp_path):
     _, _, device = distributed.start()
+    request = saving.Request(tmp_path, 0)
     clock = SimpleNamespace(monotonic=lambda: now)
     monkeypatch.setattr(saving, "time", clock)
     now = 1000.0
-    schedule = saving.Schedule(config("trainer.save_every=3", "trainer.steps=8"), device)
+    schedule = saving.Schedule(config("trainer.save_every=3", "trainer.steps=8"), device, request)
     assert [step for step in range(1, 9) if schedule.due(step)] == [3, 6, 8]
     now = 1e9
     assert not schedule.due(1)
-    schedule = saving.Schedule(config("trainer.save_every=0", "trainer.save_minutes=2"), device)
+    schedule = saving.Schedule(config("trainer.save_every=0", "trainer.save_minutes=2"), device, request)
     now += 119
     assert not schedule.due(1)
     now += 1
@@ -79,6 +82,29 @@ def test_a_checkpoint_is_due_every_so_many_steps_or_minutes_and_at_the_end(confi
     schedule.saved()
     now += 119
     assert not schedule.due(2)
+
+
+def test_a_checkpoint_is_due_where_a_file_or_a_signal_asks_for_it(config, tmp_path):
+    rank, _, device = distributed.start()
+    before = signal.getsignal(signal.SIGUSR1)
+    with saving.Request(tmp_path, rank) as request:
+        schedule = saving.Schedule(
+            config("trainer.save_every=0", "trainer.steps=50", f"trainer.output_dir={tmp_path}"), device, request
+        )
+        assert not schedule.due(1)
+        (tmp_path / "save").touch()
+        assert schedule.due(2)
+        schedule.saved()
+        assert not (tmp_path / "save").exists() and not schedule.due(3)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert schedule.due(4)
+        schedule.saved()
+        assert not schedule.due(5)
+        (tmp_path / "save").mkdir()
+        assert schedule.due(6)
+        with pytest.raises(FolderError, match=r"that a checkpoint was asked for can't be written to"):
+            schedule.saved()
+    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 def test_the_best_checkpoint_stays_beside_the_newest_and_its_link_leads_to_it(new_trainer):

@@ -18,34 +18,73 @@ from vogue import distributed
 from vogue.config import Config
 from vogue.model import checkpoint
 from vogue.run import launch
+from vogue.run.folder import FolderError, writing
 from vogue.run.restarts import ENDED
 from vogue.settings import ConfigError
 
+REQUEST = "save"  # the name of a file
 CHECKPOINT = "VOGUE_CHECKPOINT"  # the environment variable of `trainer.save_command`
 TAIL = 500  # characters of a failed command's output that are told
 
 
-class Schedule:
-    """Says after which steps a checkpoint is due: `trainer.save_every`, `trainer.save_minutes`, and the last one."""
+class Request:
+    """A checkpoint that is asked for while the run goes on; a context manager, in the main thread.
 
-    def __init__(self, config: Config, device: torch.device):
-        self._settings, self._device = config.trainer, device
+    By SIGUSR1, to any rank, or by an empty file `save` in the run's folder, which goes once the checkpoint is there.
+    """
+
+    def __init__(self, folder: Path, rank: int):
+        self._file = folder / REQUEST if rank == 0 else None
+        self._signalled = False
+
+    def __enter__(self) -> "Request":
+        self._before = signal.signal(signal.SIGUSR1, self._heed)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGUSR1, self._before)
+
+    def _heed(self, *_) -> None:
+        self._signalled = True
+
+    @property
+    def made(self) -> bool:
+        """Whether this rank knows of one."""
+        return self._signalled or (self._file is not None and self._file.exists())
+
+    def meet(self) -> None:
+        """Forget it: there is such a checkpoint."""
+        self._signalled = False
+        if self._file:
+            self._file.unlink(missing_ok=True)
+
+
+class Schedule:
+    """Says after which steps a checkpoint is due.
+
+    After `trainer.save_every` steps or `trainer.save_minutes`, after the last step, and where one is asked for.
+    """
+
+    def __init__(self, config: Config, device: torch.device, request: Request):
+        self._settings, self._device, self._request = config.trainer, device, request
         self._since = time.monotonic()
 
     def due(self, step: int) -> bool:
         """Whether one is due after `step` steps; every rank calls, and gets the same answer."""
         every, last = self._settings.save_every, step >= self._settings.steps
-        return self._late() or last or bool(every and step % every == 0)
+        unplanned = distributed.largest([int(self._is_late() or self._request.made)], self._device)[0]
+        return bool(unplanned or last or (every and step % every == 0))
 
     def saved(self) -> None:
-        """Count the minutes from now on."""
+        """Count the minutes from now on; every rank calls. Raises `FolderError` where a request can't be taken away."""
         self._since = time.monotonic()
+        folder = self._settings.output_dir
+        with distributed.together(FolderError), writing("that a checkpoint was asked for", folder):
+            self._request.meet()
 
-    def _late(self) -> bool:
-        if self._settings.save_minutes is None:
-            return False
-        late = time.monotonic() - self._since >= 60 * self._settings.save_minutes
-        return bool(distributed.largest([int(late)], self._device)[0])  # ranks' clocks differ
+    def _is_late(self) -> bool:  # ranks' clocks differ
+        minutes = self._settings.save_minutes
+        return minutes is not None and time.monotonic() - self._since >= 60 * minutes
 
 
 def better(row: Mapping[str, Any], step: int, config: Config, best: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -51,6 +51,7 @@ def run(config: Config, resume: str | None, profile: frozenset[int] = frozenset(
             preflight.warn(found, console)
             if told := found.fine.get(EPOCHS):
                 console.print(f"trainer.epochs={told}", soft_wrap=True)
+        request = held.enter_context(saving.Request(folder, rank))
         with distributed.together(ConfigError):
             if rank == 0:
                 held.enter_context(locked(folder))
@@ -63,7 +64,7 @@ def run(config: Config, resume: str | None, profile: frozenset[int] = frozenset(
         with distributed.together(ConfigError, FolderError):
             log = held.enter_context(_prepared(trainer, resume, console)) if rank == 0 else None
         with stop:
-            events = _events(trainer, held_out, profile, stop, stacks)
+            events = _events(trainer, held_out, profile, stop, request, stacks)
             if log is None:
                 for _ in events:
                     pass
@@ -204,11 +205,16 @@ class Evaluation:
 
 
 def _events(
-    trainer: Trainer, held_out: Sequence[Sample], profile: frozenset[int], stop: Stop, stacks: Stacks
+    trainer: Trainer,
+    held_out: Sequence[Sample],
+    profile: frozenset[int],
+    stop: Stop,
+    request: saving.Request,
+    stacks: Stacks,
 ) -> Iterator[Step | Evaluation | Saved]:
     """The run: steps, evaluations before, between and after them, and checkpoints, one more where it stops or fails."""
     settings, saved = trainer.config.trainer, trainer.step
-    schedule = saving.Schedule(trainer.config, trainer.device)
+    schedule = saving.Schedule(trainer.config, trainer.device, request)
     try:
         while True:
             stacks.rearm()
@@ -237,6 +243,7 @@ def _events(
         raise told from error
     if trainer.step > saved:
         yield Saved(trainer.save())
+        schedule.saved()
 
 
 def _note_best(trainer: Trainer, row: dict) -> bool:
