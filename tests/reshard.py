@@ -98,10 +98,16 @@ def state_of(engine, weight, key):
     return safe_get_full_optimizer_state(weight, key).clone()
 
 
+def skips(setup):
+    """Whether an update that isn't finite is skipped, which torch's own AdamW doesn't do."""
+    return not setup.startswith("0-float32")
+
+
 def write(folder, setup):
     engine = engine_of(setup)
     update(engine, 1.0, -2.0, 0.5, 3.0)
-    update(engine, INFINITE, 1.0, 1.0, 1.0)
+    if skips(setup):
+        update(engine, INFINITE, 1.0, 1.0, 1.0)
     update(engine, -1.0, 0.25, 2.0, 1.0)
     _keep(engine, folder, f"{setup}-{dist.get_world_size()}")
 
