@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from vogue.cli import main
 from vogue.config import Config
+from vogue.run.folder import read_rows
 from vogue.settings_help import fields
 
 
@@ -224,6 +225,11 @@ def test_a_run_leaves_what_it_promises_and_goes_on_as_if_it_had_not_stopped(sett
     assert [row["step"] for row in curves(run)] == [0, 1, 2, 3]
     assert any(row["loss"] != 0 for row in curves(run)[2:])
     assert curves(run) == curves(straight)
+    capsys.readouterr()
+    assert main(["watch", str(run)]) == 0
+    assert "4 of 4 steps · finished" in capsys.readouterr().out
+    (limit,) = {row["memory_gb_limit"] for row in read_rows(run / "metrics.jsonl")}
+    assert 0 < limit < 1e6
     images = [
         {path.name: path.read_bytes() for path in (folder / "completions").iterdir()} for folder in (run, straight)
     ]

@@ -205,7 +205,10 @@ def locked(folder: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
-        yield
+        try:
+            yield
+        finally:
+            lock.truncate(0)  # for those who only look: see `is_worked_in`
 
 
 def is_worked_in(folder: Path) -> bool | None:
@@ -214,8 +217,11 @@ def is_worked_in(folder: Path) -> bool | None:
     It only reads: a lock that is tried out could keep the owner out.
     """
     try:
-        owner = re.fullmatch(r"process ([0-9]+) on (.+)", (folder / LOCK).read_text().strip())
+        told = (folder / LOCK).read_text().strip()
     except FileNotFoundError:
+        return False
+    owner = re.fullmatch(r"process ([0-9]+) on (.+)", told)
+    if not told:
         return False
     if owner is None or owner[2] != socket.gethostname():
         return None
