@@ -107,9 +107,8 @@ def main() -> None:
         seconds, processor = time.perf_counter() - start, time.process_time() - used
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
         print(f"{arguments.completions:,} completions of {arguments.tokens} tokens, {logged:,.0f} MB of logs")
-        print(
-            f"written in {seconds:.1f} s ({processor:.1f} s of the processor), with {memory:,.0f} MB more memory: {os.path.getsize(page) / 1e6:.1f} MB"
-        )
+        print(f"written in {seconds:.1f} s ({processor:.1f} s of the processor), with {memory:,.0f} MB more memory")
+        print(f"size of the page: {os.path.getsize(page) / 1e6:.1f} MB")
         if found := opened(page):
             print(f"opened in {found['seconds']:.1f} s: {found['curves']} curves, {found['cards']} completions drawn")
             print(f"memory of its JavaScript: {found['heap_mb']:.0f} MB")
