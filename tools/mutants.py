@@ -236,6 +236,26 @@ MUTANTS = (
         "tests/test_stopping.py",
         "one_of_them",
     ),
+    Mutant(
+        "vogue/run/restarts.py",
+        "if reached == crashed_at:",
+        "if reached == crashed_at and restart == times:",
+        "tests/test_restarts.py",
+        "second_crash",
+    ),
+    Mutant(
+        "vogue/run/restarts.py",
+        "            left = _left(note)\n",
+        "            left = []\n",
+        "tests/test_restarts.py",
+        "crashes_goes_on",
+    ),
+    Mutant(
+        "vogue/run/launch.py",
+        "_of_open_mpi(given) or _of_mpich(given) or _of_srun(given)",
+        "_of_srun(given) or _of_open_mpi(given) or _of_mpich(given)",
+        "tests/test_launch_names.py",
+    ),
     # The weight's gradient over batches of tokens.
     Mutant(
         "kernels/vogue_kernels/reference.py",

@@ -30,6 +30,7 @@ ENDED = "VOGUE_ENDED"  # the environment variable with that file's name
 OWN_PYTHON = (sys.executable, "-m", "vogue.train")
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 300.0  # seconds; each is twice the one before
 POLL = 0.3  # seconds
+KILLED = 30.0  # seconds that a killed process may take to be gone, with its memory
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -117,13 +118,16 @@ def _attempt(command: list[str], wishes: Wishes, patience: float) -> Ending:
             )
             code = wishes.launcher.wait()
             end = time.monotonic() + patience
+            time.sleep(POLL)  # a process that has only just begun shows no variables yet
             while _left(note) and time.monotonic() < end:
                 time.sleep(POLL)
         except OSError as error:
             raise ConfigError(f"--launcher {command[0]}: {error.strerror}") from None
         finally:
-            for process in _left(note):  # a checkpoint that one of them is writing would be in the next one's way
+            left = _left(note)
+            for process in left:  # its lock, or a checkpoint that it is writing, would be in the next one's way
                 process.kill()
+            psutil.wait_procs(left, timeout=KILLED)
         noted = note.read_text() if note.exists() else ""
     return Ending(int(noted or code), crashed=not noted and code != 0)
 
