@@ -82,7 +82,7 @@ def test_two_nodes_of_two_ranks_train_as_one_rank_does(settings, tmp_path):
     assert main(["train", *settings, *TWO_STEPS]) == 0
     for a, b in zip(rows(tmp_path / "run"), rows(nodes), strict=True):
         assert {name: b[name] for name in CURVES} == pytest.approx({name: a[name] for name in CURVES}, rel=2e-3)
-    assert json.loads((nodes / "checkpoints/step_000002/state.json").read_text())["ranks"] == 4
+        assert "time/wait" in b  # of several ranks, which were one run
 
 
 def srun(ranks):
@@ -146,4 +146,5 @@ def test_deepspeeds_launcher_starts_two_nodes_of_a_hostfile(settings, tmp_path):
     ]
     ended = started_together(commands, [{}, {}])
     assert [code for code, _ in ended] == [0, 0], ended
-    assert json.loads((tmp_path / "run/checkpoints/step_000004/state.json").read_text())["ranks"] == 2
+    (row,) = rows(tmp_path / "run")
+    assert "time/wait" in row
