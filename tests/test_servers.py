@@ -42,10 +42,13 @@ class Started:
         self.servers = start_servers(load_config(None, [*self.settings, "rollout.server_count=2"]))
         self.urls = [server.url for server in self.servers]
         os.environ[KEY] = self.servers[0].key
-        self.config = load_config(None, [*self.settings, f"rollout.servers=[{','.join(self.urls)}]"])
-        preprocessor = Preprocessor.of(self.config)
-        data = check_samples(load_samples(self.config.data.train), preprocessor.lengths)
-        self.trainer = Trainer(self.config, data, preprocessor, resume=None)
+        self.trainer = self.new_trainer(f"rollout.servers=[{','.join(self.urls)}]")
+
+    def new_trainer(self, *overrides, resume=None):
+        config = load_config(None, [*self.settings, *overrides])
+        preprocessor = Preprocessor.of(config)
+        data = check_samples(load_samples(config.data.train), preprocessor.lengths)
+        return Trainer(config, data, preprocessor, resume)
 
     def process(self, number):
         """The process of a server that this one has started."""
@@ -136,7 +139,33 @@ def test_nobody_without_the_key_changes_a_server(started):
 def test_an_evaluation_refuses_servers_that_were_trained(started):
     trainer = started.trainer
     with pytest.raises(EngineError, match=r"its weights are \w+:0: they don't have the weights of model.path="):
-        create_engine(started.config, trainer.processor)
+        create_engine(trainer.config, trainer.processor)
+
+
+def test_a_run_ahead_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(started, tmp_path):
+    """Of steps 0 to 3 it stops after the second one, with the completions of the third in its checkpoint."""
+    urls = f"rollout.servers=[{','.join(started.urls)}]"
+    ahead = ("rollout.ahead=1", "loss.importance_cap=2", "trainer.steps=4", f"trainer.output_dir={tmp_path}")
+    straight = started.new_trainer(urls, *ahead)
+    steps = [straight.run_step(), straight.run_step()]
+    straight.save()
+    steps += [straight.run_step(), straight.run_step()]
+    assert [step.metrics["staleness"] for step in steps] == [0, 1, 1, 1]
+    assert all(step.metrics["mismatch/sync"] < 1e-3 for step in steps)
+    assert [step.metrics["mismatch/logprob"] > 1e-3 for step in steps] == [False, True, True, True]  # an update older
+    resumed = started.new_trainer(urls, *ahead, resume="")
+    assert resumed.step == 2
+    again = [resumed.run_step(), resumed.run_step()]
+    completions = [[group.completions for group in step.groups] for step in (again[0], steps[2])]
+    assert completions[0] == completions[1] and curve(again[0]) == curve(steps[2])
+    assert curve(again[1]) == pytest.approx(curve(steps[3]), rel=1e-4)  # servers round by what they generate together
+    started.trainer.sync()
+
+
+def curve(step):
+    """What a step's metrics are of: its completions, and the update."""
+    names = ("reward", "loss", "entropy", "tokens", "staleness", "mismatch/logprob")
+    return {name: step.metrics[name] for name in names}
 
 
 def test_a_server_that_dies_while_it_generates_leaves_the_completions_as_they_are(started):

@@ -100,6 +100,7 @@ MUTANTS = (
     Mutant("vogue/method/entropy.py", "1 - share", "share", "tests/test_entropy.py"),
     Mutant("vogue/groups.py", "measures or reads_all(config.loss)", "measures", "tests/test_entropy.py"),
     Mutant("vogue/trainer.py", "is None or group.item.number in chosen]", "is None or True]", "tests/test_methods.py"),
+    Mutant("vogue/ahead.py", "if rollout and rollout.step == step", "if rollout", "tests/test_ahead.py"),
     # KL to a reference, and the image's part in a token.
     Mutant("vogue/method/kl.py", "else ratio_of(logprob, old_logprob) * found", "else found", "tests/test_kl.py"),
     Mutant("vogue/model/policy.py", "detach(), found.kl_qp)", "detach(), found.kl_pq)", "tests/test_kl.py"),

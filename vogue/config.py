@@ -147,6 +147,29 @@ class Config(Section):
         self._check_best()
         return self
 
+    @model_validator(mode="after")
+    def _ahead_of_what_it_reads(self) -> "Config":
+        if not self.rollout.ahead:
+            return self
+        told, loss = f"rollout.ahead={self.rollout.ahead}", self.loss
+        if self.rollout.engine != "server":
+            raise ValueError(
+                f"{told}: rollout.engine={self.rollout.engine} generates where the policy trains, and not at the same "
+                "time: use rollout.engine=server"
+            )
+        if loss.importance_cap is None and loss.importance_floor is None:
+            raise ValueError(
+                f"{told}: completions are of an older policy than the one that trains on them, which the loss must "
+                "weigh: set loss.importance_cap=2"
+            )
+        if self.rollout.rounds > 1:
+            raise ValueError(f"{told}: how many of rollout.rounds={self.rollout.rounds} are needed is known too late")
+        if self.sampling.kind != "uniform":
+            raise ValueError(
+                f"{told}: sampling.kind={self.sampling.kind} chooses prompts by what the step before finds"
+            )
+        return self
+
     @property
     def compares(self) -> bool:
         """Whether completions that are trained on x are compared with T(x), whatever was drawn.
@@ -244,6 +267,7 @@ class Config(Section):
             "optimizer.lr_scheduler_type": self.optimizer.lr_scheduler_type != "constant",
             "optimizer.warmup_ratio": self.optimizer.warmup_ratio > 0,
             "curiosity.schedule": self.curiosity.scheduled,
+            "rollout.ahead": self.rollout.ahead > 0,  # the last step begins no rollout, as a longer run's does
         }
         return [name for name, used in schedules.items() if used]
 

@@ -78,7 +78,7 @@ class Loader:
         self.samples, self.lengths = data.samples, data.lengths
         self.rank, self.ranks = rank, ranks
         _check_split(config, ranks)
-        self._background = ThreadPoolExecutor(max_workers=1, initializer=_one_openmp_thread)
+        self._background = ThreadPoolExecutor(max_workers=1, initializer=one_openmp_thread)
         self._ahead: tuple[int, Future[list[Item]]] | None = None
 
     def load_ahead(self, step: int) -> list[Item]:
@@ -156,7 +156,7 @@ class Loader:
 
         In threads, since the ranks wait for it: decoding and T(x) leave the interpreter's lock to one another.
         """
-        with ThreadPoolExecutor(REMAKING_THREADS, initializer=_one_openmp_thread) as pool:
+        with ThreadPoolExecutor(REMAKING_THREADS, initializer=one_openmp_thread) as pool:
             made = pool.map(lambda o: self.item(self.samples[o.index], step, o.number, o.draws), origins)
             return dict(zip(origins, made, strict=True))
 
@@ -239,7 +239,7 @@ def _check_split(config: Config, ranks: int) -> None:
         )
 
 
-def _one_openmp_thread() -> None:
+def one_openmp_thread() -> None:
     """Give the calling thread one OpenMP thread: a second pool makes both sleep at every end of a parallel loop.
 
     With as many threads as cores in one pool alone, they wait actively; a rollout then takes half the time.

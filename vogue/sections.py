@@ -270,6 +270,13 @@ class RolloutConfig(Section):
         "dynamic sampling); 1: none of that",
     )
     n: int = Field(8, ge=2, description="completions a prompt: the group's size G")
+    ahead: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="steps that rollouts are ahead of the training: with 1 a step's completions are generated while "
+        "the step before trains, by a policy that is one step older, with rollout.engine=server; see docs/rollouts.md",
+    )
     noisy_share: Share = Field(
         0.0,
         description="share of each group's completions that are generated from T(x), yet trained on x (NoisyRollout)",

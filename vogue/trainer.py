@@ -21,6 +21,7 @@ new prompts (`Trainer.roll_out`); NoisyRollout's groups hold completions of both
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from math import isfinite
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from vogue import distributed
+from vogue.ahead import AHEAD, Ahead
 from vogue.config import Config, with_steps
 from vogue.data import DataError, Sample
 from vogue.data.dataset import Checked
@@ -128,6 +130,8 @@ class Trainer:
         width = self.policy.model.config.text_config.hidden_size
         self.critic = Critic(config, width, self.device, self.state) if config.advantage.valued else None
         self.engine = create_engine(config, self.processor, self.policy.model)
+        ahead = self.state.current.pop(AHEAD, [])
+        self.ahead = Ahead(config, self.loader, self.engine, ahead) if config.rollout.ahead else None
         self.guidance = GuidanceConfig(**config.guidance.model_dump(exclude={"sign_transition"}))
         self.step = 0
         if found:
@@ -169,6 +173,9 @@ class Trainer:
         ]
         remember(groups, self.state, self.config, self.step, means)
         self.step += 1
+        if self.ahead:
+            with clock("rollout"):
+                self.ahead.wait()  # of the step to come: its weights must not change under it
         with clock("sync"):
             self.sync()
             self.check_sync(groups[0].item, means)
@@ -200,7 +207,8 @@ class Trainer:
         metrics |= distributed.total(sums, self.device)
         mine = {"rollout": means["tokens"].total, "train": means["trained_share"].total}
         for phase, tokens in distributed.total(mine, self.device).items():
-            slowest = f"time/{phase}_slowest" if self.ranks > 1 else f"time/{phase}"
+            during = AHEAD if self.ahead and phase == "rollout" else phase
+            slowest = f"time/{during}_slowest" if self.ranks > 1 else f"time/{during}"
             metrics[f"throughput/{phase}"] = tokens / metrics[slowest]
         return metrics
 
@@ -210,6 +218,8 @@ class Trainer:
         A prompt is mixed where accuracies differ within one of its groups. Too few of them after the last round are
         filled up with others. What isn't trained on stays in the list, with nothing kept. All ranks decide together.
         """
+        if self.ahead:
+            return self.scaled(self.ahead.groups(self.step, self.judge, means, clock))
         rollout = self.config.rollout
         groups: list[Group] = []
         for number in range(rollout.rounds):
@@ -430,5 +440,6 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of all ranks; returns its folder."""
-        run = checkpoint.Run(self.deepspeed, self.policy.model, self.processor, self.state, self.config, self.step)
-        return checkpoint.save(run)
+        with self.ahead.saved_in(self.state, self.step) if self.ahead else nullcontext():
+            run = checkpoint.Run(self.deepspeed, self.policy.model, self.processor, self.state, self.config, self.step)
+            return checkpoint.save(run)
