@@ -58,7 +58,7 @@ def test_a_step_trains_on_what_was_sampled_one_update_before_while_the_next_is_s
 
     distributed.start()
     engine, given = Slow(), config(*AHEAD)
-    ahead = Ahead(given, new_loader(*AHEAD), engine, {})
+    ahead = Ahead(given, new_loader(*AHEAD), engine, [])
     engine.go.set()
     groups, means, _ = taken(ahead, 0)  # the first one has nothing before it
     assert versions(groups) == {0} and means["staleness"].total == 0
@@ -84,7 +84,7 @@ def test_what_was_sampled_for_the_step_to_come_is_in_a_checkpoint_to_the_last_bi
     distributed.start()
     engine, given, loader = Slow(), config(*AHEAD), new_loader(*AHEAD)
     engine.go.set()
-    ahead, state = Ahead(given, loader, engine, {}), RunState()
+    ahead, state = Ahead(given, loader, engine, []), RunState()
     taken(ahead, 0)
     with ahead.saved_in(state, 1):
         state.save(tmp_path / "0.pt")
@@ -119,7 +119,7 @@ def test_what_fails_ahead_ends_the_step_that_it_is_of(config, new_loader):
 
     engine = Failing()
     engine.go.set()
-    ahead = Ahead(config(*AHEAD), new_loader(*AHEAD), engine, {})
+    ahead = Ahead(config(*AHEAD), new_loader(*AHEAD), engine, [])
     taken(ahead, 0)
     ahead.wait()
     with pytest.raises(EngineError, match="no server is left"):
