@@ -39,6 +39,7 @@ SURROGATES, SEEN_BY = "kernels/vogue_kernels/surrogates.py", "tests/kernels/test
 SAMPLING = "tests/test_sampling.py", "not vllm"
 SAVING = "tests/test_saving.py", "not two_ranks"
 RESHARDING = "tests/test_resharding.py", "two_ranks_and_one"
+REPLAY, VIDEOS = ("tests/test_replay.py", "not stopped"), ("tests/test_videos.py", "not train")
 MUTANTS = (
     # What is random is a function of the seed and of where it stands.
     Mutant("vogue/groups.py", "Purpose.ROLLOUT, step, item", "Purpose.ROLLOUT, item", "tests/test_trainer.py"),
@@ -112,6 +113,14 @@ MUTANTS = (
     Mutant("vogue/objective.py", "held & batch.right[:m]", "held", "tests/test_robust.py"),
     Mutant("vogue/method/critic.py", "[spread[1:], ", "[spread[:-1], ", "tests/test_critic.py"),
     Mutant("vogue/model/critic.py", "if step >= settings.warmup_steps", "if True", "tests/test_critic.py"),
+    # What is trained on again, and videos.
+    Mutant("vogue/objective.py", "fresh, old.logprob, batch.behaviour", "fresh, old.logprob, old.logprob", *REPLAY),
+    Mutant("vogue/method/replay.py", "values - known.mean()", "values - values.mean()", *REPLAY),
+    Mutant("vogue/replay.py", "fresh_enough(step + 1 - one", "fresh_enough(step - one", *REPLAY),
+    Mutant("vogue/replay.py", "trace is None else trace.logprob.clone()", "True else None", *REPLAY),
+    Mutant("vogue/loader.py", "perturb(frame, **settings, seed=seed)", "perturb(frame, **settings)", *VIDEOS),
+    Mutant("vogue/families.py", "places[0].double() * pace", "places[0].double()", *VIDEOS),
+    Mutant("vogue/model/packing.py", "(self.seconds[i] is not None) == video", "True", *VIDEOS),
     # Ranks.
     Mutant("vogue/sharing.py", "(-claims[claim], claim)", "(claims[claim], claim)", "tests/test_sharing.py"),
     Mutant("vogue/sharing.py", "pack(loads, middle)", "pack(loads, budget)", "tests/test_sharing.py"),

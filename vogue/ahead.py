@@ -108,7 +108,7 @@ class Ahead:
 
     @contextmanager
     def saved_in(self, state: RunState, step: int) -> Iterator[None]:
-        """In the block the run's state has all ranks' rollouts that come after `step` steps, where there; collective."""
+        """In the block the run's state has all ranks' rollouts that come next, if there are any; collective."""
         self.wait()
         coming = self._coming.result() if self._coming and not self._coming.exception() else None
         found = next((rollout for rollout in (self._held, coming) if rollout and rollout.step == step), None)
