@@ -27,7 +27,7 @@ from vogue.rollout.engine import EngineError
 from vogue.rollout.server_client import KEY, LOOPBACK, Server, ServerLost
 from vogue.rollout.vllm_input import engine_arguments
 from vogue.rollout.weight_folder import check_folder
-from vogue.run.saving import LAUNCHED
+from vogue.run import launch
 from vogue.settings import ConfigError
 
 SCRIPT = Path(__file__).with_name("server_process.py")
@@ -35,7 +35,7 @@ TAIL = 1500  # characters of a server's output that are told where it ends
 PATIENCE = 10.0  # seconds that a server has to end by itself
 PAUSE = 0.2  # seconds between two looks whether a server is up
 # In the trainer's process vLLM runs without processes of its own; a server always has them.
-TRAINERS_OWN = (*LAUNCHED, "VLLM_ENABLE_V1_MULTIPROCESSING")
+TRAINERS_OWN = (*launch.NAMES, "VLLM_ENABLE_V1_MULTIPROCESSING")
 
 
 class Running(NamedTuple):
