@@ -5,10 +5,10 @@ import shlex
 import sys
 from pathlib import Path
 
+from vogue.argument_types import count, counts, gigabytes, names, steps, whole_number
 from vogue.settings_help import settings_help
 
 RESUME = "--resume"
-HELP_WIDTH = 100  # columns of a setting's description
 WARMSTART = {
     "vision_batches": (60, "batches that teach the model to see"),
     "batches": (320, "supervised batches of the whole model"),
@@ -200,14 +200,14 @@ def _add_train(commands) -> None:
     )
     command.add_argument(
         "--profile",
-        type=_steps,
+        type=steps,
         default=frozenset(),
         metavar="STEPS",
         help="write a torch profiler trace of these steps, counted from 0, into trainer.output_dir/profile: 3,5",
     )
     command.add_argument(
         "--restarts",
-        type=_count,
+        type=count,
         metavar="N",
         help="after a crash go on by itself from the newest whole checkpoint, N times at most; not after a wrong "
         "setting or sample, a failed reward, or a stop",
@@ -225,16 +225,16 @@ def _add_train(commands) -> None:
 def _add_plan(commands) -> None:
     command = _add(commands, "plan", "which memory a run would take, phase by phase, and whether it fits", PLAN_HELP)
     _add_config(command)
-    command.add_argument("--gpus", type=_count, metavar="N", help="GPUs of a machine (default: those here, or 1)")
-    command.add_argument("--memory", type=_gigabytes, metavar="GB", help="memory of a GPU (default: of those here)")
-    command.add_argument("--nodes", type=_count, default=1, metavar="N", help="machines (default 1)")
+    command.add_argument("--gpus", type=count, metavar="N", help="GPUs of a machine (default: those here, or 1)")
+    command.add_argument("--memory", type=gigabytes, metavar="GB", help="memory of a GPU (default: of those here)")
+    command.add_argument("--nodes", type=count, default=1, metavar="N", help="machines (default 1)")
     command.add_argument("--json", action="store_true", help="print all of it as JSON, in bytes and tokens")
 
 
 def _add_sweep(commands) -> None:
     command = _add(commands, "sweep", "train variants × seeds from one start, resumable, and compare them", SWEEP_HELP)
     _add_config(command)
-    command.add_argument("--jobs", type=_count, metavar="N", help="runs at a time, in place of FILE's")
+    command.add_argument("--jobs", type=count, metavar="N", help="runs at a time, in place of FILE's")
     command.add_argument("--table", action="store_true", help="run nothing, show the table of the runs that are done")
 
 
@@ -249,11 +249,11 @@ def _add_eval(commands) -> None:
     )
     _add_config(command)
     command.add_argument(
-        "--samples", type=_count, metavar="N", help="completions a problem (default: trainer.eval_samples)"
+        "--samples", type=count, metavar="N", help="completions a problem (default: trainer.eval_samples)"
     )
     command.add_argument(
         "--pass-at",
-        type=_counts,
+        type=counts,
         metavar="K,…",
         help="pass@1 and pass@k for these k up to N, from the same completions (default 1, 2, 4 … up to N)",
     )
@@ -280,7 +280,7 @@ def _add_eval(commands) -> None:
     command.add_argument(
         "--view",
         dest="views",
-        type=_names,
+        type=names,
         default=("image",),
         metavar="VIEW,…",
         help="image, text (the sample's printed state in the image's place), both: is a model's weakness seeing or "
@@ -294,7 +294,7 @@ def _add_serve(commands) -> None:
     command = _add(commands, "serve", "a server of vLLM, for trainings with rollout.engine=server", SERVE_HELP)
     _add_config(command)
     command.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where it listens (default 127.0.0.1)")
-    command.add_argument("--port", type=_count, default=8000, metavar="N", help="(default 8000)")
+    command.add_argument("--port", type=count, default=8000, metavar="N", help="(default 8000)")
 
 
 def _add_score(commands) -> None:
@@ -319,7 +319,7 @@ def _add_watch(commands) -> None:
     command = _add(commands, "watch", "a run as it goes, in the terminal or on a page: curves, alarms", WATCH_HELP)
     command.add_argument("run", type=Path, metavar="RUN", help="folder of a run, its trainer.output_dir")
     command.add_argument("--serve", action="store_true", help="serve the page of `vogue report`, kept up to date")
-    command.add_argument("--port", type=_whole_number, metavar="N", help="of --serve (default 6007; 0: a free one)")
+    command.add_argument("--port", type=whole_number, metavar="N", help="of --serve (default 6007; 0: a free one)")
     command.add_argument("--host", metavar="ADDRESS", help="of --serve (default 127.0.0.1, this machine alone)")
 
 
@@ -359,8 +359,8 @@ def _add_data(commands) -> None:
     command = _add_inspection(
         kinds, "show", "samples as the model will see them, and what looks odd about them", SHOW_HELP
     )
-    command.add_argument("--row", type=_whole_number, default=0, metavar="N", help="the first row shown (default 0)")
-    command.add_argument("--count", type=_count, default=1, metavar="N", help="samples shown from there on (default 1)")
+    command.add_argument("--row", type=whole_number, default=0, metavar="N", help="the first row shown (default 0)")
+    command.add_argument("--count", type=count, default=1, metavar="N", help="samples shown from there on (default 1)")
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page with the images, too")
     command = _add_inspection(kinds, "check", "find all samples that can't be used; each image is decoded", CHECK_HELP)
     command.add_argument("--out", type=Path, metavar="FILE", help="write their row numbers, as data.skip takes them")
@@ -368,7 +368,7 @@ def _add_data(commands) -> None:
     command = _add_inspection(
         kinds, "split", "easy, medium and hard .parquet, by how often a model is right", SPLIT_HELP
     )
-    command.add_argument("--samples", type=_count, default=8, metavar="N", help="completions a problem (default 8)")
+    command.add_argument("--samples", type=count, default=8, metavar="N", help="completions a problem (default 8)")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
 
     command = _add_splits(kinds, "digits", "two handwritten digits and a question: train, validation, test .parquet")
@@ -381,14 +381,14 @@ def _add_data(commands) -> None:
     )
     command = _add_splits(kinds, "moving-digits", "videos of two digits, one after the other: the same three .parquet")
     command.add_argument(
-        "--frames", type=_count, default=4, metavar="N", help="frames of a video, a multiple of 4 (default 4)"
+        "--frames", type=count, default=4, metavar="N", help="frames of a video, a multiple of 4 (default 4)"
     )
 
     command = _add(kinds, "puzzles", "puzzles with a known state: train.parquet, test.parquet", PUZZLES_HELP)
-    command.add_argument("--kind", dest="kinds", type=_names, metavar="KIND,…", help="default: all of the kinds below")
+    command.add_argument("--kind", dest="kinds", type=names, metavar="KIND,…", help="default: all of the kinds below")
     for name, (default, help) in PUZZLES.items():
         command.add_argument(
-            f"--{name}", type=_whole_number, default=default, metavar="N", help=f"{help} (default {default})"
+            f"--{name}", type=whole_number, default=default, metavar="N", help=f"{help} (default {default})"
         )
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
 
@@ -396,9 +396,9 @@ def _add_data(commands) -> None:
 def _add_splits(kinds, name: str, help: str) -> argparse.ArgumentParser:
     command = _add(kinds, name, help)
     command.add_argument("out", type=Path, help="folder to write to")
-    for split, count in {"train": 8000, "validation": 500, "test": 1000}.items():
+    for split, size in {"train": 8000, "validation": 500, "test": 1000}.items():
         command.add_argument(
-            f"--{split}", type=int, default=count, metavar="N", help=f"samples of the {split} split (default {count})"
+            f"--{split}", type=int, default=size, metavar="N", help=f"samples of the {split} split (default {size})"
         )
     command.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
     return command
@@ -418,41 +418,3 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "settings", nargs="*", metavar="FILE.yaml | key=value", help="settings: a file first, then overrides"
     )
-
-
-def _steps(text: str) -> frozenset[int]:
-    steps = text.split(",")
-    if not all(step.isdecimal() for step in steps):
-        raise argparse.ArgumentTypeError(f"{text} is not a list of steps such as 3,5")
-    return frozenset(map(int, steps))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """The parts of a list with commas, each once."""
-    return tuple(dict.fromkeys(text.split(",")))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, but is {text!r}")
-    return int(text)
-
-
-def _gigabytes(text: str) -> float:
-    try:
-        size = float(text)
-    except ValueError:
-        size = 0.0
-    if not 0 < size < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of GB above 0, but is {text!r}")
-    return size
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(map(_count, text.split(",")))
-
-
-def _whole_number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, but is {text!r}")
-    return int(text)
