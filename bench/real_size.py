@@ -144,7 +144,7 @@ def largest_difference(trainer, groups) -> float:
     largest = 0.0
     with torch.no_grad():
         for batch in trainer.micro_batches(dict(enumerate(groups)), groups[0], Means(), Clock()):
-            old = trainer.looked_at([batch], several=True)[0].old.logprob
+            old = trainer.looked_at([batch], Means(), several=True)[0].old.logprob
             there = batch.weights > 0
             difference = (old - batch.engine_logprob.to(old.device))[there & ~batch.engine_logprob.isnan()]
             largest = max(largest, float(difference.abs().max()))
