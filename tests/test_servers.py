@@ -116,12 +116,12 @@ def test_a_sync_that_left_something_old_is_found(started):
     trainer.check_sync(item, means)
     assert 0 < means["mismatch/sync"].total < 1e-3
     with torch.no_grad():
-        head.mul_(1.1)
+        head.mul_(2)
         try:
             with pytest.raises(EngineError, match=r"^after 0 steps .* it hasn't all of the policy's weights$"):
                 trainer.check_sync(item, means)
         finally:
-            head.div_(1.1)
+            head.div_(2)
     trainer.sync()
 
 
