@@ -32,7 +32,7 @@ def environment():
 
 def apart(function, *arguments):
     """What a function returns in a process of its own: when an engine of vLLM goes, it ends its process' groups."""
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_leave_the_run) as alone:
+    with ProcessPoolExecutor(1, get_context("forkserver"), initializer=_leave_the_run) as alone:
         return alone.submit(function, *arguments).result()
 
 

@@ -49,7 +49,7 @@ MUTANTS = (
     ),
     Mutant("vogue/rewards/groups.py", "*place, number)", "*place)", "tests/test_rewards_groups.py"),
     Mutant("vogue/loader.py", "(step * rollout.rounds + number) *", "step * rollout.rounds *", "tests/test_loader.py"),
-    Mutant("vogue/loader.py", "PERTURB, step, number, i)", "PERTURB, step, number)", "tests/test_loader.py"),
+    Mutant("vogue/loader.py", "purpose, *where, i)", "purpose, *where)", "tests/test_loader.py"),
     Mutant(
         "vogue/method/branch.py", "SeedSequence((seed, step))", "SeedSequence((seed + step,))", "tests/test_branch.py"
     ),
