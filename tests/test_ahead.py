@@ -100,7 +100,7 @@ def test_what_was_sampled_for_the_step_to_come_is_in_a_checkpoint_to_the_last_bi
     assert means["staleness"].total == 1
     resumed.wait()
     assert asked.asked == [1]  # of step 2 alone
-    other = Ahead(given, new_loader(*AHEAD, rank=1, ranks=2), asked, state.current["ahead"])
+    other = Ahead(given, new_loader(*AHEAD, ranks=2), asked, state.current["ahead"])
     with pytest.warns(UserWarning, match="on another number of ranks: they are generated anew"):
         groups, means, _ = taken(other, 1)
     assert versions(groups) == {1} and means["staleness"].total == 0

@@ -113,7 +113,7 @@ def test_a_single_task_is_the_only_rank(joined):
 def test_half_of_what_a_launcher_says_is_refused(settings, monkeypatch, capsys):
     monkeypatch.setattr("os.environ", {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"})
     assert main(["train", *settings]) == 2
-    assert "vogue train: RANK=0 is set, but not LOCAL_RANK, MASTER_PORT: a launcher sets all" in capsys.readouterr().err
+    assert "RANK=0 is set, but not LOCAL_RANK, MASTER_PORT: a launcher sets all of them" in capsys.readouterr().err
 
 
 def test_a_process_beside_slurms_tasks_is_refused(settings, monkeypatch, capsys):

@@ -253,6 +253,8 @@ def report(tmp_path_factory):
 @pytest.fixture
 def page(driver, report):
     """The freshly opened page, 1280 pixels wide."""
+    driver.get("about:blank")
+    driver.get_log("browser")  # of a live page whose server is gone
     screen(driver, 1280)
     driver.get(report.as_uri())
     return driver
