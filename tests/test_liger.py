@@ -3,18 +3,19 @@
 The interpreter needs two repairs: it leaves a kernel's float arguments as Python's, and has none of libdevice.
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from ranks import environment
+from ranks import environment, launcher
 from test_families import random_model
 
 from vogue.model.liger import check_liger
 from vogue.settings import ConfigError
 
-SAME = """
+REPAIRS = """
 import copy, sys
 
 import numpy, torch
@@ -22,12 +23,6 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 import liger_kernel.ops.rms_norm
-from test_families import random_model, row_of
-from vogue.config import LoraConfig
-from vogue.model.liger import ROTATION, apply_liger
-from vogue.model.lora import add_adapters
-from vogue.model.packing import collate
-from vogue.model.policy import Policy
 
 convert = interpreter._implicit_cvt
 
@@ -38,6 +33,14 @@ def with_floats(argument):
 
 interpreter._implicit_cvt = with_floats
 liger_kernel.ops.rms_norm.rsqrt = lambda x: 1 / tl.sqrt(x)
+"""
+SAME = """
+from test_families import random_model, row_of
+from vogue.config import LoraConfig
+from vogue.model.liger import ROTATION, apply_liger
+from vogue.model.lora import add_adapters
+from vogue.model.packing import collate
+from vogue.model.policy import Policy
 
 def results(model, kind):
     rows = [row_of(model, kind, 1, [10, 11, 12], [20, 21]), row_of(model, kind, 2, [13, 14], [30])]
@@ -75,8 +78,37 @@ for kind, adapted in (("qwen2_vl", False), ("qwen2_5_vl", True), ("qwen3_vl", Fa
 def test_ligers_kernels_change_no_logprob_and_no_gradient_of_a_family_they_are_for():
     given = environment() | {"TRITON_INTERPRET": "1"}
     given["PYTHONPATH"] = f"{Path(__file__).parent}:{given.get('PYTHONPATH', '')}"
-    done = subprocess.run([sys.executable, "-c", SAME], env=given, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        [sys.executable, "-c", REPAIRS + SAME], env=given, capture_output=True, text=True, timeout=500
+    )
     assert done.stdout.count("same") == 3, done.stdout + done.stderr
+
+
+TRAIN = """
+from vogue.cli import main
+from vogue.distributed import leave
+
+leave(main(["train", *[text for text in sys.argv[1:] if not text.startswith("--local_rank")]]))
+"""
+
+
+@pytest.mark.long
+def test_two_ranks_train_a_partitioned_model_by_ligers_kernels_as_by_its_own(settings, mixed_data, tmp_path):
+    script, rows = tmp_path / "train.py", []
+    script.write_text(REPAIRS + TRAIN)
+    for liger in ("true", "false"):
+        folder = tmp_path / liger
+        given = [*settings, f"model.liger={liger}", f"data.train={mixed_data}", "trainer.steps=2"]
+        given += ["trainer.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"]
+        command = [*launcher(2), script, *given, "rollout.n=4", f"trainer.output_dir={folder}"]
+        told = {"env": environment() | {"TRITON_INTERPRET": "1"}, "capture_output": True, "text": True}
+        done = subprocess.run([*map(str, command)], **told, timeout=590)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        rows.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    for ours, theirs in zip(*rows, strict=True):
+        for name in ("reward", "loss", "entropy", "grad_norm", "tokens"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+    assert any(row["grad_norm"] > 0 for row in rows[0])
 
 
 @pytest.mark.parametrize(
