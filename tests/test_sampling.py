@@ -1,11 +1,12 @@
 """Which tokens either engine may sample, with which log-probabilities, and what ends a completion."""
 
+import json
 from dataclasses import replace
 from math import inf, log
 
 import pytest
 import torch
-from ranks import apart
+from ranks import apart, launch
 from steps import batches_of, generated, objective_of, with_settings
 from transformers import AutoModelForImageTextToText
 
@@ -249,3 +250,19 @@ def test_a_run_that_samples_from_a_part_of_the_distribution_says_so(settings, ca
 def test_an_unbiased_estimate_needs_tokens_of_the_whole_distribution(config):
     with pytest.raises(ValueError, match=r"estimator=k3 is without bias .* but rollout\.top_k=5 samples from a part"):
         config("rollout.top_k=5", "uncertainty.estimator=k3")
+
+
+@pytest.mark.long
+def test_two_ranks_that_sample_from_what_is_left_train_as_one_does_and_go_on(settings, mixed_data, tmp_path):
+    chosen = [*settings, "rollout.top_k=5", "rollout.top_p=0.95", "rollout.min_p=0.01", "rollout.temperature=1.5"]
+    chosen += ['rollout.stop=["}"]', f"data.train={mixed_data}", "rollout.n=4", "branch.probability=0.5"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(["train", *chosen, f"trainer.output_dir={one}", "trainer.steps=3"]) == 0
+    for more in (("trainer.steps=1",), ("trainer.steps=3", "--resume")):
+        launch(2, "--module", "vogue.train", *chosen, f"trainer.output_dir={two}", *more)
+    rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
+    assert len(rows[0]) == len(rows[1]) == 3
+    for a, b in zip(*rows, strict=True):
+        for name in ("reward", "loss", "entropy", "grad_norm", "tokens", "mismatch/logprob"):
+            assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-6), name
+    assert rows[0][0]["mismatch/logprob"] > 1e-3  # the engine's are of what is left
