@@ -4,12 +4,15 @@ Each is a worker (connection, folder, task, ...) in a process of its own, which 
 """
 
 import os
+import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from turns import measured, requests
 
 BUDGET = 8192  # tokens of a micro-batch
+POLLING = 1.5  # seconds in which vLLM's workers, once idle, still poll on their core: the other contestant's as well
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,10 @@ def vogue_ahead(connection, folder: Path, task: Task, *overrides: str) -> None:
     os.sched_setaffinity(0, {1})  # which the server is started with
     trainer = vogue_trainer(folder, task, "rollout.engine=server", "loss.importance_cap=2", *overrides)
     for thread in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(thread), {0})
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.sched_setaffinity(int(thread), {0})
     for _ in requests(connection):
+        time.sleep(POLLING)
         with measured(connection) as found:
             found["metrics"], _ = trainer.run_step()
 

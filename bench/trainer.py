@@ -200,7 +200,8 @@ def rows_of(quick: bool) -> dict[str, Callable[[int, Path], dict]]:
         "train-prompt-heavy": lambda repeats, folder: training_part(heavy, repeats, folder),
         "train-large-vocabulary": lambda repeats, folder: training_part(large, repeats, folder),
         "step-digits": lambda repeats, folder: whole_step(digits, repeats, folder),
-        "ahead": lambda repeats, folder: ahead(digits, repeats, folder),
+        "ahead-digits": lambda repeats, folder: ahead(digits, repeats, folder),
+        "ahead-prompt-heavy": lambda repeats, folder: ahead(heavy, repeats, folder),
         "growth": lambda repeats, folder: growth(heavy, repeats, folder, quick),
         "sync": lambda repeats, folder: weight_sync(digits, repeats, folder, quick),
     }
