@@ -391,8 +391,13 @@ class Trainer:
     def check_gradient(self, norm: float, means: Means) -> None:
         """Add the update's norm, which is of all ranks; raises FloatingPointError after too many that aren't finite.
 
-        DeepSpeed doesn't apply such an update, which one odd batch may cause.
+        DeepSpeed doesn't apply such an update, which one odd batch may cause; but with stage 0 it does.
         """
+        if not isfinite(norm) and self.deepspeed.zero_optimization_stage() == 0:
+            raise FloatingPointError(
+                f"step {self.step}: the gradient wasn't finite, and ZeRO's stage 0 has applied it: the weights are lost. "
+                "Go on from the last checkpoint with trainer.deepspeed.zero_optimization.stage=1"
+            )
         skipped = 0 if isfinite(norm) else self.state.current.get("skipped_updates", 0) + 1
         self.state.current["skipped_updates"] = skipped  # in a row
         means.add("skipped_updates", skipped > 0)
