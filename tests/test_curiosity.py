@@ -7,7 +7,8 @@ import torch
 from test_groups import group
 
 from vogue.config import load_config
-from vogue.groups import RIGHT, WRONG, curious, found_mixed, judged, tally
+from vogue.dynamic_sampling import found_mixed
+from vogue.groups import RIGHT, WRONG, curious, judged, tally
 from vogue.method.advantage import group_advantages
 from vogue.method.curiosity import bonus, log_perplexity, weight_at
 from vogue.metrics import Means

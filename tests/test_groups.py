@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 from steps import group_of
 
-from vogue.groups import assigned, choose, cut, found_mixed, in_updates, judged, overlong_punishment, tally
+from vogue.dynamic_sampling import assigned, choose, found_mixed
+from vogue.groups import cut, in_updates, judged, overlong_punishment, tally
 from vogue.loader import Item
 from vogue.metrics import Means
 from vogue.rewards import Score

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from vogue.boxed import boxed
 from vogue.data import Sample
 from vogue.rewards import Score, score, score_batch, verifier
-from vogue.rewards.checker import is_correct
+from vogue.rewards.correctness import is_correct
 from vogue.rewards.equality import Verifier
-from vogue.rewards.verifiable import is_formatted
+from vogue.rewards.format import is_formatted
 from vogue.rewards.worker import Worker
 from vogue.sections import RewardConfig
 

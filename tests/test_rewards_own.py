@@ -11,8 +11,8 @@ from vogue.cli import main
 from vogue.config import load_config
 from vogue.data import Sample
 from vogue.rewards import RewardError, Score, score_batch
+from vogue.rewards.format import is_formatted
 from vogue.rewards.library import box, choice, iou, judge, point, text
-from vogue.rewards.verifiable import is_formatted
 from vogue.sections import RewardConfig
 from vogue.settings import ConfigError
 

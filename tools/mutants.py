@@ -58,9 +58,11 @@ MUTANTS = (
     Mutant("vogue/loader.py", "self.state.settle()\n", "pass\n", "tests/test_loader.py"),
     Mutant("vogue/loader.py", "ahead and ahead[0] == step", "ahead", "tests/test_loader.py"),
     Mutant("vogue/loader.py", "NOISY_COST if z.any() else 1", "1", "tests/test_loader.py"),
-    Mutant("vogue/groups.py", "(not found[number], number)", "(found[number], number)", "tests/test_groups.py"),
+    Mutant(
+        "vogue/dynamic_sampling.py", "(not found[number], number)", "(found[number], number)", "tests/test_groups.py"
+    ),
     Mutant("vogue/groups.py", "keep and completion.finished", "completion.finished", "tests/test_groups.py"),
-    Mutant("vogue/groups.py", "place * updates // len(chosen)", "place % updates", "tests/test_groups.py"),
+    Mutant("vogue/dynamic_sampling.py", "place * updates // len(chosen)", "place % updates", "tests/test_groups.py"),
     Mutant(
         "vogue/groups.py", "pass_at_k(len(scores), right, len(scores))", "right / len(scores)", "tests/test_groups.py"
     ),
@@ -145,7 +147,7 @@ MUTANTS = (
         "len(lengths)\n",
         "tests/kernels/test_loss.py",
     ),
-    Mutant("kernels/vogue_kernels/loss.py", "advantage + per if", "advantage - per if", "tests/kernels/test_loss.py"),
+    Mutant("kernels/vogue_kernels/bonus.py", "advantage + per if", "advantage - per if", "tests/kernels/test_loss.py"),
     Mutant(SURROGATES, "(advantage < 0) & (obj", "(advantage > 0) & (obj", SEEN_BY),
     Mutant(SURROGATES, "clamp(1 - clip_low, 1 + clip_high) * a", "clamp(1 - clip_low, 1 + clip_low) * a", SEEN_BY),
     Mutant(SURROGATES, "of_level.detach(), old", "logprob.detach(), old", SEEN_BY),
@@ -176,7 +178,9 @@ MUTANTS = (
     Mutant(
         "vogue/rewards/reading.py", "return apart and not joined", "return not apart", "tests/test_rewards_answers.py"
     ),
-    Mutant("vogue/rewards/checker.py", "and given.unit != answer.unit", "and False", "tests/test_rewards_answers.py"),
+    Mutant(
+        "vogue/rewards/correctness.py", "and given.unit != answer.unit", "and False", "tests/test_rewards_answers.py"
+    ),
     Mutant(
         "vogue/rewards/equality_worker.py",
         "1e-{AGREEING}",

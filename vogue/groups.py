@@ -1,4 +1,4 @@
-"""Groups of completions: generated for a step's items, judged, chosen, and turned into rows that are trained on."""
+"""Groups of completions: generated for a step's items, judged, and turned into rows that are trained on."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,6 @@ from vogue.method import curiosity
 from vogue.method.advantage import (
     deviation,
     group_advantages,
-    mixed,
     over,
     over_tokens,
     passk_advantages,
@@ -213,31 +212,6 @@ def curious(group: Group, scores: Iterable[Score], config: Config, step: int) ->
 def overlong_punishment(length: int, longest: int, buffer: int) -> float:
     """DAPO's soft punishment (arXiv 2503.14476): 0 up to `longest` - `buffer` tokens, from there linearly to -1."""
     return min(0.0, (longest - buffer - length) / buffer)
-
-
-def found_mixed(groups: Iterable[Group]) -> dict[int, bool]:
-    """By prompt, whether accuracies differ within one of its groups."""
-    found: dict[int, bool] = {}
-    for group in groups:
-        differ = bool(mixed(torch.tensor([[score.accuracy for score in group.scores]])))
-        found[group.item.number] = differ or found.get(group.item.number, False)
-    return found
-
-
-def choose(found: dict[int, bool], count: int) -> list[int]:
-    """`count` numbers of prompts to train on: the first whose groups are mixed, then the first others; ascending."""
-    return sorted(sorted(found, key=lambda number: (not found[number], number))[:count])
-
-
-def assigned(groups: Iterable[Group], chosen: list[int], updates: int) -> list[Group]:
-    """Groups of the chosen prompts, dealt to the step's updates; of the others nothing is kept."""
-    update = {number: place * updates // len(chosen) for place, number in enumerate(chosen)}
-    return [
-        replace(group, item=replace(group.item, update=update[group.item.number]))
-        if group.item.number in update
-        else replace(group, kept=(False,) * len(group.kept))
-        for group in groups
-    ]
 
 
 def in_updates(groups: Sequence[Group], updates: int) -> list[dict[int, Group]]:

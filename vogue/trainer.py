@@ -16,7 +16,8 @@ A completion needs one forward, and where z = 1 a second one, without gradient, 
 Completions with A = 0 need none. Every `trainer.measure_every` steps all of it is computed, to be logged.
 
 The other methods are settings of this loop (`vogue.config.METHODS`). DAPO's dynamic sampling repeats the rollout with
-new prompts (`Trainer.roll_out`); NoisyRollout's groups hold completions of both views and are trained on the raw one.
+new prompts (`vogue.dynamic_sampling`); NoisyRollout's groups hold completions of both views and are trained on the raw
+one.
 """
 
 import warnings
@@ -33,6 +34,7 @@ from vogue.ahead import AHEAD, Ahead
 from vogue.config import Config, with_steps
 from vogue.data import DataError, Sample
 from vogue.data.dataset import Checked
+from vogue.dynamic_sampling import dynamic_sampling
 from vogue.engine_check import Servers, mismatch
 from vogue.evaluate import CHUNK, FAILURES, Judged, judge, requests_for
 from vogue.groups import (
@@ -40,11 +42,8 @@ from vogue.groups import (
     WRONG,
     Group,
     Trace,
-    assigned,
-    choose,
     compared_views,
     curious,
-    found_mixed,
     generate,
     idle_row,
     in_updates,
@@ -213,34 +212,24 @@ class Trainer:
         return metrics
 
     def roll_out(self, means: Means, clock: Clock) -> list[Group]:
-        """This rank's judged groups of the step; `rollout.rounds` of new prompts at most, until enough are mixed.
-
-        A prompt is mixed where accuracies differ within one of its groups. Too few of them after the last round are
-        filled up with others. What isn't trained on stays in the list, with nothing kept. All ranks decide together.
-        """
+        """This rank's judged groups of the step; what dynamic sampling doesn't train on has nothing kept."""
         if self.ahead:
             return self.scaled(self.ahead.groups(self.step, self.judge, means, clock))
-        rollout = self.config.rollout
-        groups: list[Group] = []
-        for number in range(rollout.rounds):
-            # Apart from the rollout: ranks that share an engine would wait in it for one that has failed here.
-            with distributed.together(*FAILURES, meeting=clock.waiting), clock("data"):
-                items = self.loader.items(self.step, number) if number else self.loader.load_ahead(self.step)
-                means.add("broken_share", sum(item.skipped for item in items), len(items))
-            with distributed.together(*FAILURES, meeting=clock.waiting):
-                with clock("rollout"):
-                    generated = generate(self.engine, self.config, items, self.step)
-                with clock("reward"):
-                    groups += self.judge(generated)
-            if rollout.rounds == 1:
-                return self.scaled(groups)
-            found = {k: v for part in distributed.gather(found_mixed(groups)) for k, v in part.items()}
-            if sum(found.values()) >= rollout.prompts:
-                break
-        chosen = choose(found, rollout.prompts)
-        means.add("rounds", number + 1)
-        means.add("filled_share", sum(not found[prompt] for prompt in chosen) / len(chosen))
-        return self.scaled(assigned(groups, chosen, self.config.trainer.updates), set(chosen))
+        if self.config.rollout.rounds == 1:
+            return self.scaled(self.rolled_out(0, means, clock))
+        return self.scaled(*dynamic_sampling(lambda number: self.rolled_out(number, means, clock), self.config, means))
+
+    def rolled_out(self, number: int, means: Means, clock: Clock) -> list[Group]:
+        """This rank's judged groups of a round of the step; raises, on all ranks, what of `FAILURES` one meets."""
+        # Apart from the rollout: ranks that share an engine would wait in it for one that has failed here.
+        with distributed.together(*FAILURES, meeting=clock.waiting), clock("data"):
+            items = self.loader.items(self.step, number) if number else self.loader.load_ahead(self.step)
+            means.add("broken_share", sum(item.skipped for item in items), len(items))
+        with distributed.together(*FAILURES, meeting=clock.waiting):
+            with clock("rollout"):
+                generated = generate(self.engine, self.config, items, self.step)
+            with clock("reward"):
+                return self.judge(generated)
 
     def scaled(self, groups: list[Group], chosen: set[int] | None = None) -> list[Group]:
         """The groups with advantages over the std of the step's rewards, where `advantage.scale=batch` asks for it.
@@ -395,8 +384,8 @@ class Trainer:
         """
         if not isfinite(norm) and self.deepspeed.zero_optimization_stage() == 0:
             raise FloatingPointError(
-                f"step {self.step}: the gradient wasn't finite, and ZeRO's stage 0 has applied it: the weights are lost. "
-                "Go on from the last checkpoint with trainer.deepspeed.zero_optimization.stage=1"
+                f"step {self.step}: the gradient wasn't finite, and ZeRO's stage 0 has applied it: the weights are "
+                "lost. Go on from the last checkpoint with trainer.deepspeed.zero_optimization.stage=1"
             )
         skipped = 0 if isfinite(norm) else self.state.current.get("skipped_updates", 0) + 1
         self.state.current["skipped_updates"] = skipped  # in a row

@@ -9,14 +9,8 @@ VogueLoss             the loss for any trainer; its parts: guidance, shaped_adva
 """
 
 from .backends import available_backends
-from .loss import (
-    GuidanceConfig,
-    ShapedAdvantage,
-    VogueLoss,
-    guidance,
-    shaped_advantage,
-    token_weights,
-)
+from .bonus import GuidanceConfig, ShapedAdvantage, guidance, shaped_advantage
+from .loss import VogueLoss, token_weights
 from .operator import IGNORE, BranchStats, LogprobStats, linear_branch_stats, linear_logprob
 from .parallel import vocab_parallel_branch_stats, vocab_parallel_logprob
 from .surrogates import (

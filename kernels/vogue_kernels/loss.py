@@ -1,8 +1,6 @@
 """VOGUE's loss (arXiv 2510.01444): guidance signals, shaped advantage, surrogate, aggregation.
 
-    g_out = min(|A| / β_out, α_out u_out)        u_out = H(π)                          every token
-    g_per = min(|A| / β_per, α_per u_per)        u_per = ½ (KL(p‖q) + KL(q‖p))         tokens that the draw z pays it to
-    Â     = A + g_out + z g_per                  uncertainties are stop-gradient
+    Â     = A + g_out + z g_per                  `bonus.py`
     loss  = Σ_t w_t · −min(r_t Â_t, clip(r_t, 1 − ε_low, 1 + ε_high) Â_t)              r = π / π_old
 
 `surrogates.py` has that last one, others that may take its place, and what corrects for the engine's probabilities.
@@ -15,12 +13,10 @@ Tensors are per token, of any one shape, float32. A bonus is never negative, and
 negative advantage rises to 0 at most and a positive one at most doubles.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
+from .bonus import PAPER, GuidanceConfig, shaped_advantage
 from .operator import IGNORE, linear_branch_stats, linear_logprob
 from .surrogates import (
     CorrectionConfig,
@@ -35,73 +31,9 @@ from .surrogates import (
 AGGREGATIONS = ("token-mean", "sequence-mean", "constant")
 ROLLOUTS = ("raw", "drawn")
 ENTROPIES = ("trained", "drawn")
-ORDERS = ("parallel", "sequential")
 
 # What `linear_branch_stats` calls them.
 DIVERGENCES = {"symmetric": "symmetric_kl", "forward": "kl_pq", "reverse": "kl_qp"}
-
-
-@dataclass(frozen=True)
-class GuidanceConfig:
-    """Scale α (advantage per nat) and cap divisor β of both guidance signals; α = 0 switches a signal off.
-
-    order: "parallel" caps both by |A| (the paper's), "sequential" caps g_out by |A + g_per| (the authors' code's).
-    """
-
-    alpha_out: float = 0.4
-    beta_out: float = 2.0
-    alpha_per: float = 1.0
-    beta_per: float = 2.0
-    order: str = "parallel"
-
-    def __post_init__(self):
-        one_of("order", self.order, ORDERS)
-        for name in ("alpha_out", "alpha_per"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("beta_out", "beta_per"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-
-
-class ShapedAdvantage(NamedTuple):
-    advantage: Tensor  # Â
-    out_capped: Tensor  # bool: the cap of g_out binds
-    per_capped: Tensor  # bool: the cap of g_per binds; False where it isn't paid
-
-
-def guidance(advantage: Tensor, uncertainty: Tensor, alpha: float, beta: float) -> Tensor:
-    """The bonus of one uncertainty u: min(|A| / β, α · stopgrad(u))."""
-    return torch.minimum(advantage.abs() / beta, alpha * uncertainty.detach())
-
-
-def shaped_advantage(
-    advantage: Tensor,
-    entropy: Tensor,
-    perception: Tensor | None,
-    paid: Tensor,
-    config: GuidanceConfig,
-    sign: float = 1.0,
-) -> ShapedAdvantage:
-    """The advantage with both bonuses: Â = A + g_out + z · sign · g_per.
-
-    advantage, paid (z, bool): anything that broadcasts to entropy's shape. entropy, perception: u_out and u_per in
-    nats; perception may be None where g_per is paid nowhere or alpha_per is 0. sign: from 1, which rewards tokens that
-    the perturbation changes, to -1, which rewards those that it leaves alone. Raises ValueError where perception is
-    None but needed.
-    """
-    advantage = advantage.expand_as(entropy)
-    if perception is not None:
-        per = torch.where(paid, sign * guidance(advantage, perception, config.alpha_per, config.beta_per), 0.0)
-        per_capped = paid & (config.alpha_per * perception.detach() > advantage.abs() / config.beta_per)
-    elif config.alpha_per > 0 and paid.any():
-        raise ValueError("tokens that g_per is paid to need their perception uncertainty; pass it, or set alpha_per=0")
-    else:
-        per, per_capped = torch.zeros_like(advantage), torch.zeros_like(advantage, dtype=torch.bool)
-    capping = advantage + per if config.order == "sequential" else advantage
-    out = guidance(capping, entropy, config.alpha_out, config.beta_out)
-    out_capped = config.alpha_out * entropy.detach() > capping.abs() / config.beta_out
-    return ShapedAdvantage(advantage + out + per, out_capped, per_capped)
 
 
 def token_weights(
@@ -158,7 +90,7 @@ class VogueLoss(nn.Module):
 
     def __init__(
         self,
-        guidance: GuidanceConfig = GuidanceConfig(),
+        guidance: GuidanceConfig = PAPER,
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         temperature: float = 1.0,

@@ -50,9 +50,11 @@ def linear_logprob_of(
         raise ValueError(f"words must be (..., K) with at least one place for a word, got {tuple(shape)}")
     if hidden.shape[:-1] != shape[:-1]:
         raise ValueError(f"hidden must be {(*shape[:-1], 'D')}, got {tuple(hidden.shape)}, with words {tuple(shape)}")
-    rest, cap = (bias, temperature, backend), {"softcap": softcap}
+    rest = bias, temperature, backend
     hidden, words = hidden.reshape(-1, hidden.shape[-1]), words.reshape(-1, shape[-1])
-    linear_logprob(hidden[:0], weight, words[:0, 0], *rest, **cap)  # of no token: it raises for what can't be used
+    linear_logprob(
+        hidden[:0], weight, words[:0, 0], *rest, softcap=softcap
+    )  # of no token: it raises for what can't be used
     words = words.long()
     _check_words(words, len(weight))
     with torch.no_grad():
@@ -61,7 +63,7 @@ def linear_logprob_of(
         top = logits.argmax(1, keepdim=True)
         from_top = logits - logits.gather(1, top)
     target = words.gather(1, top).squeeze(1)
-    stats = linear_logprob(hidden, weight, target, *rest, **cap, keep_logits_bytes=keep_logits_bytes)
+    stats = linear_logprob(hidden, weight, target, *rest, softcap=softcap, keep_logits_bytes=keep_logits_bytes)
     results = _Given.apply(hidden, weight, bias, stats.lse, stats.logprob.detach(), from_top, slope, words)
     return results.view(shape)
 

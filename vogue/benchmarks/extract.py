@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from vogue.boxed import boxed
-from vogue.rewards.checker import verdicts
+from vogue.rewards.correctness import verdicts
 from vogue.rewards.designs import tagged_answer
 from vogue.rewards.reading import option
 from vogue.rewards.writing import TEXT, tidy

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from vogue.benchmarks.benchmark import Benchmark, Line, Problem, Right, by_group
 from vogue.benchmarks.extract import EXPRESSION, Form, options
-from vogue.rewards.checker import is_correct
+from vogue.rewards.correctness import is_correct
 
 CHOICE = re.compile(r"^\s*\(?([A-H])\s*[:.)]\s*(.*?)\s*$", re.MULTILINE)
 LETTER = re.compile(r"\(?([A-H])\)?")

@@ -34,7 +34,8 @@ from math import tanh
 from vogue.boxed import boxed
 from vogue.data import Sample
 from vogue.presets import DESIGNS, HEADED, JUDGING
-from vogue.rewards.checker import verdicts
+from vogue.rewards.correctness import verdicts
+from vogue.rewards.format import is_formatted
 from vogue.rewards.function import Earned, RewardError, description_scorer, own_rewards
 from vogue.rewards.headed import (
     cosines,
@@ -46,7 +47,6 @@ from vogue.rewards.headed import (
     share_of_enough,
 )
 from vogue.rewards.reading import Number, Time, read
-from vogue.rewards.verifiable import is_formatted
 from vogue.rewards.writing import is_blank
 from vogue.sections import RewardConfig
 

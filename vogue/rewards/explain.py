@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vogue.presets import DESIGNS, HEADED
-from vogue.rewards.checker import Verdict, verdicts
+from vogue.rewards.correctness import Verdict, verdicts
 from vogue.rewards.designs import find_answer, score
 from vogue.rewards.headed import ANSWER
 from vogue.rewards.reading import Collection, Mathematics, Number, Option, Reading, Series, Time, Words, read

@@ -30,7 +30,7 @@ def create_engine(config: Config, processor: ProcessorMixin, model: PreTrainedMo
 
         return VllmEngine(config, processor, model)
     if config.rollout.engine == "server":
-        from vogue.rollout.server import ServerEngine
+        from vogue.rollout.server_engine import ServerEngine
 
         return ServerEngine(config, processor, model)
     from vogue.rollout.hf import HfEngine

@@ -25,7 +25,7 @@ FILE_BYTES = 1 << 30  # of a file, so that the first rank holds no more than tha
 
 
 class WeightFolder:
-    """A `vogue.rollout.server.Transfer` by a folder."""
+    """A `vogue.rollout.server_engine.Transfer` by a folder."""
 
     def __init__(self, config: Config):
         self._root = config.rollout.weight_folder

@@ -73,7 +73,9 @@ class Fan:
 
 
 class NcclTransfer:
-    """A `vogue.rollout.server.Transfer` by NCCL. A server that dies while weights are sent holds the first rank up."""
+    """A `vogue.rollout.server_engine.Transfer` by NCCL. A server that dies while weights are sent holds the first
+    rank up.
+    """
 
     def __init__(self, model: PreTrainedModel):
         self._source = Source(model)

@@ -1,6 +1,6 @@
 """What fits where: a run's memory phase by phase, what is the most that fits, and what to change if it doesn't.
 
-Nothing is loaded and no weight is read: a model is planned on from its config.json, by `vogue.run.phases`.
+Nothing is loaded and no weight is read: a model is planned on from its config.json, by `vogue.run.phase_memory`.
 """
 
 import json
@@ -21,7 +21,7 @@ from vogue.model.files import configured_model
 from vogue.model.lora import add_adapters
 from vogue.model.optimizer import deepspeed_settings
 from vogue.run.memory import GB, check_length, shown
-from vogue.run.phases import Phase, engine_weights, phases, sequence_bytes
+from vogue.run.phase_memory import Phase, engine_weights, phases, sequence_bytes
 from vogue.run.sizes import BUCKET, LIVE, Layout, Sizes, sizes_of
 from vogue.settings import ConfigError, check
 

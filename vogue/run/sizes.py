@@ -1,6 +1,6 @@
 """What a plan of memory reckons with: a model's sizes, from its config.json alone, and a run's layout over its ranks.
 
-`sizes_of` reads a model, `vogue.run.plan.layout_of` a run's settings; `vogue.run.memory` is arithmetic on both.
+`sizes_of` reads a model, `vogue.run.plan.layout_of` a run's settings; `vogue.run.phase_memory` is arithmetic on both.
 """
 
 from dataclasses import dataclass
