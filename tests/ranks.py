@@ -52,9 +52,7 @@ def launch(ranks, *command):
         running = []
         for rank in range(ranks):
             own = {name: str(value) for name, value in {"RANK": rank, "LOCAL_RANK": rank, **shared}.items()}
-            given = f"{folder}/{rank}", environment() | own, [str(word) for word in command]
-            running.append(get_context("forkserver").Process(target=_rank, args=given))
-            running[-1].start()
+            running.append(_started(f"{folder}/{rank}", own, command))
         end = time.monotonic() + 900
         while any(process.is_alive() for process in running):
             if any(process.exitcode for process in running) or time.monotonic() > end:
@@ -67,10 +65,28 @@ def launch(ranks, *command):
     return printed
 
 
+def vogue(*arguments):
+    """The exit code and the output of the command, in a process of its own as in `apart`."""
+    with TemporaryDirectory() as folder:
+        process = _started(f"{folder}/output", {}, ["--module", "vogue", *arguments])
+        process.join(500)
+        process.kill()
+        process.join()
+        return process.exitcode, Path(folder, "output").read_text()
+
+
+def _started(output, own, command):
+    given = output, environment() | own, [str(word) for word in command]
+    process = get_context("forkserver").Process(target=_rank, args=given)
+    process.start()
+    return process
+
+
 def _rank(output, environment, command):
     """One rank, in a process of its own: what `python script …` or `python -m module …` would do there."""
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    _leave_the_run()
     os.environ |= environment
     code = 1
     try:

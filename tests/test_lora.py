@@ -1,13 +1,11 @@
 """Adapters: what they train, what the engine and a checkpoint get of them, and what is refused."""
 
 import json
-import subprocess
-import sys
 
 import peft
 import pytest
 import torch
-from ranks import environment, launch
+from ranks import launch, vogue
 from safetensors.torch import load_file, save_file
 
 from vogue.cli import main
@@ -206,10 +204,3 @@ def test_a_merged_model_and_the_adapter_beside_its_base_answer_alike(train, sett
     assert answers[0] == answers[1] != answers[2]
     code, told = vogue("merge", str(adapter), "--out", str(merged))
     assert code == 2 and "isn't empty" in told
-
-
-def vogue(*arguments):
-    """Run the command apart: vLLM ends the process groups of all that live beside it."""
-    command = [sys.executable, "-m", "vogue", *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)
-    return done.returncode, done.stdout + done.stderr
