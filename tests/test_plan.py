@@ -39,7 +39,7 @@ RUN = Layout(
     **{"checkpointing": False, "repeats_keys": False, "liger": False, "kept_logits": 0.0},
     **{"engine": "vllm", "engine_share": 0.4, "kv_cache": 1e9, "tensor_parallel": 1, "sleep": False},
     **{"prompts": 4, "updates": 1, "n": 4, "compares": True, "prompt": 200, "image": 100, "completion": 200},
-    **{"budget": 1000, "shared_prefix": True, "steps": 10, "keep": 2, "sub_group": 10**9},
+    **{"budget": 1000, "shared_prefix": True, "steps": 10, "keep": 2, "sub_group": 10**9, "replayed": 0},
 )
 LORA = replace(SIZES, adapters=10**8, trained=10**8, vision_trained=False)
 
@@ -134,6 +134,7 @@ def test_the_largest_micro_batch_holds_rows_of_the_longest_prompt_and_completion
     assert replace(RUN, budget=700).rows == (1, 2)  # the prompt and as many completions as fit
     assert replace(RUN, budget=100).tokens == 400  # one is never cut
     assert replace(RUN, shared_prefix=False).rows == (2, 1)
+    assert replace(RUN, budget=10**6, replayed=2).rows == (4, 6)  # which are trained on as the others
 
 
 def test_what_autograd_keeps_of_a_token_in_one_layer():

@@ -89,7 +89,7 @@ def make_plan(config: Config, ranks: int, memory: float, *, on_gpu: bool, nodes:
     def with_budget(tokens: int) -> Layout:
         return replace(run, budget=tokens)
 
-    update = -(-run.prompts // run.updates) * (run.prompt + run.n * run.completion)
+    update = -(-run.prompts // run.updates) * (run.prompt + run.trained * run.completion)
     return Plan(
         sizes=sizes,
         run=run,
@@ -184,6 +184,7 @@ def layout_of(config: Config, sizes: Sizes, ranks: int, memory: float, *, on_gpu
         prompts=-(-rollout.prompts // ranks),
         updates=trainer.updates,
         n=rollout.n,
+        replayed=config.replay.n if config.replay.size else 0,
         compares=reads_other(config) or config.compares or trainer.measure_every > 0,
         refers=config.kl.coef > 0,
         moving=config.moving_views,
@@ -303,7 +304,7 @@ def sentences(plan: Plan) -> list[str]:
     verdict = f"it fits: {largest.name} is the largest phase, {shown(largest.total)} of {shown(run.memory)}"
     told = [f"it doesn't fit: {text}" for text in plan.problems] or [verdict]
     told += [f"  {_tried(change)}" for change in plan.changes]
-    update, step = run.prompts * run.n // run.updates, run.prompts * run.ranks * run.n
+    update, step = run.prompts * run.trained // run.updates, run.prompts * run.ranks * run.n
     told += [
         f"largest micro-batch: {run.tokens} tokens, {rows} rows of {run.prompt} + {completions} x {run.completion}",
         f"most that fits, the rest as it is: rollout.max_tokens={plan.longest_completion or 'none'}, "

@@ -96,6 +96,7 @@ class Layout:
     prompts: int  # of a rank in a step
     updates: int
     n: int
+    replayed: int  # stored completions that are trained on with a group's n
     compares: bool  # a second forward of another view, without gradient
     prompt: int  # the longest
     image: int  # of the prompt, tokens of images
@@ -121,11 +122,16 @@ class Layout:
         return self.ranks if self.stage == 3 else 1
 
     @property
+    def trained(self) -> int:
+        """Completions of a prompt that are trained on."""
+        return self.n + self.replayed
+
+    @property
     def rows(self) -> tuple[int, int]:
         """Rows of the largest micro-batch, and completions of each, where all are as long as they may be."""
         fitting = max(1, (self.budget - self.prompt) // self.completion) if self.shared_prefix else 1
-        completions = min(self.n, fitting)
-        made = -(-self.prompts // self.updates) * -(-self.n // completions)
+        completions = min(self.trained, fitting)
+        made = -(-self.prompts // self.updates) * -(-self.trained // completions)
         return max(1, min(made, self.budget // (self.prompt + completions * self.completion))), completions
 
     @property
