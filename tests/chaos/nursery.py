@@ -1,9 +1,12 @@
 """A process that has imported all that a run needs, and forks: a rank begins in it within a second, not in ten.
 
-It reads orders, a line of JSON each: the command's arguments, variables, a file for its output, and what to do to it
-from within (`hooks`). The rank's process number and, when it has ended, its exit code are written beside that file.
+It reads orders, a line of JSON each: the command's arguments, variables, modules to import before that, a file for its
+output, what to do to it from within (`hooks`), and a process whose network it gets (0: this one's). The rank's process
+number and, when it has ended, its exit code are written beside that file.
 """
 
+import ctypes
+import importlib
 import json
 import os
 import sys
@@ -18,9 +21,13 @@ import vogue.cli  # noqa: E402
 import vogue.rollout.hf  # noqa: E402
 import vogue.run.training  # noqa: E402
 
+CLONE_NEWNET = 0x40000000  # of linux/sched.h
+
 
 def begin(order):
     """Fork twice: the rank, and a process that waits for it, since its code would be nobody's after this one's end."""
+    for name in order["imports"]:
+        importlib.import_module(name)
     if os.fork():
         os.wait()
         return
@@ -37,10 +44,19 @@ def begin(order):
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout.reconfigure(line_buffering=True)  # what is killed must have said what it said
+    if order["network"]:
+        join_network(order["network"])
     os.environ.update(order["variables"])
     hooks.install(**order["hooks"])
     sys.argv = ["vogue", *order["arguments"]]
     vogue.cli.command()
+
+
+def join_network(pid):
+    with open(f"/proc/{pid}/ns/net") as network:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(network.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def write(path, number):

@@ -1,7 +1,7 @@
-"""The kinds of disturbance. Each begins a run, disturbs it as a random generator says, goes on with it and tells.
+"""Disturbances of processes, disks and clocks; `network.py` and `servers.py` have those of what runs talk to.
 
-What holds for every kind is asserted here: a run that ends by itself says why in a sentence, and within `LIMIT`; no
-whole checkpoint is lost; the run can be gone on with.
+Each begins a run, disturbs it as a random generator says, goes on with it and tells. `ended` and `kept` of the arena
+hold it to what holds for every kind.
 """
 
 import os
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import psutil
-from arena import LIMIT, STEPS, Outcome, Rank, codes, printed, result, same, wait_for
+from arena import LIMIT, STEPS, THREADS, Outcome, Rank, codes, ended, kept, result, same, wait_for, whole
 from ranks import environment, free_port
 
 LAUNCHERS = {
@@ -21,28 +21,6 @@ LAUNCHERS = {
     "torchrun": ("--nproc-per-node=2", "--master-port={port}", "--module", "vogue.train"),
 }
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
-
-
-def ended(started, outcome, traceback=False):
-    """Wait for the ranks' end, and hold it to what every end must be; `traceback`: nobody could foresee it."""
-    began = time.monotonic()
-    found = codes(started, LIMIT)
-    outcome.seconds, outcome.output = time.monotonic() - began, printed(started)
-    outcome.disturbed = any(found)
-    assert None not in found, f"a rank hung: {outcome.output}"
-    assert traceback or "Traceback" not in outcome.output, outcome.output
-    if any(code and code > 0 for code in found):
-        assert "vogue" in outcome.output and ("vogue train: " in outcome.output or traceback), outcome.output
-    return found
-
-
-def whole(folder):
-    return {path.name for path in (folder / "run/checkpoints").glob("step_*")}
-
-
-def kept(folder, before):
-    """The newest of the checkpoints of before is there, or a newer one."""
-    assert not before or max(whole(folder), default="") >= max(before), (before, whole(folder))
 
 
 def killed_anywhere(arena, random):
@@ -109,7 +87,8 @@ def launcher_killed(arena, random):
     arguments = [text.format(port=free_port()) for text in LAUNCHERS[name]]
     command = [Path(sys.executable).with_name(name), *arguments, *arena.settings, f"trainer.output_dir={folder}/run"]
     with open(folder / "output", "w") as output:
-        process = subprocess.Popen(command, env=environment(), stdout=output, stderr=output, start_new_session=True)
+        told = {"env": environment() | THREADS, "stdout": output, "stderr": output}
+        process = subprocess.Popen(command, **told, start_new_session=True)
         wait_for(lambda: process.poll() is not None or (folder / "run/metrics.jsonl").exists(), LIMIT)
         below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         ranks = [one for one in below if any("vogue" in part for part in one.cmdline())]
@@ -184,7 +163,7 @@ def clock_jumps(arena, random):
     now = folder / "now"
     now.write_text("+0")
     faked = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(now), "FAKETIME_NO_CACHE": "1"}
-    faked |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1"}
+    faked |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1", **THREADS}
     command = [sys.executable, "-m", "vogue", "train", *arena.settings, f"trainer.output_dir={folder}/run"]
     with open(folder / "output", "w+") as output:
         process = subprocess.Popen(command, env=environment() | faked, stdout=output, stderr=output)
@@ -230,10 +209,7 @@ def rank_stopped(arena, random):
     return arena.go_on(folder, outcome, 2)
 
 
-KINDS = {
-    function.__name__: function
-    for function in (
-        *(killed_anywhere, killed_in_a_save, worker_killed, launcher_killed, disk_full),
-        *(file_truncated, clock_jumps, memory_runs_out, rank_stopped),
-    )
-}
+KINDS = (
+    *(killed_anywhere, killed_in_a_save, worker_killed, launcher_killed, disk_full),
+    *(file_truncated, clock_jumps, memory_runs_out, rank_stopped),
+)
