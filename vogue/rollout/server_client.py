@@ -23,6 +23,7 @@ from vogue.rollout.engine import EngineError
 
 KEY = "VLLM_API_KEY"
 SHORT = 10.0  # seconds for what a server answers at once
+BETWEEN_STEPS = 30.0  # seconds for what an engine answers between two of its own steps
 UNTOUCHED = "default"  # vLLM's label of the weights that it has loaded itself
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy is for what lies outside
@@ -82,7 +83,8 @@ class Server:
 
     def pause(self) -> None:
         """Let the server drop what it generates, which nobody waits for, and all that it keeps of the old weights."""
-        self._call("/pause?mode=abort", {})
+        # An engine that hangs behind a front that answers would otherwise cost every sync a rollout's time.
+        self._call("/pause?mode=abort", {}, min(self.timeout, BETWEEN_STEPS))
 
     def resume(self, label: str) -> None:
         """Let the server generate with its new weights, under a label that it is then asked for."""

@@ -168,20 +168,24 @@ class ServerEngine:
         Those that can't are out, with a warning. Where none is left the next `generate` says so.
         """
         self.version = version
+        labels = self._labels(self._servers)
+        reachable = [server for server in self._servers if isinstance(labels.get(server.url), str)]
         with _together(FolderError):
-            failed = self._transfer.send(self._reachable(), as_in_checkpoint(self._model, weights), self._label)
-        failed = _agreed(failed)
-        for server in self._servers:
-            if why := failed.get(server.url):
-                self._take_out(server, ServerLost(why))
-        self.up_to_date()
+            failed = self._transfer.send(reachable, as_in_checkpoint(self._model, weights), self._label)
+        labels |= {url: ServerLost(why) for url, why in failed.items()}
+        # What hasn't answered a moment ago isn't waited for again.
+        self._see(labels | self._labels([server for server in reachable if server.url not in failed]))
 
     def up_to_date(self) -> bool:
         """Whether no server that answers has other weights than those of `version`; every rank calls.
 
         Those that have them are in from here on, the others out.
         """
-        labels = _agreed(dict(self._labels()) if self._first else {})
+        return self._see(self._labels(self._servers))
+
+    def _see(self, labels: dict[str, str | ServerLost]) -> bool:
+        """Take servers in and out, on all ranks, by what the first one has found; as `up_to_date` returns."""
+        labels = _agreed(labels)
         found = {url: label for url, label in labels.items() if isinstance(label, str)}
         with self._choosing:
             self._live = [server for server in self._servers if found.get(server.url) == self._label]
@@ -192,8 +196,8 @@ class ServerEngine:
                 self._take_out(server, ServerLost(why))
         return all(label == self._label for label in found.values())
 
-    def _labels(self) -> list[tuple[str, str | ServerLost]]:
-        """By URL the label of each server's weights, or what is wrong with it."""
+    def _labels(self, servers: list[Server]) -> dict[str, str | ServerLost]:
+        """By URL the label of each server's weights, or what is wrong with it; of none on ranks but the first."""
 
         def asked(server: Server) -> tuple[str, str | ServerLost]:
             try:
@@ -201,13 +205,10 @@ class ServerEngine:
             except ServerLost as error:
                 return server.url, error
 
-        with ThreadPoolExecutor(len(self._servers)) as pool:
-            return list(pool.map(asked, self._servers))
-
-    def _reachable(self) -> list[Server]:
-        """The servers that answer, on the first rank; none on the others, which don't talk to them."""
-        labels = dict(self._labels()) if self._first else {}
-        return [server for server in self._servers if isinstance(labels.get(server.url), str)]
+        if not (self._first and servers):
+            return {}
+        with ThreadPoolExecutor(len(servers)) as pool:
+            return dict(pool.map(asked, servers))
 
     def _meet(self, server: Server, config: Config) -> None:
         """Wait until a server is up; if it still has the weights of `model.path` they get the run's label."""
