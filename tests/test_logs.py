@@ -102,6 +102,15 @@ def test_a_resumed_run_must_be_the_one_that_stopped(config):
     assert "rollout.n was 2 and is 3" in str(error.value)
 
 
+def test_a_run_goes_on_with_other_servers(config):
+    before = config("rollout.engine=server", "rollout.servers=[http://a:1,http://b:1]", "rollout.weight_folder=one")
+    log_steps(before, 0, 1)
+    now = config("rollout.engine=server", "rollout.server_count=2", "rollout.server_timeout=9")
+    logs.check_folder(now, resume=True)
+    with pytest.raises(ConfigError, match=r"rollout\.engine was server and is hf"):
+        logs.check_folder(config(), resume=True)
+
+
 @pytest.mark.parametrize("schedule", [(), ("perturb.anneal_at=0.5", FIXED), ("guidance.sign_transition=[0,1]", FIXED)])
 def test_other_steps_are_another_run_where_a_schedule_ends_with_them(config, schedule):
     log_steps(config(*schedule), 0, 1)

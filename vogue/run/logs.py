@@ -41,11 +41,13 @@ HARMLESS = (
 LENGTH = ("trainer.steps", "trainer.epochs")
 # Settings that a resumed run may change: those, and what is asked for. So is its length where no schedule reads it.
 # How a run is laid over ranks and their memory changes what it computes by rounding alone, and may be what it needs to
-# go on where there are fewer of them.
+# go on where there are fewer of them; so may be its servers, one of which may be gone for good.
 RESUMABLE = (
     *(*HARMLESS, "trainer.eval_every", "trainer.eval_samples", "data.test", "data.test_limit"),
     *("trainer.offload_optimizer", "trainer.offload_params", "trainer.deepspeed", "trainer.micro_batch_tokens"),
     *("model.gradient_checkpointing", "rollout.tensor_parallel", "rollout.sleep", "rollout.kv_cache_gb"),
+    *("rollout.servers", "rollout.server_count", "rollout.server_gpus", "rollout.server_timeout"),
+    *("rollout.weight_transfer", "rollout.weight_folder"),
 )
 
 
