@@ -99,7 +99,7 @@ class Arena:
             own |= {"GLOO_SOCKET_IFNAME": "cable"} if machines else {}
             order["variables"] = {name: str(value) for name, value in own.items()}
             order["hooks"] = (hooks or {}) if rank == ranks - 1 else {}
-            order["imports"] = ["vogue.rollout.server"] if "rollout.engine=server" in more else []
+            order["imports"] = ["vogue.rollout.server_engine"] if "rollout.engine=server" in more else []
             order["network"] = machines[rank].process.pid if machines else 0
             self._nursery.stdin.write(json.dumps(order) + "\n")
             self._nursery.stdin.flush()
