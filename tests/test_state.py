@@ -52,14 +52,11 @@ from vogue.distributed import leave
 from vogue.loader import Loader
 from vogue.trainer import Trainer
 
-own_items, own_update = Loader.items, Trainer.update
+own_order, own_update = Loader._order, Trainer.update
 
-def items(self, step, number=0):
-    self.offset = self.state.settled.get("right", 0)  # read in the background, while the step before is trained
-    samples, self.samples = self.samples, self.samples[self.offset % 7:] + self.samples[:self.offset % 7]
-    found = own_items(self, step, number)
-    self.samples = samples
-    return found
+def order(self, step, number):
+    right = self.state.settled.get("right", 0)  # read in the background, while the step before is trained
+    return [(index + right) % len(self.samples) for index in own_order(self, step, number)]
 
 def update(self, groups, means, clock):
     right = 0
@@ -71,7 +68,7 @@ def update(self, groups, means, clock):
     means.add("remembered", self.state.current["right"])
     return traces
 
-Loader.items, Trainer.update = items, update
+Loader._order, Trainer.update = order, update
 leave(main(["train", *[text for text in sys.argv[1:] if not text.startswith("--local_rank")]]))
 """
 CURVES = ("remembered", "reward", "loss", "grad_norm", "entropy", "tokens")
