@@ -20,8 +20,7 @@ from vogue.rollout.cache import ROOM
 from vogue.run.sizes import Blocks, Layout, Sizes
 
 GPU_RUNTIME = 2e9  # CUDA's context, NCCL's buffers, what the allocator can't fill
-CPU_RUNTIME = 3e7  # libraries' pools and what malloc can't fill: measured, as are the next two
-CPU_GENERATING = 4e7  # the same of transformers' generation, token by token
+CPU_RUNTIME = 3e7  # libraries' pools and what malloc can't fill: measured, as is the next
 CPU_FILES = 3e7  # a chunk of a checkpoint's files for its checksum, and their writers' buffers
 SYNC = 256 << 20  # gathered at a time, see `vogue.model.weights`
 GPU_CHUNK, CPU_CHUNK = 1 << 26, 1 << 21  # logits of a branch at a time, of vogue_kernels' backward passes
@@ -154,8 +153,7 @@ def _generating(sizes: Sizes, run: Layout) -> float:
     # One layer's keys and values, repeated for every head of the queries.
     repeated = 2 * sequences * run.longest * sizes.text.query * run.item if run.repeats_keys else 0
     # Two float32 log-probabilities, and a float64 sum, of a token's logits.
-    rest = 0 if run.on_gpu else CPU_GENERATING
-    return cache + repeated + sequences * sizes.vocabulary * (run.item + 16) + rest
+    return cache + repeated + sequences * sizes.vocabulary * (run.item + 16)
 
 
 # ------------------------------------------------------------------------------------------------------- training
