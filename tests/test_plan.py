@@ -65,12 +65,17 @@ def test_zero_3_shares_sixteen_bytes_a_weight_over_the_ranks():
     assert held(SIZES, RUN, "rollout") == held(SIZES, RUN)
 
 
-def test_with_zero_1_weights_are_whole_and_gradients_exist_in_training_alone():
+def test_with_zero_1_weights_are_whole_and_gradients_of_its_dtype_exist_in_training_alone():
     run = replace(RUN, stage=1)
     # 2 x 8e9 whole, and a rank's eighth of them twice, their sum and a copy
     assert held(SIZES, run) == {"weights": 16, "optimizer": 12, "gradients": 20}
     assert held(SIZES, run, "update") == {"weights": 16, "optimizer": 12, "gradients": 4}
     assert held(SIZES, run, "rollout") == {"weights": 16, "optimizer": 12}
+    assert held(SIZES, replace(run, grad_item=4), "rollout") == {
+        "weights": 16,
+        "optimizer": 12,
+        "gradients": 4,
+    }  # a sum
     assert parts(SIZES, run, "sync")["gathered"] == 0
 
 

@@ -20,7 +20,8 @@ from vogue.rollout.cache import ROOM
 from vogue.run.sizes import Blocks, Layout, Sizes
 
 GPU_RUNTIME = 2e9  # CUDA's context, NCCL's buffers, what the allocator can't fill
-CPU_RUNTIME = 3e7  # libraries' pools and what malloc can't fill: measured, as is the next
+CPU_RUNTIME = 3e7  # libraries' pools and what malloc can't fill: measured, as are the next two
+CPU_GENERATING = 1e7  # the same of transformers' generation, token by token
 CPU_FILES = 3e7  # a chunk of a checkpoint's files for its checksum, and their writers' buffers
 SYNC = 256 << 20  # gathered at a time, see `vogue.model.weights`
 GPU_CHUNK, CPU_CHUNK = 1 << 26, 1 << 21  # logits of a branch at a time, of vogue_kernels' backward passes
@@ -72,7 +73,7 @@ def _held(sizes: Sizes, run: Layout) -> dict[str, float]:
         parts["weights"] = run.item * (sizes.weights + sizes.adapters + sizes.reference) / run.shards
     if not (run.offload_optimizer and run.on_gpu):
         parts["optimizer"] = 12 * sizes.trained / run.ranks
-        if run.stage == 3:
+        if run.stage == 3 or run.grad_item > run.item:  # else they are gone with the update
             parts["gradients"] = run.grad_item * sizes.trained / run.ranks
     if run.stage == 3:
         parts["bucket"] = _bucket(sizes, run)
@@ -153,7 +154,8 @@ def _generating(sizes: Sizes, run: Layout) -> float:
     # One layer's keys and values, repeated for every head of the queries.
     repeated = 2 * sequences * run.longest * sizes.text.query * run.item if run.repeats_keys else 0
     # Two float32 log-probabilities, and a float64 sum, of a token's logits.
-    return cache + repeated + sequences * sizes.vocabulary * (run.item + 16)
+    rest = 0 if run.on_gpu else CPU_GENERATING
+    return cache + repeated + sequences * sizes.vocabulary * (run.item + 16) + rest
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -266,12 +268,12 @@ def _copied(sizes: Sizes, run: Layout) -> float:
 
 
 def _updating(sizes: Sizes, run: Layout) -> float:
-    """A float32 gradient of what is updated at once, and AdamW's root of the second moment: two of them on a CPU."""
+    """A float32 gradient of what is updated at once, and AdamW's root of the second moment."""
     if run.offload_optimizer and run.on_gpu:
         return 0.0
     share = sizes.trained / run.ranks
     at_once = min(share, run.sub_group) if run.stage == 3 else share
-    return at_once * (8 if run.on_gpu else 12)
+    return 8 * at_once
 
 
 def _gathered_in_sync(sizes: Sizes, run: Layout) -> float:
