@@ -16,8 +16,7 @@ A completion needs one forward, and where z = 1 a second one, without gradient, 
 Completions with A = 0 need none. Every `trainer.measure_every` steps all of it is computed, to be logged.
 
 The other methods are settings of this loop (`vogue.config.METHODS`). DAPO's dynamic sampling repeats the rollout with
-new prompts (`vogue.dynamic_sampling`); NoisyRollout's groups hold completions of both views and are trained on the raw
-one.
+new prompts (`dynamic_sampling`); NoisyRollout's groups hold completions of both views and are trained on the raw one.
 """
 
 import warnings
@@ -28,6 +27,8 @@ from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import NamedTuple, cast
+
+from torch.nn.utils import get_total_norm
 
 from vogue import distributed
 from vogue.ahead import AHEAD, Ahead
@@ -312,13 +313,13 @@ class Trainer:
                 weight -= float(batch.weights.sum())
                 means.add("trained_share", int((batch.weights > 0).sum()), 0)
             with clock("update"):
-                self.deepspeed.step()
+                norm = self.apply()
                 if self.critic:
                     self.critic.step()
             steer_entropy(self.state, config.loss, told)
             means.add("loss", 0.0, weight)  # of what went through no forward: its loss is 0
             means.add("trained_share", 0.0, sum(lengths))
-            self.check_gradient(float(self.deepspeed.get_global_grad_norm() or 0.0), means)
+            self.check_gradient(norm, means)
         return traces
 
     def penalised(self, groups: list[Group], means: Means, clock: Clock) -> list[Group]:
@@ -377,16 +378,26 @@ class Trainer:
         filled = ([taken[load] for load in micro_batch] for micro_batch in shares[self.rank])
         return [collate(micro_batch, pad_id, token_mean=token_mean) for micro_batch in filled]
 
+    def apply(self) -> float:
+        """Apply the update of the summed gradients; returns their norm, which is of all ranks."""
+        if self.deepspeed.zero_optimization_stage() == 0 and self.config.model.dtype == "float32":
+            # Here DeepSpeed neither tells the norm nor looks whether it is finite.
+            norm = float(get_total_norm([p.grad for p in self.policy.model.parameters() if p.grad is not None]))
+            if not isfinite(norm):
+                raise FloatingPointError(
+                    f"step {self.step}: the gradient isn't finite, and ZeRO's stage 0 would apply it. Stage 1 leaves "
+                    "such an update out: trainer.deepspeed.zero_optimization.stage=1"
+                )
+            self.deepspeed.step()
+            return norm
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+
     def check_gradient(self, norm: float, means: Means) -> None:
         """Add the update's norm, which is of all ranks; raises FloatingPointError after too many that aren't finite.
 
-        DeepSpeed doesn't apply such an update, which one odd batch may cause; but with stage 0 it does.
+        DeepSpeed doesn't apply such an update, which one odd batch may cause.
         """
-        if not isfinite(norm) and self.deepspeed.zero_optimization_stage() == 0:
-            raise FloatingPointError(
-                f"step {self.step}: the gradient wasn't finite, and ZeRO's stage 0 has applied it: the weights are "
-                "lost. Go on from the last checkpoint with trainer.deepspeed.zero_optimization.stage=1"
-            )
         skipped = 0 if isfinite(norm) else self.state.current.get("skipped_updates", 0) + 1
         self.state.current["skipped_updates"] = skipped  # in a row
         means.add("skipped_updates", skipped > 0)
