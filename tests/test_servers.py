@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -188,11 +189,13 @@ def test_a_server_that_dies_while_it_generates_leaves_the_completions_as_they_ar
     started.restart(1)
 
 
-def test_a_step_goes_on_with_the_server_that_is_left(started):
-    trainer = started.trainer
+def test_a_step_goes_on_with_the_server_that_is_left(started, monkeypatch):
+    trainer, asked, label = started.trainer, [], Server.label
     assert [server.url for server in trainer.engine._live] == started.urls[:1]
+    monkeypatch.setattr(Server, "label", lambda self: asked.append(self.url) or label(self))
     metrics, _ = trainer.run_step()
     assert trainer.engine.version == trainer.step == 1
+    assert asked.count(started.urls[1]) == 2  # once before the rollout, once at the sync: it may take seconds
     assert metrics["mismatch/logprob"] < 1e-3 and metrics["mismatch/sync"] < 1e-3
 
 
@@ -233,6 +236,12 @@ def test_without_any_server_a_step_ends_with_one_sentence_and_the_trainer_as_it_
     assert told.startswith("rollout.engine=server: no server is left: ") and all(url in told for url in started.urls)
     assert trainer.step == 1
     assert all(map(torch.equal, before, trainer.policy.parameters()))
+
+
+def test_an_engine_that_hangs_is_not_waited_for_as_long_as_for_a_rollout(monkeypatch):
+    monkeypatch.setattr("vogue.rollout.server_client.BETWEEN_STEPS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ServerLost, match="timed out"):
+        Server(f"http://127.0.0.1:{silent.getsockname()[1]}", 600).pause()
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
