@@ -269,7 +269,7 @@ class KlConfig(Section):
     estimator: Literal["exact", "k1", "k3", "low_var_kl"] = Field(
         "exact",
         description="over the whole vocabulary (exact), or from the sampled token: k1 and k3, whose mean and gradient "
-        "are right, or low_var_kl, as GRPO, TRL's beta, verl and EasyR1 have it, whose gradient is KL(reference || "
+        "are right, or low_var_kl, as GRPO's paper, verl and EasyR1 have it, whose gradient is KL(reference || "
         "policy)'s",
     )
     reference: str | None = Field(

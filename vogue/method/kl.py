@@ -4,8 +4,8 @@ With l = log π(v)/ref(v) of the sampled token v, and ρ = π/π_old of v, throu
 
     exact        Σ_v π(v) l(v)        the whole vocabulary; so is its gradient
     k1           ρ l                  one token; in the mean over v ~ π_old both the value and the gradient are exact
-    k3           ρ (e^-l − 1 + l)     the same, and never negative: DeepSeek-V3.2's "unbiased KL" (arXiv 2512.02556)
-    low_var_kl   e^-l − 1 + l         k3 without ρ, as in GRPO (arXiv 2402.03300), TRL, verl and EasyR1
+    k3           ρ (e^-l − 1 + l)     the same, and never negative: DeepSeek-V3.2 (arXiv 2512.02556), and TRL's default
+    low_var_kl   e^-l − 1 + l         k3 without ρ, as in GRPO (arXiv 2402.03300), verl and EasyR1
 
 The last one's value is KL(π‖ref) in the mean, where π is π_old. Its gradient isn't that: it is ∇KL(ref‖π), in the mean.
 """
