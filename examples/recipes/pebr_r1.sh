@@ -3,11 +3,10 @@
 # medium ones. MODEL is one that answers under the four headings, CLIP a model of CLIP's kind, DATA has `keywords`.
 set -e
 MODEL=${1:?MODEL} CLIP=${2:?CLIP} DATA=${3:?DATA} OUT=${4:-runs/pebr_r1}
+RECIPE=$(dirname "$0")/pebr_r1.yaml
 SCORER="reward.scorer={function: 'vogue.rewards.similarity:clip', options: {model: $CLIP}}"
-vogue data split "$DATA" "model.path=$MODEL" reward.design=pebr_reasoning rollout.temperature=1.2 \
-  --samples 8 --out "$OUT/split"
-vogue train method=grpo "model.path=$MODEL" "data.train=$OUT/split/easy.parquet" reward.design=pebr_perception \
-  "$SCORER" "trainer.output_dir=$OUT/first"
+vogue data split "$RECIPE" "data.train=$DATA" "model.path=$MODEL" --samples 8 --out "$OUT/split"
+vogue train "$RECIPE" "model.path=$MODEL" "data.train=$OUT/split/easy.parquet" reward.design=pebr_perception "$SCORER" \
+  rollout.prompts=560 trainer.updates=5 trainer.epochs=1 "trainer.output_dir=$OUT/first"
 FIRST=$(ls -d "$OUT"/first/checkpoints/step_* | tail -n 1)
-vogue train method=grpo "model.path=$FIRST/hf" "data.train=$OUT/split/medium.parquet" reward.design=pebr_reasoning \
-  "trainer.output_dir=$OUT/second"
+vogue train "$RECIPE" "model.path=$FIRST/hf" "data.train=$OUT/split/medium.parquet" "trainer.output_dir=$OUT/second"
