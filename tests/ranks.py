@@ -67,8 +67,13 @@ def launch(ranks, *command):
 
 def vogue(*arguments):
     """The exit code and the output of the command, in a process of its own as in `apart`."""
+    return alone("--module", "vogue", *arguments)
+
+
+def alone(*command):
+    """The exit code and the output of a module or script, likewise."""
     with TemporaryDirectory() as folder:
-        process = _started(f"{folder}/output", {}, ["--module", "vogue", *arguments])
+        process = _started(f"{folder}/output", {}, command)
         process.join(500)
         process.kill()
         process.join()

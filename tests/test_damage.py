@@ -4,12 +4,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from contextlib import nullcontext
 
 import pytest
-from ranks import environment, launcher
+from ranks import alone, launcher
 from safetensors.torch import load_file
 
 from vogue.cli import main
@@ -183,8 +182,9 @@ sys.exit(main(["train", *arguments]))
 @pytest.mark.parametrize("kind", ["renaming", "deleting"])
 def test_a_run_killed_while_it_saves_or_deletes_goes_on_from_a_whole_checkpoint(finished, tmp_path, kind):
     settings = [*finished[0], f"trainer.output_dir={tmp_path}/run", "trainer.keep=1"]
-    script = [sys.executable, "-c", KILLED, kind, *settings]
-    assert subprocess.run(script, env=environment(), capture_output=True).returncode == -9
+    (tmp_path / "killed.py").write_text(KILLED)
+    code, told = alone(tmp_path / "killed.py", kind, *settings)
+    assert code == -9, told
     assert main(["train", *settings, "--resume"]) == 0
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000004"]
 

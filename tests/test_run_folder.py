@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import environment
+from ranks import vogue
 
 from vogue.cli import main
 from vogue.run.folder import FolderError, check_writable, locked, remove, writing
@@ -100,8 +100,7 @@ def test_a_disk_is_called_full_where_it_is_and_other_errors_keep_their_words(tmp
 
 @pytest.mark.slow
 def test_a_run_of_an_ended_process_holds_nothing(tmp_path, settings):
-    run = [sys.executable, "-m", "vogue", "train", *settings, "trainer.steps=1"]
-    assert subprocess.run(run, env=environment(), capture_output=True, check=False).returncode == 0
+    assert vogue("train", *settings, "trainer.steps=1")[0] == 0
     assert main(["train", *settings, "trainer.steps=1", "--resume"]) == 0
 
 

@@ -3,11 +3,10 @@
 import json
 import pickle
 import subprocess
-import sys
 
 import pytest
 import torch
-from ranks import environment, launch
+from ranks import launch
 
 from vogue.state import RunState
 
@@ -89,10 +88,7 @@ def straight_and_resumed(tmp_path_factory, model_folder, digits_folder):
             *("optimizer.lr=1e-3", "optimizer.vision_lr=1e-4", "optimizer.projector_lr=5e-4"),
             *("optimizer.warmup_steps=3", f"trainer.output_dir={folder / name}"),
         ]
-        if ranks == 1:
-            subprocess.run([sys.executable, script, *given, *settings], env=environment(), check=True)
-        else:
-            launch(ranks, script, *given, *settings)
+        launch(ranks, script, *given, *settings)
         return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
     def both(ranks, others):

@@ -141,7 +141,7 @@ def merge(adapter: Path, base: str | None, folder: Path) -> None:
     model = load_adapted(str(found), "auto", LoraConfig(adapter=adapter))  # pyright: ignore[reportCallIssue]
     processor = AutoProcessor.from_pretrained(found)
     weights = {whole.name: whole.merged() for whole in whole_parameters(model)}
-    model.save_pretrained(folder, state_dict=weights | saved_buffers(model))
+    model.save_pretrained(folder, state_dict=weights | saved_buffers(model), max_shard_size="5GB")
     processor.save_pretrained(folder)
 
 
