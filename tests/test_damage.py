@@ -236,7 +236,10 @@ def test_a_disk_that_is_full_is_told_once_and_the_run_goes_on_from_the_checkpoin
     done = on_a_disk(f"size={8 * size}", "-c", FULL, *command, *settings, *own)
     assert "Traceback" not in done.stderr, done.stderr
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("vogue train: ")]
-    assert told.startswith("vogue train: the disk is full: the checkpoint after 4 steps can't be written to disk/run/")
+    rank = "" if ranks == 1 else "rank 0: "
+    assert told.startswith(
+        f"vogue train: {rank}the disk is full: the checkpoint after 4 steps can't be written to disk/"
+    )
     assert told.endswith(" are free") == known
     assert [line for line in done.stdout.splitlines() if line.startswith("found")] == [
         "found 2 ['step_000002']",

@@ -63,9 +63,16 @@ def test_small_gradients_count_beside_a_large_one(stage, dtype, total):
     torch.testing.assert_close(first_moment(engine), torch.full((6,), 0.1 * total), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_an_update_that_is_not_finite_is_skipped_with_sums_in_float32(stage):
-    engine = engine_of(stage=stage)
+@pytest.mark.parametrize(
+    ("stage", "offload"),
+    [
+        *((1, False), (3, False)),
+        pytest.param(1, True, marks=pytest.mark.long),
+        pytest.param(3, True, marks=pytest.mark.long),
+    ],
+)
+def test_an_update_that_is_not_finite_is_skipped_with_sums_in_float32(stage, offload):
+    engine = engine_of(f"trainer.offload_optimizer={offload}", stage=stage)
     update(engine, [torch.ones(6, dtype=torch.bfloat16)])
     before = weights_of(engine)
     update(engine, [torch.full((6,), float("inf"), dtype=torch.bfloat16)])

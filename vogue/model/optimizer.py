@@ -82,7 +82,23 @@ def start_deepspeed(policy: Policy, config: Config) -> deepspeed.DeepSpeedEngine
         lr_scheduler=schedule,  # pyright: ignore[reportArgumentType]
         config=deepspeed_settings(config),
     )
+    if config.trainer.offload_optimizer and engine.zero_optimization_stage() < 3:
+        _drop_gradients_of_skipped_updates(engine.optimizer)
     return engine
+
+
+def _drop_gradients_of_skipped_updates(optimizer: Any) -> None:
+    """Have ZeRO's stages 1 and 2 begin anew after an update that isn't finite, where the optimizer is offloaded.
+
+    DeepSpeed leaves the sums of that update's gradients in place there, so that no later one would be finite.
+    """
+    reset = optimizer.reset_cpu_buffers  # after every update, done or skipped
+
+    def reset_all() -> None:
+        reset()
+        optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
+
+    optimizer.reset_cpu_buffers = reset_all
 
 
 def _adamw(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
