@@ -7,7 +7,7 @@ import yaml
 
 from vogue.config import Config, load_config, save_config
 from vogue.method_sections import AdvantageConfig, LossConfig
-from vogue.presets import METHODS, STARTS
+from vogue.presets import METHODS, STARTS, told_of_starts
 from vogue.settings import ConfigError
 from vogue.settings_help import fields
 from vogue_kernels.loss import AGGREGATIONS
@@ -264,6 +264,14 @@ def test_a_method_fixes_what_makes_it_what_it_is():
     assert (grpo.branch.probability, grpo.guidance.alpha_out, grpo.guidance.alpha_per) == (0, 0, 0)
     for preset in (*METHODS.values(), *STARTS.values()):
         assert preset.keys() <= {key for key, _ in fields(Config, "")}
+
+
+def test_what_is_set_otherwise_than_a_method_starts_from_is_told():
+    assert told_of_starts(load("method=papo")) is None
+    assert told_of_starts(load("perturb.sigma=0.1", "rollout.rounds=2")) is None  # VOGUE starts from the defaults
+    assert told_of_starts(load("method=papo", "perturb.preset=paper", "kl.coef=0")) == (
+        "method=papo is set otherwise than it starts from: perturb.preset=paper, not mask; kl.coef=0.0, not 0.01"
+    )
 
 
 def test_overrides_win_over_the_file_and_leave_the_rest_of_it(tmp_path):

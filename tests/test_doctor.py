@@ -39,7 +39,7 @@ def test_without_deepspeed_it_fails_and_names_the_extra(monkeypatch):
     code, text = report(monkeypatch, deepspeed=missing)
     assert code == 1
     assert "deepspeed: ModuleNotFoundError" in text
-    assert "'vogue[cpu]'" in text
+    assert "'.[cpu]'" in text
 
 
 def test_where_there_is_a_gpu_the_gpu_extra_is_named(monkeypatch):
@@ -47,7 +47,7 @@ def test_where_there_is_a_gpu_the_gpu_extra_is_named(monkeypatch):
     missing = Finding(reason="ModuleNotFoundError: No module named 'deepspeed'")
     code, text = report(monkeypatch, deepspeed=missing)
     assert code == 1
-    assert "'vogue[gpu]'" in text
+    assert "'.[gpu]'" in text
     assert "torch doesn't see them: it is a build for the CPU" in text
 
 

@@ -41,7 +41,7 @@ def test_pebr_r1_splits_and_then_trains_its_two_stages(tmp_path):
     (tmp_path / "vogue").write_text(TELLS)
     (tmp_path / "vogue").chmod(0o755)
     command = ["sh", RECIPES[0].parent / "pebr_r1.sh", "model", "clip", "all.parquet", "."]
-    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TRAIN": "vogue train"}
     told = subprocess.run(command, cwd=tmp_path, env=os.environ | path, check=True, capture_output=True, text=True)
     split, first, second = map(shlex.split, told.stdout.splitlines())
     assert (split[:2], split[-4:]) == (["data", "split"], ["--samples", "8", "--out", "./split"])

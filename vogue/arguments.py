@@ -91,7 +91,7 @@ alarm is on. --serve prints the page's address and ends with Ctrl-C. From elsewh
 MERGE_HELP = """\
 in the dtype of the model's own files. `vogue eval model.path=MODEL lora.adapter=ADAPTER` needs no merging.
 
-  vogue merge runs/demo/checkpoints/step_000200/adapter --out merged"""
+  vogue merge runs/lora/checkpoints/step_000200/adapter --out merged"""
 SHOW_HELP = """\
 the chat text with its special tokens, token counts, images' sizes before and after, what the reward reads. It is the
 first thing to run on data of your own; without model.path it shows what takes no model.
@@ -104,7 +104,7 @@ with model.path prompts that are too long are found, too. Exit code 1: some can'
 out of a training.
 
   vogue data check train.parquet
-  vogue data check run.yaml --out broken.txt && vogue train run.yaml || vogue train run.yaml data.skip=broken.txt"""
+  vogue data check run.yaml --out broken.txt; vogue train run.yaml data.skip=broken.txt"""
 SPLIT_HELP = """\
 model.path answers each problem N times, as in an evaluation. easy: all answers are right, medium: some, hard: none.
 The stages of PeBR-R1 (arXiv 2509.13031) train on the first two, one after the other:

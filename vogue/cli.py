@@ -22,7 +22,9 @@ try:
     from vogue.sections import RewardConfig
     from vogue.settings import ConfigError
 except ImportError as missing:  # only `vogue_kernels` was installed
-    sys.exit(f"vogue: {missing.name} isn't installed: pip install 'vogue[cpu]' or 'vogue[gpu]' for training")
+    sys.exit(
+        f"vogue: {missing.name} isn't installed: training needs pip install --no-build-isolation '.[cpu]' or '.[gpu]'"
+    )
 
 DIVERGED = FOUND = CRASHED = 1  # a run whose gradients were not finite; a check that found something; a bug
 USAGE_ERROR = 2

@@ -66,7 +66,7 @@ REMEDIES = {  # by what the last line of a traceback contains
     "operator torchvision::nms does not exist": "python tools/match_torch.py",
     "torchaudio": "python tools/match_torch.py",
     "torchcodec": "python tools/match_torch.py",
-    "No module named": "pip install --no-build-isolation 'vogue[{extra}]'",
+    "No module named": "pip install --no-build-isolation '.[{extra}]' in vogue's checkout",
 }
 
 

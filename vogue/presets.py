@@ -4,7 +4,7 @@ from typing import Any
 
 from vogue.settings import ConfigError
 
-# What each method is, next to VOGUE's defaults (papers.md's symbols in the field descriptions below).
+# What each method is, next to VOGUE's defaults.
 GRPO: dict[str, Any] = {
     "branch.probability": 0.0,
     "rollout.noisy_share": 0.0,
@@ -126,3 +126,15 @@ def with_method(values: dict[str, Any]) -> dict[str, Any]:
         if given != value and key in METHODS[method]:
             raise ConfigError(f"method={method} fixes {key}={value}, but it is set to {given}")
     return values
+
+
+def told_of_starts(config: Any) -> str | None:
+    """A sentence about what a `Config` sets otherwise than its method starts from; None where there is nothing."""
+    others = []
+    for key, value in STARTS.get(config.method, {}).items():
+        section, name = key.split(".")
+        if (given := getattr(getattr(config, section), name)) != value:
+            others.append(f"{key}={given}, not {value}")
+    if not others:
+        return None
+    return f"method={config.method} is set otherwise than it starts from: {'; '.join(others)}"

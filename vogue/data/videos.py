@@ -1,6 +1,6 @@
 """How a video of a data set is found, its frames chosen and made upright RGB, and their number told without decoding.
 
-A video is a file that PyAV decodes (the extra `vogue[video]`), or a list of images, its frames. Of T frames at r frames
+A video is a file that PyAV decodes (the extra `video`), or a list of images, its frames. Of T frames at r frames
 a second, n are taken, evenly from the first to the last:
 
     n = T fps / r,  at least 2, at most max_frames and T, and even, since models merge frames by two
@@ -222,7 +222,9 @@ def _opened(video: bytes | pa.Buffer | Path) -> Any:
     try:
         import av
     except ImportError:
-        raise ImportError("decoding a video needs PyAV: install vogue[video], or store its frames as images") from None
+        raise ImportError(
+            "decoding a video needs PyAV: pip install 'av>=14,<19', or store its frames as images"
+        ) from None
     container = av.open(str(video) if isinstance(video, Path) else io.BytesIO(memoryview(video)))
     if not container.streams.video:
         container.close()

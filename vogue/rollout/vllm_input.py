@@ -34,7 +34,7 @@ try:
     from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
 except ImportError as error:
     raise ImportError(
-        f"rollout.engine=vllm and rollout.engine=server need vLLM ({error}): install vogue[cpu] or vogue[gpu], or set "
+        f"rollout.engine=vllm and rollout.engine=server need vLLM ({error}): install vogue's extra cpu or gpu, or set "
         "rollout.engine=hf"
     ) from error
 

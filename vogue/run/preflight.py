@@ -24,6 +24,7 @@ from vogue.model.lora import add_adapters
 from vogue.model.optimizer import own_settings
 from vogue.model.policy import check_attention
 from vogue.model.reference import check_reference
+from vogue.presets import told_of_starts
 from vogue.rewards import RewardError, check_function
 from vogue.rollout.sampling import told_of_truncation
 from vogue.run import launch, logs, trackers
@@ -77,7 +78,7 @@ def examine(config: Config, resume: bool) -> Preflight:
             found.of(check_vocabulary, found.preprocessor, checkpoint)
     found.problems += deepspeed_problems(config.trainer.deepspeed, own_settings(config))
     found.of(check_function, config.reward)
-    found.warnings += filter(None, (told_of_truncation(config), found.of(check_hub, config)))
+    found.warnings += filter(None, (told_of_starts(config), told_of_truncation(config), found.of(check_hub, config)))
     if config.rollout.engine_args or config.rollout.sleep:
         _check_vllm(found, config)
     if config.rollout.engine == "server":
