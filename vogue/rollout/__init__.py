@@ -1,6 +1,6 @@
 """Prompts in, completions out, weights in: the engine that generates, by vLLM or by transformers.
 
-`engine.py` says what an engine is; `vllm.py`, `server_engine.py` and `hf.py`, where vLLM can't be installed, are the three.
+`engine.py` says what an engine is; `vllm.py`, `server_engine.py` and, where vLLM can't be installed, `hf.py` are three.
 """
 
 from itertools import chain
