@@ -100,7 +100,8 @@ def _whole_gradients(sizes: Sizes, run: Layout) -> dict[str, float]:
     """
     if run.stage == 3:
         return {}
-    return {"gradients": run.grad_item * sizes.trained * (1 + 2 / run.ranks), "bucket": _bucket(sizes, run)}
+    gradients = (run.item + 2 * run.grad_item / run.ranks) * sizes.trained
+    return {"gradients": gradients, "bucket": _bucket(sizes, run)}
 
 
 def _summed_gradients(sizes: Sizes, run: Layout) -> dict[str, float]:
