@@ -147,6 +147,14 @@ def test_a_setting_cannot_contradict_the_method(override):
     ("overrides", "told"),
     [
         (["method=passk", "rollout.n=3"], "advantage.k=4 is more than rollout.n=3"),
+        (
+            ["method=passk", "reward.wrong=-1"],
+            "reward.wrong=-1.0: advantage.kind=passk reads right and wrong alone, not the reward",
+        ),
+        (
+            ["rollout.ahead=1", "rollout.engine=server", "loss.importance_cap=2", "method=avatar"],
+            "rollout.ahead=1: replay.size=10000 replays what the step before generated",
+        ),
         (["method=dapo", "loss.clip_high=0.2"], "method=dapo fixes loss.clip_high=0.28, but it is set to 0.2"),
         (["method=grpo", "advantage.kind=passk"], "method=grpo fixes advantage.kind=group, but it is set to passk"),
         (
@@ -228,7 +236,7 @@ def test_the_authors_code_is_a_method_whose_noise_and_upper_clip_may_be_changed(
 
 
 def test_vogue_takes_dapos_parts_and_a_start_may_be_changed():
-    config = load("loss.clip_high=0.28", "rollout.rounds=3", "reward.overlong_buffer=0.2", "advantage.kind=passk")
+    config = load("loss.clip_high=0.28", "rollout.rounds=3", "reward.overlong_buffer=0.2", "advantage.kind=rloo")
     assert (config.branch.probability, config.guidance.alpha_per, config.rollout.rounds) == (None, 1, 3)
     assert load("method=dapo", "rollout.rounds=9").rollout.rounds == 9
 

@@ -136,7 +136,7 @@ NEEDED = ["model.path=some/model", "data.train=train.parquet"]
         (["method=cde", "curiosity.weight=0"], "curiosity.weight=0: method=cde without its bonus is method=grpo"),
         (
             ["curiosity.weight=0.5", "advantage.kind=passk"],
-            "curiosity.weight=0.5 adds to rewards, which advantage.kind=passk doesn't read",
+            "curiosity.weight=0.5: advantage.kind=passk reads right and wrong alone, not the reward",
         ),
         (
             ["reward.design=no_accuracy", "reward.wrong=-1"],

@@ -22,6 +22,8 @@ EPOCH = ("trainer.steps=null", "trainer.epochs=0.5", "data.limit=12", "rollout.p
         (["trainer.epochs=1.1", "rollout.prompts=1"], 10, 11),  # though 1.1 x 10 is more than 11 in floating point
         (["trainer.epochs=3", "rollout.prompts=4", "rollout.rounds=2"], 24, 9),  # a step has the places of all rounds
         (["trainer.epochs=0.001", "rollout.prompts=4"], 24, 1),
+        (["trainer.epochs=1", "rollout.prompts=4", "method=mmr1"], 24, 12),  # half the prompts are drawn by scores,
+        (["trainer.epochs=1", "rollout.prompts=4", "method=avatar"], 24, 12),  # half from the replay buffer
         (["trainer.steps=7"], 24, 7),
         ([], 24, 200),
     ],

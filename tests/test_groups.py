@@ -6,7 +6,7 @@ import pytest
 from steps import group_of
 
 from vogue.dynamic_sampling import assigned, choose, found_mixed
-from vogue.groups import cut, in_updates, judged, overlong_punishment, tally
+from vogue.groups import cut, in_updates, judged, overlong_punishment, rows, tally
 from vogue.loader import Item
 from vogue.metrics import Means
 from vogue.rewards import Score
@@ -112,3 +112,17 @@ def test_what_was_generated_is_counted_by_hand():
     assert means["tokens"] == (4 * (1 + 2 + 3 + 4), 16)
     assert means["noisy_share"] == (1, 4 + 4 + 2)  # of those that are kept
     assert means["paid_share"] == (2, 4 + 4 + 2)
+
+
+@pytest.mark.parametrize("method", ["vppo", "roma", "dvrp", "vogue"])
+def test_what_is_measured_changes_no_row_without_an_image(new_loader, config, mixed_data, method):
+    chosen = (f"method={method}", "branch.rollout=raw", f"data.train={mixed_data}", "rollout.prompts=24")
+    completions = (Completion((5, 6), (-1.0, -1.0), "", True),) * 2
+    found = []
+    for measures in ("trainer.measure_every=0", "trainer.measure_every=1"):
+        loader = new_loader(*chosen, measures)
+        given = {"scores": (Score(1.0, 1.0, 1.0, None),) * 2, "advantages": (1.0, -1.0)}
+        groups = [group_of(item, completions, **given) for item in loader.items(0) if not item.views["raw"].shown]
+        assert groups
+        found.append([row.others for row in rows(dict(enumerate(groups)), config(*chosen, measures), 0, True)])
+    assert not any(found[0]) and found[0] == found[1]

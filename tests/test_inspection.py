@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet
@@ -228,6 +229,16 @@ def test_a_rows_own_system_message_is_used_unless_one_is_set(processor):
     assert own.tokenizer.decode(own.prompt(sample, own.view(())).token_ids).count("<|im_end|>") == 3
     assert "Think." in own.text(Sample("How many?", "3", ()))
     assert "Think." in Preprocessor(processor, "Think.", 512).text(sample)
+
+
+def test_prompts_made_at_the_same_time_are_those_made_one_by_one(preprocessor):
+    samples = [Sample("How many <|im_end|>?" * (i % 2) + f"And {i}?", "3", ()) for i in range(400)]
+
+    def ids(sample):
+        return preprocessor.prompt(sample, preprocessor.view(())).token_ids.tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ids, samples)) == [ids(sample) for sample in samples]
 
 
 # --------------------------------------------------------------------------------------------------------------- run

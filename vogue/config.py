@@ -120,8 +120,7 @@ class Config(Section):
             name = f"perception.kl_coef={self.perception.kl_coef}" if self.perception.on else name
             name = f"credit.kind={self.credit.kind}" if self.credit.on and not self.perception.on else name
             raise ValueError(f"{name}: with branch.rollout=drawn completions are trained on T(x) itself")
-        if self.kl.in_reward and self.advantage.kind == "passk":
-            raise ValueError("kl.placement=reward: advantage.kind=passk reads right and wrong alone, not the reward")
+        self._check_passk()
         if self.kl.in_reward and self.advantage.pairs < 1:
             raise ValueError("kl.placement=reward: advantage.pairs chooses completions before the KL is known")
         self._check_critic()
@@ -168,6 +167,8 @@ class Config(Section):
             raise ValueError(
                 f"{told}: sampling.kind={self.sampling.kind} chooses prompts by what the step before finds"
             )
+        if self.replay.size:
+            raise ValueError(f"{told}: replay.size={self.replay.size} replays what the step before generated")
         return self
 
     @property
@@ -232,11 +233,20 @@ class Config(Section):
             raise ValueError(f"advantage.pairs={pairs} of rollout.n={n} completions is no pair")
         if self.curiosity.weight and "curiosity" in self.reward.functions:
             raise ValueError("reward.functions.curiosity: this is the name of the bonus of curiosity.weight")
-        if self.curiosity.weight and self.advantage.kind == "passk":
-            raise ValueError(
-                f"curiosity.weight={self.curiosity.weight} adds to rewards, which advantage.kind=passk doesn't read"
-            )
         return self
+
+    def _check_passk(self) -> None:
+        if self.advantage.kind != "passk":
+            return
+        reads = {
+            "kl.placement=reward": self.kl.in_reward,
+            f"curiosity.weight={self.curiosity.weight}": self.curiosity.weight,
+            f"reward.wrong={self.reward.wrong}": self.reward.wrong,
+            f"reward.overlong_buffer={self.reward.overlong_buffer}": self.reward.overlong_buffer,
+        }
+        for told, reward in reads.items():
+            if reward:
+                raise ValueError(f"{told}: advantage.kind=passk reads right and wrong alone, not the reward")
 
     @model_validator(mode="after")
     def _replay_fits(self) -> "Config":
@@ -284,12 +294,15 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
 def with_steps(config: Config, samples: int) -> Config:
     """The settings with the number of steps that `trainer.epochs` of so many samples are; unset, as they are.
 
-    A step has the places of rollout.prompts x rollout.rounds samples in their order. Raises `ConfigError` where
-    `trainer.steps` says another number.
+    A step has the places of rollout.prompts x rollout.rounds samples in their order, less those that are drawn by
+    scores or from the replay buffer. Raises `ConfigError` where `trainer.steps` says another number.
     """
-    asked, a_step = config.trainer, config.rollout.prompts * config.rollout.rounds
+    asked, prompts = config.trainer, config.rollout.prompts
     if asked.epochs is None:
         return config
+    a_step = (prompts - config.sampling.scored(prompts) - config.replay.drawn(prompts)) * config.rollout.rounds
+    if not a_step:
+        raise ConfigError(f"trainer.epochs={asked.epochs:g}: no prompt of a step is taken in order: set trainer.steps")
     steps = ceil(round(asked.epochs * samples / a_step, 9))  # 0.1 epochs of 30 samples by 3 are one step
     if asked.steps not in (0, steps):
         raise ConfigError(

@@ -67,7 +67,7 @@ def split_data(arguments: argparse.Namespace) -> int:
     quiet()
     is_settings = arguments.file.endswith((".yaml", ".yml"))
     overrides = [*([] if is_settings else [f"data.train={arguments.file}"]), *arguments.settings]
-    overrides += [f"trainer.eval_samples={arguments.samples}", "trainer.eval_every=0"]
+    overrides += [f"trainer.eval_samples={arguments.samples}", "trainer.eval_every=0", "trainer.save_best=null"]
     config = load_config(arguments.file if is_settings else None, overrides)
     from vogue.difficulty import split
 

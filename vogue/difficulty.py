@@ -13,6 +13,7 @@ from rich.console import Console
 from vogue.config import Config
 from vogue.data import Sample, write_parquet
 from vogue.data.dataset import training_samples
+from vogue.data.samples import schema_of
 from vogue.evaluate import Judged, evaluate_model
 
 LEVELS = ("easy", "medium", "hard")
@@ -37,6 +38,7 @@ def split(config: Config, folder: Path, console: Console) -> dict[str, int]:
     A level without a problem has no file. Raises ConfigError and DataError as an evaluation does.
     """
     samples = training_samples(config.data)
+    schema_of(samples, folder / f"{LEVELS[0]}.parquet")  # before the long work, what a file of them can't hold
     config = config.model_copy(update={"reward": config.reward.unweighed()})
     found = by_level(evaluate_model(config, ("image",), console, samples)["image"])
     for name, samples in found.items():

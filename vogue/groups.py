@@ -256,7 +256,7 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
             chosen = [i for i in needed if group.paid[i] == paid and (all_compared or held[i] == hold)]
             # Without an advantage there is no bonus: such completions are there for their entropy alone.
             bonus = paid and shown and (measures or any(has_gradient(advantages[i]) for i in chosen))
-            compared = measures or (shown and config.compares) or (bonus and reads_other(config))
+            compared = shown and (measures or config.compares or (bonus and reads_other(config)))
             others = compared_views(config, step, other) if compared or (shown and hold) else ()
             budget = config.trainer.micro_batch_tokens - len(group.item.prompt.token_ids)
             for part in cut(chosen, lengths, budget if shared_prefix else 0):

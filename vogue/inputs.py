@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -31,6 +32,8 @@ RAW, NOISY = "raw", "noisy"  # names of views: x and T(x)
 OPENED = re.compile(r"<think>\s*(?:</think>\s*)?$")  # at the end of a prompt, behind the header of the model's turn
 MARKED, MARK_END = "\uf8f0", "\uf8f1"  # of a private area: around what is text although it reads like a special token
 MARKS = re.compile(f"{MARKED}(.*?){MARK_END}", re.DOTALL)
+# A fast tokenizer keeps, for all threads, whether it splits special tokens, and reads that after it was set.
+TOKENIZING = Lock()
 
 Spans = tuple[tuple[int, int], ...]  # (first, how many) of runs of tokens
 Arguments = ParamSpec("Arguments")
@@ -148,7 +151,8 @@ class Preprocessor:
         ]
         plain = [text for text in texts if isinstance(text, str) and MARKED not in text]
         # Many at once, since the tokenizer shares them out over the cores.
-        tokenized = iter(self.tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else [])
+        with TOKENIZING:
+            tokenized = iter(self.tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else [])
         found: list[int | DataError] = []
         for sample, count, told, text in zip(samples, counts, outlines, texts, strict=True):
             ids: list[int] = []
@@ -256,8 +260,10 @@ class Preprocessor:
     def _tokenize(self, text: str) -> list[int]:
         """Token ids of a prompt's text; what stands in marks is plain text."""
         ids: list[int] = []
-        for number, piece in enumerate(MARKS.split(text)):
-            ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=number % 2 == 1)["input_ids"]
+        with TOKENIZING:
+            for number, piece in enumerate(MARKS.split(text)):
+                plain = {"add_special_tokens": False, "split_special_tokens": number % 2 == 1}
+                ids += self.tokenizer(piece, **plain)["input_ids"]
         return ids
 
     def _image_tokens(self, sample: Sample, sizes: Sequence[tuple[int, int]]) -> list[int]:

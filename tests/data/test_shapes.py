@@ -252,6 +252,17 @@ def test_what_is_no_answer_is_refused_with_row_and_value(read, value):
         samples[1]
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_a_narrow_number_is_what_was_written(tmp_path, kind):
+    answers = np.array([0.1, 2.35, 3, np.nan], kind)
+    table = pa.table({"problem": ["a"] * 4, "answer": pa.array(answers), "images": [[]] * 4})
+    pq.write_table(table, tmp_path / "a.parquet")
+    samples = load_samples(tmp_path / "a.parquet")
+    assert [samples[i].answer for i in range(3)] == ["0.1", "2.35", "3"]
+    with pytest.raises(DataError, match="row 3: 'answer' must be text or a number, but is nan"):
+        samples[3]
+
+
 def test_a_missing_number_of_pandas_is_refused(tmp_path):
     pd.DataFrame({"problem": ["a", "b"], "answer": [1.0, np.nan], "images": [[], []]}).to_parquet(
         tmp_path / "a.parquet"

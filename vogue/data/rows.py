@@ -349,6 +349,8 @@ def _values(array: Any) -> list[Any]:
         wide = np.dtype(np.int64 if pa.types.is_large_binary(kind) else np.int32)
         ends = np.frombuffer(offsets, wide, len(array) + 1, array.offset * wide.itemsize).tolist()
         cells = [content.slice(start, end - start) if content else b"" for start, end in itertools.pairwise(ends)]
+    elif pa.types.is_float32(kind) or pa.types.is_float16(kind):  # as they are written: 0.1, not 0.10000000149
+        cells = [float(str(value)) for value in array.fill_null(0).to_numpy(zero_copy_only=False)]
     else:
         cells = array.to_pylist()
     return [cell if there else None for cell, there in zip(cells, valid, strict=True)]

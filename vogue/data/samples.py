@@ -157,14 +157,14 @@ def write_parquet(samples: Iterable[Sample], path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     samples = list(samples)
-    table = pa.Table.from_pylist([_record(sample) for sample in samples], schema=_schema(samples, path))
+    table = pa.Table.from_pylist([_record(sample) for sample in samples], schema=schema_of(samples, path))
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unfinished = Path(folder) / path.name
         pq.write_table(table, unfinished, row_group_size=BATCH_ROWS)
         os.replace(unfinished, path)
 
 
-def _schema(samples: Sequence[Sample], path: Path) -> pa.Schema:
+def schema_of(samples: Sequence[Sample], path: Path) -> pa.Schema:
     """The columns of a file of these samples; raises DataError for what such a file can't hold."""
     for sample in samples:
         if sample.system:

@@ -14,6 +14,7 @@ VULGAR = re.compile("[¼½¾⅐-⅞]")
 SIGNS = {
     **dict.fromkeys("−–—‐‑‒―", "-"),
     **dict.fromkeys("。｡", "."),
+    "∶": ":",
     **dict.fromkeys("‘’′´`", "'"),
     **dict.fromkeys("“”„«»", '"'),
     **dict.fromkeys("·⋅∙•", r"\cdot "),
