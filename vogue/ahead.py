@@ -98,6 +98,11 @@ class Ahead:
         if self._coming:
             wait([self._coming])
 
+    def meet(self) -> None:
+        """Wait until nothing is generated on any rank, as its weights are the same servers'; all ranks call."""
+        self.wait()
+        distributed.gather(None)
+
     def _generated(self, step: int, version: int) -> Rollout:
         start = time.perf_counter()
         items, recorder = self._loader.items(step), _Recorder(self._engine)

@@ -127,7 +127,8 @@ def heeding_losses() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if launch.ranks() == 1 or not LOST.search(str(error)):
+        theirs = type(error) is RuntimeError or isinstance(error, dist.DistError)  # not an engine's, or a reward's
+        if launch.ranks() == 1 or not theirs or not LOST.search(str(error)):
             raise
         waited = TIMED_OUT.search(str(error)) is not None
         why = "has hung for trainer.timeout: see stacks_rank*.txt of trainer.output_dir" if waited else "has ended"

@@ -49,7 +49,7 @@ class RunState:
 
     def load(self, path: Path) -> None:
         """Raises what torch raises for a file that holds anything but plain values."""
-        values = torch.load(path, weights_only=True)
+        values = torch.load(path, map_location="cpu", weights_only=True)
         self.current, self.settled = values["current"], values["settled"]
         self.training = values["training"]
 

@@ -175,7 +175,7 @@ class Trainer:
         self.step += 1
         if self.ahead:
             with clock("rollout"):
-                self.ahead.wait()  # of the step to come: its weights must not change under it
+                self.ahead.meet()  # of the step to come: its weights must not change under it
         with clock("sync"):
             self.sync()
             self.check_sync(groups[0].item, means)
