@@ -9,10 +9,11 @@ from PIL import Image
 from vogue.compare import Outcome, compare, markdown, read_outcome
 from vogue.estimates import interval, sign_flip
 from vogue.report.differences import plot_differences
+from vogue.settings import ConfigError
 
 
-def outcome(after, before=(0, 0, 0, 0), n=4, **training):
-    return Outcome(n, list(before), list(after), {"seconds": 2.0} | training)
+def outcome(after, before=(0, 0, 0, 0), n=4, problems=None, **training):
+    return Outcome(n, problems, list(before), list(after), {"seconds": 2.0} | training)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,26 @@ def test_identical_variants_differ_by_exactly_nothing():
     row = compare({"first": runs, "same": dict(runs)})["variants"]["same"]
     assert row["difference"] == {"pass@1": [0, 0, 0], "pass@4": [0, 0, 0]}
     assert row["p"] == {"pass@1": 1, "pass@4": 1}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"problems": "a"}, {"problems": "b"}),
+        ({}, {"after": (0, 1, 2), "before": (0, 0, 0)}),
+        ({}, {"before": (0, 0, 0)}),  # whose data.test was changed between its evaluations
+    ],
+)
+def test_runs_that_answered_other_problems_are_not_paired(one, other):
+    runs = [outcome(**{"after": (0, 1, 4, 2)} | given) for given in (one, other)]
+    with pytest.raises(
+        ConfigError, match=r"^long/seed_0 was evaluated on . problems, which aren't the 4 of first/seed"
+    ):
+        compare({"first": {0: runs[0]}, "long": {0: runs[1]}})
+
+
+def test_runs_that_have_not_noted_their_problems_are_paired():
+    assert compare({"first": {0: outcome((0, 1, 4, 2))}, "new": {0: outcome((0, 1, 4, 2), problems="a")}})
 
 
 def test_a_shift_of_every_problem_is_found_without_any_spread_of_problems_or_seeds():

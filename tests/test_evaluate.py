@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from vogue.data import Sample
+from vogue.data import DataError, Sample, load_samples, write_parquet
 from vogue.evaluate import (
     Estimate,
     Judged,
@@ -105,7 +105,7 @@ def test_a_record_holds_what_every_problem_got_beside_the_means():
         for item, answers in zip(judged(2, 0), parsed)
     ]
     row = json.loads(json.dumps(evaluation_row(items)))
-    assert list(row) == ["pass@1", "pass@2", "pass@4", "n", "right", "distinct"]
+    assert list(row) == ["pass@1", "pass@2", "pass@4", "n", "problems", "right", "distinct"]
     assert (row["n"], row["right"], row["distinct"]) == (4, [2, 0], [2, 0])
     assert row["pass@2"] == pytest.approx([5 / 12, 0, 5 / 6])  # 5 of 6 pairs hold one of two, for one problem of two
     assert headline(row) == {"pass@1": Estimate(0.25, 0, 0.5), "pass@4": Estimate(0.5, 0, 1)}
@@ -154,6 +154,19 @@ def test_the_noisy_view_is_of_the_perturbed_images(config, digits_folder, sigma)
     clean, noisy = ([c.logprobs for item in found[view] for c in item.completions] for view in ("image", "noisy"))
     assert (clean == noisy) == (sigma == 0)
     assert [item.sample for item in found["noisy"]] == [item.sample for item in found["image"]]
+
+
+def test_prompts_that_are_too_long_in_one_view_are_left_out_of_all(config, digits_folder, tmp_path, capsys):
+    samples = [replace(sample, state="1") for sample in load_samples(digits_folder / "test.parquet", 3)]
+    samples[1] = replace(samples[1], state="1 " * 400)
+    write_parquet(samples, tmp_path / "test.parquet")
+    chosen = (f"data.test={tmp_path / 'test.parquet'}", "trainer.eval_samples=1", "data.max_prompt_tokens=300")
+    with pytest.raises(DataError, match=r"test.parquet, row 1.*data.overlong=drop leaves such samples out"):
+        evaluate_model(config(*chosen), ("image", "text"), Console(quiet=True))
+    found = evaluate_model(config(*chosen, "data.overlong=drop"), ("image", "text"), Console())
+    assert "1 of 3 samples are left out, since their prompts are too long" in capsys.readouterr().out
+    for judged in found.values():
+        assert [item.sample.answer for item in judged] == [samples[0].answer, samples[2].answer]
 
 
 def test_judged_completions_are_written_one_a_line(tmp_path):

@@ -220,6 +220,16 @@ def test_a_data_set_is_split_by_how_often_a_model_is_right(model_folder, digits_
     assert len(found) > 1
 
 
+def test_a_level_has_the_questions_as_they_stood_before_the_format_prompt(model_folder, digits_folder, tmp_path):
+    """Who trains on it sets `data.format_prompt` again, as before the split."""
+    given = [f"model.path={model_folder}", "model.dtype=float32", "rollout.engine=hf", "rollout.max_tokens=4"]
+    given += ["data.format_prompt='{{ content }} Be brief.'", "data.limit=3"]
+    data, out = digits_folder / "train.parquet", tmp_path / "split"
+    assert main(["data", "split", str(data), *given, "--samples", "1", "--out", str(out)]) == 0
+    found = [sample.problem for path in out.glob("*.parquet") for sample in load_samples(path)]
+    assert sorted(found) == sorted(sample.problem for sample in load_samples(data, 3))
+
+
 def test_what_a_file_of_samples_cannot_hold_is_told(sample, tmp_path):
     with pytest.raises(DataError, match="has no place for its own system message: 'Be brief"):
         write_parquet([replace(sample, system="Be brief.")], tmp_path / "a.parquet")

@@ -26,6 +26,7 @@ from vogue.rollout.engine import EngineError
 from vogue.rollout.sampling import Sampling
 from vogue.rollout.server_client import KEY, Server, ServerLost
 from vogue.rollout.serving import check_servers, serve, start_servers
+from vogue.rollout.weight_folder import WeightFolder
 from vogue.settings import ConfigError
 from vogue.trainer import Trainer
 
@@ -139,7 +140,7 @@ def test_nobody_without_the_key_changes_a_server(started):
 
 def test_an_evaluation_refuses_servers_that_were_trained(started):
     trainer = started.trainer
-    with pytest.raises(EngineError, match=r"its weights are \w+:0: they don't have the weights of model.path="):
+    with pytest.raises(EngineError, match=r"its weights are /.* with the label \w+:0, not those of model.path=/"):
         create_engine(trainer.config, trainer.processor)
 
 
@@ -203,11 +204,15 @@ def test_a_server_that_has_restarted_is_given_the_weights_again(started):
     trainer, server = started.trainer, started.servers[1]
     started.await_restarted(1)
     assert server.label() == "default"
+    request = requests_of(trainer, 1)[0]
+    alone = load_config(None, [*started.settings, f"rollout.servers=[{server.url}]"])
+    for _ in range(2):  # an evaluation leaves a server as it was, for the next one
+        ((answer,),) = create_engine(alone, trainer.processor).generate([request], 1, SAMPLING)
+        assert answer.token_ids and server.label() == "default"
     assert not trainer.engine.up_to_date()
     trainer.keep_up()
     assert trainer.engine.up_to_date()
     assert server.label().endswith(":1")
-    request = requests_of(trainer, 1)[0]
     one, other = trainer.engine.everywhere(request, SAMPLING)
     assert one.token_ids == other.token_ids and one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
@@ -236,6 +241,20 @@ def test_without_any_server_a_step_ends_with_one_sentence_and_the_trainer_as_it_
     assert told.startswith("rollout.engine=server: no server is left: ") and all(url in told for url in started.urls)
     assert trainer.step == 1
     assert all(map(torch.equal, before, trainer.policy.parameters()))
+
+
+def test_weights_that_cannot_be_written_are_gathered_to_the_end_and_the_engine_says_why(config, tmp_path):
+    """The other ranks take part in gathering each of them, and would wait for ever for one that has stopped."""
+    (tmp_path / "file").touch()
+    folder = tmp_path / "weights"
+    transfer = WeightFolder(config("rollout.engine=server", f"rollout.weight_folder={folder}"))
+    folder.symlink_to(tmp_path / "file")
+    weights = iter([(str(number), torch.zeros(2)) for number in range(3)])
+    with pytest.raises(
+        EngineError, match=f"^rollout.weight_folder: the weights can't be written to {folder}: .*exists"
+    ):
+        transfer.send([Server("http://127.0.0.1:1", 1)], weights, "run:1")
+    assert list(weights) == []
 
 
 def test_an_engine_that_hangs_is_not_waited_for_as_long_as_for_a_rollout(monkeypatch):
@@ -276,6 +295,7 @@ def test_settings_of_servers_that_nothing_reads_are_refused(given, told, config)
             "servers=[http://10.0.0.7:8000]",
             "rollout.weight_folder is not set: http://10.0.0.7:8000 is on another machine",
         ),
+        ("weight_folder=/proc/weights", "^rollout.weight_folder=/proc/weights: no run can be written there: "),
     ],
 )
 def test_what_servers_would_lack_is_told_before_a_run(given, told, config, settings):

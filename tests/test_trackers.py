@@ -9,6 +9,7 @@ from accelerate.utils import imports
 from ranks import environment
 
 from vogue.run import trackers
+from vogue.settings import ConfigError
 
 OFFLINE = {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": "file:./mlruns", "MLFLOW_ALLOW_FILE_STORE": "true"}
 # Reports two steps and an evaluation, then goes on for a third step as a resumed run does.
@@ -109,3 +110,46 @@ def test_what_a_tracker_is_told_of_a_new_run_and_of_a_resumed_one(config, monkey
         ]
         assert told[-3] == ("log", 3, {"reward": 0.5})
         assert told[-2][3] == [[1] * 8 + [str(given.trainer.output_dir / "completions/a.webp")]]
+
+
+class Failing(InAFile):
+    """As long as `down`, nobody answers it."""
+
+    down = True
+
+    def log(self, values, step):
+        if self.down:
+            raise ConnectionError(f"no route at {step}")  # an OSError, as a full disk is
+        super().log(values, step)
+
+
+def test_a_tracker_that_fails_for_a_while_lacks_that_and_no_run_ends(config, monkeypatch):
+    monkeypatch.setitem(trackers.LOGGER_TYPE_TO_CLASS, "clearml", Failing)
+    given = config("trainer.report_to=[clearml]")
+    given.trainer.output_dir.mkdir()
+    found = trackers.Trackers(given, False)
+    with pytest.warns(UserWarning) as warned:
+        found.log({"reward": 0.5}, 0)
+        found.log({"reward": 0.5}, 1)
+    told = [str(one.message) for one in warned]
+    assert told == ["trainer.report_to=clearml lacks what it was to be told: ConnectionError: no route at 0"]
+    (tracker,) = found.running.values()
+    tracker.down = False
+    found.log({"reward": 0.5}, 2)
+    assert tracker.told[-1] == ("log", 2, {"reward": 0.5})
+    tracker.down = True
+    with pytest.warns(UserWarning, match="clearml isn't asked again in this run: ConnectionError: no route at 5"):
+        for step in (3, 4, 5):
+            found.log({"reward": 0.5}, step)
+    assert found.running == {}
+    found.finish()
+
+
+def test_a_tracker_that_cannot_be_started_is_told_before_the_run(config, monkeypatch):
+    class Refused(InAFile):
+        def start(self):
+            raise RuntimeError("not logged in")
+
+    monkeypatch.setitem(trackers.LOGGER_TYPE_TO_CLASS, "clearml", Refused)
+    with pytest.raises(ConfigError, match=r"^trainer.report_to=clearml can't be started: RuntimeError: not logged in$"):
+        trackers.Trackers(config("trainer.report_to=[clearml]"), False)

@@ -27,7 +27,7 @@ from vogue import distributed
 from vogue.config import Config
 from vogue.evaluate import FAILURES
 from vogue.groups import Group, generate
-from vogue.loader import Item, Loader, one_openmp_thread
+from vogue.loader import Item, Loader
 from vogue.metrics import Clock, Means
 from vogue.rollout.engine import Completion, Engine, Generates, Request
 from vogue.rollout.sampling import Sampling
@@ -56,7 +56,7 @@ class Ahead:
 
     def __init__(self, config: Config, loader: Loader, engine: Engine, saved: list[Values]):
         self._config, self._loader, self._engine = config, loader, engine
-        self._thread = ThreadPoolExecutor(1, initializer=one_openmp_thread)
+        self._thread = ThreadPoolExecutor(1, initializer=distributed.one_openmp_thread)
         self._held: Rollout | None = None
         self._coming: Future[Rollout] | None = None
         self._saved = saved

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from vogue.estimates import Estimate, interval, pass_at_k, sign_flip
 from vogue.run.folder import PHASES, read_rows
+from vogue.settings import ConfigError
 
 PASS_AT = (1, 4)
 TAIL = 0.2  # share of the steps that training is judged by, the last ones
@@ -31,9 +32,13 @@ TRAINING = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """A done run: how many of each problem's `n` completions were right, (P,), and the means of its training."""
+    """A done run: how many of each problem's `n` completions were right, (P,), and the means of its training.
+
+    `problems` tells the problems from others; None of a run that hasn't noted it.
+    """
 
     n: int
+    problems: str | None
     before: list[int]
     after: list[int]
     training: dict[str, float]
@@ -49,7 +54,7 @@ def read_outcome(folder: Path) -> Outcome:
     training["seconds"] = median(sum(row.get(f"time/{phase}", 0.0) for phase in PHASES) for row in rows)
     if counted := [row["generated_tokens"] for row in rows if "generated_tokens" in row]:
         training["generated"] = sum(counted)
-    return Outcome(last["n"], first["right"], last["right"], training)
+    return Outcome(last["n"], last.get("problems"), first["right"], last["right"], training)
 
 
 def compare(outcomes: dict[str, dict[int, Outcome]]) -> dict:
@@ -59,7 +64,10 @@ def compare(outcomes: dict[str, dict[int, Outcome]]) -> dict:
     variants    name: seeds, and by name of the value {pass@k: [mean, low, high]}, differences {pass@k: [mean, low,
                 high]} and p {pass@k: p} over `paired` seeds, and {one of TRAINING: [mean, standard deviation]} over the
                 seeds; no differences where no seed is in both, null for the deviation of one seed
+
+    Raises `ConfigError` where runs were evaluated on different problems, so that nothing could be paired.
     """
+    _check_paired(outcomes)
     first, *_ = outcomes.values()
     some = next(runs for runs in outcomes.values() if runs)
     ks = [k for k in PASS_AT if k <= next(iter(some.values())).n]
@@ -84,6 +92,18 @@ def compare(outcomes: dict[str, dict[int, Outcome]]) -> dict:
         "before": {f"pass@{k}": _interval(_solved(some, some, k, "before")) for k in ks},
         "variants": variants,
     }
+
+
+def _check_paired(outcomes: dict[str, dict[int, Outcome]]) -> None:
+    runs = [(f"{variant}/seed_{seed}", one) for variant, runs in outcomes.items() for seed, one in runs.items()]
+    name, first = runs[0]
+    for other, one in runs:
+        is_told = one.problems is not None and first.problems is not None
+        if {len(one.before), len(one.after)} != {len(first.after)} or (is_told and one.problems != first.problems):
+            raise ConfigError(
+                f"{other} was evaluated on {len(one.after)} problems, which aren't the {len(first.after)} of {name}: "
+                "nothing can be paired. Settings that make prompts longer leave out others with data.overlong=drop"
+            )
 
 
 def _solved(runs: dict[int, Outcome], seeds, k: int, when: str) -> np.ndarray:

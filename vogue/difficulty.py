@@ -38,13 +38,16 @@ def split(config: Config, folder: Path, console: Console) -> dict[str, int]:
     A level without a problem has no file. Raises ConfigError and DataError as an evaluation does.
     """
     samples = training_samples(config.data)
-    schema_of(samples, folder / f"{LEVELS[0]}.parquet")  # before the long work, what a file of them can't hold
+    # As they stand in the data: whoever trains on a level renders `data.format_prompt` again.
+    plain = training_samples(config.data.model_copy(update={"format_prompt": None}))
+    schema_of(plain, folder / f"{LEVELS[0]}.parquet")  # before the long work, what a file of them can't hold
     config = config.model_copy(update={"reward": config.reward.unweighed()})
+    positions = {sample.place: position for position, sample in enumerate(plain)}
     found = by_level(evaluate_model(config, ("image",), console, samples)["image"])
     for name, samples in found.items():
         path = folder / f"{name}.parquet"
         if samples:
-            write_parquet(samples, path)
+            write_parquet(plain.at(positions[sample.place] for sample in samples), path)
         else:
             path.unlink(missing_ok=True)  # of an earlier split
     return {name: len(samples) for name, samples in found.items()}

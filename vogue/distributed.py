@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from threadpoolctl import threadpool_limits
 from torch.distributed import distributed_c10d
 
 from vogue.run import launch, telling
@@ -98,6 +99,15 @@ def give_back_freed_memory() -> None:
     allocator = ctypes.CDLL(None)
     if not torch.cuda.is_available() and hasattr(allocator, "malloc_trim"):
         allocator.malloc_trim(0)
+
+
+def one_openmp_thread() -> None:
+    """Give the calling thread one OpenMP thread: a second pool makes both sleep at every end of a parallel loop.
+
+    With as many threads as cores in one pool alone, they wait actively; a rollout then takes half the time.
+    """
+    torch.get_num_threads()  # torch sets the number when a thread first asks for it
+    threadpool_limits(1, "openmp")
 
 
 def _end() -> None:

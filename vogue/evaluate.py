@@ -16,7 +16,7 @@ from vogue.benchmarks import Average, Benchmark, Line, Problem, Share
 from vogue.benchmarks.answers import Answered, read_answers
 from vogue.config import Config
 from vogue.data import DataError, Sample
-from vogue.data.dataset import check_samples, test_samples
+from vogue.data.dataset import check_samples, fingerprint_of, test_samples
 from vogue.data.prompts import with_view
 from vogue.estimates import Estimate, estimate, pass_at_k, powers_of_two
 from vogue.inputs import Preprocessor
@@ -88,18 +88,19 @@ def summary(judged: Sequence[Judged], pass_at: Sequence[int]) -> dict[str, Estim
     return {f"pass@{k}": estimate([pass_at_k(n, item.right, k) for item in judged]) for k in pass_at}
 
 
-def evaluation_row(judged: list[Judged]) -> dict[str, list[float] | int | list[int]]:
+def evaluation_row(judged: list[Judged]) -> dict[str, list[float] | int | str | list[int]]:
     """A row of evaluations.jsonl: pass@1, pass@2, pass@4 … as [value, low, high], and what every problem got.
 
     n         completions a problem
     right     how many of them are right, a number a problem
     distinct  how many different answers could be parsed from them, a number a problem
+    problems  tells these problems from others, in their order
     """
     n = len(judged[0].scores)
     estimates = {name: [e.value, e.low, e.high] for name, e in summary(judged, powers_of_two(n)).items()}
     answers = [{score.parsed for score in item.scores} - {None} for item in judged]
     counts = {"right": [item.right for item in judged], "distinct": list(map(len, answers))}
-    return estimates | {"n": n} | counts
+    return estimates | {"n": n, "problems": fingerprint_of(item.sample.digest() for item in judged)} | counts
 
 
 def headline(row: dict) -> dict[str, Estimate]:
@@ -124,9 +125,9 @@ def evaluate_model(
     Views are those of `with_view`; of "noisy" the images are perturbed by the settings of `perturb`.
     """
     samples = test_samples(config.data) if samples is None else samples
-    shown = {view: [with_view(sample, view) for sample in samples] for view in views}
     check_function(config.reward)
-    engine, preprocessor = _start(config, [sample for viewed in shown.values() for sample in viewed])
+    engine, preprocessor, samples = _start(config, samples, console, views, config.data.overlong == "drop")
+    shown = {view: [with_view(sample, view) for sample in samples] for view in views}
     judged: dict[str, list[Judged]] = {view: [] for view in views}
     for view in views:
         for start, chunk in _chunks(shown[view], view, console):
@@ -155,7 +156,7 @@ def answer_benchmark(
 ) -> list[Answered]:
     """What `model.path` answers to a benchmark's problems, read by rules; in this process alone."""
     samples = [problem.sample for problem in problems]
-    engine, preprocessor = _start(config, samples)
+    engine, preprocessor, samples = _start(config, samples, console)
     groups = []
     for start, chunk in _chunks(samples, "evaluate", console):
         numbers = range(start, start + len(chunk))
@@ -183,11 +184,24 @@ def _estimates(line: Line | Share | Average, pass_at: Sequence[int]) -> tuple[in
     return len(line.attempts), [estimate([pass_at_k(n, sum(unit), k) for unit in line.attempts]) for k in pass_at]
 
 
-def _start(config: Config, samples: Sequence[Sample]) -> tuple[Engine, Preprocessor]:
-    """What generates and what makes its prompts, once all `samples` are known to be good."""
+def _start(
+    config: Config, samples: Sequence[Sample], console: Console, views: Sequence[str] = ("image",), drop: bool = False
+) -> tuple[Engine, Preprocessor, Sequence[Sample]]:
+    """What generates, what makes its prompts, and the `samples`, once all are known to be good in all `views`.
+
+    `drop`: without those that are too long in any of them, so that each view has the same problems.
+    """
     preprocessor = checked_preprocessor(config)
-    check_samples(samples, preprocessor.lengths)
-    return create_engine(config, preprocessor.processor), preprocessor
+
+    def lengths(chunk: list[Sample]) -> list[int | DataError]:
+        found = [preprocessor.lengths([with_view(sample, view) for sample in chunk]) for view in views]
+        return [next((one for one in each if isinstance(one, DataError)), each[0]) for each in zip(*found, strict=True)]
+
+    def tell(text: str) -> None:
+        console.print(text, soft_wrap=True)
+
+    samples = check_samples(samples, lengths, drop, tell).samples
+    return create_engine(config, preprocessor.processor), preprocessor, samples
 
 
 def _chunks(samples: Sequence[Sample], name: str, console: Console) -> Iterator[tuple[int, Sequence[Sample]]]:

@@ -10,14 +10,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
-from threadpoolctl import threadpool_limits
 
 from vogue.config import Config
 from vogue.data import DataError, Sample
 from vogue.data.dataset import Checked
 from vogue.data.videos import Clip
+from vogue.distributed import one_openmp_thread
 from vogue.inputs import NOISY, RAW, Preprocessor, Prompt, View
 from vogue.method import branch, variance
 from vogue.method.perturb import annealed, perturb
@@ -237,12 +236,3 @@ def _check_split(config: Config, ranks: int) -> None:
         raise ConfigError(
             f"rollout.prompts / trainer.updates = {per_update} prompts an update can't be shared by {ranks} ranks"
         )
-
-
-def one_openmp_thread() -> None:
-    """Give the calling thread one OpenMP thread: a second pool makes both sleep at every end of a parallel loop.
-
-    With as many threads as cores in one pool alone, they wait actively; a rollout then takes half the time.
-    """
-    torch.get_num_threads()  # torch sets the number when a thread first asks for it
-    threadpool_limits(1, "openmp")

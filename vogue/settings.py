@@ -31,6 +31,8 @@ Checked = TypeVar("Checked", bound=Section)
 def read_settings(path: str | Path | None, overrides: list[str]) -> dict[str, Any]:
     """A YAML file's settings (optional) under `key=value` overrides, unchecked; raises `ConfigError`."""
     try:
+        for text in overrides:
+            _check_value(text)
         # Nothing behind the = is text, too: OmegaConf would take it for null, and so for unset.
         given = OmegaConf.from_dotlist([text + "''" if text.find("=") == len(text) - 1 else text for text in overrides])
         parts = [_read_file(path, given)] if path else []
@@ -42,6 +44,17 @@ def read_settings(path: str | Path | None, overrides: list[str]) -> dict[str, An
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError(f"{path or 'overrides'}: {str(error).splitlines()[0]}") from None
     return values
+
+
+def _check_value(override: str) -> None:
+    """Raise `ConfigError` for a `key=value` whose value isn't YAML, such as a template's {{ }} without quotes."""
+    key, _, value = override.partition("=")
+    try:
+        yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        why = getattr(error, "problem", None) or error
+        quoted = value.replace("'", "''")
+        raise ConfigError(f"{override}: the value isn't YAML: {why}. As text it is {key}=\"'{quoted}'\"") from None
 
 
 def _read_file(path: str | Path, overrides: DictConfig) -> DictConfig:

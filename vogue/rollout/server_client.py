@@ -97,8 +97,8 @@ class Server:
     def get(self, path: str) -> Any:
         return self._call(path, seconds=SHORT)
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        return self._call(path, body)
+    def post(self, path: str, body: dict[str, Any], seconds: float | None = None) -> Any:
+        return self._call(path, body, seconds)
 
     def _call(self, path: str, body: dict[str, Any] | None = None, seconds: float | None = None) -> Any:
         """The server's answer as JSON; with a `body` it is posted."""

@@ -32,10 +32,9 @@ from vogue.families import family_of_processor
 from vogue.rollout.engine import BAN, Completion, EngineError, Request, media_token_ids
 from vogue.rollout.sampling import Sampling, until_stop
 from vogue.rollout.server_client import UNTOUCHED, Server, ServerLost
-from vogue.rollout.serving import check_servers, start_servers, uses_nccl
+from vogue.rollout.serving import check_servers, patience, start_servers, uses_nccl
 from vogue.rollout.vllm_input import PromptInputs, as_in_checkpoint, sampling_arguments
 from vogue.rollout.weight_folder import WeightFolder
-from vogue.run.folder import FolderError
 from vogue.run.memory import check_images
 
 from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import encode_mm_kwargs_item  # isort: skip
@@ -73,7 +72,7 @@ class ServerEngine:
         self._inputs = PromptInputs(processor, getattr(torch, config.model.dtype))
         self._banned = {token: BAN for token in media_token_ids(processor)}
         self._run, self.version = _agreed(secrets.token_hex(4)), 0
-        given = [Server(url.rstrip("/"), config.trainer.timeout) for url in config.rollout.servers]
+        given = [Server(url.rstrip("/"), patience(config)) for url in config.rollout.servers]
         self._live: list[Server] = []
         self._why: dict[str, str] = {}  # by URL: what was last wrong with a server that is out
         self._busy: Counter[str] = Counter()  # requests of this rank in flight, by URL
@@ -84,11 +83,7 @@ class ServerEngine:
                 self._meet(server, config)
         self._servers = _agreed(self._servers)
         self._transfer: Transfer = _transfer(config, model)
-        if not self.up_to_date() and model is None:
-            raise EngineError(
-                f"rollout.servers: {self._reasons()}: they don't have the weights of model.path={config.model.path}. "
-                "Start them anew by `vogue serve` with these settings"
-            )
+        self.up_to_date()
 
     # ------------------------------------------------------------------------------------------------- generating
 
@@ -96,7 +91,8 @@ class ServerEngine:
         """As `Engine.generate`, from any thread; raises `EngineError` where no server is left."""
         if not requests:
             return []
-        with ThreadPoolExecutor(min(PARALLEL, len(requests))) as pool:
+        # Each makes features of its images, in which OpenMP's threads of all of them would be in one another's way.
+        with ThreadPoolExecutor(min(PARALLEL, len(requests)), initializer=distributed.one_openmp_thread) as pool:
             return list(pool.map(lambda request: self._ask_any(request, n, sampling), requests))
 
     def everywhere(self, request: Request, sampling: Sampling) -> list[Completion]:
@@ -157,7 +153,7 @@ class ServerEngine:
 
     @property
     def _label(self) -> str:
-        return f"{self._run}:{self.version}"
+        return UNTOUCHED if self._model is None else f"{self._run}:{self.version}"
 
     def sleep(self) -> None:
         """Nothing: the servers' memory isn't the trainer's."""
@@ -170,7 +166,7 @@ class ServerEngine:
         self.version = version
         labels = self._labels(self._servers)
         reachable = [server for server in self._servers if isinstance(labels.get(server.url), str)]
-        with _together(FolderError):
+        with _together(EngineError):
             failed = self._transfer.send(reachable, as_in_checkpoint(self._model, weights), self._label)
         labels |= {url: ServerLost(why) for url, why in failed.items()}
         # What hasn't answered a moment ago isn't waited for again.
@@ -202,8 +198,8 @@ class ServerEngine:
         def asked(server: Server) -> tuple[str, str | ServerLost]:
             try:
                 return server.url, server.label()
-            except ServerLost as error:
-                return server.url, error
+            except (ServerLost, EngineError) as error:  # what it refuses doesn't end a run that others can go on with
+                return server.url, ServerLost(str(error))
 
         if not (self._first and servers):
             return {}
@@ -211,13 +207,20 @@ class ServerEngine:
             return dict(pool.map(asked, servers))
 
     def _meet(self, server: Server, config: Config) -> None:
-        """Wait until a server is up; if it still has the weights of `model.path` they get the run's label."""
+        """Wait until a server is up; if it still has the weights of `model.path` they get the engine's label."""
         seconds = config.rollout.server_timeout
         end = time.monotonic() + seconds
         while True:
             try:
-                if server.label() == UNTOUCHED and server.model() == config.model.path:
-                    server.set_label(self._label)
+                label, path = server.label(), server.model()
+                is_untouched = label == UNTOUCHED and path == config.model.path
+                if self._model is None and not is_untouched:
+                    raise EngineError(
+                        f"rollout.servers: {server.url}: its weights are {path}'s with the label {label}, not those of "
+                        f"model.path={config.model.path}. Start it anew by `vogue serve` with these settings"
+                    )
+                if is_untouched:
+                    server.set_label(self._label)  # of an evaluation it is the one that it has
                 return
             except ServerLost as error:
                 if time.monotonic() > end:

@@ -28,6 +28,7 @@ from vogue.rollout.server_client import KEY, LOOPBACK, Server, ServerLost
 from vogue.rollout.vllm_input import engine_arguments
 from vogue.rollout.weight_folder import check_folder
 from vogue.run import launch
+from vogue.run.folder import writing
 from vogue.settings import ConfigError
 
 SCRIPT = Path(__file__).with_name("server_process.py")
@@ -70,6 +71,11 @@ def uses_nccl(config: Config) -> bool:
     )
 
 
+def patience(config: Config) -> float:
+    """Seconds that a rollout may take a server: half of what the other ranks wait for this one, which asks another."""
+    return config.trainer.timeout / 2
+
+
 def serve(config: Config, host: str, port: int) -> NoReturn:
     """Become a server of vLLM for runs with these settings; raises `ConfigError` where anybody could change it."""
     if host not in LOOPBACK and not os.environ.get(KEY):
@@ -93,7 +99,7 @@ def start_servers(config: Config) -> list[Server]:
             own = gpus[number * rollout.tensor_parallel : (number + 1) * rollout.tensor_parallel]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, own))
         port = _free_port()
-        output = TemporaryFile("w+", errors="replace")  # noqa: SIM115  # as long as the server runs
+        output = _log(config, number)
         process = subprocess.Popen(
             _command(config, LOOPBACK[0], port, parent=os.getpid()),
             env=environment,
@@ -102,7 +108,7 @@ def start_servers(config: Config) -> list[Server]:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for the trainer to handle
         )
-        server = Server(f"http://{LOOPBACK[0]}:{port}", config.trainer.timeout, key)
+        server = Server(f"http://{LOOPBACK[0]}:{port}", patience(config), key)
         running.append(Running(server, process, output))
     atexit.register(_end, running)
     end = time.monotonic() + rollout.server_timeout
@@ -121,6 +127,15 @@ def _wait_for(one: Running, end: float, seconds: float) -> None:
         if time.monotonic() > end:
             raise EngineError(f"rollout.server_timeout={seconds:g}: a server of vLLM isn't up yet: {_said(one)}")
         time.sleep(PAUSE)
+
+
+def _log(config: Config, number: int) -> IO[str]:
+    """Where a server's output goes: server_0.log of the run's folder; of an evaluation, which has none, nowhere."""
+    folder = config.trainer.output_dir
+    if not folder.is_dir():
+        return TemporaryFile("w+", errors="replace")
+    with writing("a server's output", folder):
+        return open(folder / f"server_{number}.log", "w+", errors="replace")
 
 
 def _said(one: Running) -> str:

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vogue.config import Config
+from vogue.rollout.engine import EngineError
 from vogue.rollout.server_client import Server, ServerLost
-from vogue.run.folder import FolderError, writing
+from vogue.run.folder import FolderError, check_writable, writing
 from vogue.settings import ConfigError
 
 MEMORY = Path("/dev/shm")
@@ -31,45 +32,50 @@ class WeightFolder:
         self._root = config.rollout.weight_folder
 
     def send(self, servers: list[Server], weights: Iterable[tuple[str, Tensor]], label: str) -> dict[str, str]:
-        """Write the weights and let all `servers` read them; the ranks that have no servers only gather."""
+        """Write the weights and let all `servers` read them; the ranks that have no servers only gather.
+
+        Raises `EngineError` where they can't be written.
+        """
         if not servers:
             for _ in weights:
                 pass
             return {}
-        with self._folder(servers) as folder:
-            _write(weights, folder)
-            with ThreadPoolExecutor(len(servers)) as pool:
-                told = pool.map(lambda server: _read(server, folder, label), servers)
-                return {server.url: why for server, why in zip(servers, told, strict=True) if why}
+        weights = iter(weights)
+        try:
+            with self._folder() as folder:
+                _write(weights, folder)
+                with ThreadPoolExecutor(len(servers)) as pool:
+                    told = pool.map(lambda server: _read(server, folder, label), servers)
+                    return {server.url: why for server, why in zip(servers, told, strict=True) if why}
+        except FolderError as error:
+            raise EngineError(f"rollout.weight_folder: {error}") from error
+        finally:
+            for _ in weights:  # to the end where they couldn't be written: the other ranks gather, too
+                pass
 
     @contextmanager
-    def _folder(self, servers: list[Server]) -> Iterator[Path]:
+    def _folder(self) -> Iterator[Path]:
         root = self._root or (MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir()))
         with writing("the weights", root):
             if self._root:
                 root.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(prefix="vogue_weights_", dir=root))
-        try:
             folder.chmod(0o755)  # a server may be another user's
+        try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    """Write all weights, and gather them to the end where they can't be: the other ranks do."""
-    failed: FolderError | None = None
     held: dict[str, Tensor] = {}
     size = number = 0
 
     def flush() -> None:
-        nonlocal failed, size, number
-        try:
-            if held and failed is None:
-                with writing("the weights", folder, SafetensorError):
-                    save_file(held, folder / f"{number:05d}.safetensors")
-        except FolderError as error:
-            failed = error
+        nonlocal size, number
+        if held:
+            with writing("the weights", folder, SafetensorError):
+                save_file(held, folder / f"{number:05d}.safetensors")
         held.clear()
         size, number = 0, number + 1
 
@@ -79,22 +85,22 @@ def _write(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
         if size >= FILE_BYTES:
             flush()
     flush()
-    if failed:
-        raise failed
 
 
 def _read(server: Server, folder: Path, label: str) -> str | None:
     """Let a server read its weights; returns why it couldn't."""
     try:
         server.read_weights(folder, label)
-    except ServerLost as error:
+    except (ServerLost, EngineError) as error:
         return str(error)
     return None
 
 
 def check_folder(config: Config) -> None:
-    """Raise `ConfigError` where servers on other machines couldn't see the weights."""
+    """Raise `ConfigError` where servers on other machines couldn't see the weights, or nobody could write them."""
     rollout = config.rollout
+    if rollout.weight_folder is not None:
+        check_writable(rollout.weight_folder, "rollout.weight_folder")
     far = [url for url in rollout.servers if not Server(url, 0).is_here]
     if far and rollout.weight_folder is None:
         raise ConfigError(

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vogue.model.lora import saved_buffers, whole_parameters
-from vogue.rollout.server_client import Server, ServerLost
+from vogue.rollout.engine import EngineError
+from vogue.rollout.server_client import SHORT, Server, ServerLost
 from vogue.rollout.vllm_input import as_in_checkpoint
 
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource  # isort: skip
@@ -117,8 +118,8 @@ class NcclTransfer:
     def _close(self) -> None:
         if self._engine is not None:
             for server in self._members:
-                with suppress(ServerLost):  # of those that are gone
-                    server.post("/shutdown_weight_transfer_engine", {})
+                with suppress(ServerLost, EngineError):  # of those that are gone, or have restarted
+                    server.post("/shutdown_weight_transfer_engine", {}, SHORT)
             self._engine.shutdown()
         self._engine, self._members = None, []
 

@@ -145,8 +145,8 @@ def is_full(error: Exception, folder: Path) -> bool:
     return os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(folder).free < LEAST_FREE
 
 
-def check_writable(folder: Path) -> None:
-    """Raise `ConfigError` where no run can write to `folder`; tries it, and leaves nothing behind."""
+def check_writable(folder: Path, setting: str = "trainer.output_dir") -> None:
+    """Raise `ConfigError` where no run can write to the `folder` of a setting; tries it, and leaves nothing behind."""
     try:
         with kept_for_a_while(folder), tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(4096))
@@ -154,7 +154,7 @@ def check_writable(folder: Path) -> None:
             os.fsync(probe.fileno())
     except (OSError, ValueError) as error:  # ValueError of a name that no file can have
         why = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"trainer.output_dir={folder}: no run can be written there: {why}") from None
+        raise ConfigError(f"{setting}={folder}: no run can be written there: {why}") from None
 
 
 @contextmanager
