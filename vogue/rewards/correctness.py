@@ -7,6 +7,7 @@ A false "right" is worse than a false "wrong", since a policy finds it within te
 equal is wrong. The rules are told in docs/rewards.md, and a verdict names the one that decided.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -77,9 +78,15 @@ def _verdict(given: str, answer: str, equal: Equal) -> Verdict:
     if max(len(given), len(answer)) > LONGEST:
         same = " ".join(given.split()).casefold() == " ".join(answer.split()).casefold()
         return Verdict(same, f"more than {LONGEST} characters: text, case and spacing apart")
-    if tidy(given) == tidy(answer):
+    # With a space 120, 340 is two numbers and 2 : 15 no time; without one they may be, and the answer is both.
+    if _close(tidy(given)) == _close(tidy(answer)):
         return Verdict(True, "the same text, but for how it is written")
     return compare(read(given), read(answer), equal)
+
+
+def _close(text: str) -> str:
+    """The text without spaces at , ; and :"""
+    return re.sub(r"\s*([,;:])\s*", r"\1", text)
 
 
 def compare(given: Reading, answer: Reading, equal: Equal) -> Verdict:
