@@ -35,9 +35,9 @@ SETTINGS = ("trainer.micro_batch_tokens=1280", "branch.probability=1", "data.max
 def measure(folder: Path, hidden: int, dtype: str, *overrides: str) -> dict:
     """Bytes by phase, planned and measured, of the model with this width. In a process that did nothing before."""
     from vogue.metrics import Clock, Means
+    from vogue.run.model_sizes import sizes_of
     from vogue.run.phase_memory import phases
     from vogue.run.plan import layout_of
-    from vogue.run.sizes import sizes_of
 
     class Measuring(Clock):
         """A clock that also keeps each phase's highest peak."""

@@ -221,7 +221,7 @@ def new_loader(config):
 
     from vogue.data.dataset import check_samples
     from vogue.loader import Loader
-    from vogue.state import RunState
+    from vogue.run_state import RunState
 
     def build(*overrides, rank=0, ranks=1):
         chosen = config(*overrides)

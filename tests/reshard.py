@@ -18,7 +18,7 @@ from torch import nn
 
 from vogue import distributed
 from vogue.config import load_config
-from vogue.model import training_state
+from vogue.model import optimizer_state
 from vogue.model.optimizer import deepspeed_settings, start_deepspeed
 
 INFINITE = float("inf")
@@ -114,16 +114,16 @@ def write(folder, setup):
 
 def _keep(engine, folder, name):
     (folder / name).mkdir(exist_ok=True)
-    index, _ = training_state.write(engine, folder / name, dist.get_rank())
+    index, _ = optimizer_state.write(engine, folder / name, dist.get_rank())
     parts = distributed.gather(index)
     if dist.get_rank() == 0:
-        training_state.finish(engine, parts, folder / name)
+        optimizer_state.finish(engine, parts, folder / name)
     _tell(engine, folder / f"{name}.pt")
 
 
 def read(folder, setup, name):
     engine = engine_of(setup)
-    training_state.read(engine, folder / name)
+    optimizer_state.read(engine, folder / name)
     _tell(engine, folder / f"{setup}-{dist.get_world_size()}={name}.pt")
 
 

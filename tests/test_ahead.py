@@ -79,7 +79,7 @@ def test_a_step_trains_on_what_was_sampled_one_update_before_while_the_next_is_s
 
 def test_what_was_sampled_for_the_step_to_come_is_in_a_checkpoint_to_the_last_bit(config, new_loader, tmp_path):
     from vogue import distributed
-    from vogue.state import RunState
+    from vogue.run_state import RunState
 
     distributed.start()
     engine, given, loader = Slow(), config(*AHEAD), new_loader(*AHEAD)

@@ -9,7 +9,7 @@ from ranks import apart
 from vogue.config import load_config
 from vogue.inputs import Preprocessor, load_processor
 from vogue.rewards import score
-from vogue.rewards.groups import score_groups
+from vogue.rewards.scoring import score_groups
 from vogue.rollout import create_engine
 from vogue.rollout.engine import Request
 from vogue.rollout.sampling import Sampling

@@ -18,21 +18,21 @@ TWO_STEPS = ("trainer.steps=2", "branch.probability=0.5", "rollout.prompts=4")
 
 MEET = """
 import pathlib, sys, torch.distributed as dist
-from vogue.run import launch, shared, telling
+from vogue.run import errors, launch, shared_folder
 from vogue.run.stacks import LostRank
 dist.init_process_group("gloo")
 here = pathlib.Path(sys.argv[1])
-found = shared.problems(here / "both" / "run")
+found = shared_folder.problems(here / "both" / "run")
 dist.barrier()
 print(launch.rank(), "sees", found, sorted(x.name for x in here.iterdir()), flush=True)
-shared.PATIENCE = 1.0
-print(launch.rank(), "sees", shared.problems(here / "own" / "run"), flush=True)
+shared_folder.PATIENCE = 1.0
+print(launch.rank(), "sees", shared_folder.problems(here / "own" / "run"), flush=True)
 dist.barrier()
 for text in ("the same", f"of rank {launch.rank()}"):
-    telling.tell("train", ValueError(), text)
+    errors.tell("train", ValueError(), text)
 for rank in (None, 1):
-    telling.tell("train", telling.agreed(ValueError(), rank), f"agreed {rank}")
-telling.tell("train", LostRank(), f"lost by {launch.rank()}")
+    errors.tell("train", errors.agreed(ValueError(), rank), f"agreed {rank}")
+errors.tell("train", LostRank(), f"lost by {launch.rank()}")
 dist.barrier()
 """
 

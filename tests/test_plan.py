@@ -18,9 +18,9 @@ from vogue.model.packing import Row, collate
 from vogue.model.policy import Policy
 from vogue.rollout.engine import Completion
 from vogue.run.memory import check_engine, sequence_bytes
+from vogue.run.model_sizes import Blocks, Layout, Sizes, sizes_of
 from vogue.run.phase_memory import kept_bytes, phases
 from vogue.run.plan import adapted, layout_of, make_plan, most, problems_of
-from vogue.run.sizes import Blocks, Layout, Sizes, sizes_of
 from vogue.settings import ConfigError
 
 ROOT = Path(__file__).parents[1]

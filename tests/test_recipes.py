@@ -10,8 +10,8 @@ import pytest
 from test_plan import folder_of  # noqa: F401
 
 from vogue.config import load_config
+from vogue.run.model_sizes import sizes_of
 from vogue.run.plan import adapted, layout_of, problems_of
-from vogue.run.sizes import sizes_of
 
 RECIPES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
 

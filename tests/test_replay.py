@@ -21,8 +21,8 @@ from vogue.model.packing import Row, collate
 from vogue.objective import objective
 from vogue.replay import BUFFER, remember, with_replayed
 from vogue.rollout.engine import Completion
+from vogue.run_state import RunState
 from vogue.settings import ConfigError
-from vogue.state import RunState
 from vogue_kernels import GuidanceConfig
 
 NEEDED = ["model.path=some/model", "data.train=train.parquet"]

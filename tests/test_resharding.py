@@ -9,7 +9,7 @@ import torch
 from ranks import launch
 from reshard import engine_of, read, skips, write
 
-from vogue.model import training_state
+from vogue.model import optimizer_state
 from vogue.settings import ConfigError
 
 SCRIPT = Path(__file__).with_name("reshard.py")
@@ -68,12 +68,12 @@ REFUSED = {
 @pytest.mark.parametrize("told", REFUSED)
 def test_what_does_not_fit_the_weights_that_are_trained_is_refused(told, tmp_path):
     write(tmp_path, "1-float32")
-    index = tmp_path / "1-float32-1" / training_state.INDEX
+    index = tmp_path / "1-float32-1" / optimizer_state.INDEX
     content = json.loads(index.read_text())
     REFUSED[told](content["weights"])
     index.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=f"^--resume: {index.parent}.*{re.escape(told)}"):
-        training_state.read(engine_of("1-float32"), index.parent)
+        optimizer_state.read(engine_of("1-float32"), index.parent)
 
 
 SETUPS = ("0-float32", "0-bfloat16", "1-float32", "1-bfloat16", "2-float32", "2-bfloat16", "3-float32", "3-bfloat16")

@@ -12,7 +12,7 @@ from vogue.data.puzzles import draw_puzzles
 from vogue.presets import DESIGNS, HEADED
 from vogue.rewards import Score, score
 from vogue.rewards.designs import TAGS, content, has_format, partial_credit, sentence_score, sentences, tagged_answer
-from vogue.rewards.headed import HEADINGS
+from vogue.rewards.pebr_r1 import HEADINGS
 from vogue.sections import RewardConfig
 from vogue.settings import ConfigError
 

@@ -12,7 +12,7 @@ from torch import nn
 from vogue import distributed
 from vogue.cli import main
 from vogue.config import load_config
-from vogue.model import training_state
+from vogue.model import optimizer_state
 from vogue.model.optimizer import start_deepspeed
 from vogue.settings import ConfigError
 
@@ -124,9 +124,9 @@ def test_what_is_offloaded_is_updated_as_torch_does_and_resumed(stage, first, th
         optimizer.step()
         torch.testing.assert_close(weights_of(engine), weights.detach(), rtol=0, atol=1e-6)
         if i == 1:
-            training_state.finish(engine, [training_state.write(engine, tmp_path, 0)[0]], tmp_path)
+            optimizer_state.finish(engine, [optimizer_state.write(engine, tmp_path, 0)[0]], tmp_path)
     again = engine_of("model.dtype=float32", *then, stage=stage)
-    training_state.read(again, tmp_path)
+    optimizer_state.read(again, tmp_path)
     for gradients in GRADIENTS[2:]:
         update(again, gradients)
     # Not the same bits: CPUAdam multiplies beta^t up from step to step, and computes it anew after a resumption.

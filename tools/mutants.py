@@ -47,7 +47,7 @@ MUTANTS = (
     Mutant(
         "vogue/loader.py", "drawn[first : first + rollout.prompts]", "drawn[: rollout.prompts]", "tests/test_loader.py"
     ),
-    Mutant("vogue/rewards/groups.py", "*place, number)", "*place)", "tests/test_rewards_groups.py"),
+    Mutant("vogue/rewards/scoring.py", "*place, number)", "*place)", "tests/test_rewards_scoring.py"),
     Mutant("vogue/loader.py", "(step * rollout.rounds + number) *", "step * rollout.rounds *", "tests/test_loader.py"),
     Mutant("vogue/loader.py", "purpose, *where, i)", "purpose, *where)", "tests/test_loader.py"),
     Mutant(
@@ -77,9 +77,9 @@ MUTANTS = (
     Mutant("vogue/run/saving.py", 'best["value"] >= value', 'best["value"] > value', *SAVING),
     Mutant("vogue/model/checkpoint.py", "config.trainer.keep :], best_of(root))", "config.trainer.keep :],)", *SAVING),
     Mutant(
-        "vogue/model/training_state.py", "[start - place.first : end - place.first]", "[: end - start]", *RESHARDING
+        "vogue/model/optimizer_state.py", "[start - place.first : end - place.first]", "[: end - start]", *RESHARDING
     ),
-    Mutant("vogue/model/training_state.py", "rate * factor(updates)", "rate * factor(0)", *RESHARDING),
+    Mutant("vogue/model/optimizer_state.py", "rate * factor(updates)", "rate * factor(0)", *RESHARDING),
     # The optimizer's step.
     Mutant(
         "vogue/model/optimizer.py",
@@ -124,9 +124,9 @@ MUTANTS = (
     Mutant("vogue/families.py", "places[0].double() * pace", "places[0].double()", *VIDEOS),
     Mutant("vogue/model/packing.py", "(self.seconds[i] is not None) == video", "True", *VIDEOS),
     # Ranks.
-    Mutant("vogue/sharing.py", "(-claims[claim], claim)", "(claims[claim], claim)", "tests/test_sharing.py"),
-    Mutant("vogue/sharing.py", "pack(loads, middle)", "pack(loads, budget)", "tests/test_sharing.py"),
-    Mutant("vogue/loader.py", "o.number, o.draws", "0, o.draws", "tests/test_sharing.py"),
+    Mutant("vogue/balance.py", "(-claims[claim], claim)", "(claims[claim], claim)", "tests/test_balance.py"),
+    Mutant("vogue/balance.py", "pack(loads, middle)", "pack(loads, budget)", "tests/test_balance.py"),
+    Mutant("vogue/loader.py", "o.number, o.draws", "0, o.draws", "tests/test_balance.py"),
     Mutant("vogue/objective.py", "(advantages != 0).any()", "(advantages != 0).all()", "tests/test_objective.py"),
     Mutant("vogue/objective.py", "guidance, sign)", "guidance, 1.0)", "tests/test_raw_rollouts.py"),
     Mutant(
@@ -195,10 +195,10 @@ MUTANTS = (
         "tests/test_rewards_designs.py",
     ),
     Mutant(
-        "vogue/rewards/groups.py",
+        "vogue/rewards/scoring.py",
         "1, sampling)",
         "1, replace(sampling, temperature=1.0))",
-        "tests/test_rewards_groups.py",
+        "tests/test_rewards_scoring.py",
     ),
     Mutant("vogue/rewards/function_worker.py", "and math.isfinite(reward)", "", "tests/test_rewards_function.py"),
     Mutant(
@@ -223,13 +223,13 @@ MUTANTS = (
         "tests/test_compare.py",
     ),
     Mutant(
-        "vogue/state.py",
+        "vogue/run_state.py",
         'values["current"], values["settled"]',
         'values["current"], values["current"]',
-        "tests/test_state.py",
+        "tests/test_run_state.py",
         "settled",
     ),
-    Mutant("vogue/state.py", "copy.deepcopy(self.current)", "self.current", "tests/test_state.py", "settled"),
+    Mutant("vogue/run_state.py", "copy.deepcopy(self.current)", "self.current", "tests/test_run_state.py", "settled"),
     Mutant(
         "vogue/sweep.py",
         'evaluations[-1]["step"] == (self.config.trainer.steps or logs.steps_of(self.folder))',

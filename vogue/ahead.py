@@ -31,7 +31,7 @@ from vogue.loader import Item, Loader
 from vogue.metrics import Clock, Means
 from vogue.rollout.engine import Completion, Engine, Generates, Request
 from vogue.rollout.sampling import Sampling
-from vogue.state import RunState, Values
+from vogue.run_state import RunState, Values
 
 AHEAD = "ahead"  # the run's state under this name, in checkpoints alone: each rank's `Rollout`
 

@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     from vogue.data import DataError
     from vogue.rewards import RewardError
     from vogue.rollout.engine import EngineError
+    from vogue.run.errors import tell
     from vogue.run.folder import FolderError
     from vogue.run.stacks import LostRank
-    from vogue.run.telling import tell
 
     try:
         return COMMANDS[arguments.command](arguments)
@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def command() -> NoReturn:
     """What a shell or a launcher starts: `main`, and the end of the process."""
+    from vogue.run.errors import tell_crash
     from vogue.run.restarts import note_end
-    from vogue.run.telling import tell_crash
 
     try:
         code = main()

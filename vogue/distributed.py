@@ -18,7 +18,7 @@ import torch.distributed as dist
 from threadpoolctl import threadpool_limits
 from torch.distributed import distributed_c10d
 
-from vogue.run import launch, telling
+from vogue.run import errors, launch
 from vogue.run.stacks import LostRank
 
 LOOPBACK = "lo"  # Linux' name of the interface
@@ -192,9 +192,9 @@ def together(*kinds: type[Exception], meeting: Callable[[], AbstractContextManag
     except kinds as error:
         mine = error
     with meeting():
-        errors = gather(mine)
-    failed = {rank: error for rank, error in enumerate(errors) if error is not None}
+        found = gather(mine)
+    failed = {rank: error for rank, error in enumerate(found) if error is not None}
     if failed:
         rank, error = next(iter(failed.items()))
-        alike = len(failed) == len(errors) and len({str(one) for one in errors}) == 1
-        raise telling.agreed(error, None if alike else rank) from mine
+        alike = len(failed) == len(found) and len({str(one) for one in found}) == 1
+        raise errors.agreed(error, None if alike else rank) from mine

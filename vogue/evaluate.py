@@ -23,7 +23,7 @@ from vogue.inputs import Preprocessor
 from vogue.loader import perturbed
 from vogue.method.perturb import perturb
 from vogue.rewards import RewardError, Score, check_function
-from vogue.rewards.groups import score_groups
+from vogue.rewards.scoring import score_groups
 from vogue.rollout import create_engine
 from vogue.rollout.engine import Completion, Engine, EngineError, Request
 from vogue.rollout.sampling import of_evaluations

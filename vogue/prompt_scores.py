@@ -18,7 +18,7 @@ from vogue.loader import Loader
 from vogue.method.variance import distinct, outcome_variance, unseen
 from vogue.metrics import Means
 from vogue.rewards import RewardError
-from vogue.rewards.groups import score_groups
+from vogue.rewards.scoring import score_groups
 from vogue.rollout.engine import Completion, Engine, Request
 from vogue.rollout.sampling import of_rollouts
 from vogue.seeds import Purpose, seed_for

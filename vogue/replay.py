@@ -22,8 +22,8 @@ from vogue.loader import REPLAYABLE
 from vogue.method.replay import off_policy_advantages, surplus, tiers
 from vogue.metrics import Means
 from vogue.rollout.engine import Completion
+from vogue.run_state import RunState
 from vogue.seeds import Purpose, rng_for
-from vogue.state import RunState
 
 BUFFER = "replay"  # the training's state under this name
 Stored = dict[

@@ -32,12 +32,15 @@ from torch.nn.utils import get_total_norm
 
 from vogue import distributed
 from vogue.ahead import AHEAD, Ahead
+from vogue.balance import IDLE, IDLE_COMPARED, Load, balance, bring_home, deal, exchange
 from vogue.config import Config, with_steps
 from vogue.data import DataError, Sample
 from vogue.data.dataset import Checked
 from vogue.dynamic_sampling import dynamic_sampling
 from vogue.engine_check import Servers, mismatch
+from vogue.entropy_target import entropy_coef, steer_entropy
 from vogue.evaluate import CHUNK, FAILURES, Judged, judge, requests_for
+from vogue.forwards import looked_at, needs_look, referred
 from vogue.groups import (
     RIGHT,
     WRONG,
@@ -70,18 +73,15 @@ from vogue.model.policy import Policy
 from vogue.model.reference import load_reference
 from vogue.model.weights import gathered_weights
 from vogue.objective import objective, uncertainties
-from vogue.passes import looked_at, needs_look, referred
 from vogue.prompt_scores import TOKENS, refreshed, remembered
 from vogue.replay import remember, with_replayed
 from vogue.rewards import verifier
-from vogue.rewards.groups import score_groups
+from vogue.rewards.scoring import score_groups
 from vogue.rollout import create_engine
 from vogue.rollout.engine import media_token_ids
 from vogue.rollout.sampling import of_rollouts
-from vogue.sharing import IDLE, IDLE_COMPARED, Load, balance, bring_home, deal, exchange
+from vogue.run_state import RunState
 from vogue.shuffle import shuffled
-from vogue.state import RunState
-from vogue.steering import entropy_coef, steer_entropy
 from vogue_kernels import GuidanceConfig
 
 DATA = "data"  # the run's state under this name: the fingerprint of what it is trained on
@@ -350,14 +350,14 @@ class Trainer:
         return read_signals(stats, batch.noisy, batch.paid, **self.config.uncertainty.model_dump())
 
     def looked_at(self, batches: list[Batch], means: Means, *, several: bool) -> list[Batch]:
-        """An update's batches with what has to be known of them before it (`vogue.passes`)."""
+        """An update's batches with what has to be known of them before it (`vogue.forwards`)."""
         measuring = self.config.trainer.measures(self.step)
         given = self.deepspeed, self.signals, batches, self.config, self.device
         valued = partial(self.critic.advantages, step=self.step, means=means) if self.critic else None
         return looked_at(*given, several=several, measuring=measuring, valued=valued)
 
     def micro_batches(self, groups: dict[int, Group], some: Group, means: Means, clock: Clock) -> list[Batch]:
-        """This rank's share of an update's rows, whoever generated them (`vogue.sharing`); `groups` are its own.
+        """This rank's share of an update's rows, whoever generated them (`vogue.balance`); `groups` are its own.
 
         Micro-batches with compared rows come first, as many on every rank and in the same order. Every rank has to take
         part in as many forwards of each kind as the others, and has `some` group for it.

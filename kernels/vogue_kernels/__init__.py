@@ -21,7 +21,7 @@ from .surrogates import (
     engine_correction,
     policy_loss,
 )
-from .words import linear_logprob_of
+from .word_logprobs import linear_logprob_of
 
 __version__ = "0.1.0"  # of both distributions, vogue and vogue-kernels, whose pyproject.toml read it here
 

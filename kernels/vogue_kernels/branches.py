@@ -5,7 +5,7 @@ A backend is a module with two functions, which take checked arguments and token
     forward(hiddens, heads, targets, scaling, buffers)
         one branch: the results of LogprobStats, then maximum and logsum; two: the results of BranchStats, then maximum
         and logsum of each; all (N,). Maximum and logsum are for the backward pass, which alone understands them.
-        So are the logits that it writes to the buffers, one for each branch, as far as they have room (kept.py).
+        So are the logits that it writes to the buffers, one for each branch, as far as they have room (kept_logits.py).
     backward(branches, heads, targets, scaling, needs, buffers)
         (gradients of the branches' hidden states, of the heads' weights, of their biases), three lists with None where
         `needs` says that they aren't needed.

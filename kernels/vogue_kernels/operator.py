@@ -8,7 +8,7 @@ from torch import Tensor
 from . import registration  # noqa: F401  torch.ops.vogue is complete once it is imported
 from .branches import Head, Scaling
 from .inputs import IGNORE, Rows, as_rows, heads_of
-from .kept import worth_keeping
+from .kept_logits import worth_keeping
 
 
 class LogprobStats(NamedTuple):

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from .branches import Branch, Head, HeadGradients, Needs, Scaling, compute_dtype, of_branch
-from .kept import KeptLogits, kept_logits
+from .kept_logits import KeptLogits, kept_logits
 
 TILE_ELEMENTS = 1 << 20  # of a tile of logits: 4 MB of float32; larger leaves the cache, smaller pays in launches
 VOCAB_TILE = 1024

@@ -15,7 +15,7 @@ from .backends import implementation
 from .branches import Branch, Head, Needs, Scaling, compute_dtype, one_branch, two_branches
 from .checks import check_arguments
 from .inputs import IGNORE, heads_of
-from .kept import kept_bytes, serve
+from .kept_logits import kept_bytes, serve
 
 
 def _forward(backend: str, hiddens: list[Tensor], heads: list[Head], targets, scaling, keep) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vogue.data import load_samples
-from vogue.data.rows import SUFFIXES
+from vogue.data.files import SUFFIXES
 from vogue.data.shapes import ANSWERS, IMAGES, QUESTIONS
 
 TEXT = (Path(__file__).parents[2] / "docs" / "data.md").read_text()

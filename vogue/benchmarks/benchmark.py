@@ -7,8 +7,8 @@ from pathlib import Path
 
 from vogue.benchmarks.extract import Form
 from vogue.data import DataError, Sample
+from vogue.data.files import Row, as_record, decoded, each, open_rows, parse_json, require_columns
 from vogue.data.images import ImageError, Reference, reference
-from vogue.data.rows import Row, as_record, decoded, each, open_rows, parse_json, require_columns
 
 IMAGE_FOLDERS = ("", "images", "png", "hallusion_bench")  # where the benchmarks' repositories keep them
 

@@ -16,7 +16,7 @@ from vogue.boxed import boxed
 from vogue.rewards.correctness import verdicts
 from vogue.rewards.designs import tagged_answer
 from vogue.rewards.reading import option
-from vogue.rewards.writing import TEXT, tidy
+from vogue.rewards.tidy import TEXT, tidy
 
 MARK = re.compile(
     r"\b(?:answer|option|choice)(?:\s+(?:is|are|would be|should be|must be)\b|\W{0,4}:)[\s:*]*", re.IGNORECASE

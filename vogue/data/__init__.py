@@ -1,7 +1,7 @@
 """Samples and where they come from: files in everybody's shapes, the hub, handwritten digits, puzzles."""
 
 from vogue.data.dataset import Samples, load_samples
-from vogue.data.rows import DataError
+from vogue.data.files import DataError
 from vogue.data.samples import Sample, write_parquet
 from vogue.data.shapes import Shape
 

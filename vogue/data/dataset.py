@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, overload
 
-from vogue.data.rows import DataError, Rows, open_rows
+from vogue.data.files import DataError, Rows, open_rows
 from vogue.data.samples import Sample
 from vogue.data.shapes import Reader, Shape, shape_of
 from vogue.data.videos import QWENS
@@ -82,7 +82,7 @@ def load_samples(
 ) -> Samples:
     """The first `limit` samples (all by default) of a data set; nothing but columns is read before one is asked for.
 
-    spec: see `vogue.data.rows.open_rows`. shape: where things stand in a row. skip: a file of row numbers to leave out.
+    spec: see `vogue.data.files.open_rows`. shape: where things stand in a row. skip: a file of row numbers to omit.
 
     Raises DataError for a missing file or column, and an empty data set; asking for a sample, for an unusable row.
     """

@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 
 from vogue.config import Config
-from vogue.data.rows import DataError
+from vogue.data.files import DataError
 from vogue.data.samples import PLACEHOLDER, VIDEO, Sample
 
 KINDS = {PLACEHOLDER: "image", VIDEO: "video"}

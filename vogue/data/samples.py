@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from vogue.data import images, videos
+from vogue.data.files import DataError
 from vogue.data.images import NO_LIMITS, PixelLimits, Reference
-from vogue.data.rows import DataError
 from vogue.data.videos import Clip, Outline, Video, VideoLimits
 
 PLACEHOLDER, VIDEO = "<image>", "<video>"

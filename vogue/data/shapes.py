@@ -30,8 +30,8 @@ from PIL import Image
 
 from vogue.boxed import boxed
 from vogue.data import videos
+from vogue.data.files import DataError, Row
 from vogue.data.images import ImageError, Reference, reference, short
-from vogue.data.rows import DataError, Row
 from vogue.data.samples import OPTIONAL, PLACEHOLDER, VIDEO, Sample, is_visible
 from vogue.sections import DataConfig
 

@@ -4,7 +4,7 @@ loading       from its checkpoint, partitioned          optimizer    AdamW and D
 packing       rows, micro-batches, batches              attention    of rows that share a prompt
 policy        hidden states to statistics               checkpoint   saved and found again, of
 weights       whole ones, gathered and written          fragments    of weights that a rank trains, and their
-training_state    what training goes on with
-varlen        the attention on GPUs                     vision       the vision tower's attention and patches
+optimizer_state, written and read, whoever has it     vision       the vision tower's attention and patches
+varlen        the attention on GPUs
 liger         Liger's kernels in the text model         lora         adapters
 """

@@ -7,12 +7,12 @@
     output_dir/checkpoints/best                    with trainer.save_best: a link to the best one
 
 With `trainer.save_model_only` there is no training: nothing can go on from such a checkpoint. From the others any
-number of ranks can, with any stage of ZeRO (`vogue.model.training_state`).
+number of ranks can, with any stage of ZeRO (`vogue.model.optimizer_state`).
 
 A checkpoint is written beside its place, by all ranks at once, and renamed when all of it is on the disk, so that a
 stop in the middle leaves the one before it. An old one is renamed before it is deleted. Everything random in a run
 (order of data, perturbation, branch draws, sampling) is a function of the seed and the step, so no generator's state
-needs saving; `vogue.state` holds what isn't.
+needs saving; `vogue.run_state` holds what isn't.
 """
 
 import json
@@ -31,11 +31,11 @@ from transformers import PreTrainedModel
 
 from vogue import distributed
 from vogue.config import Config
-from vogue.model import checksums, lora, training_state, weights
+from vogue.model import checksums, lora, optimizer_state, weights
 from vogue.run.folder import NEWEST_WHOLE, FolderError, remove, replace, sync, writing
 from vogue.run.memory import check_room
+from vogue.run_state import RunState
 from vogue.settings import ConfigError
-from vogue.state import RunState
 
 STATE = "state.json"
 FORMAT = 2  # of a checkpoint's parts. 1, which didn't say so, had DeepSpeed's own files in place of training
@@ -87,7 +87,7 @@ class Part(NamedTuple):
 
     sums: checksums.Sums
     files: list[weights.Written]
-    training: training_state.Index
+    training: optimizer_state.Index
 
 
 def root_of(config: Config) -> Path:
@@ -137,7 +137,7 @@ def _write(run: Run, partial: Path) -> None:
 def _begin(run: Run, partial: Path) -> None:
     """Make the folders, where the disk has room for all that will be in them."""
     root, first = partial.parent, dist.get_rank() == 0
-    needed = training_state.size(run.engine) if run.goes_on else 0
+    needed = optimizer_state.size(run.engine) if run.goes_on else 0
     if first and run.has_hf:
         needed += sum(weights.sizes_of(run.model).values())
     if first and run.config.lora.on:
@@ -179,7 +179,7 @@ def _own_part(run: Run, partial: Path, whole: Whole) -> Part:
         run.processor.save_pretrained(partial / ADAPTER)
         paths += [path for path in (partial / ADAPTER).rglob("*") if path.is_file()]
     if run.goes_on:
-        index, written = training_state.write(run.engine, partial / TRAINING, dist.get_rank())
+        index, written = optimizer_state.write(run.engine, partial / TRAINING, dist.get_rank())
         paths += written
     if first and run.goes_on:
         run.state.save(partial / TRAINING / RUN)
@@ -191,7 +191,7 @@ def _finish(run: Run, partial: Path, parts: list[Part]) -> None:
     """Write what says that all ranks' parts are there, and wait until all of it is on the disk."""
     last = []
     if run.goes_on:
-        last.append(training_state.finish(run.engine, [part.training for part in parts], partial / TRAINING))
+        last.append(optimizer_state.finish(run.engine, [part.training for part in parts], partial / TRAINING))
     if run.has_hf:
         last += weights.finish([one for part in parts for one in part.files], partial / HF)
     sums = {name: entry for part in parts for name, entry in part.sums.items()} | checksums.written(partial, last)
@@ -353,4 +353,4 @@ def load_state(state: RunState, checkpoint: Path) -> None:
 
 def load(engine, checkpoint: Path) -> None:
     """Put weights, optimizer and its schedule back; raises `ConfigError` where other weights are trained."""
-    training_state.read(engine, checkpoint / TRAINING)
+    optimizer_state.read(engine, checkpoint / TRAINING)

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from vogue.estimates import Estimate, estimate, pass_at_k, powers_of_two
 from vogue.report.runs import Method, Run, group_methods, read_runs
-from vogue.run.times import seconds_of
+from vogue.run.step_times import seconds_of
 
 # Of the methods, in light and dark mode: Okabe and Ito's palette, which colour-blind readers can tell apart, with an
 # indigo and a crimson in place of its second blue and its second orange, darkened or lightened until each stands out

@@ -20,7 +20,7 @@ from vogue.report import figures
 from vogue.report.completions import MIN_COUNT, Record, Sampled, browser, embedded, linked, sample
 from vogue.report.runs import Method, Run, differing, group_methods, read_runs
 from vogue.run.alarms import Alarm, alarms
-from vogue.run.times import phase_seconds
+from vogue.run.step_times import phase_seconds
 from vogue.settings import ConfigError
 
 HERE = Path(__file__).parent

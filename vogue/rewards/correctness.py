@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from vogue.rewards.equality import Verifier
 from vogue.rewards.reading import Collection, Mathematics, Number, Option, Reading, Series, Time, Words, latex, read
-from vogue.rewards.writing import is_blank, tidy
+from vogue.rewards.tidy import is_blank, tidy
 
 LONGEST = 2000  # characters of an answer that is more than text
 

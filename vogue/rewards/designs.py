@@ -16,7 +16,7 @@ Vision-SR1 (arXiv 2508.19652), `vision_sr1`:  <description> … </description> <
     accuracy, format
     blind          1 if the policy, asked again with its description in the image's place, answers right
 
-PeBR-R1 (arXiv 2509.13031), `pebr_perception` and `pebr_reasoning`, under headings: `vogue.rewards.headed`
+PeBR-R1 (arXiv 2509.13031), `pebr_perception` and `pebr_reasoning`, under headings: `vogue.rewards.pebr_r1`
 
 Ours, since arXiv 2601.00215 doesn't state it or we couldn't find it: the tags' names; that an absent tag scores 0 and
 that their order isn't checked; that the same tag twice counts as one with both contents, and the last answer is the
@@ -37,7 +37,7 @@ from vogue.presets import DESIGNS, HEADED, JUDGING
 from vogue.rewards.correctness import verdicts
 from vogue.rewards.format import is_formatted
 from vogue.rewards.function import Earned, RewardError, description_scorer, own_rewards
-from vogue.rewards.headed import (
+from vogue.rewards.pebr_r1 import (
     cosines,
     has_headings,
     headed_answer,
@@ -47,7 +47,7 @@ from vogue.rewards.headed import (
     share_of_enough,
 )
 from vogue.rewards.reading import Number, Time, read
-from vogue.rewards.writing import is_blank
+from vogue.rewards.tidy import is_blank
 from vogue.sections import RewardConfig
 
 DEFAULT = RewardConfig()  # pyright: ignore[reportCallIssue]

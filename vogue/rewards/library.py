@@ -20,7 +20,7 @@ from vogue.boxed import boxed
 from vogue.endpoint import PARALLEL, Endpoint
 from vogue.rewards.designs import tagged_answer
 from vogue.rewards.reading import Option, read
-from vogue.rewards.writing import is_blank, tidy
+from vogue.rewards.tidy import is_blank, tidy
 
 NUMBER = re.compile(r"(?<![\w.])-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?![\w.])")
 JUDGED = """\

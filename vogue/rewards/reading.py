@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from vogue.rewards.tidy import tidy
 from vogue.rewards.units import split_unit
-from vogue.rewards.writing import tidy
 
 LONGEST_NUMBER = 1000  # characters; and of powers of ten
 LONGEST_MATHEMATICS = 500  # characters of an expression that is compared as one

@@ -39,7 +39,7 @@ class Worker:
         command = [str(here / script), *arguments]
         # It would die with the thread that starts it: another one than the main thread may end before the trainer.
         if sys.platform == "linux" and threading.current_thread() is threading.main_thread():
-            command = [str(here / "mortal.py"), str(os.getpid()), *command]
+            command = [str(here / "worker_start.py"), str(os.getpid()), *command]
         self._process = subprocess.Popen(
             [sys.executable, "-u", *command],  # -u: what it prints is seen at once
             stdin=subprocess.PIPE,

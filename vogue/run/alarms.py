@@ -22,7 +22,7 @@ from statistics import median
 
 from vogue.config import Config
 from vogue.run.stalled import STEPS, likely_reasons
-from vogue.run.times import duration, seconds_of
+from vogue.run.step_times import duration, seconds_of
 
 WINDOW = STEPS  # as long as a run itself waits before it says that nothing is learned
 COLLAPSED = 0.1

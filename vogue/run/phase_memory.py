@@ -14,10 +14,10 @@ Figures of a GPU are arithmetic alone; those of a CPU are held to measurements (
 
 from dataclasses import dataclass, field
 
-from vogue.model.training_state import FILE
+from vogue.model.optimizer_state import FILE
 from vogue.model.weights import file_count
 from vogue.rollout.cache import ROOM
-from vogue.run.sizes import Blocks, Layout, Sizes
+from vogue.run.model_sizes import Blocks, Layout, Sizes
 
 GPU_RUNTIME = 2e9  # CUDA's context, NCCL's buffers, what the allocator can't fill
 CPU_RUNTIME = 3e7  # libraries' pools and what malloc can't fill: measured, as are the next two

@@ -21,8 +21,8 @@ from vogue.model.files import configured_model
 from vogue.model.lora import add_adapters
 from vogue.model.optimizer import deepspeed_settings
 from vogue.run.memory import GB, check_length, shown
+from vogue.run.model_sizes import BUCKET, LIVE, Layout, Sizes, sizes_of
 from vogue.run.phase_memory import Phase, engine_weights, phases, sequence_bytes
-from vogue.run.sizes import BUCKET, LIVE, Layout, Sizes, sizes_of
 from vogue.settings import ConfigError, check
 
 DTYPES = {"fp32": 4, "fp16": 2, "bf16": 2, "float32": 4, "float16": 2, "bfloat16": 2}  # as DeepSpeed says them

@@ -22,7 +22,7 @@ from vogue.groups import Group
 from vogue.inputs import Preprocessor
 from vogue.model import checkpoint
 from vogue.report import plot_curves
-from vogue.run import launch, logs, preflight, saving, shared, telling
+from vogue.run import errors, launch, logs, preflight, saving, shared_folder
 from vogue.run.folder import NEWEST_WHOLE, FolderError, locked, read_rows, writing
 from vogue.run.records import records
 from vogue.run.stacks import Stacks
@@ -100,7 +100,7 @@ def check(config: Config, resume: str | None) -> int:
 
 def _without_problems(found: preflight.Preflight, config: Config) -> tuple[Preprocessor, Checked, Sequence[Sample]]:
     """What a run goes on with; raises `ConfigError` with all problems of all ranks, those of the data last."""
-    found.problems += shared.problems(config.trainer.output_dir)
+    found.problems += shared_folder.problems(config.trainer.output_dir)
     preprocessor, problems = found.preprocessor, distributed.gather(found.problems)
     found.problems = list(dict.fromkeys(text for part in problems for text in part))
     usable = all(distributed.gather(preprocessor is not None))
@@ -276,7 +276,7 @@ def _with_checkpoint(error: Exception, trainer: Trainer, saved: int) -> tuple[Pa
     except FolderError as unsaved:
         return None, FolderError(f"{error}\n{unsaved}")
     stopped = f"stopped after {trainer.step} of {trainer.config.trainer.steps} steps"
-    return folder, telling.reworded(error, f"{error}\n{stopped}; {_way_on(trainer)}")
+    return folder, errors.reworded(error, f"{error}\n{stopped}; {_way_on(trainer)}")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from vogue.estimates import Estimate
 from vogue.run.alarms import Alarm
-from vogue.run.times import duration, phase_seconds, seconds_of
+from vogue.run.step_times import duration, phase_seconds, seconds_of
 from vogue.watch.following import Follower, Seen
 
 SECONDS = 2.0  # between two looks

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..branches import log2_scale, merge, numbers, of_branch
-from ..kept import kept_logits
+from ..kept_logits import kept_logits
 
 LIBRARY = Path(__file__).with_name("_C.so")
 

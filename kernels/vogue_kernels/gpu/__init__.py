@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..branches import Head, HeadGradients, Scaling, log2_scale, numbers, of_branch
-from ..kept import NARROWEST, KeptLogits, kept_logits
+from ..kept_logits import NARROWEST, KeptLogits, kept_logits
 from .kernels import forward_kernel, kept_gradient_kernel, logit_gradient_kernel
 from .merge import merge_kernel
 

@@ -16,7 +16,7 @@ The backward kernel computes one tile of logits again and writes the gradient of
     ∂l_v = p_v (c₀ + c₁ log2 p_v + c₂ (log2 p_v − log2 q_v)) − c₃ q_v + c₄ 1[v=y]
 
 with the per-token numbers c of __init__.py; times the slope 1 − l_v² where the logits are capped. The matrix products
-with it are left to cuBLAS. Of logits that the forward kernel kept (kept.py), a kernel without a product writes it.
+with it are left to cuBLAS. A kernel without a product writes it of logits that the forward one kept (kept_logits.py).
 
 A branch may have a head of its own, of another width: then a program multiplies one after the other. What there isn't,
 a softcap or such a head, is None and compiled out.

@@ -1,6 +1,6 @@
 """How a worker's process starts on Linux: it asks the kernel to be killed with its parent, then becomes the worker.
 
-    python mortal.py PARENT SCRIPT ARGUMENTS…
+    python worker_start.py PARENT SCRIPT ARGUMENTS…
 
 Its input closes when the parent ends, which a worker that hangs in the middle of C code doesn't see.
 """

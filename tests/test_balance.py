@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vogue.balance import IDLE, IDLE_COMPARED, Load, balance, deal
 from vogue.data import DataError
 from vogue.model.packing import pack, tokens_of
-from vogue.sharing import IDLE, IDLE_COMPARED, Load, balance, deal
 
 
 def loads_of(*ranks, compared=()):

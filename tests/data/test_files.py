@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from vogue.data import DataError, Sample, load_samples, write_parquet
-from vogue.data import rows as module
+from vogue.data import files as module
 
 RED = Image.new("RGB", (4, 3), (255, 0, 0))
 ROW = {"problem": "How many?", "answer": "3", "images": []}

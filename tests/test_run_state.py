@@ -8,7 +8,7 @@ import pytest
 import torch
 from ranks import launch
 
-from vogue.state import RunState
+from vogue.run_state import RunState
 
 
 def test_the_loader_sees_what_had_happened_when_it_was_settled(tmp_path):

@@ -14,7 +14,7 @@ from vogue.data import DataError, Sample, load_samples, write_parquet
 from vogue.difficulty import level
 from vogue.rewards import RewardError, check_function, score, score_batch
 from vogue.rewards.explain import steps
-from vogue.rewards.headed import (
+from vogue.rewards.pebr_r1 import (
     description,
     has_headings,
     headed_answer,

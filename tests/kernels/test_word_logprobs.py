@@ -6,7 +6,7 @@ import torch
 from test_linear_stats import Case, assert_as_exact_as_plain
 from test_operator import largest_allocation
 
-from vogue_kernels import IGNORE, linear_logprob, linear_logprob_of, words
+from vogue_kernels import IGNORE, linear_logprob, linear_logprob_of, word_logprobs
 
 CASES = [
     Case("normal", 7, 96, 32003, "f32"),
@@ -41,7 +41,7 @@ def evaluate(function, hidden, weight, chosen, bias, temperature, dtype=None):
 @pytest.mark.parametrize("chunk", [1 << 22, 200], ids=["one-chunk", "chunks-within-a-word"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_given_words_and_their_gradients_are_as_exact_as_plain_pytorch(case, chunk, backend, monkeypatch):
-    monkeypatch.setattr(words, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(word_logprobs, "CHUNK_ELEMENTS", chunk)
     hidden, _, weight, targets, bias = case.inputs()
     args = hidden, weight, some_words(targets, case.v), bias, case.temperature
     truth, naive = evaluate(plain, *args, dtype=torch.float64), evaluate(plain, *args)
@@ -113,7 +113,7 @@ def test_under_autocast_words_are_scored_as_by_the_operator(backend):
 
 def test_no_allocation_is_of_tokens_times_words_times_width(monkeypatch):
     n, k, d = 200, 64, 256
-    monkeypatch.setattr(words, "CHUNK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(word_logprobs, "CHUNK_ELEMENTS", 1 << 14)
     hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(50, d, requires_grad=True)
     chosen = torch.randint(50, (n, k))
     assert largest_allocation(lambda: weight[chosen]) >= n * k * d * 4  # it does see one

@@ -6,7 +6,7 @@ import pytest
 from steps import group_of
 
 from vogue.data.prompts import SYSTEM_PROMPT
-from vogue.rewards.groups import blind_answers, score_groups
+from vogue.rewards.scoring import blind_answers, score_groups
 from vogue.rollout.engine import Completion
 from vogue.rollout.hf import HfEngine
 from vogue.rollout.sampling import Sampling

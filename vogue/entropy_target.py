@@ -7,7 +7,7 @@ from vogue.method.entropy import EntropyBonus
 from vogue.method_sections import LossConfig
 from vogue.metrics import Means
 from vogue.objective import PAID
-from vogue.state import RunState
+from vogue.run_state import RunState
 
 BONUS = "entropy_bonus"  # the run's state under this name: an `EntropyBonus`
 
