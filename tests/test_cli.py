@@ -118,6 +118,8 @@ def test_the_digits_own_warmstart_settings_do_not_go_with_data(fails, tmp_path):
     message = fails("warmstart", str(folder), "--data", "train.parquet", "--misread", "0.2")
     assert message == "vogue warmstart: --misread 0.2 is of the digits' demonstrations: it goes without --data"
     assert "nowhere.parquet: no such file" in fails("warmstart", str(folder), "--data", "nowhere.parquet")
+    message = fails("warmstart", str(folder), "--model", "base")
+    assert message == "vogue warmstart: --model base is of other data's demonstrations: it goes with --data"
 
 
 def test_help_lists_every_setting_with_its_default_and_meaning(capsys):

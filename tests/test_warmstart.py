@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vogue.config import load_config
@@ -143,6 +144,16 @@ def test_images_alone_teach_a_model_of_any_data_to_see(warmstart_on_samples, col
     alone = [demonstrate(preprocessor, replace(sample, problem="<image>")) for sample in colours]
     right, swapped = right_and_swapped(base, alone, preprocessor.tokenizer)
     assert right < 0.1 < 0.25 < swapped
+
+
+def test_a_model_to_begin_with_is_gone_on_from(warmstart_on_samples, colours):
+    first = warmstart_on_samples(colours, "first", vision_batches=2, batches=0)
+    second = warmstart_on_samples(colours, "second", vision_batches=0, batches=0, start=str(first))
+    (one, other) = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert load_processor(str(first)).tokenizer.get_vocab() == load_processor(str(second)).tokenizer.get_vocab()
+    third = warmstart_on_samples(colours, "third", vision_batches=1, batches=0, start=str(first))
+    assert not all(torch.equal(one[name], tensor) for name, tensor in load_file(third / "model.safetensors").items())
 
 
 def test_a_model_of_any_data_learns_to_answer_from_the_images_and_from_the_print(warmstart_on_samples, colours):

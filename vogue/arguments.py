@@ -63,7 +63,9 @@ the model learns to think that and then answer, in --vision-batches of images al
 question, then in --batches of whole samples, behind the default system prompt.
 
   vogue data puzzles --kind checker_move --size 112 --out data
-  vogue warmstart base --data data/train.parquet --vision-batches 800 --lr 2e-3 --printed 0.2"""
+  vogue warmstart base --data data/train.parquet --vision-batches 800 --lr 2e-3 --printed 0.2
+
+A model that sees already learns other images sooner: --model takes one of the digits, for their videos."""
 SCORE_HELP = """\
 docs/rewards.md has the rules. Nothing is loaded and no reward function is called. With --file the settings are those of
 config.yaml beside the file.
@@ -339,6 +341,9 @@ def _add_warmstart(commands) -> None:
     )
     command.add_argument("out", type=Path, help="folder of the model")
     command.add_argument("--data", metavar="FILE", help="samples with a `state`, as data.train (default: the digits)")
+    command.add_argument(
+        "--model", metavar="DIR", help="with --data alone: a model to begin with, as this command makes"
+    )
     for name, (default, help) in (WARMSTART | WARMSTART_DIGITS | WARMSTART_DATA).items():
         flag = "--" + name.replace("_", "-")
         command.add_argument(flag, type=type(default), default=default, help=f"{help} (default {default})")

@@ -271,10 +271,13 @@ def warmstart(arguments: argparse.Namespace) -> int:
     of_data = {name: getattr(arguments, name) for name in WARMSTART_DATA}
     if arguments.data is None:
         _refuse(of_data, WARMSTART_DATA, "of other data's demonstrations: it goes with --data")
+        if arguments.model:
+            raise ConfigError(f"--model {arguments.model} is of other data's demonstrations: it goes with --data")
         module.warmstart(arguments.out, **settings, **of_digits, console=console)
     else:
         _refuse(of_digits, WARMSTART_DIGITS, "of the digits' demonstrations: it goes without --data")
-        module.warmstart_on(arguments.data, arguments.out, **settings, **of_data, console=console)
+        start = arguments.model
+        module.warmstart_on(arguments.data, arguments.out, **settings, **of_data, start=start, console=console)
     console.print(f"model: {arguments.out}")
     return 0
 

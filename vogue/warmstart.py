@@ -23,7 +23,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Qwen2_5_VLProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Qwen2_5_VLProcessor,
+)
 
 from vogue.data import DataError, Sample, load_samples
 from vogue.data.dataset import check_samples
@@ -32,7 +38,7 @@ from vogue.data.digits import SYSTEM_PROMPT as DIGITS_SYSTEM_PROMPT
 from vogue.data.prompts import MARK, SYSTEM_PROMPT, with_view
 from vogue.data.samples import PLACEHOLDER, VIDEO
 from vogue.families import family_of
-from vogue.inputs import Preprocessor, Prompt, View
+from vogue.inputs import Preprocessor, Prompt, View, load_processor
 from vogue.seeds import Purpose, rng_for, seed_for
 from vogue.settings import ConfigError
 from vogue.tiny import build_model, build_processor
@@ -113,9 +119,12 @@ def warmstart_on(
     printed: float,
     answer_weight: float,
     seed: int,
+    start: str | None = None,
     console: Console | None = None,
 ) -> None:
     r"""Train a small model on the samples of `data` (as `load_samples` takes it) and save it in `folder`.
+
+    It is made from nothing, or begins as `start`, the folder of one that sees something like these images already.
 
     The model answers `<think>{state}</think>\n\boxed{answer}`: for `vision_batches` to images alone, which is quick for
     want of a question, then, for `batches`, to the prompts that `vogue train` gives by default, a share of them
@@ -132,14 +141,18 @@ def warmstart_on(
         if not shown or not sample.state:
             missing = "'state'" if shown else "image or video"
             raise DataError(f"{sample.place}: has no {missing}: a warm start learns to read the state off the images.")
-    processor = build_processor(_sample_corpus(samples[:1000]), VOCAB_SIZE)
+    if start:
+        processor = load_processor(start)
+        model = AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32).train()
+    else:
+        processor = build_processor(_sample_corpus(samples[:1000]), VOCAB_SIZE)
+        model = _new_model(processor, seed)
     preprocessor = Preprocessor(processor, SYSTEM_PROMPT, MAX_PROMPT_TOKENS)
     check_samples([*samples, *(with_view(sample, "text") for sample in samples if printed)], preprocessor.lengths)
     unasked = [
         replace(sample, problem=PLACEHOLDER * len(sample.images) + VIDEO * len(sample.videos)) for sample in samples
     ]
     alone = Preprocessor(processor, "", MAX_PROMPT_TOKENS)
-    model = _new_model(processor, seed)
     rng = rng_for(seed, Purpose.WARMSTART)
 
     step = _training(list(model.parameters()), lr, vision_batches)
