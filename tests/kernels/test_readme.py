@@ -63,8 +63,9 @@ def example(told):
 
 
 @pytest.mark.slow
-def test_the_example_of_a_vocabulary_over_ranks_is_as_exact_as_it_says(tmp_path):
-    (tmp_path / "example.py").write_text(example("init_process_group"))
+@pytest.mark.parametrize("told", ["import linear_branch_stats, vocab_parallel_branch_stats", "import fully_shard"])
+def test_an_example_of_several_ranks_is_as_exact_as_it_says(told, tmp_path):
+    (tmp_path / "example.py").write_text(example(told))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "example.py"]
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in ours}
