@@ -257,6 +257,18 @@ def test_weights_that_cannot_be_written_are_gathered_to_the_end_and_the_engine_s
     assert list(weights) == []
 
 
+def test_weights_that_a_killed_run_has_left_are_deleted_and_no_others(config, tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    left, alive = (tmp_path / f"vogue_weights_{socket.gethostname()}_{pid}_abc" for pid in (ended.pid, os.getppid()))
+    elsewhere = tmp_path / f"vogue_weights_another-machine_{ended.pid}_abc"
+    for folder in (left, alive, elsewhere):
+        folder.mkdir()
+    transfer = WeightFolder(config("rollout.engine=server", f"rollout.weight_folder={tmp_path}"))
+    transfer.send([Server("http://127.0.0.1:1", 1)], iter([("a", torch.zeros(2))]), "run:1")
+    assert sorted(tmp_path.iterdir()) == sorted([alive, elsewhere])
+
+
 def test_an_engine_that_hangs_is_not_waited_for_as_long_as_for_a_rollout(monkeypatch):
     monkeypatch.setattr("vogue.rollout.server_client.BETWEEN_STEPS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ServerLost, match="timed out"):

@@ -1,14 +1,17 @@
 """Weights reach the servers through a folder of .safetensors that trainer and servers both see.
 
 Where all servers are on the trainer's machine it lies in memory (/dev/shm), as large as the model; elsewhere it is
-`rollout.weight_folder`, on a disk that all machines share. It is there while weights are handed over, and not after.
+`rollout.weight_folder`, on a disk that all machines share. It is there while weights are handed over, and not after;
+what a killed run has left, the next one deletes.
 """
 
+import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -22,6 +25,7 @@ from vogue.run.folder import FolderError, check_writable, writing
 from vogue.settings import ConfigError
 
 MEMORY = Path("/dev/shm")
+OWN = f"vogue_weights_{socket.gethostname()}_"  # behind which a process' number stands
 FILE_BYTES = 1 << 30  # of a file, so that the first rank holds no more than that of the model at a time
 
 
@@ -59,12 +63,23 @@ class WeightFolder:
         with writing("the weights", root):
             if self._root:
                 root.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix="vogue_weights_", dir=root))
+            _clear(root)
+            folder = Path(tempfile.mkdtemp(prefix=f"{OWN}{os.getpid()}_", dir=root))
             folder.chmod(0o755)  # a server may be another user's
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear(root: Path) -> None:
+    """Delete what processes of this machine that were killed in the middle have left: as much memory as a model."""
+    for left in root.glob(f"{OWN}*"):
+        with suppress(ValueError, PermissionError):  # another's name; somebody else's process
+            try:
+                os.kill(int(left.name.removeprefix(OWN).partition("_")[0]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _write(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
