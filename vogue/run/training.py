@@ -21,7 +21,6 @@ from vogue.evaluate import FAILURES, evaluation_row, headline
 from vogue.groups import Group
 from vogue.inputs import Preprocessor
 from vogue.model import checkpoint
-from vogue.report import plot_curves
 from vogue.run import errors, launch, logs, preflight, saving, shared_folder
 from vogue.run.folder import NEWEST_WHOLE, FolderError, locked, read_rows, writing
 from vogue.run.records import records
@@ -329,6 +328,8 @@ def _checked(
 
 def _show(trainer: Trainer, console: Console) -> None:
     """Draw the curves, show how held-out pass@k went, and say where everything is."""
+    from vogue.report import plot_curves  # slow to import, and of no rank but this one
+
     config = trainer.config
     folder = config.trainer.output_dir
     plot_curves([folder], folder / "curves.png")
