@@ -147,7 +147,12 @@ MUTANTS = (
         "len(lengths)\n",
         "tests/kernels/test_loss.py",
     ),
-    Mutant("kernels/vogue_kernels/bonus.py", "advantage + per if", "advantage - per if", "tests/kernels/test_loss.py"),
+    Mutant(
+        "kernels/vogue_kernels/capped_bonus.py",
+        "advantage + per if",
+        "advantage - per if",
+        "tests/kernels/test_loss.py",
+    ),
     Mutant(SURROGATES, "(advantage < 0) & (obj", "(advantage > 0) & (obj", SEEN_BY),
     Mutant(SURROGATES, "clamp(1 - clip_low, 1 + clip_high) * a", "clamp(1 - clip_low, 1 + clip_low) * a", SEEN_BY),
     Mutant(SURROGATES, "of_level.detach(), old", "logprob.detach(), old", SEEN_BY),
@@ -215,12 +220,12 @@ MUTANTS = (
     ),
     # Estimates, state, runs and files.
     Mutant("vogue/estimates.py", "comb(n - right, k)", "comb(n - right, 1)", "tests/test_evaluate.py"),
-    Mutant("vogue/estimates.py", "np.abs(sums) >=", "sums >=", "tests/test_compare.py"),
+    Mutant("vogue/estimates.py", "np.abs(sums) >=", "sums >=", "tests/test_sweep_table.py"),
     Mutant(
         "vogue/estimates.py",
         "np.quantile(means, [0.025, 0.975])",
         "np.quantile(means, [0.05, 0.95])",
-        "tests/test_compare.py",
+        "tests/test_sweep_table.py",
     ),
     Mutant(
         "vogue/run_state.py",

@@ -16,10 +16,10 @@ from rich.table import Table
 
 from vogue.config import Config
 from vogue.data import DataError, Sample, Samples
+from vogue.data.columns import NAMED, NUMBERED
 from vogue.data.dataset import Offender, broken_images, fingerprint_of, offenders_of, remember_decoded
 from vogue.data.images import png
 from vogue.data.samples import PLACEHOLDER
-from vogue.data.shapes import NAMED, NUMBERED
 from vogue.data.videos import QWENS, Outline, VideoLimits, strip
 from vogue.inputs import MARKED, MARKS, Preprocessor
 from vogue.presets import DESIGNS, HEADED

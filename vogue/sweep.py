@@ -2,7 +2,7 @@
 
     OUTPUT_DIR/VARIANT/seed_N/       the run's folder, as `vogue train` leaves it
     OUTPUT_DIR/VARIANT/seed_N.log    what it printed
-    OUTPUT_DIR/table.md, table.json  `vogue.compare`, with the command, the machine and the versions
+    OUTPUT_DIR/table.md, table.json  `vogue.sweep_table`, with the command, the machine and the versions
     OUTPUT_DIR/differences.png       the same as a figure: each variant less the first one
 
 Runs take turns by seed, all variants of the first one first, so that a sweep that stops early has equally many of each
@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vogue import compare, doctor
+from vogue import doctor, sweep_table
 from vogue.config import Config, load_config
 from vogue.model.checkpoint import checkpoints
 from vogue.report.differences import plot_differences
@@ -166,7 +166,7 @@ def run(sweep: Sweep, overrides: list[str], command: str, console: Console) -> i
             return STOPPED
     if any(one.done for one in runs):
         compared = _compared(runs)
-        compare.show(compared, len(sweep.seeds), console)
+        sweep_table.show(compared, len(sweep.seeds), console)
         _write(compared, sweep, command)
         console.print(f"table: {sweep.output_dir / 'table.md'}", highlight=False, soft_wrap=True)
     for one, code in failed:
@@ -184,7 +184,7 @@ def show_table(sweep: Sweep, overrides: list[str], console: Console) -> int:
         _check_folder(one)
     if not any(one.done for one in runs):
         raise ConfigError(f"no run in {sweep.output_dir} is done yet")
-    compare.show(_compared(runs), len(sweep.seeds), console)
+    sweep_table.show(_compared(runs), len(sweep.seeds), console)
     return 0
 
 
@@ -296,8 +296,8 @@ def _compared(runs: list[Run]) -> dict:
     outcomes = {one.variant: {} for one in runs}
     for one in runs:
         if one.done:
-            outcomes[one.variant][one.seed] = compare.read_outcome(one.folder)
-    return compare.compare(outcomes)
+            outcomes[one.variant][one.seed] = sweep_table.read_outcome(one.folder)
+    return sweep_table.compare(outcomes)
 
 
 def _write(compared: dict, sweep: Sweep, command: str) -> None:
@@ -306,6 +306,6 @@ def _write(compared: dict, sweep: Sweep, command: str) -> None:
     made = {"command": command, "machine": machine, "versions": doctor.versions()}
     (sweep.output_dir / "table.json").write_text(json.dumps(made | compared, indent=1) + "\n")
     described = ["; ".join(f"{name} {text}" for name, text in part.items()) for part in (machine, made["versions"])]
-    text = "\n\n".join([f"`{command}`", compare.markdown(compared, len(sweep.seeds)), *described])
+    text = "\n\n".join([f"`{command}`", sweep_table.markdown(compared, len(sweep.seeds)), *described])
     (sweep.output_dir / "table.md").write_text(text + "\n")
     plot_differences(compared, sweep.output_dir / "differences.png")

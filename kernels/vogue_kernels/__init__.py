@@ -9,7 +9,7 @@ VogueLoss             the loss for any trainer; its parts: guidance, shaped_adva
 """
 
 from .backends import available_backends
-from .bonus import GuidanceConfig, ShapedAdvantage, guidance, shaped_advantage
+from .capped_bonus import GuidanceConfig, ShapedAdvantage, guidance, shaped_advantage
 from .loss import VogueLoss, token_weights
 from .operator import IGNORE, BranchStats, LogprobStats, linear_branch_stats, linear_logprob
 from .parallel import vocab_parallel_branch_stats, vocab_parallel_logprob

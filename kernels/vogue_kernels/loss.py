@@ -1,6 +1,6 @@
 """VOGUE's loss (arXiv 2510.01444): guidance signals, shaped advantage, surrogate, aggregation.
 
-    Â     = A + g_out + z g_per                  `bonus.py`
+    Â     = A + g_out + z g_per                  `capped_bonus.py`
     loss  = Σ_t w_t · −min(r_t Â_t, clip(r_t, 1 − ε_low, 1 + ε_high) Â_t)              r = π / π_old
 
 `surrogates.py` has that last one, others that may take its place, and what corrects for the engine's probabilities.
@@ -16,7 +16,7 @@ negative advantage rises to 0 at most and a positive one at most doubles.
 import torch
 from torch import Tensor, nn
 
-from .bonus import PAPER, GuidanceConfig, shaped_advantage
+from .capped_bonus import PAPER, GuidanceConfig, shaped_advantage
 from .operator import IGNORE, linear_branch_stats, linear_logprob
 from .surrogates import (
     CorrectionConfig,

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from vogue.data import load_samples
+from vogue.data.columns import ANSWERS, IMAGES, QUESTIONS
 from vogue.data.files import SUFFIXES
-from vogue.data.shapes import ANSWERS, IMAGES, QUESTIONS
 
 TEXT = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 ROWS = re.findall(r"\*\*(.+?)\*\*[^\n]*\n\n```(json|csv)\n(.+?)```", TEXT, re.DOTALL)

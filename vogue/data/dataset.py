@@ -8,9 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, overload
 
+from vogue.data.columns import Reader, Shape, shape_of
 from vogue.data.files import DataError, Rows, open_rows
 from vogue.data.samples import Sample
-from vogue.data.shapes import Reader, Shape, shape_of
 from vogue.data.videos import QWENS
 from vogue.sections import DataConfig
 from vogue.settings import ConfigError

@@ -10,7 +10,7 @@ r"""One question about images with its answer, and the file that vogue writes of
 | category | optional: the kind of problem                                                         |
 | state    | optional: all that the images show and the question needs, as text                    |
 
-That is EasyR1's schema; how others are read stands in `vogue.data.shapes`.
+That is EasyR1's schema; how others are read stands in `vogue.data.columns`.
 """
 
 import hashlib

@@ -13,7 +13,7 @@ WIDTH, HEAD = 9.0, 1.1  # inches
 
 
 def plot_differences(compared: dict[str, Any], path: Path) -> None:
-    """Write the figure of a table of `vogue.compare.compare` as PNG; nothing where no variant has a difference."""
+    """Write the figure of a table of `vogue.sweep_table.compare` as PNG; nothing where no variant has a difference."""
     variants = {name: row for name, row in compared["variants"].items() if "difference" in row}
     if not variants:
         return

@@ -32,7 +32,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import get_policy_loss_fn, register_policy_loss  # pyright: ignore[reportMissingImports]
 from verl.workers.utils.padding import no_padding_2_padding  # pyright: ignore[reportMissingImports]
 
-from ..bonus import GuidanceConfig, shaped_advantage
+from ..capped_bonus import GuidanceConfig, shaped_advantage
 from ..operator import linear_branch_stats, linear_logprob
 
 BACKEND = "vogue"

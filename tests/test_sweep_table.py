@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vogue.compare import Outcome, compare, markdown, read_outcome
 from vogue.estimates import interval, sign_flip
 from vogue.report.differences import plot_differences
 from vogue.settings import ConfigError
+from vogue.sweep_table import Outcome, compare, markdown, read_outcome
 
 
 def outcome(after, before=(0, 0, 0, 0), n=4, problems=None, **training):
