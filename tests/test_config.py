@@ -1,4 +1,5 @@
 import re
+import shlex
 from pathlib import Path
 from typing import get_args
 
@@ -297,14 +298,19 @@ def test_deepspeeds_own_settings_go_through_at_any_depth():
     assert config.trainer.deepspeed == {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
-@pytest.mark.parametrize("text", ["{{ content }} Be brief.", "[1", "it's: 'so", "a: b: c"])
+def test_a_value_that_yaml_would_take_for_a_date_is_text():
+    assert load("trainer.run_name=2026-31-12").trainer.run_name == "2026-31-12"
+
+
+@pytest.mark.parametrize("text", ["{{ content }} Be brief.", "[1", "it's: 'so", "a: b: c", '"$HOME" `x`: a: b'])
 def test_a_value_that_is_not_yaml_is_named_with_what_it_is_as_text(text):
     with pytest.raises(ConfigError) as error:
         load_config(None, ["seed=1", f"data.format_prompt={text}"])
     told = str(error.value)
     assert told.startswith(f"data.format_prompt={text}: the value isn't YAML: ")
-    quoted = told.partition('As text it is data.format_prompt="')[2][:-1]
-    assert yaml.safe_load(quoted) == text
+    (argument,) = shlex.split(told.partition(" As text it is ")[2])
+    key, _, value = argument.partition("=")
+    assert (key, yaml.safe_load(value)) == ("data.format_prompt", text)
 
 
 def test_a_file_that_is_missing_or_not_yaml_is_named(tmp_path):

@@ -156,6 +156,15 @@ def test_the_noisy_view_is_of_the_perturbed_images(config, digits_folder, sigma)
     assert [item.sample for item in found["noisy"]] == [item.sample for item in found["image"]]
 
 
+def test_the_problems_of_a_record_are_known_by_place_and_answer_whatever_is_asked():
+    def problems(change):
+        return evaluation_row([replace(one, sample=replace(one.sample, **change)) for one in judged(1, 2)])["problems"]
+
+    assert problems({"place": "a, row 1"}) == problems({"place": "a, row 1", "problem": "Which one? Be brief."})
+    assert problems({"place": "a, row 1"}) != problems({"place": "a, row 2"})
+    assert problems({"answer": "1"}) != problems({"answer": "2"})
+
+
 def test_prompts_that_are_too_long_in_one_view_are_left_out_of_all(config, digits_folder, tmp_path, capsys):
     samples = [replace(sample, state="1") for sample in load_samples(digits_folder / "test.parquet", 3)]
     samples[1] = replace(samples[1], state="1 " * 400)

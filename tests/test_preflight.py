@@ -238,6 +238,11 @@ def test_on_a_gpu_the_weights_and_one_sequence_must_fit_into_vllms_share(config,
         check_engine(model, config("rollout.memory=0.49"))
 
 
+def test_a_folder_of_weights_that_nobody_can_write_to_is_told(told):
+    output = told("rollout.engine=server", "rollout.weight_folder=/proc/weights")
+    assert "rollout.weight_folder=/proc/weights: no run can be written there: " in output
+
+
 def test_a_disk_without_room_for_two_checkpoints_is_told(told, folder, monkeypatch):
     count = sum(weight.numel() for weight in load_file(folder / WEIGHTS).values())
     usage = type("Usage", (), {"free": 2 * 16 * count})

@@ -93,6 +93,13 @@ def test_the_interval_has_the_spread_of_seeds_and_of_problems():
     assert found.high - found.low == pytest.approx(2 * 1.96 * expected, rel=0.1)
 
 
+def test_a_run_whose_problems_were_exchanged_is_refused(tmp_path):
+    rows = [{"step": step, "n": 4, "right": [1], "problems": name} for step, name in ((0, "a"), (5, "b"))]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match="its first and its last evaluation are of different problems"):
+        read_outcome(tmp_path)
+
+
 def test_a_run_is_read_from_its_folder(tmp_path):
     evaluations = [{"step": step, "n": 4, "right": right} for step, right in ((0, [0, 1]), (5, [2, 2]), (10, [3, 4]))]
     metrics = [

@@ -156,6 +156,11 @@ def test_a_model_to_begin_with_is_gone_on_from(warmstart_on_samples, colours):
     assert not all(torch.equal(one[name], tensor) for name, tensor in load_file(third / "model.safetensors").items())
 
 
+def test_a_model_to_begin_with_that_is_none_is_told(warmstart_on_samples, colours, tmp_path):
+    with pytest.raises(ConfigError, match=f"^--model {tmp_path}/none: "):
+        warmstart_on_samples(colours, start=str(tmp_path / "none"))
+
+
 def test_a_model_of_any_data_learns_to_answer_from_the_images_and_from_the_print(warmstart_on_samples, colours):
     base = warmstart_on_samples(colours, vision_batches=0, batches=60, lr=3e-3, batch_size=4)
     preprocessor = Preprocessor(load_processor(str(base)), prompts.SYSTEM_PROMPT, 512)

@@ -37,7 +37,7 @@ class Mutant:
 
 SURROGATES, SEEN_BY = "kernels/vogue_kernels/surrogates.py", "tests/kernels/test_surrogates.py"
 SAMPLING = "tests/test_sampling.py", "not vllm"
-SAVING = "tests/test_saving.py", "not two_ranks"
+SAVING = "tests/test_save_schedule.py", "not two_ranks"
 RESHARDING = "tests/test_resharding.py", "two_ranks_and_one"
 REPLAY, VIDEOS = ("tests/test_replay.py", "not stopped"), ("tests/test_videos.py", "not train")
 MUTANTS = (
@@ -74,7 +74,7 @@ MUTANTS = (
         "vogue/rollout/hf.py", "if temperature else logits).log_softmax", "if False else logits).log_softmax", *SAMPLING
     ),
     Mutant("vogue/config.py", "steps = ceil(", "steps = int(", "tests/test_epochs.py"),
-    Mutant("vogue/run/saving.py", 'best["value"] >= value', 'best["value"] > value', *SAVING),
+    Mutant("vogue/run/save_schedule.py", 'best["value"] >= value', 'best["value"] > value', *SAVING),
     Mutant("vogue/model/checkpoint.py", "config.trainer.keep :], best_of(root))", "config.trainer.keep :],)", *SAVING),
     Mutant(
         "vogue/model/optimizer_state.py", "[start - place.first : end - place.first]", "[: end - start]", *RESHARDING

@@ -94,13 +94,14 @@ def evaluation_row(judged: list[Judged]) -> dict[str, list[float] | int | str | 
     n         completions a problem
     right     how many of them are right, a number a problem
     distinct  how many different answers could be parsed from them, a number a problem
-    problems  tells these problems from others, in their order
+    problems  tells these problems from others, in their order: by their places in the data, whatever is asked there
     """
     n = len(judged[0].scores)
     estimates = {name: [e.value, e.low, e.high] for name, e in summary(judged, powers_of_two(n)).items()}
     answers = [{score.parsed for score in item.scores} - {None} for item in judged]
     counts = {"right": [item.right for item in judged], "distinct": list(map(len, answers))}
-    return estimates | {"n": n, "problems": fingerprint_of(item.sample.digest() for item in judged)} | counts
+    problems = fingerprint_of(f"{item.sample.place}\0{item.sample.answer}\0".encode() for item in judged)
+    return estimates | {"n": n, "problems": problems} | counts
 
 
 def headline(row: dict) -> dict[str, Estimate]:

@@ -1,5 +1,6 @@
 """How settings are read and refused, whatever they are: YAML under `key=value` overrides, checked by pydantic."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_args
 
@@ -50,11 +51,12 @@ def _check_value(override: str) -> None:
     """Raise `ConfigError` for a `key=value` whose value isn't YAML, such as a template's {{ }} without quotes."""
     key, _, value = override.partition("=")
     try:
-        yaml.safe_load(value)
+        yaml.compose(value, yaml.SafeLoader)
     except yaml.YAMLError as error:
         why = getattr(error, "problem", None) or error
         quoted = value.replace("'", "''")
-        raise ConfigError(f"{override}: the value isn't YAML: {why}. As text it is {key}=\"'{quoted}'\"") from None
+        as_text = shlex.quote(f"{key}='{quoted}'")
+        raise ConfigError(f"{override}: the value isn't YAML: {why}. As text it is {as_text}") from None
 
 
 def _read_file(path: str | Path, overrides: DictConfig) -> DictConfig:

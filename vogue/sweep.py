@@ -164,16 +164,16 @@ def run(sweep: Sweep, overrides: list[str], command: str, console: Console) -> i
             done = sum(one.done for one in runs)
             console.print(f"stopped: {done} of {len(runs)} runs are done; the same command goes on")
             return STOPPED
-    if any(one.done for one in runs):
-        compared = _compared(runs)
-        sweep_table.show(compared, len(sweep.seeds), console)
-        _write(compared, sweep, command)
-        console.print(f"table: {sweep.output_dir / 'table.md'}", highlight=False, soft_wrap=True)
     for one, code in failed:
         why = f"failed with exit code {code}" if code else "ended before its last evaluation"
         console.print(f"\n{one.name} {why}; {one.log} ends with:", style="red", soft_wrap=True)
         for line in one.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]:
             console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    if any(one.done for one in runs):
+        compared = _compared(runs)
+        sweep_table.show(compared, len(sweep.seeds), console)
+        _write(compared, sweep, command)
+        console.print(f"table: {sweep.output_dir / 'table.md'}", highlight=False, soft_wrap=True)
     return 1 if failed else 0
 
 

@@ -45,8 +45,13 @@ class Outcome:
 
 
 def read_outcome(folder: Path) -> Outcome:
-    """Of a run's folder: its first and last evaluation, and TRAINING where its metrics have it."""
+    """Of a run's folder: its first and last evaluation, and TRAINING where its metrics have it.
+
+    Raises `ConfigError` where the two evaluations are of different problems.
+    """
     first, *_, last = read_rows(folder / "evaluations.jsonl")
+    if first.get("problems") != last.get("problems"):
+        raise ConfigError(f"{folder}: its first and its last evaluation are of different problems")
     rows = read_rows(folder / "metrics.jsonl")
     tail = rows[-max(1, round(TAIL * len(rows))) :]
     found = {name: [row[name] for row in tail if name in row] for name in TRAINING}

@@ -179,7 +179,7 @@ class TrainerConfig(Section):
     timeout: Positive = Field(
         1800.0,
         description="seconds that a rank waits for the others before the run ends; what each was doing is then in "
-        "stacks_rank*.txt of trainer.output_dir",
+        "stacks_rank*.txt of trainer.output_dir. A rollout by servers may take half of it, all of it with one rank",
     )
     grad_accum_dtype: Literal["float32", "bfloat16"] | None = Field(
         None,

@@ -142,8 +142,7 @@ def warmstart_on(
             missing = "'state'" if shown else "image or video"
             raise DataError(f"{sample.place}: has no {missing}: a warm start learns to read the state off the images.")
     if start:
-        processor = load_processor(start)
-        model = AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32).train()
+        processor, model = _load(start)
     else:
         processor = build_processor(_sample_corpus(samples[:1000]), VOCAB_SIZE)
         model = _new_model(processor, seed)
@@ -274,6 +273,15 @@ def _check_new(folder: Path) -> None:
 def _new_model(processor: Qwen2_5_VLProcessor, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed_for(seed, Purpose.WARMSTART))
     return build_model(processor).train()
+
+
+def _load(folder: str) -> tuple[ProcessorMixin, PreTrainedModel]:
+    try:
+        processor = load_processor(folder)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    except (ConfigError, OSError, ValueError) as error:
+        raise ConfigError(f"--model {folder}: {str(error).removeprefix(f'model.path={folder}: ')}") from None
+    return processor, model.train()
 
 
 def _save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:

@@ -145,7 +145,7 @@ inline std::vector<Panels> pack_hidden_states(const Products& products, at::Tens
   return packed;
 }
 
-// Logits that the forward pass keeps for the backward pass, as vogue_kernels/kept.py lays them out.
+// Logits that the forward pass keeps for the backward pass, as vogue_kernels/kept_logits.py lays them out.
 struct KeptLogits {
   Tensor logits;     // (N, K) in the dtype of the inputs: less the reference
   Tensor reference;  // (tiles, N) float32

@@ -114,7 +114,10 @@ class Server:
             told = f"{self.url}{path}: {error.code} {error.reason}: {error.read()[:500].decode(errors='replace')}"
             raise (ServerLost(told) if error.code >= 500 else EngineError(_advised(told, error.code))) from None
         except (OSError, HTTPException, ValueError) as error:  # ValueError: an answer that was cut off
-            told = str(getattr(error, "reason", error)) or type(error).__name__
+            reason = getattr(error, "reason", error)
+            told = str(reason) or type(error).__name__
+            if isinstance(reason, TimeoutError):
+                told = f"no answer in {seconds or self.timeout:g} s{'' if seconds else ', by trainer.timeout'}"
             raise ServerLost(f"{self.url}: {told}") from None
 
 

@@ -35,6 +35,7 @@ from vogue.rollout.server_client import UNTOUCHED, Server, ServerLost
 from vogue.rollout.serving import check_servers, patience, start_servers, uses_nccl
 from vogue.rollout.vllm_input import PromptInputs, as_in_checkpoint, sampling_arguments
 from vogue.rollout.weight_folder import WeightFolder
+from vogue.run.folder import FolderError
 from vogue.run.memory import check_images
 
 from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import encode_mm_kwargs_item  # isort: skip
@@ -77,8 +78,9 @@ class ServerEngine:
         self._why: dict[str, str] = {}  # by URL: what was last wrong with a server that is out
         self._busy: Counter[str] = Counter()  # requests of this rank in flight, by URL
         self._choosing = threading.Lock()
-        with _together(EngineError):  # the first rank alone starts servers and gives them weights
-            self._servers = (given or start_servers(config)) if self._first else []
+        logs = config.trainer.output_dir if dist.is_initialized() else None  # an evaluation has no folder of its own
+        with _together(EngineError, FolderError):  # the first rank alone starts servers and gives them weights
+            self._servers = (given or start_servers(config, logs)) if self._first else []
             for server in self._servers:
                 self._meet(server, config)
         self._servers = _agreed(self._servers)
@@ -219,8 +221,8 @@ class ServerEngine:
                         f"rollout.servers: {server.url}: its weights are {path}'s with the label {label}, not those of "
                         f"model.path={config.model.path}. Start it anew by `vogue serve` with these settings"
                     )
-                if is_untouched:
-                    server.set_label(self._label)  # of an evaluation it is the one that it has
+                if is_untouched and self._model is not None:
+                    server.set_label(self._label)
                 return
             except ServerLost as error:
                 if time.monotonic() > end:

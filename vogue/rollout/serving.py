@@ -72,8 +72,11 @@ def uses_nccl(config: Config) -> bool:
 
 
 def patience(config: Config) -> float:
-    """Seconds that a rollout may take a server: half of what the other ranks wait for this one, which asks another."""
-    return config.trainer.timeout / 2
+    """Seconds that a rollout may take a server: with several ranks, which wait for this one, half of `trainer.timeout`.
+
+    It then has the other half to ask another server.
+    """
+    return config.trainer.timeout / (2 if rank_count() > 1 else 1)
 
 
 def serve(config: Config, host: str, port: int) -> NoReturn:
@@ -86,20 +89,24 @@ def serve(config: Config, host: str, port: int) -> NoReturn:
     os.execve(sys.executable, _command(config, host, port, parent=0), _environment(sharing=1))
 
 
-def start_servers(config: Config) -> list[Server]:
+def start_servers(config: Config, folder: Path | None = None) -> list[Server]:
     """Start `rollout.server_count` servers on this machine, which end with this process; returns them when all are up.
 
-    Raises `EngineError` with the end of its output for one that ends, or isn't up in `rollout.server_timeout`.
+    What they print is appended to server_0.log and so on of `folder`, where there is one.
+
+    Raises `FolderError` where that can't be written, and `EngineError`, with the end of its output, for one that ends
+    or isn't up in `rollout.server_timeout`.
     """
     rollout, key = config.rollout, secrets.token_hex(16)
-    running = []
+    running: list[Running] = []
+    atexit.register(_end, running)
     for number in range(rollout.server_count):
         environment = _environment(rollout.server_count + rank_count()) | {KEY: key}
         if gpus := rollout.server_gpus:
             own = gpus[number * rollout.tensor_parallel : (number + 1) * rollout.tensor_parallel]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, own))
         port = _free_port()
-        output = _log(config, number)
+        output = _log(folder, number)
         process = subprocess.Popen(
             _command(config, LOOPBACK[0], port, parent=os.getpid()),
             env=environment,
@@ -110,7 +117,6 @@ def start_servers(config: Config) -> list[Server]:
         )
         server = Server(f"http://{LOOPBACK[0]}:{port}", patience(config), key)
         running.append(Running(server, process, output))
-    atexit.register(_end, running)
     end = time.monotonic() + rollout.server_timeout
     for one in running:
         _wait_for(one, end, rollout.server_timeout)
@@ -129,13 +135,11 @@ def _wait_for(one: Running, end: float, seconds: float) -> None:
         time.sleep(PAUSE)
 
 
-def _log(config: Config, number: int) -> IO[str]:
-    """Where a server's output goes: server_0.log of the run's folder; of an evaluation, which has none, nowhere."""
-    folder = config.trainer.output_dir
-    if not folder.is_dir():
+def _log(folder: Path | None, number: int) -> IO[str]:
+    if folder is None:
         return TemporaryFile("w+", errors="replace")
     with writing("a server's output", folder):
-        return open(folder / f"server_{number}.log", "w+", errors="replace")
+        return open(folder / f"server_{number}.log", "a+", errors="replace")
 
 
 def _said(one: Running) -> str:

@@ -2,12 +2,11 @@
 
 Where all servers are on the trainer's machine it lies in memory (/dev/shm), as large as the model; elsewhere it is
 `rollout.weight_folder`, on a disk that all machines share. It is there while weights are handed over, and not after;
-what a killed run has left, the next one deletes.
+what a killed run has left in memory, the next one deletes.
 """
 
-import os
+import fcntl
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +20,11 @@ from torch import Tensor
 from vogue.config import Config
 from vogue.rollout.engine import EngineError
 from vogue.rollout.server_client import Server, ServerLost
-from vogue.run.folder import FolderError, check_writable, writing
+from vogue.run.folder import FolderError, writing
 from vogue.settings import ConfigError
 
 MEMORY = Path("/dev/shm")
-OWN = f"vogue_weights_{socket.gethostname()}_"  # behind which a process' number stands
+PREFIX, LOCK = "vogue_weights_", ".lock"  # of a folder; its writer holds the lock
 FILE_BYTES = 1 << 30  # of a file, so that the first rank holds no more than that of the model at a time
 
 
@@ -63,23 +62,25 @@ class WeightFolder:
         with writing("the weights", root):
             if self._root:
                 root.mkdir(parents=True, exist_ok=True)
-            _clear(root)
-            folder = Path(tempfile.mkdtemp(prefix=f"{OWN}{os.getpid()}_", dir=root))
+            if root == MEMORY:
+                _clear()
+            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
             folder.chmod(0o755)  # a server may be another user's
+            lock = open(folder / LOCK, "w")  # noqa: SIM115  # until the folder is gone
         try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            lock.close()
 
 
-def _clear(root: Path) -> None:
-    """Delete what processes of this machine that were killed in the middle have left: as much memory as a model."""
-    for left in root.glob(f"{OWN}*"):
-        with suppress(ValueError, PermissionError):  # another's name; somebody else's process
-            try:
-                os.kill(int(left.name.removeprefix(OWN).partition("_")[0]), 0)
-            except ProcessLookupError:
-                shutil.rmtree(left, ignore_errors=True)
+def _clear() -> None:
+    """Delete what processes that were killed in the middle have left in this machine's memory, as large as a model."""
+    for lock in MEMORY.glob(f"{PREFIX}*/{LOCK}"):
+        with suppress(OSError), open(lock) as opened:  # gone meanwhile, somebody else's, or locked: its writer lives
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def _write(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
@@ -112,10 +113,8 @@ def _read(server: Server, folder: Path, label: str) -> str | None:
 
 
 def check_folder(config: Config) -> None:
-    """Raise `ConfigError` where servers on other machines couldn't see the weights, or nobody could write them."""
+    """Raise `ConfigError` where servers on other machines couldn't see the weights."""
     rollout = config.rollout
-    if rollout.weight_folder is not None:
-        check_writable(rollout.weight_folder, "rollout.weight_folder")
     far = [url for url in rollout.servers if not Server(url, 0).is_here]
     if far and rollout.weight_folder is None:
         raise ConfigError(

@@ -29,7 +29,7 @@ from vogue.rewards import RewardError, check_function
 from vogue.rollout.sampling import told_of_truncation
 from vogue.run import launch, logs, trackers
 from vogue.run.chat_template import checked_preprocessor
-from vogue.run.folder import check_unlocked
+from vogue.run.folder import check_unlocked, check_writable
 from vogue.run.memory import (
     adapter_count,
     check_engine,
@@ -40,7 +40,7 @@ from vogue.run.memory import (
     weight_count,
 )
 from vogue.run.plan import told_of
-from vogue.run.saving import check_hub
+from vogue.run.save_schedule import check_hub
 from vogue.settings import ConfigError
 
 Result = TypeVar("Result")
@@ -97,6 +97,8 @@ def _check_servers(found: Preflight, config: Config) -> None:
     from vogue.rollout.serving import check_servers  # as above
 
     found.of(check_servers, config)
+    if config.rollout.weight_folder and launch.rank() == 0:  # which alone writes there
+        found.of(check_writable, config.rollout.weight_folder, "rollout.weight_folder")
 
 
 def show(found: Preflight, console: Console) -> None:

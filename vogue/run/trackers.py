@@ -63,6 +63,7 @@ class Trackers:
                 if name not in known:  # a resumed run's are there, and MLflow refuses others
                     tracker.store_init_configuration({key: str(value) for key, value in flatten(config).items()})
             except Exception as error:  # anything: it is another's program, and talks to a server
+                self.finish()  # those before it
                 raise ConfigError(f"trainer.report_to={name} can't be started: {_told(error)}") from error
             self.running[name] = tracker
             known[name] = _id(name, tracker, arguments)

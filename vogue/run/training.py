@@ -21,7 +21,7 @@ from vogue.evaluate import FAILURES, evaluation_row, headline
 from vogue.groups import Group
 from vogue.inputs import Preprocessor
 from vogue.model import checkpoint
-from vogue.run import errors, launch, logs, preflight, saving, shared_folder
+from vogue.run import errors, launch, logs, preflight, save_schedule, shared_folder
 from vogue.run.folder import NEWEST_WHOLE, FolderError, locked, read_rows, writing
 from vogue.run.records import records
 from vogue.run.stacks import Stacks
@@ -50,7 +50,7 @@ def run(config: Config, resume: str | None, profile: frozenset[int] = frozenset(
             preflight.warn(found, console)
             if told := found.fine.get(EPOCHS):
                 console.print(f"trainer.epochs={told}", soft_wrap=True)
-        request = held.enter_context(saving.Request(folder, rank))
+        request = held.enter_context(save_schedule.Request(folder, rank))
         with distributed.together(ConfigError):
             if rank == 0:
                 held.enter_context(locked(folder))
@@ -144,7 +144,7 @@ def _log(events: Iterator["Step | Evaluation | Saved"], trainer: Trainer, log: l
                     if reasons := stalled.reasons(event.metrics):
                         log.warn(reasons)
                 elif isinstance(event, Saved):
-                    if told := saving.run_command(config, event.folder):
+                    if told := save_schedule.run_command(config, event.folder):
                         log.warn(told)
                 else:
                     log.evaluation(event.step, event.record)
@@ -166,7 +166,7 @@ def _tell_end(trainer: Trainer, console: Console) -> None:
         if repository := trainer.config.trainer.push_to_hub:
             newest = checkpoint.checkpoints(trainer.checkpoints)[-1]
             sent = checkpoint.best_of(trainer.checkpoints) or newest
-            told = saving.push(repository, checkpoint.usable(sent), checkpoint.step_of(sent))
+            told = save_schedule.push(repository, checkpoint.usable(sent), checkpoint.step_of(sent))
             console.print(told, soft_wrap=True)
 
 
@@ -208,12 +208,12 @@ def _events(
     held_out: Sequence[Sample],
     profile: frozenset[int],
     stop: Stop,
-    request: saving.Request,
+    request: save_schedule.Request,
     stacks: Stacks,
 ) -> Iterator[Step | Evaluation | Saved]:
     """The run: steps, evaluations before, between and after them, and checkpoints, one more where it stops or fails."""
     settings, saved = trainer.config.trainer, trainer.step
-    schedule = saving.Schedule(trainer.config, trainer.device, request)
+    schedule = save_schedule.Schedule(trainer.config, trainer.device, request)
     try:
         while True:
             stacks.rearm()
@@ -247,7 +247,7 @@ def _events(
 
 def _note_best(trainer: Trainer, row: dict) -> bool:
     """Let the run's state know the best checkpoint after an evaluation; returns whether it is the one of this step."""
-    found = saving.better(row, trainer.step, trainer.config, trainer.state.current.get(checkpoint.BEST))
+    found = save_schedule.better(row, trainer.step, trainer.config, trainer.state.current.get(checkpoint.BEST))
     if found is None:
         return False
     trainer.state.current[checkpoint.BEST] = found
@@ -351,4 +351,4 @@ def _show(trainer: Trainer, console: Console) -> None:
         if path.exists():
             console.print(f"{name:12} {path}")
     if known := trainer.state.current.get(checkpoint.BEST):
-        console.print(f"{checkpoint.BEST:12} {saving.told_best(known, trainer.checkpoints)}", soft_wrap=True)
+        console.print(f"{checkpoint.BEST:12} {save_schedule.told_best(known, trainer.checkpoints)}", soft_wrap=True)

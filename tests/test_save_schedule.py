@@ -17,7 +17,7 @@ from ranks import launch
 from vogue import distributed
 from vogue.cli import main
 from vogue.model import checkpoint
-from vogue.run import saving
+from vogue.run import save_schedule
 from vogue.run.folder import FolderError
 from vogue.run.training import _note_best
 from vogue.settings import ConfigError
@@ -42,16 +42,16 @@ def test_the_first_of_the_best_evaluations_is_the_best_by_its_own_metric_on_its_
     chosen = config("trainer.save_best=pass@2", *EVALUATING)
     best, steps = None, []
     for step, value in enumerate([0.9, 0.2, 0.4, 0.4, 0.3, 0.5]):  # the first one is of the model before any step
-        found = saving.better({"pass@1": [1 - value, 0, 1], "pass@2": [value, 0, 1]}, step, chosen, best)
+        found = save_schedule.better({"pass@1": [1 - value, 0, 1], "pass@2": [value, 0, 1]}, step, chosen, best)
         if found:
             best = found
             steps.append((found["step"], found["value"]))
     assert steps == [(1, 0.2), (2, 0.4), (5, 0.5)]
     row = {"pass@1": [0.1, 0, 1], "pass@2": [0.1, 0, 1]}
-    assert saving.better(row, 6, chosen, best) is None
+    assert save_schedule.better(row, 6, chosen, best) is None
     for other in ("trainer.save_best=pass@1", "data.test_limit=3"):
-        assert saving.better(row, 6, config("trainer.save_best=pass@2", *EVALUATING, other), best)["step"] == 6
-    assert saving.better(row, 6, config(*EVALUATING), best) is None
+        assert save_schedule.better(row, 6, config("trainer.save_best=pass@2", *EVALUATING, other), best)["step"] == 6
+    assert save_schedule.better(row, 6, config(*EVALUATING), best) is None
 
 
 @pytest.mark.parametrize("name", ["pass@3", "pass@4", "accuracy"])
@@ -66,15 +66,15 @@ def test_a_metric_that_evaluations_do_not_have_is_refused(config, name):
 
 def test_a_checkpoint_is_due_every_so_many_steps_or_minutes_and_at_the_end(config, monkeypatch, tmp_path):
     _, _, device = distributed.start()
-    request = saving.Request(tmp_path, 0)
+    request = save_schedule.Request(tmp_path, 0)
     clock = SimpleNamespace(monotonic=lambda: now)
-    monkeypatch.setattr(saving, "time", clock)
+    monkeypatch.setattr(save_schedule, "time", clock)
     now = 1000.0
-    schedule = saving.Schedule(config("trainer.save_every=3", "trainer.steps=8"), device, request)
+    schedule = save_schedule.Schedule(config("trainer.save_every=3", "trainer.steps=8"), device, request)
     assert [step for step in range(1, 9) if schedule.due(step)] == [3, 6, 8]
     now = 1e9
     assert not schedule.due(1)
-    schedule = saving.Schedule(config("trainer.save_every=0", "trainer.save_minutes=2"), device, request)
+    schedule = save_schedule.Schedule(config("trainer.save_every=0", "trainer.save_minutes=2"), device, request)
     now += 119
     assert not schedule.due(1)
     now += 1
@@ -87,8 +87,8 @@ def test_a_checkpoint_is_due_every_so_many_steps_or_minutes_and_at_the_end(confi
 def test_a_checkpoint_is_due_where_a_file_or_a_signal_asks_for_it(config, tmp_path):
     rank, _, device = distributed.start()
     before = signal.getsignal(signal.SIGUSR1)
-    with saving.Request(tmp_path, rank) as request:
-        schedule = saving.Schedule(
+    with save_schedule.Request(tmp_path, rank) as request:
+        schedule = save_schedule.Schedule(
             config("trainer.save_every=0", "trainer.steps=50", f"trainer.output_dir={tmp_path}"), device, request
         )
         assert not schedule.due(1)
@@ -223,7 +223,7 @@ def test_a_command_that_is_no_rank_of_the_run_and_a_hub_out_of_reach_may_fail(se
 def test_a_command_that_takes_too_long_is_ended_with_all_that_it_started(config, tmp_path):
     chosen = config(f"trainer.save_command=sleep 60 | cat; touch {tmp_path}/late", "trainer.timeout=1")
     start = time.monotonic()
-    told = saving.run_command(chosen, tmp_path)
+    told = save_schedule.run_command(chosen, tmp_path)
     assert told == f"trainer.save_command was ended for {tmp_path}: it took 0.5 s, half of trainer.timeout"
     assert time.monotonic() - start < 30
     assert not (tmp_path / "late").exists()
@@ -231,9 +231,9 @@ def test_a_command_that_takes_too_long_is_ended_with_all_that_it_started(config,
 
 def test_what_a_command_leaves_in_the_background_is_not_waited_for(config, tmp_path):
     start = time.monotonic()
-    assert saving.run_command(config("trainer.save_command=sleep 20 &"), tmp_path) is None
+    assert save_schedule.run_command(config("trainer.save_command=sleep 20 &"), tmp_path) is None
     assert time.monotonic() - start < 15
-    assert saving.run_command(config(), tmp_path) is None
+    assert save_schedule.run_command(config(), tmp_path) is None
 
 
 # ------------------------------------------------------------------------------------------------------------- the hub
@@ -299,15 +299,15 @@ def folder(tmp_path):
 
 def test_a_folder_is_sent_to_a_private_repository(monkeypatch, folder):
     with hub(monkeypatch) as got:
-        assert saving.push(REPOSITORY, folder, 40) == f"pushed to {REPOSITORY}: {folder}"
+        assert save_schedule.push(REPOSITORY, folder, 40) == f"pushed to {REPOSITORY}: {folder}"
     assert (got.created[0]["name"], got.created[0]["visibility"]) == ("some-model", "private")
     assert got.committed == {"header": "After 40 steps", "config.json": "e30="}  # base64 of {}
 
 
 def test_a_hub_that_refuses_or_is_not_there_is_told_with_the_way_by_hand(monkeypatch, folder):
     with hub(monkeypatch, refuses=True):
-        refused = saving.push(REPOSITORY, folder, 40)
-    gone = saving.push(REPOSITORY, folder, 40)  # nobody listens there any more
+        refused = save_schedule.push(REPOSITORY, folder, 40)
+    gone = save_schedule.push(REPOSITORY, folder, 40)  # nobody listens there any more
     for told, why in ((refused, "403"), (gone, "")):
         assert told.startswith(f"trainer.push_to_hub={REPOSITORY}: {folder} couldn't be sent: ")
         assert told.endswith(f"\nBy hand: hf upload {REPOSITORY} {folder}")
