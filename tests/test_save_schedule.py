@@ -317,4 +317,4 @@ def test_a_hub_that_refuses_or_is_not_there_is_told_with_the_way_by_hand(monkeyp
 @pytest.mark.parametrize("name", ["a/b/c", "me/my model", "-me/x"])
 def test_what_cannot_be_a_repository_is_refused_before_the_run(config, name):
     with pytest.raises(ConfigError, match=f"^trainer.push_to_hub={name}: "):
-        saving.check_hub(config(f"trainer.push_to_hub={name}"))
+        save_schedule.check_hub(config(f"trainer.push_to_hub={name}"))
