@@ -36,10 +36,10 @@ $(VENV)/kernels: $(VENV)/packages kernels/setup.py kernels/CMakeLists.txt $(wild
 demo: setup  ## warm-start a small Qwen2.5-VL, train it with VOGUE, evaluate before and after
 	bash examples/digits/demo.sh
 
-# A file's tests stay together: some share a trained model. Three at a time on two cores, since many wait for ranks, and
+# A file's tests stay together: some share a trained model. Two at a time, since many wait for one another's ranks, and
 # in the order of tests/conftest.py.
 test: setup  ## the test suite
-	python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 12
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 12
 
 long: setup  ## further cases of what is slow, several ranks and families: half an hour
 	python -m pytest -m long
