@@ -168,8 +168,7 @@ class ServerEngine:
         self.version = version
         labels = self._labels(self._servers)
         reachable = [server for server in self._servers if isinstance(labels.get(server.url), str)]
-        with _together(EngineError):
-            failed = self._transfer.send(reachable, as_in_checkpoint(self._model, weights), self._label)
+        failed = self._transfer.send(reachable, as_in_checkpoint(self._model, weights), self._label)
         labels |= {url: ServerLost(why) for url, why in failed.items()}
         # What hasn't answered a moment ago isn't waited for again.
         self._see(labels | self._labels([server for server in reachable if server.url not in failed]))

@@ -35,10 +35,7 @@ class WeightFolder:
         self._root = config.rollout.weight_folder
 
     def send(self, servers: list[Server], weights: Iterable[tuple[str, Tensor]], label: str) -> dict[str, str]:
-        """Write the weights and let all `servers` read them; the ranks that have no servers only gather.
-
-        Raises `EngineError` where they can't be written.
-        """
+        """Write the weights and let all `servers` read them; the ranks that have no servers only gather."""
         if not servers:
             for _ in weights:
                 pass
@@ -51,7 +48,7 @@ class WeightFolder:
                     told = pool.map(lambda server: _read(server, folder, label), servers)
                     return {server.url: why for server, why in zip(servers, told, strict=True) if why}
         except FolderError as error:
-            raise EngineError(f"rollout.weight_folder: {error}") from error
+            return {server.url: f"{server.url}: {error}" for server in servers}
         finally:
             for _ in weights:  # to the end where they couldn't be written: the other ranks gather, too
                 pass
