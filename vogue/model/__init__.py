@@ -4,7 +4,8 @@ loading       from its checkpoint, partitioned          optimizer    AdamW and D
 packing       rows, micro-batches, batches              attention    of rows that share a prompt
 policy        hidden states to statistics               checkpoint   saved and found again, of
 weights       whole ones, gathered and written          fragments    of weights that a rank trains, and their
-optimizer_state, written and read, whoever has it     vision       the vision tower's attention and patches
-varlen        the attention on GPUs
+varlen        the attention on GPUs                     vision       the vision tower's attention and patches
 liger         Liger's kernels in the text model         lora         adapters
+
+optimizer_state: of those fragments, written and read by any number of ranks.
 """
