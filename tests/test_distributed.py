@@ -1,14 +1,17 @@
-"""How a rank ends, and where one that is alone listens."""
+"""What ranks send each other, how one ends, and where one that is alone listens."""
 
+import pickle
 import subprocess
 import sys
 
 import pytest
+import torch
 import torch.distributed as dist
 from steps import listening
 
 from vogue import distributed
-from vogue.rollout.engine import EngineError
+from vogue.model.packing import Place
+from vogue.rollout.engine import Completion, EngineError
 from vogue.run.stacks import LostRank
 
 
@@ -16,6 +19,36 @@ def test_a_rank_that_is_alone_listens_for_nobody_but_this_machine():
     distributed.start()
     assert distributed.gather({"of": "this rank"}) == [{"of": "this rank"}]
     assert all(address.is_loopback for address in listening())
+
+
+class Hostile:
+    """An object that makes a file when it is read from a pickle."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_what_ranks_send_each_other_is_read_as_the_classes_that_are_named_and_nothing_of_it_runs(tmp_path):
+    distributed.start()
+    with pytest.raises(pickle.UnpicklingError):
+        distributed.gather([Hostile(tmp_path / "made")], Place)
+    assert not (tmp_path / "made").exists()
+    with pytest.raises(pickle.UnpicklingError, match=r"Completion"):
+        distributed.gather(Completion((1,), (-0.5,), "", True), Place)
+
+
+def test_what_ranks_send_each_other_comes_as_it_was():
+    distributed.start()
+    completions = (Completion((5, 2**40), (-0.1, -1e-300), "ä", True), Completion((), (), "", False))
+    sent = {Place(0, 1): completions, "plain": [2**70, b"\0", {1}, None, 0.1], "tensor": torch.tensor([1.5, 2.5])}
+    (got,) = distributed.gather(sent, Place, Completion)
+    assert torch.equal(got.pop("tensor"), sent.pop("tensor"))
+    assert got == sent
+    (one,) = (place for place in got if place != "plain")
+    assert type(one) is Place and {type(x) for c in got[one] for x in c.token_ids + c.logprobs} == {int, float}
 
 
 def test_a_rank_that_has_failed_is_gone_though_an_exit_function_waits_for_ever():

@@ -163,7 +163,7 @@ def test_a_rank_that_hangs_ends_the_run_with_every_ranks_stack(failing, tmp_path
     assert code != 0
     assert told[0].startswith("vogue train: rank 0: another rank has hung for trainer.timeout: see stacks_rank*.txt")
     stacks = [(tmp_path / "run" / f"stacks_rank{rank}.txt").read_text() for rank in (0, 1)]
-    assert "in all_gather_object" in stacks[0]
+    assert "in gather" in stacks[0]
     assert "function.py" in stacks[1]
     assert "in own" not in stacks[0]
 

@@ -22,6 +22,7 @@ from vogue.groups import Trace
 from vogue.loader import Item, Loader, Origin
 from vogue.metrics import Clock, Mean
 from vogue.model.packing import Place, Row, pack, spread, tokens_of
+from vogue.rollout.engine import Completion
 
 MADE_AGAIN = ("prompt", "views")  # of a row on the rank that gets it
 NOBODY = -1  # the rank of a row that only keeps ranks in step
@@ -46,6 +47,11 @@ class Parcel(NamedTuple):
 
 Share = list[list[Load]]  # a rank's micro-batches
 IDLE, IDLE_COMPARED = Load(NOBODY, 0, 0, ()), Load(NOBODY, 0, 0, ("any",))
+
+
+def all_loads(rows: Sequence[Row], rank: int) -> list[list[Load]]:
+    """What the deal has to know of every rank's rows, in order of rank; `rows` are this rank's. Collective."""
+    return distributed.gather([Load(rank, i, row.tokens, row.others) for i, row in enumerate(rows)], Load)
 
 
 def deal(loads: Sequence[Load], budget: int, ranks: int) -> list[Share]:
@@ -92,7 +98,8 @@ def exchange(
         return {}
     own = {load: _parcel(rows[load.number], items[load.number].origin) for load in leaving if load.rank == loader.rank}
     wanted = {load for load in _all(shares[loader.rank]) if load.rank != loader.rank}
-    parcels = {load: parcel for sent in distributed.gather(own) for load, parcel in sent.items() if load in wanted}
+    everyone = distributed.gather(own, Load, Parcel, Origin, Completion, Place)
+    parcels = {load: parcel for sent in everyone for load, parcel in sent.items() if load in wanted}
     with distributed.together(DataError, meeting=clock.waiting):
         again = loader.again(sorted({parcel.origin for parcel in parcels.values()}), step)
     return {load: _opened(parcel, again[parcel.origin]) for load, parcel in parcels.items()}
@@ -106,7 +113,7 @@ def bring_home(traces: Mapping[Place, Trace], rank: int) -> dict[Place, Trace]:
         for place, trace in traces.items()
         if place.rank != rank
     }
-    found = {place: trace for part in distributed.gather(away) for place, trace in part.items()}
+    found = {place: trace for part in distributed.gather(away, Place, Trace) for place, trace in part.items()}
     return {place: trace for place, trace in (found | dict(traces)).items() if place.rank == rank}
 
 

@@ -101,7 +101,7 @@ class Means:
     def over_ranks(self) -> dict[str, float]:
         """The means over all ranks, whichever of them added to one; without those that nothing was added to."""
         summed = Means()
-        for parts in distributed.gather(self.parts):
+        for parts in distributed.gather(self.parts, Mean):
             summed.add_all(parts)
         return {name: part.total / part.count for name, part in summed.parts.items() if part.count}
 

@@ -207,8 +207,8 @@ def with_chosen(batches: Sequence[Batch], share: float, gather: Gather) -> list[
     """An update's batches with the tokens that are trained on: the `share` of highest entropies, of all ranks'."""
     olds = [cast(Signals, batch.old) for batch in batches]
     entropies = [cast(Tensor, old.entropy) for old in olds]
-    mine = [values.cpu()[acted_on(batch)].numpy() for batch, values in zip(batches, entropies, strict=True)]
-    threshold = entropy_threshold([part for of_rank in gather(mine) for part in of_rank], share)
+    mine = [values.cpu()[acted_on(batch)] for batch, values in zip(batches, entropies, strict=True)]
+    threshold = entropy_threshold([part.numpy() for of_rank in gather(mine) for part in of_rank], share)
     return [
         replace(batch, old=old._replace(chosen=values.double() >= threshold))
         for batch, old, values in zip(batches, olds, entropies, strict=True)

@@ -78,7 +78,8 @@ def _seen(group: Group) -> Seen:
 def _enter(found: Tensor, own: Sequence[Seen]) -> None:
     """Put what all ranks have seen into `found`; of a sample that was seen several times, all of it together."""
     by_index: dict[int, list[Seen]] = {}
-    for seen in sorted(seen for part in distributed.gather(list(own)) for seen in part):  # the same sums on any ranks
+    everyone = (seen for part in distributed.gather(list(own), Seen) for seen in part)
+    for seen in sorted(everyone):  # the same sums on any ranks
         by_index.setdefault(seen.index, []).append(seen)
     for index, parts in by_index.items():
         outcome = outcome_variance(sum(seen.right for seen in parts), sum(seen.count for seen in parts))

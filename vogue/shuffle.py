@@ -33,7 +33,7 @@ def shuffled(groups: Sequence[Group], config: Config, step: int, means: Means, c
     """
     own = {pair: weight for group in groups for pair, weight in weights_of(group).items()}
     with clock.waiting():
-        weights = {pair: weight for part in distributed.gather(own) for pair, weight in part.items()}
+        weights = {pair: weight for part in distributed.gather(own, Pair) for pair, weight in part.items()}
     pairs, updates = sorted(weights), config.trainer.updates
     rng = rng_for(config.seed, Purpose.SHUFFLE, step)
     drawn = [pairs[i] for i in drawn_pairs([weights[pair] for pair in pairs], config.trainer.shuffle, rng)]

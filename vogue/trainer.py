@@ -32,7 +32,7 @@ from torch.nn.utils import get_total_norm
 
 from vogue import distributed
 from vogue.ahead import AHEAD, Ahead
-from vogue.balance import IDLE, IDLE_COMPARED, Load, balance, bring_home, deal, exchange
+from vogue.balance import IDLE, IDLE_COMPARED, all_loads, balance, bring_home, deal, exchange
 from vogue.config import Config, with_steps
 from vogue.data import DataError, Sample
 from vogue.data.dataset import Checked
@@ -75,10 +75,10 @@ from vogue.model.weights import gathered_weights
 from vogue.objective import objective, uncertainties
 from vogue.prompt_scores import TOKENS, refreshed, remembered
 from vogue.replay import remember, with_replayed
-from vogue.rewards import verifier
+from vogue.rewards import Score, verifier
 from vogue.rewards.scoring import score_groups
 from vogue.rollout import create_engine
-from vogue.rollout.engine import media_token_ids
+from vogue.rollout.engine import Completion, media_token_ids
 from vogue.rollout.sampling import of_rollouts
 from vogue.run_state import RunState
 from vogue.shuffle import shuffled
@@ -365,7 +365,7 @@ class Trainer:
         config = self.config
         own = rows(groups, config, self.step, self.shared_prefix, self.rank)
         with clock.waiting():
-            loads = distributed.gather([Load(self.rank, i, row.tokens, row.others) for i, row in enumerate(own)])
+            loads = all_loads(own, self.rank)
         shares = deal([load for part in loads for load in part], config.trainer.micro_batch_tokens, self.ranks)
         if self.ranks > 1:
             means.add("balance", *balance(shares))
@@ -439,7 +439,7 @@ class Trainer:
             with distributed.together(*FAILURES):
                 mine += judge(self.engine, self.preprocessor, self.config, part, requests, chunk)
         # Not the samples: every rank has them, and their images may be large.
-        parts = distributed.gather([(judged.completions, judged.scores) for judged in mine])
+        parts = distributed.gather([(judged.completions, judged.scores) for judged in mine], Completion, Score)
         found = (parts[i % self.ranks][i // self.ranks] for i in range(len(samples)))
         return [Judged(sample, *one) for sample, one in zip(samples, found, strict=True)]
 

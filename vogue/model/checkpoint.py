@@ -128,7 +128,7 @@ def _write(run: Run, partial: Path) -> None:
     whole = _whole(run)
     with _together(partial.parent, run.step):
         part = _own_part(run, partial, whole)
-    parts = distributed.gather(part)
+    parts = distributed.gather(part, Part, weights.Written, optimizer_state.Stored, optimizer_state.Place)
     with _together(partial.parent, run.step):
         if dist.get_rank() == 0:
             _finish(run, partial, parts)

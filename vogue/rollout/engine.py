@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from vogue.families import family_of_processor
@@ -42,6 +43,15 @@ class Completion:
     logprobs: tuple[float, ...]
     text: str
     finished: bool
+
+    def __getstate__(self):
+        # What ranks send each other is read number by number, but for tensors.
+        ids, logprobs = torch.tensor(self.token_ids), torch.tensor(self.logprobs, dtype=torch.float64)
+        return vars(self) | {"token_ids": ids, "logprobs": logprobs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tuples = {name: tuple(state[name].tolist()) for name in ("token_ids", "logprobs")}
+        vars(self).update(state | tuples)
 
 
 class EngineError(RuntimeError):

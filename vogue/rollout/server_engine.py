@@ -33,12 +33,10 @@ from vogue.rollout.engine import BAN, Completion, EngineError, Request, media_to
 from vogue.rollout.sampling import Sampling, until_stop
 from vogue.rollout.server_client import UNTOUCHED, Server, ServerLost
 from vogue.rollout.serving import check_servers, patience, start_servers, uses_nccl
-from vogue.rollout.vllm_input import PromptInputs, as_in_checkpoint, sampling_arguments
+from vogue.rollout.vllm_input import FEATURES, PromptInputs, as_in_checkpoint, encoded, sampling_arguments
 from vogue.rollout.weight_folder import WeightFolder
 from vogue.run.folder import FolderError
 from vogue.run.memory import check_images
-
-from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import encode_mm_kwargs_item  # isort: skip
 
 PARALLEL = 256  # requests of a rank at a time
 PAUSE = 0.2  # seconds between two looks whether a server is up
@@ -129,16 +127,14 @@ class ServerEngine:
             "token_ids": given["prompt_token_ids"],
             "sampling_params": sampling_arguments(sampling, n, request.seed, self._banned),
         }
-        if "mm_kwargs" in given:
+        if FEATURES in given:
             body["features"] = {
                 "mm_hashes": given["mm_hashes"],
                 "mm_placeholders": {
                     kind: [{"offset": span.offset, "length": span.length} for span in spans]
                     for kind, spans in given["mm_placeholders"].items()
                 },
-                "kwargs_data": {
-                    kind: [encode_mm_kwargs_item(item) for item in items] for kind, items in given["mm_kwargs"].items()
-                },
+                "kwargs_data": encoded(given)[FEATURES],
             }
         choices = server.generate(body, self._label)
         return [self._completion(choice, request.prompt.opened, sampling) for choice in choices]
@@ -253,7 +249,7 @@ def _transfer(config: Config, model: PreTrainedModel | None) -> Transfer:
 
 def _agreed(value: Result) -> Result:
     """The first rank's value, on all ranks."""
-    return distributed.gather(value)[0] if dist.is_initialized() else value
+    return distributed.gather(value, Server, ServerLost)[0] if dist.is_initialized() else value
 
 
 def _together(*kinds: type[Exception]) -> AbstractContextManager[None]:

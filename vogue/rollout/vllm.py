@@ -29,8 +29,12 @@ from vogue.families import family_of_processor
 from vogue.rollout.engine import BAN, Completion, Request, media_token_ids
 from vogue.rollout.sampling import Sampling, until_stop
 from vogue.rollout.vllm_input import (
+    EngineInput,
+    PlaceholderRange,
     PromptInputs,
     as_in_checkpoint,
+    decoded,
+    encoded,
     engine_arguments,
     fixed_arguments,
     sampling_arguments,
@@ -54,6 +58,7 @@ SETTINGS = {  # of vogue, for what vLLM would be told otherwise
     "tensor_parallel_size": "rollout.tensor_parallel",
     "enable_sleep_mode": "rollout.sleep",
 }
+Seeded = tuple[EngineInput, int]  # a prompt, and its seed
 WEIGHTS, KV_CACHE = "weights", "kv_cache"  # vLLM's names of what it wakes
 
 
@@ -141,8 +146,7 @@ class VllmEngine:
         if WEIGHTS in self._asleep:
             raise RuntimeError("vLLM sleeps, and its weights are gone: load_weights must come before generate")
         self._wake(KV_CACHE)
-        prompts = [(self._inputs.of(request), request.seed) for request in requests]
-        pools = [prompts] if self._group is None else distributed.gather(prompts, self._group)
+        pools = self._pools([(self._inputs.of(request), request.seed) for request in requests])
         with self._stance():
             for prompt, seed in itertools.chain(*pools):
                 given = sampling_arguments(sampling, n, seed, self._banned)
@@ -156,11 +160,19 @@ class VllmEngine:
             for request, output in zip(requests, outputs, strict=True)
         ]
 
-    def _own(self, outputs: list[Any], pools: list[list]) -> list[Any]:
+    def _pools(self, own: list[Seeded]) -> list[list[Seeded]]:
+        """The prompts and seeds of every rank of this one's group, in order of rank."""
+        if self._group is None:
+            return [own]
+        sent = [(encoded(prompt), seed) for prompt, seed in own]
+        parts = distributed.gather(sent, PlaceholderRange, group=self._group)
+        return [[(decoded(prompt), seed) for prompt, seed in part] for part in parts]
+
+    def _own(self, outputs: list[Any], pools: list[list[Seeded]]) -> list[Any]:
         """This rank's part of what the ranks of its group have generated together."""
         # Each rank samples for itself what all of them continue: had one drawn other tokens, all would be wrong.
         sampled = hash(tuple(tuple(item.token_ids) for output in outputs for item in output.outputs))
-        if len(set(distributed.gather(sampled, self._group))) > 1:
+        if len(set(distributed.gather(sampled, group=self._group))) > 1:
             raise RuntimeError("the ranks that share an engine of vLLM have sampled different tokens")
         place = dist.get_rank(self._group)
         start = sum(map(len, pools[:place]))

@@ -30,6 +30,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 logging.getLogger("vllm").addHandler(logging.NullHandler())  # it warns before it has read that level
 
 try:
+    from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import decode_mm_kwargs_item, encode_mm_kwargs_item
     from vllm.inputs import EngineInput, mm_input, tokens_input
     from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
 except ImportError as error:
@@ -38,6 +39,7 @@ except ImportError as error:
         "rollout.engine=hf"
     ) from error
 
+FEATURES = "mm_kwargs"  # vLLM's name of what it computes an image from
 CPU_BATCHED_TOKENS = 4096  # of prompts that vLLM takes in at once
 
 
@@ -165,6 +167,23 @@ def _placeholder(runs: Spans) -> PlaceholderRange:
     for first, count in runs:
         embedded[first - start : first - start + count] = True
     return PlaceholderRange(start, end - start, embedded)
+
+
+def encoded(given: EngineInput) -> dict[str, Any]:
+    """An input as text, numbers and places: vLLM writes the features of images and videos as it does for servers."""
+    plain: dict[str, Any] = dict(given)
+    if features := plain.get(FEATURES):
+        plain[FEATURES] = {kind: list(map(encode_mm_kwargs_item, items)) for kind, items in features.items()}
+    return plain
+
+
+def decoded(plain: dict[str, Any]) -> EngineInput:
+    """The input that `encoded` was given."""
+    given: Any = dict(plain)
+    if features := plain.get(FEATURES):
+        items = {kind: list(map(decode_mm_kwargs_item, texts)) for kind, texts in features.items()}
+        given[FEATURES] = MultiModalKwargsItems(items)
+    return given
 
 
 def _digest(clip: Clip) -> str:

@@ -16,7 +16,7 @@ from rich.table import Table
 from vogue import distributed
 from vogue.config import Config, with_steps
 from vogue.data import DataError, Sample, Samples
-from vogue.data.dataset import Checked, check_samples, test_samples, training_samples, was_decoded
+from vogue.data.dataset import Checked, Offender, check_samples, test_samples, training_samples, was_decoded
 from vogue.evaluate import FAILURES, evaluation_row, headline
 from vogue.groups import Group
 from vogue.inputs import Preprocessor
@@ -322,8 +322,11 @@ def _checked(
     def tell(text: str) -> None:
         console.print(f"{samples.spec}: {text}", soft_wrap=True)
 
+    def gather(mine: list) -> list[list]:
+        return distributed.gather(mine, Offender)
+
     drop = config.data.overlong == "drop"
-    return check_samples(samples, preprocessor.lengths, drop, tell, distributed.gather, rank, ranks)
+    return check_samples(samples, preprocessor.lengths, drop, tell, gather, rank, ranks)
 
 
 def _show(trainer: Trainer, console: Console) -> None:
