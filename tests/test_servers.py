@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import psutil
 import pytest
@@ -42,6 +43,9 @@ class Started:
 
     def __init__(self, settings):
         self.settings = [*settings, "rollout.engine=server", f"rollout.server_timeout={SECONDS}"]
+        # As with NCCL, whose place `nccl_on_cpu` takes where there is no GPU.
+        engine = "{worker_extension_cls: nccl_on_cpu.Extension, weight_transfer_config: {backend: nccl}}"
+        self.settings.append(f"rollout.engine_args={engine}")
         self.servers = start_servers(load_config(None, [*self.settings, "rollout.server_count=2"]))
         self.urls = [server.url for server in self.servers]
         os.environ[KEY] = self.servers[0].key
@@ -83,8 +87,10 @@ class Started:
 @pytest.fixture(scope="module")
 def started(model_folder, digits_folder, tmp_path_factory):
     settings = base_settings(model_folder, digits_folder / "train.parquet", tmp_path_factory.mktemp("run"))
-    found = Started([*settings, "trainer.deepspeed.zero_optimization.stage=0", "optimizer.lr=1e-3"])
-    yield found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        found = Started([*settings, "trainer.deepspeed.zero_optimization.stage=0", "optimizer.lr=1e-3"])
+        yield found
     os.environ.pop(KEY, None)
     found.kill(1)  # which may have been started anew, and doesn't end with this process
 
@@ -109,6 +115,27 @@ def test_servers_generate_what_the_policy_thinks_and_follow_every_part_of_it(sta
         for name, parameter in trainer.policy.named_parameters():
             parameter.copy_(before[name])
     trainer.sync()
+
+
+def test_weights_reach_servers_by_vllms_transfer_and_a_server_that_has_lost_them_gets_them_again(started, monkeypatch):
+    from nccl_on_cpu import take_place
+
+    from vogue.rollout.weight_nccl import NcclTransfer  # which imports vLLM
+
+    take_place(monkeypatch.setattr)
+    trainer = started.trainer
+    monkeypatch.setattr(trainer.engine, "_transfer", NcclTransfer(trainer.policy.model))
+    for factor in (1.5, 1 / 1.5):  # the second time by the same group
+        with torch.no_grad():
+            for parameter in trainer.policy.model.parameters():
+                parameter.mul_(factor)
+        assert disagreement(trainer) > 1e-2
+        trainer.sync()
+        assert trainer.engine.up_to_date() and disagreement(trainer) < 1e-3
+    started.servers[0].set_label("default")  # as it is after a restart: the group is made anew
+    trainer.keep_up()
+    assert trainer.engine.up_to_date() and len(trainer.engine._live) == 2
+    trainer.engine._transfer._close()
 
 
 def test_a_sync_that_left_something_old_is_found(started):

@@ -3,7 +3,7 @@
     group    the first rank, and every GPU of every server: it is made anew where a server has come or gone
     source   names, dtypes and shapes, told beforehand; then tensor after tensor, each whole for as long as it is sent
 
-Written by what vLLM's interface says, and not run on a GPU yet.
+Not run on a GPU yet: in the tests tensors go another way than NCCL's, between a trainer and servers of vLLM on a CPU.
 """
 
 import socket
@@ -28,6 +28,8 @@ from vllm.distributed.weight_transfer.nccl_engine import (  # isort: skip
     NCCLTrainerWeightTransferEngine,
 )
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU's, outside tests
+
 
 class Source(WeightSource):
     """The policy's weights under the names of its checkpoint; `weights` is the next pass over them."""
@@ -42,7 +44,7 @@ class Source(WeightSource):
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.weights:
-            yield name, tensor.to("cuda").contiguous()
+            yield name, tensor.to(DEVICE).contiguous()
             # A gathered weight's memory goes to the next one: not before it has been sent.
             torch.cuda.current_stream().synchronize()
 
