@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from contenders import CONTENDERS, Inputs, inputs
 from gpu import Report, Settings
+from kernel_contenders import CONTENDERS, Inputs, inputs
 from machines import machine_of
 from measuring import run_section
 from roofline import HEADS

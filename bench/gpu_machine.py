@@ -4,8 +4,8 @@ import importlib.metadata
 import platform
 
 import torch
-from contenders import inputs
 from gpu import Report, Settings
+from kernel_contenders import inputs
 from machines import machine_of
 
 from vogue_kernels import available_backends, linear_branch_stats, linear_logprob

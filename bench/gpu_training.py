@@ -134,7 +134,7 @@ def _plain(report: Report, settings: Settings, wide: bool) -> None:
 
 def _trainer(folder: Path, wide: bool, steps: int, quick: bool) -> None:
     """GRPO's and VOGUE's steps in this process; a JSON object for each."""
-    from contestants import Task, prepare, vogue_trainer
+    from trainer_contestants import Task, prepare, vogue_trainer
 
     task = Task("digits", (56, 28), prompt=40, completion=20, prompts=8, n=8)
     if wide:

@@ -30,7 +30,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts me
 
 import torch
 import triton
-from contenders import CONTENDERS, WORK
+from kernel_contenders import CONTENDERS, WORK
 from machines import machine_of
 from measuring import errors, run_section
 from roofline import HEADS

@@ -21,10 +21,10 @@ from pathlib import Path
 from statistics import median
 
 import psutil
-from contestants import Task, prepare
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from trainer_contestants import Task, prepare
 
 TASK = Task("tiny", (56, 28), prompt=40, completion=12, prompts=4, n=4, vocab=512, hidden_size=64, layers=2)
 EVERY = 10  # steps between two samples

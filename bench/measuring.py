@@ -9,7 +9,7 @@ from functools import cache
 from statistics import median
 
 import torch
-from contenders import ENOUGH, WORK, Contender, eager_forward, inputs
+from kernel_contenders import ENOUGH, WORK, Contender, eager_forward, inputs
 from machines import Cpu, Gpu
 from roofline import of_work
 

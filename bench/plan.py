@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from contestants import Task, given_groups, prepare, vogue_trainer
+from trainer_contestants import Task, given_groups, prepare, vogue_trainer
 from turns import Memory
 
 TASK = Task("plan", (224, 112), prompt=128, completion=128, prompts=4, n=4, vocab=16_384, layers=6)

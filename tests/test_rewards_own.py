@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from vogue.boxed import boxed
+from vogue.answer_extraction import boxed
 from vogue.cli import main
 from vogue.config import load_config
 from vogue.data import Sample

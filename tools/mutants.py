@@ -181,7 +181,10 @@ MUTANTS = (
     Mutant("vogue/method/perturb.py", "(255 * pixels).round()", "(255 * pixels)", "tests/test_perturb.py"),
     # Rewards.
     Mutant(
-        "vogue/rewards/reading.py", "return apart and not joined", "return not apart", "tests/test_rewards_answers.py"
+        "vogue/rewards/answer_types.py",
+        "return apart and not joined",
+        "return not apart",
+        "tests/test_rewards_answers.py",
     ),
     Mutant(
         "vogue/rewards/correctness.py", "and given.unit != answer.unit", "and False", "tests/test_rewards_answers.py"

@@ -25,7 +25,7 @@ def check_data(arguments: argparse.Namespace) -> int:
     quiet()
     config, preprocessor = _inspected(arguments)
     from vogue.data.dataset import training_samples
-    from vogue.inspection import find_offenders, print_offenders, write_rows
+    from vogue.data_inspection import find_offenders, print_offenders, write_rows
 
     samples, console = training_samples(config.data), Console()
     offenders = find_offenders(samples, preprocessor, console)
@@ -43,7 +43,7 @@ def show_data(arguments: argparse.Namespace) -> int:
     quiet()
     config, preprocessor = _inspected(arguments)
     from vogue.data.dataset import training_samples
-    from vogue.inspection import print_shown, show, write_page
+    from vogue.data_inspection import print_shown, show, write_page
 
     samples, console = training_samples(config.data), Console()
     if arguments.row not in samples.rows:

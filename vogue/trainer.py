@@ -73,6 +73,7 @@ from vogue.model.policy import Policy
 from vogue.model.reference import load_reference
 from vogue.model.weights import gathered_weights
 from vogue.objective import objective, uncertainties
+from vogue.pair_shuffle import shuffled
 from vogue.prompt_scores import TOKENS, refreshed, remembered
 from vogue.replay import remember, with_replayed
 from vogue.rewards import Score, verifier
@@ -81,7 +82,6 @@ from vogue.rollout import create_engine
 from vogue.rollout.engine import Completion, media_token_ids
 from vogue.rollout.sampling import of_rollouts
 from vogue.run_state import RunState
-from vogue.shuffle import shuffled
 from vogue_kernels import GuidanceConfig
 
 DATA = "data"  # the run's state under this name: the fingerprint of what it is trained on

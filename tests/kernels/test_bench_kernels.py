@@ -12,7 +12,7 @@ import torch
 BENCH = Path(__file__).parents[2] / "bench"
 sys.path.append(str(BENCH))  # last: its kernels.py must not stand for a package of that name
 
-from contenders import CONTENDERS, ENOUGH, WORK, Contender, inputs  # noqa: E402
+from kernel_contenders import CONTENDERS, ENOUGH, WORK, Contender, inputs  # noqa: E402
 from machines import machine_of  # noqa: E402
 from measuring import measure, room_for_logits  # noqa: E402
 

@@ -12,11 +12,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from vogue.boxed import boxed
+from vogue.answer_extraction import boxed, tagged_answer
+from vogue.rewards.answer_types import option
 from vogue.rewards.correctness import verdicts
-from vogue.rewards.designs import tagged_answer
-from vogue.rewards.reading import option
-from vogue.rewards.tidy import TEXT, tidy
+from vogue.rewards.tidy_answer import TEXT, tidy
 
 MARK = re.compile(
     r"\b(?:answer|option|choice)(?:\s+(?:is|are|would be|should be|must be)\b|\W{0,4}:)[\s:*]*", re.IGNORECASE

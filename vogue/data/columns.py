@@ -28,7 +28,7 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 
-from vogue.boxed import boxed
+from vogue.answer_extraction import boxed
 from vogue.data import videos
 from vogue.data.files import DataError, Row
 from vogue.data.images import ImageError, Reference, reference, short

@@ -11,9 +11,20 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from vogue.rewards.answer_types import (
+    Collection,
+    Mathematics,
+    Number,
+    Option,
+    Reading,
+    Series,
+    Time,
+    Words,
+    latex,
+    read,
+)
 from vogue.rewards.equality import Verifier
-from vogue.rewards.reading import Collection, Mathematics, Number, Option, Reading, Series, Time, Words, latex, read
-from vogue.rewards.tidy import is_blank, tidy
+from vogue.rewards.tidy_answer import is_blank, tidy
 
 LONGEST = 2000  # characters of an answer that is more than text
 

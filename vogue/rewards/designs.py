@@ -31,9 +31,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import tanh
 
-from vogue.boxed import boxed
+from vogue.answer_extraction import boxed, tagged_answer
 from vogue.data import Sample
 from vogue.presets import DESIGNS, HEADED, JUDGING
+from vogue.rewards.answer_types import Number, Time, read
 from vogue.rewards.correctness import verdicts
 from vogue.rewards.format import is_formatted
 from vogue.rewards.function import Earned, RewardError, description_scorer, own_rewards
@@ -46,8 +47,7 @@ from vogue.rewards.pebr_r1 import (
     length_score,
     share_of_enough,
 )
-from vogue.rewards.reading import Number, Time, read
-from vogue.rewards.tidy import is_blank
+from vogue.rewards.tidy_answer import is_blank
 from vogue.sections import RewardConfig
 
 DEFAULT = RewardConfig()  # pyright: ignore[reportCallIssue]
@@ -230,15 +230,6 @@ def content(completion: str, tag: str) -> str | None:
     text = content(completion, "think") or "" if tag == "visual" else completion
     found = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
     return "\n".join(found) if found else None
-
-
-def tagged_answer(completion: str) -> str | None:
-    r"""The content of the last <answer>…</answer>, or of the last \boxed{} in it; None without an <answer>."""
-    found = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
-    if not found:
-        return None
-    inner = boxed(found[-1])
-    return found[-1].strip() if inner is None else inner
 
 
 def has_format(completion: str, design: str) -> bool:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vogue.presets import DESIGNS, HEADED
+from vogue.rewards.answer_types import Collection, Mathematics, Number, Option, Reading, Series, Time, Words, read
 from vogue.rewards.correctness import Verdict, verdicts
 from vogue.rewards.designs import find_answer, score
 from vogue.rewards.pebr_r1 import ANSWER
-from vogue.rewards.reading import Collection, Mathematics, Number, Option, Reading, Series, Time, Words, read
 from vogue.sections import RewardConfig
 
 

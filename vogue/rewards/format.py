@@ -1,7 +1,7 @@
 r"""Whether a completion has the form  <think> … </think>  …  \boxed{answer}"""
 
-from vogue.boxed import boxed
-from vogue.rewards.tidy import is_blank
+from vogue.answer_extraction import boxed
+from vogue.rewards.tidy_answer import is_blank
 
 
 def is_formatted(completion: str) -> bool:

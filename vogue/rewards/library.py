@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import dist
 
-from vogue.boxed import boxed
+from vogue.answer_extraction import boxed, tagged_answer
 from vogue.endpoint import PARALLEL, Endpoint
-from vogue.rewards.designs import tagged_answer
-from vogue.rewards.reading import Option, read
-from vogue.rewards.tidy import is_blank, tidy
+from vogue.rewards.answer_types import Option, read
+from vogue.rewards.tidy_answer import is_blank, tidy
 
 NUMBER = re.compile(r"(?<![\w.])-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?![\w.])")
 JUDGED = """\

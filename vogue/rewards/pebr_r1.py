@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from vogue.boxed import boxed
+from vogue.answer_extraction import boxed
 from vogue.data import Sample
 from vogue.rewards.function import RewardError, RewardFunction
 

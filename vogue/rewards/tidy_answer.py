@@ -1,6 +1,6 @@
 r"""Different ways to write the same answer become one: full-width characters, LaTeX's markup, "the answer is", quotes.
 
-`tidy` changes no meaning; what an answer says is read from what it returns (`vogue.rewards.reading`).
+`tidy` changes no meaning; what an answer says is read from what it returns (`vogue.rewards.answer_types`).
 """
 
 import re

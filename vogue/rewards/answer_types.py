@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from vogue.rewards.tidy import tidy
+from vogue.rewards.tidy_answer import tidy
 from vogue.rewards.units import split_unit
 
 LONGEST_NUMBER = 1000  # characters; and of powers of ten

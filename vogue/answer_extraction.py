@@ -1,4 +1,4 @@
-r"""Where a text says what its answer is:  \boxed{answer}"""
+r"""Where a text says what its answer is:  \boxed{answer}  or  <answer> answer </answer>"""
 
 import re
 
@@ -15,3 +15,12 @@ def boxed(completion: str) -> str | None:
         elif brace.group().endswith("{") and brace.group() != "\\{":
             open_braces.append(brace)
     return found[1].strip() if found[0] >= 0 else None
+
+
+def tagged_answer(completion: str) -> str | None:
+    r"""The content of the last <answer>…</answer>, or of the last \boxed{} in it; None without an <answer>."""
+    found = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+    if not found:
+        return None
+    inner = boxed(found[-1])
+    return found[-1].strip() if inner is None else inner
