@@ -10,6 +10,8 @@ import torch.distributed as dist
 from steps import listening
 
 from vogue import distributed
+from vogue.data import DataError
+from vogue.data.dataset import OverlongError
 from vogue.model.packing import Place
 from vogue.rollout.engine import Completion, EngineError
 from vogue.run.stacks import LostRank
@@ -49,6 +51,15 @@ def test_what_ranks_send_each_other_comes_as_it_was():
     assert got == sent
     (one,) = (place for place in got if place != "plain")
     assert type(one) is Place and {type(x) for c in got[one] for x in c.token_ids + c.logprobs} == {int, float}
+
+
+def test_what_one_rank_meets_all_raise_as_the_kind_that_is_waited_for():
+    distributed.start()
+    with pytest.raises(DataError, match=r"^row 3: too long$") as raised, distributed.together(EngineError, DataError):
+        raise OverlongError("row 3: too long")
+    assert type(raised.value) is DataError
+    with pytest.raises(KeyError), distributed.together(EngineError):
+        raise KeyError("none of them")
 
 
 def test_a_rank_that_has_failed_is_gone_though_an_exit_function_waits_for_ever():

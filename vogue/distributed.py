@@ -211,9 +211,10 @@ def together(*kinds: type[Exception], meeting: Callable[[], AbstractContextManag
     except kinds as error:
         mine = error
     with meeting():
-        found = gather(mine, *kinds)
-    failed = {rank: error for rank, error in enumerate(found) if error is not None}
+        kind = next((i for i, one in enumerate(kinds) if isinstance(mine, one)), None)
+        found = gather(None if kind is None else (kind, str(mine)))
+    failed = {rank: told for rank, told in enumerate(found) if told is not None}
     if failed:
-        rank, error = next(iter(failed.items()))
-        alike = len(failed) == len(found) and len({str(one) for one in found}) == 1
-        raise errors.agreed(error, None if alike else rank) from mine
+        rank, (kind, text) = next(iter(failed.items()))
+        alike = len(failed) == len(found) and len({text for _, text in found}) == 1
+        raise errors.agreed(kinds[kind](text), None if alike else rank) from mine
