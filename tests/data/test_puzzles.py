@@ -135,7 +135,7 @@ def test_answers_keep_to_the_ranges_of_the_benchmark_and_none_is_a_safe_guess():
 def test_written_splits_are_in_the_easyr1_schema_with_category_and_state(tmp_path):
     write_puzzles(tmp_path, ["clock", "n_queens"], count=5, test=2, size=112, seed=7)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test.parquet", "train.parquet"]
-    columns = ["problem", "answer", "images", "source", "category", "state"]
+    columns = ["problem", "answer", "images", "source", "category", "state", "keywords"]
     assert pq.read_schema(tmp_path / "train.parquet").names == columns
     for split, count in (("train", 5), ("test", 2)):
         loaded = load_samples(tmp_path / f"{split}.parquet")

@@ -109,6 +109,7 @@ def _sample(kind: str, split: str, number: int, puzzle: Puzzle, size: int) -> Sa
         category=kind,
         state=puzzle.state,
         place=f"{kind} {split}, puzzle {number}",
+        columns={"keywords": puzzle.keywords},
     )
 
 

@@ -25,7 +25,7 @@ QUESTION = (
 def puzzles(rng: np.random.Generator) -> Iterator[Puzzle]:
     """Yield all pairs of rows at most MOVES moves apart, each answer equally often while any are left."""
     for moves, start, end in balanced(_pairs(), rng):
-        yield Puzzle(QUESTION, str(moves), f"Start: {start}\nEnd: {end}", partial(_paint, start, end))
+        yield Puzzle(QUESTION, str(moves), f"Start: {start}\nEnd: {end}", partial(paint, start, end))
 
 
 @cache
@@ -54,7 +54,7 @@ def _after_a_move(row: str) -> Iterator[str]:
             yield row[:start] + after + row[start + len(pattern) :]
 
 
-def _paint(start: str, end: str, canvas: Canvas) -> None:
+def paint(start: str, end: str, canvas: Canvas) -> None:
     side = 0.94 / len(start)
     for name, row, middle in (("Start", start, 0.32), ("End", end, 0.76)):
         canvas.text((0.5, middle - side / 2 - 0.075), name, 0.08)

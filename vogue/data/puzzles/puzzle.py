@@ -29,6 +29,11 @@ class Puzzle:
     state: str
     paint: Callable[[Canvas], None]
 
+    @property
+    def keywords(self) -> list[str]:
+        """What a description of the image should hold, each once: the state's lines but for headings, with a colon."""
+        return [line for line in dict.fromkeys(self.state.splitlines()) if not line.endswith(":")]
+
     def image(self, size: int) -> Image.Image:
         """Draw the state: `size` × `size` px, RGB."""
         canvas = Canvas(size)
