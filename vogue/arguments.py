@@ -23,6 +23,11 @@ WARMSTART_DIGITS = {
 }
 WARMSTART_DATA = {
     "answer_weight": (1.0, "with --data alone: what a token of the answer counts, in tokens of the thought before it"),
+    "design": (
+        "verifiable",
+        "with --data alone: the reward design whose form of answer is taught, behind its system prompt; pebr_reasoning "
+        "is PeBR-R1's four headings",
+    ),
 }
 PUZZLES = {
     "count": (3000, "training samples of each kind"),
@@ -60,7 +65,7 @@ WARMSTART_HELP = """\
 Without --data the task is the digits': --vision-batches of a classifier of digits, then --batches of demonstrations,
 behind the system prompt of examples/digits. With it, each sample's `state` says all that its images show, as text:
 the model learns to think that and then answer, in --vision-batches of images alone, which are quick for want of a
-question, then in --batches of whole samples, behind the default system prompt.
+question, then in --batches of whole samples, behind the system prompt of --design.
 
   vogue data puzzles --kind checker_move --size 112 --out data
   vogue warmstart base --data data/train.parquet --vision-batches 800 --lr 2e-3 --printed 0.2
@@ -139,7 +144,11 @@ FILE says what is run; `settings` is a file that `vogue train` takes, and its mo
 
 key=value settings after FILE are for every run too. Each run has the folder OUTPUT_DIR/VARIANT/seed_N, and what it
 printed in seed_N.log beside it; OUTPUT_DIR/table.md and table.json are the table, differences.png its figure. The same
-command goes on with a sweep that stopped. Exit code 1: a run failed."""
+command goes on with a sweep that stopped. Exit code 1: a run failed.
+
+A variant may go on from checkpoints of another sweep that began with the same model:
+
+    two_stages: ['model.path=runs/sweeps/first/a/seed_\\${seed}/checkpoints/step_000010/hf']"""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -282,7 +282,7 @@ def warmstart(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse(given: dict[str, float], defaults: dict[str, tuple], why: str) -> None:
+def _refuse(given: dict[str, float | str], defaults: dict[str, tuple], why: str) -> None:
     for name, value in given.items():
         if value != defaults[name][0]:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is {why}")

@@ -7,7 +7,7 @@ reinforcement learning, at a millionth of the cost.
 On the digits, the vision tower learns to tell them apart through a linear classifier, which is then dropped; then the
 whole model learns from demonstrations, at first right ones, then a share of them misreads a digit and stays consistent
 with what it read. On any other data with a `state`, all that the images show as text, the model learns to think the
-state and answer, first from the images alone and then asked.
+state and answer, or to describe and answer where the design asks for that, first from the images alone and then asked.
 
 A share of the demonstrations may print the state in the image's place, so that `vogue eval --view image,text` can tell
 whether the base's weakness is seeing or thinking.
@@ -35,10 +35,11 @@ from vogue.data import DataError, Sample, load_samples
 from vogue.data.dataset import check_samples
 from vogue.data.digits import QUESTIONS, DigitPair, digit_pairs
 from vogue.data.digits import SYSTEM_PROMPT as DIGITS_SYSTEM_PROMPT
-from vogue.data.prompts import MARK, SYSTEM_PROMPT, with_view
+from vogue.data.prompts import MARK, SYSTEM_PROMPTS, with_view
 from vogue.data.samples import PLACEHOLDER, VIDEO
 from vogue.families import family_of
 from vogue.inputs import Preprocessor, Prompt, View, load_processor
+from vogue.rewards.designs import DEMONSTRATIONS
 from vogue.seeds import Purpose, rng_for, seed_for
 from vogue.settings import ConfigError
 from vogue.tiny import build_model, build_processor
@@ -49,17 +50,20 @@ MISREAD_FROM = 0.75  # of the batches: before that, demonstrations are right
 PIXEL_MEAN, PIXEL_STD = 0.8, 0.3  # of dark ink on white
 VOCAB_SIZE = 1024  # of a data set's tokenizer, 256 of them bytes
 MAX_PROMPT_TOKENS = 2048  # as data.max_prompt_tokens by default
-THOUGHT_END = "</think>"
 CHAT = "system\nuser\nassistant\n"  # what the chat template adds, for the tokenizer
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """`text` is what a model should answer to `prompt`, whose images `view` holds."""
+    """`text` is what a model should answer to `prompt`, whose images `view` holds.
+
+    The answer begins at character `answer_at` of it, behind the thought; 0 where nobody tells them apart.
+    """
 
     prompt: Prompt
     view: View
     text: str
+    answer_at: int = 0
 
 
 def warmstart(
@@ -119,6 +123,7 @@ def warmstart_on(
     printed: float,
     answer_weight: float,
     seed: int,
+    design: str = "verifiable",
     start: str | None = None,
     console: Console | None = None,
 ) -> None:
@@ -126,15 +131,18 @@ def warmstart_on(
 
     It is made from nothing, or begins as `start`, the folder of one that sees something like these images already.
 
-    The model answers `<think>{state}</think>\n\boxed{answer}`: for `vision_batches` to images alone, which is quick for
-    want of a question, then, for `batches`, to the prompts that `vogue train` gives by default, a share of them
-    `printed`, with the state as text in the images' place. A token after the thought counts `answer_weight` times one
-    of it: an answer is a few tokens behind many of the state. Each stage has AdamW's `lr`, as in `warmstart`.
+    The model answers with state and answer as the reward's `design` asks, by default
+    `<think>{state}</think>\n\boxed{answer}`: for `vision_batches` to images alone, which is quick for want of a
+    question, then, for `batches`, to the prompts that `vogue train` gives with that design, a share of them `printed`,
+    with the state as text in the images' place. A token of the answer counts `answer_weight` times one before it: an
+    answer is a few tokens behind many of the state. Each stage has AdamW's `lr`, as in `warmstart`.
 
-    Raises `ConfigError` if `folder` exists, and `DataError` for a sample without a state or an image, and as
-    `check_samples` does.
+    Raises `ConfigError` if `folder` exists and for a design that isn't one of `DEMONSTRATIONS`, and `DataError` for a
+    sample without a state or an image, and as `check_samples` does.
     """
     _check_new(folder)
+    if design not in DEMONSTRATIONS:
+        raise ConfigError(f"--design {design}: a warm start can demonstrate {', '.join(DEMONSTRATIONS)}")
     samples = list(load_samples(data))
     for sample in samples:
         shown = sample.images + sample.videos
@@ -144,9 +152,9 @@ def warmstart_on(
     if start:
         processor, model = _load(start)
     else:
-        processor = build_processor(_sample_corpus(samples[:1000]), VOCAB_SIZE)
+        processor = build_processor(_sample_corpus(samples[:1000], design), VOCAB_SIZE)
         model = _new_model(processor, seed)
-    preprocessor = Preprocessor(processor, SYSTEM_PROMPT, MAX_PROMPT_TOKENS)
+    preprocessor = Preprocessor(processor, SYSTEM_PROMPTS[design], MAX_PROMPT_TOKENS)
     check_samples([*samples, *(with_view(sample, "text") for sample in samples if printed)], preprocessor.lengths)
     unasked = [
         replace(sample, problem=PLACEHOLDER * len(sample.images) + VIDEO * len(sample.videos)) for sample in samples
@@ -157,7 +165,7 @@ def warmstart_on(
     step = _training(list(model.parameters()), lr, vision_batches)
     for _ in _progress("images alone", vision_batches, console):
         chosen = rng.integers(len(samples), size=batch_size)
-        demonstrations = [demonstrate(alone, unasked[i]) for i in chosen]
+        demonstrations = [demonstrate(alone, unasked[i], design) for i in chosen]
         step(demonstration_loss(model, processor.tokenizer, demonstrations, answer_weight))
 
     step = _training(list(model.parameters()), lr, batches)
@@ -165,17 +173,17 @@ def warmstart_on(
         chosen = rng.integers(len(samples), size=batch_size)
         views = ["text" if text else "image" for text in rng.random(batch_size) < printed]
         shown = [with_view(samples[i], view) for i, view in zip(chosen, views, strict=True)]
-        demonstrations = [demonstrate(preprocessor, sample) for sample in shown]
+        demonstrations = [demonstrate(preprocessor, sample, design) for sample in shown]
         step(demonstration_loss(model, processor.tokenizer, demonstrations, answer_weight))
 
     _save(model, processor, folder)
 
 
-def demonstrate(preprocessor: Preprocessor, sample: Sample) -> Demonstration:
-    """The sample's question, images, and its state and answer in the reward's format."""
+def demonstrate(preprocessor: Preprocessor, sample: Sample, design: str = "verifiable") -> Demonstration:
+    """The sample's question, images, and its state and answer in the format of the reward's design."""
     view = preprocessor.raw_view(sample)
-    text = f"<think>{sample.state}{THOUGHT_END}\n\\boxed{{{sample.answer}}}"
-    return Demonstration(preprocessor.prompt(sample, view), view, text)
+    thought, answer = DEMONSTRATIONS[design](sample.state, sample.answer)
+    return Demonstration(preprocessor.prompt(sample, view), view, thought + answer, len(thought))
 
 
 def demonstration_loss(
@@ -186,7 +194,7 @@ def demonstration_loss(
 ) -> Tensor:
     """Mean negative log-likelihood (nats a token) of the demonstrations' texts, each with its end.
 
-    Weighted, where `answer_weight` isn't 1: tokens that begin behind the thought count so many times as others.
+    Weighted, where `answer_weight` isn't 1: tokens that begin in the answer count so many times as others.
     """
     prompts = [one.prompt.token_ids for one in demonstrations]
     encoded = [tokenizer(one.text, return_offsets_mapping=True) for one in demonstrations]
@@ -211,12 +219,11 @@ def demonstration_loss(
     logprob = linear_logprob(hidden[kept], model.lm_head.weight, labels[kept]).logprob
     if answer_weight == 1:
         return -logprob.mean()
-    ends = [one.text.index(THOUGHT_END) + len(THOUGHT_END) for one in demonstrations]
     in_answer = torch.tensor(
         [
             is_behind
-            for one, end in zip(encoded, ends, strict=True)
-            for is_behind in (*(start >= end for start, _ in one["offset_mapping"]), True)
+            for one, text in zip(demonstrations, encoded, strict=True)
+            for is_behind in (*(start >= one.answer_at for start, _ in text["offset_mapping"]), True)
         ]
     )
     weight = torch.where(in_answer, answer_weight, 1.0)
@@ -325,10 +332,10 @@ def _corpus(pairs: list[DigitPair], printed: bool) -> list[str]:
     return prompts * 100 + [pair.demonstration() for pair in pairs[:1000]] + states
 
 
-def _sample_corpus(samples: list[Sample]) -> list[str]:
+def _sample_corpus(samples: list[Sample], design: str) -> list[str]:
     """The same of samples, without their states: a small model learns to read these sooner character by character."""
     problems = [MARK.sub("", sample.problem) for sample in samples]
-    return [SYSTEM_PROMPT, CHAT, "<think></think>\n\\boxed{}"] * len(problems) + problems
+    return [SYSTEM_PROMPTS[design], CHAT, "".join(DEMONSTRATIONS[design]("", ""))] * len(problems) + problems
 
 
 def _images(views: Sequence[View]) -> dict[str, Tensor]:

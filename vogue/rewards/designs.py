@@ -36,12 +36,13 @@ from vogue.data import Sample
 from vogue.presets import DESIGNS, HEADED, JUDGING
 from vogue.rewards.answer_types import Number, Time, read
 from vogue.rewards.correctness import verdicts
-from vogue.rewards.format import is_formatted
+from vogue.rewards.format import boxed_demonstration, is_formatted
 from vogue.rewards.function import Earned, RewardError, description_scorer, own_rewards
 from vogue.rewards.pebr_r1 import (
     cosines,
     has_headings,
     headed_answer,
+    headed_demonstration,
     keyword_score,
     keywords_of,
     length_score,
@@ -50,6 +51,11 @@ from vogue.rewards.pebr_r1 import (
 from vogue.rewards.tidy_answer import is_blank
 from vogue.sections import RewardConfig
 
+DEMONSTRATIONS = {  # of a state and an answer, cut before the answer: what a warm start can teach
+    "verifiable": boxed_demonstration,
+    "pebr_perception": headed_demonstration,
+    "pebr_reasoning": headed_demonstration,
+}
 DEFAULT = RewardConfig()  # pyright: ignore[reportCallIssue]
 TAGS = ("description", "think", "visual", "rethink")
 MARKUP = re.compile(rf"</?(?:{'|'.join(TAGS)})>")

@@ -4,6 +4,11 @@ from vogue.answer_extraction import boxed
 from vogue.rewards.tidy_answer import is_blank
 
 
+def boxed_demonstration(state: str, answer: str) -> tuple[str, str]:
+    """A completion of this form that thinks the state and answers, cut behind the thought."""
+    return f"<think>{state}</think>", f"\n\\boxed{{{answer}}}"
+
+
 def is_formatted(completion: str) -> bool:
     r"""Whether a completion opens with its one <think>…</think> and has an answer in a closed \boxed{} behind it.
 

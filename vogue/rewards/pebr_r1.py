@@ -33,6 +33,11 @@ DESCRIPTION, RATIONALES, THOUGHT, ANSWER = HEADINGS = (
 )
 
 
+def headed_demonstration(state: str, answer: str) -> tuple[str, str]:
+    """A completion that describes the state and answers, cut behind the last heading; the two between have no text."""
+    return f"{DESCRIPTION}\n{state}\n{RATIONALES}\n{THOUGHT}\n{ANSWER}", f" {answer}"
+
+
 def description(completion: str) -> str:
     """What stands under the first heading, up to the second or the end; nothing without it."""
     return completion.partition(DESCRIPTION)[2].partition(RATIONALES)[0].strip()
