@@ -19,7 +19,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from vogue.cli import main
-from vogue.config import Config
+from vogue.config import Config, load_config, save_config
 from vogue.sweep import GRACE, Sweep, load_sweep, plan
 
 ROOT = Path(__file__).parents[1]
@@ -189,6 +189,36 @@ def test_the_example_compares_variants_with_grpo(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------ runs
+
+
+def leave_checkpoint(config, step, **rows):
+    """What a run that was stopped at `step` leaves; `rows` of its logs by their names. Returns the model's folder."""
+    folder = config.trainer.output_dir
+    model = folder / "checkpoints" / f"step_{step:06d}" / "hf"
+    model.mkdir(parents=True)
+    save_config(config, folder / "config.yaml")
+    for name, log in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    return model
+
+
+def test_a_variant_may_go_on_from_runs_that_began_with_the_model_of_the_others(sweep_file, capsys, tmp_path):
+    second = r"model.path=second/\${seed}/checkpoints/step_000003/hf"
+    file = sweep_file(variants={"grpo": ["method=grpo"], "staged": [second]})
+    assert main(["sweep", file]) == 2
+    assert "staged: model.path=second/0/checkpoints/step_000003/hf, but grpo has base: all" in capsys.readouterr().err
+    steps = [{"step": step, "generated_tokens": 10**step} for step in range(6)]
+    for seed in (0, 1):
+        first, then = (f"trainer.output_dir={name}/{seed}" for name in ("first", "second"))
+        model = leave_checkpoint(load_config("base.yaml", [first]), 2, metrics=steps)
+        leave_checkpoint(load_config("base.yaml", [then, f"model.path={model}"]), 3, metrics=steps)
+    assert main(["sweep", file]) == 0
+    table = json.loads((tmp_path / "out/table.json").read_text())["variants"]
+    assert table["staged"]["training"]["generated"] == [111 + 11, 0.0]  # of steps behind the checkpoint nothing
+    assert "generated" not in table["grpo"]["training"]
+    save_config(load_config("base.yaml", ["model.path=other"]), tmp_path / "second/1/config.yaml")
+    assert main(["sweep", file]) == 2
+    assert "staged: model.path=other, but grpo has base: all" in capsys.readouterr().err
 
 
 def test_runs_take_turns_by_seed_and_a_variant_stands_over_the_overrides(sweep_file):
@@ -377,9 +407,13 @@ def test_a_real_sweep_compares_methods_from_one_start(settings, sweep_file, tmp_
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_example_of_a_sweep_can_be_planned(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_every_example_of_a_sweep_can_be_planned(path, monkeypatch, tmp_path):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
     sweep = load_sweep(path)
+    if path.stem == "pebr_r1":  # goes on from these
+        for run in plan(load_sweep(path.with_name("pebr_first.yaml")), []):
+            leave_checkpoint(run.config, run.config.trainer.steps)
     runs = plan(sweep, [])
     assert len(runs) == len(sweep.seeds) * len(sweep.variants) and runs[0].name.endswith("/seed_0")
     assert len({run.arguments for run in runs}) == len(runs)  # no two are the same run

@@ -35,6 +35,8 @@ def by_level(judged: Sequence[Judged]) -> dict[str, list[Sample]]:
 def split(config: Config, folder: Path, console: Console) -> dict[str, int]:
     """Ask `model.path` each problem of `data.train`, and write easy, medium and hard.parquet; returns their counts.
 
+    Tells how many tokens that generated: what a comparison at equal cost has to count.
+
     A level without a problem has no file. Raises ConfigError and DataError as an evaluation does.
     """
     samples = training_samples(config.data)
@@ -43,7 +45,10 @@ def split(config: Config, folder: Path, console: Console) -> dict[str, int]:
     schema_of(plain, folder / f"{LEVELS[0]}.parquet")  # before the long work, what a file of them can't hold
     config = config.model_copy(update={"reward": config.reward.unweighed()})
     positions = {sample.place: position for position, sample in enumerate(plain)}
-    found = by_level(evaluate_model(config, ("image",), console, samples)["image"])
+    judged = evaluate_model(config, ("image",), console, samples)["image"]
+    generated = sum(len(completion.token_ids) for item in judged for completion in item.completions)
+    console.print(f"{generated:,} tokens generated", highlight=False)
+    found = by_level(judged)
     for name, samples in found.items():
         path = folder / f"{name}.parquet"
         if samples:

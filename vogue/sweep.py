@@ -35,6 +35,7 @@ from vogue.model.checkpoint import checkpoints
 from vogue.report.differences import plot_differences
 from vogue.run import logs
 from vogue.run.folder import parts, read_rows
+from vogue.run.stages import stages_of
 from vogue.run.stopping import STOPPED
 from vogue.settings import ConfigError, Count, Section, check, read_settings
 
@@ -133,17 +134,23 @@ def plan(sweep: Sweep, overrides: list[str]) -> list[Run]:
 
 
 def _check_comparable(runs: list[Run]) -> None:
-    first = logs.flatten(runs[0].config)
-    if not first["trainer.eval_every"]:
+    if not runs[0].config.trainer.eval_every:
         raise ConfigError("trainer.eval_every is not set: a sweep compares held-out evaluations")
+    first = _shared(runs[0].config)
     for one in runs:
-        settings = logs.flatten(one.config)
+        settings = _shared(one.config)
         for key in SHARED:
             if settings[key] != first[key]:
                 raise ConfigError(
                     f"variant {one.variant}: {key}={settings[key]}, but {runs[0].variant} has {first[key]}: all must "
-                    "start from one model and be evaluated on the same problems"
+                    "start from one model, or from checkpoints of runs that did, and be evaluated on the same problems"
                 )
+
+
+def _shared(config: Config) -> dict:
+    """The settings that all runs share; the model of a run's checkpoint counts as what that run began with."""
+    settings = logs.flatten(config)
+    return {key: settings[key] for key in SHARED} | {"model.path": stages_of(config.model.path)[0]}
 
 
 def run(sweep: Sweep, overrides: list[str], command: str, console: Console) -> int:
@@ -296,7 +303,8 @@ def _compared(runs: list[Run]) -> dict:
     outcomes = {one.variant: {} for one in runs}
     for one in runs:
         if one.done:
-            outcomes[one.variant][one.seed] = sweep_table.read_outcome(one.folder)
+            _, before = stages_of(one.config.model.path)
+            outcomes[one.variant][one.seed] = sweep_table.read_outcome(one.folder, before)
     return sweep_table.compare(outcomes)
 
 

@@ -4,6 +4,7 @@ Seeds and problems are both a draw from many, and every run answers the same pro
 intervals and p are computed. Differences are paired seed by seed and problem by problem.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from vogue.estimates import Estimate, interval, pass_at_k, sign_flip
 from vogue.run.folder import PHASES, read_rows
+from vogue.run.stages import Stage
 from vogue.settings import ConfigError
 
 PASS_AT = (1, 4)
@@ -44,8 +46,10 @@ class Outcome:
     training: dict[str, float]
 
 
-def read_outcome(folder: Path) -> Outcome:
+def read_outcome(folder: Path, before: Sequence[Stage] = ()) -> Outcome:
     """Of a run's folder: its first and last evaluation, and TRAINING where its metrics have it.
+
+    What it generated includes the stages `before`, which made the model that it began with.
 
     Raises `ConfigError` where the two evaluations are of different problems.
     """
@@ -57,7 +61,9 @@ def read_outcome(folder: Path) -> Outcome:
     found = {name: [row[name] for row in tail if name in row] for name in TRAINING}
     training = {name: mean(values) for name, values in found.items() if values}
     training["seconds"] = median(sum(row.get(f"time/{phase}", 0.0) for phase in PHASES) for row in rows)
-    if counted := [row["generated_tokens"] for row in rows if "generated_tokens" in row]:
+    logged = ((stage.steps, read_rows(stage.folder / "metrics.jsonl")) for stage in before)
+    earlier = [row for steps, of_stage in logged for row in of_stage if row["step"] < steps]
+    if counted := [row["generated_tokens"] for row in earlier + rows if "generated_tokens" in row]:
         training["generated"] = sum(counted)
     return Outcome(last["n"], last.get("problems"), first["right"], last["right"], training)
 
@@ -162,7 +168,10 @@ def notes(compared: dict) -> list[str]:
     last = (
         f"means over the last {TAIL:.0%} of the steps, entropy and u_per of tokens trained on, u_per where it is paid"
     )
-    cost = f"seconds: the median of {' + '.join(PHASES)}; tokens: of the whole run, measurements of samples included"
+    cost = (
+        f"seconds: the median of {' + '.join(PHASES)}; tokens: of the whole run and the stages before it, measurements "
+        "of samples included"
+    )
     lines.append(f"Training: {last}; {cost}; ± the standard deviation over seeds.")
     return lines
 
