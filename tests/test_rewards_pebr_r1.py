@@ -1,6 +1,8 @@
 """PeBR-R1's designs by hand, with a scorer in its process, and the split of a data set that its stages train on."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from PIL import Image
 from vogue.cli import main
 from vogue.config import load_config
 from vogue.data import DataError, Sample, load_samples, write_parquet
+from vogue.data.puzzles import puzzle_samples
 from vogue.difficulty import level
 from vogue.rewards import RewardError, check_function, score, score_batch
 from vogue.rewards.explain import steps
@@ -18,6 +21,7 @@ from vogue.rewards.pebr_r1 import (
     description,
     has_headings,
     headed_answer,
+    headed_demonstration,
     keyword_score,
     keywords_of,
     length_score,
@@ -26,6 +30,7 @@ from vogue.rewards.pebr_r1 import (
 from vogue.sections import RewardConfig
 from vogue.settings import ConfigError
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 COMPLETION = """\
 ### Image Description:
 A circle and a SUM.
@@ -123,6 +128,20 @@ def test_perception_pays_for_what_is_seen_and_not_for_the_answer(perception, sam
     assert [one.format for one in found] == [1, 1, 0]
 
 
+def test_the_scorer_of_the_checkers_is_1_for_a_right_description_alone():
+    (made,) = puzzle_samples(["checker_move"], "train", 1, seed=0, size=112)
+    assert made.state == "Start: RGGG_RR\nEnd: R_GGGRR"
+    wrong = ["Start: RGG_GRR\nEnd: R_GGGRR", "Start: RGGG_R\nEnd: R_GGGRR", "Start: R_GGGRR\nEnd: RGGG_RR"]
+    nothing = ["", "Start: RGGG_RR", f"{made.state}\nEnd: R_GGGRR", "Start: RGGG_RR\nEnd: 3"]
+    scorer = {"function": f"{EXAMPLES}/puzzles/redrawn.py:likeness"}
+    settings = RewardConfig(design="pebr_perception", scorer=scorer, similar_enough=1)
+    texts = ["".join(headed_demonstration(state, "3")) for state in (made.state, *wrong, *nothing)]
+    found = [one.components["similarity"] for one in score_batch(texts, [made] * 8, settings, tokens=[1] * 8)]
+    assert found[0] == pytest.approx(1)
+    assert all(0.5 < cosine < 0.98 for cosine in found[1:4])
+    assert found[4:] == [0] * 4
+
+
 def test_a_weight_of_0_calls_no_scorer(sample):
     settings = RewardConfig(design="pebr_perception", weights={"similarity": 0})
     (found,) = score_batch([COMPLETION.format("12")], [sample], settings, tokens=[1])
@@ -211,6 +230,8 @@ def test_a_data_set_is_split_by_how_often_a_model_is_right(model_folder, digits_
     out = tmp_path / "split"
     assert main(["data", "split", str(tmp_path / "all.parquet"), *given, "--samples", "4", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
+    told = re.search(r"^(\S+) tokens generated$", printed, re.MULTILINE)
+    assert told and 24 * 4 <= int(told[1].replace(",", "")) <= 24 * 4 * 12
     found = {path.stem: list(load_samples(path)) for path in out.glob("*.parquet")}
     assert sorted(sample.columns["number"] for part in found.values() for sample in part) == list(range(24))
     for name, part in found.items():
