@@ -83,13 +83,14 @@ def wide_model_folder(tmp_path_factory, processor, new_model, samples):
     return write_answering(new_model(hidden_size=128), processor, samples, tmp_path_factory.mktemp("wide"))
 
 
-def write_answering(model, processor, samples, folder):
-    """Teach a model to answer in the format, and write it to a folder.
+def write_answering(model, processor, samples, folder, opening=""):
+    """Teach a model to answer in the format, every other digit behind an `opening`, and write it to a folder.
 
     Without the format every reward would be 0, and every advantage, loss and gradient too.
     """
     preprocessor = Preprocessor(processor, "Think.", 512)
-    answers = [processor.tokenizer(f"<think></think>\\boxed{{{digit}}}<|im_end|>")["input_ids"] for digit in range(10)]
+    texts = [f"{opening * (digit % 2)}<think></think>\\boxed{{{digit}}}<|im_end|>" for digit in range(10)]
+    answers = [processor.tokenizer(text)["input_ids"] for text in texts]
     completions = tuple(Completion(tuple(ids), (0.0,) * len(ids), "", True) for ids in answers)
     rows = []
     for sample in samples[:3]:

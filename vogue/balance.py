@@ -8,7 +8,8 @@ micro-batches of similar size are the ranks' i-th ones:
     all rows, longest first  ->  micro-batches 0 1 2 3 4 5 ...  ->  0 1 of the ranks first, 2 3 second, ...
 
 What a row weighs in the loss doesn't depend on where it is computed: results differ in the order of their sums alone.
-Token ids travel, images don't: the loader makes them again from the seed, the step and the `Origin` of their prompt.
+Token ids and states travel, images don't: the loader makes them again from the seed, the step and their prompt's
+`Origin`.
 """
 
 from collections import Counter

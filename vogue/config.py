@@ -258,6 +258,7 @@ class Config(Section):
             "trainer.shuffle": (self.trainer.shuffle > 0, "a replayed completion has no place in a pair"),
             "advantage.kind=gae": (self.advantage.valued, "value heads learn from today's policy's completions"),
             "kl.placement=reward": (self.kl.in_reward, "stored rewards are without today's KL"),
+            "rollout.latent_steps": (self.rollout.latent_steps > 0, "the buffer keeps tokens, and no states"),
             "replay.share": (
                 self.sampling.kind == "variance" and self.replay.share > 0,
                 "with sampling.kind=variance both would draw the step's prompts: set it to 0",

@@ -79,7 +79,9 @@ def judge(
     groups = generate(engine, config, requests)
     places = [(number,) for number in numbers]
     scores = score_groups(engine, preprocessor, config, samples, groups, places, of_evaluations(config))
-    return [Judged(sample, tuple(group), s) for sample, group, s in zip(samples, groups, scores, strict=True)]
+    # Without states, which nothing reads of what isn't trained on: all ranks get all completions.
+    told = [tuple(replace(each, latents=None, behind=()) for each in group) for group in groups]
+    return [Judged(sample, group, s) for sample, group, s in zip(samples, told, scores, strict=True)]
 
 
 def summary(judged: Sequence[Judged], pass_at: Sequence[int]) -> dict[str, Estimate]:

@@ -136,7 +136,7 @@ def judged(group: Group, scores: Iterable[Score], config: Config) -> Group:
     """
     buffer = round(config.reward.overlong_buffer * config.rollout.max_tokens)
     if buffer:
-        lengths = (len(completion.token_ids) for completion in group.completions)
+        lengths = (completion.steps for completion in group.completions)
         punishments = [overlong_punishment(length, config.rollout.max_tokens, buffer) for length in lengths]
         scores = [
             replace(score, reward=score.reward + value, components=score.components | {"overlong": value})
@@ -259,7 +259,8 @@ def rows(groups: Mapping[int, Group], config: Config, step: int, shared_prefix: 
             compared = shown and (measures or config.compares or (bonus and reads_other(config)))
             others = compared_views(config, step, other) if compared or (shown and hold) else ()
             budget = config.trainer.micro_batch_tokens - len(group.item.prompt.token_ids)
-            for part in cut(chosen, lengths, budget if shared_prefix else 0):
+            sizes = [completion.steps for completion in group.completions]
+            for part in cut(chosen, sizes, budget if shared_prefix else 0):
                 row = Row(
                     prompt=group.item.prompt,
                     views=group.item.views,
@@ -391,6 +392,8 @@ def tally(groups: Iterable[Group], means: Means) -> None:
             means.add("answered", score.parsed is not None)
             means.add("finished", completion.finished)
             means.add("tokens", len(completion.token_ids))
+            if completion.latents is not None:
+                means.add("latents", len(completion.latents))
             side = RIGHT if score.accuracy == 1 else WRONG
             means.add(side, curiosity.log_perplexity(completion.logprobs))
             if kept:

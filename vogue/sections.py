@@ -299,6 +299,16 @@ class RolloutConfig(Section):
         description="strings that end a completion, which counts as finished and keeps the string, in rollouts and "
         "evaluations: [</answer>]",
     )
+    latent_steps: int = Field(
+        0,
+        ge=0,
+        description="states of its own that the model reads in place of tokens wherever it says <|lvr_start|>, with "
+        "rollout.engine=hf and a model that knows that token; 0: none (Latent Visual Reasoning 8)",
+    )
+    latent: Literal["hidden", "noise", "zero"] = Field(
+        "hidden",
+        description="what is read there: the step before's last hidden state, normal noise of its length, or zeros",
+    )
     memory: Share = Field(0.4, description="share of a GPU's memory that vLLM takes")
     kv_cache_gb: Positive = Field(1.0, description="size of vLLM's KV cache on a CPU, in GB a rank")
     tensor_parallel: Count = Field(
@@ -349,6 +359,22 @@ class RolloutConfig(Section):
             )
         if len(set(self.servers)) < len(self.servers):
             raise ValueError(f"rollout.servers={self.servers}: one of them stands twice")
+        return self
+
+    @model_validator(mode="after")
+    def _states_can_be_read(self) -> "RolloutConfig":
+        steps, told = self.latent_steps, f"rollout.latent_steps={self.latent_steps}"
+        if not steps and self.latent != "hidden":
+            raise ValueError(f"rollout.latent={self.latent}: with {told} no state is read")
+        if steps and self.engine != "hf":
+            raise ValueError(f"{told}: only rollout.engine=hf gives hidden states back, not {self.engine}")
+        if steps and steps + 2 > self.max_tokens:
+            raise ValueError(f"{told}: rollout.max_tokens={self.max_tokens} has no room for a token behind so many")
+        if steps and self.noisy_share:
+            raise ValueError(
+                f"{told} with rollout.noisy_share={self.noisy_share}: states that were read with T(x) aren't those of "
+                "the policy on x, and no ratio tells"
+            )
         return self
 
     @property

@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     CRITIC = 12
     DEALT = 13  # which value head learns of which token
     PROBE = 14  # a completion that a server's weights are tried by
+    LATENT = 15  # noise that is read in place of states
 
 
 def seed_for(seed: int, purpose: Purpose, *where: int) -> int:

@@ -5,7 +5,7 @@ tokens, a chat template, the image processor, and `Qwen2_5_VLForConditionalGener
 folder loads with `from_pretrained` and in vLLM as it is, so the trainer need not know that it is small.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from tokenizers import pre_tokenizers
@@ -50,15 +50,17 @@ def build_processor(
     min_tokens: int = 2,
     pixel_mean: float = 0.5,
     pixel_std: float = 0.5,
+    more_tokens: Sequence[str] = (),
 ) -> Qwen2_5_VLProcessor:
     """Tokenizer trained on `corpus` (at most `vocab_size` tokens) beside Qwen's own image processor.
 
     `min_tokens` is the least number of image tokens: a smaller image is enlarged to it. Pixels in [0, 1] are
-    normalised by their mean and standard deviation.
+    normalised by their mean and standard deviation. `more_tokens` are special ones beside Qwen's.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = [*SPECIAL_TOKENS, *more_tokens]
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
-        corpus, vocab_size, new_special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+        corpus, vocab_size, new_special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     size = {"shortest_edge": min_tokens * TOKEN_PIXELS**2, "longest_edge": 1280 * TOKEN_PIXELS**2}

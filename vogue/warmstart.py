@@ -9,6 +9,11 @@ whole model learns from demonstrations, at first right ones, then a share of the
 with what it read. On any other data with a `state`, all that the images show as text, the model learns to think the
 state and answer, or to describe and answer where the design asks for that, first from the images alone and then asked.
 
+With `latent_steps` the model first begins a span and reads so many states of its own (`vogue.method.latent`). In
+demonstrations it reads the image's vision tokens there, one a digit, the two over again where more are asked for, and
+its states before them learn to be them: at a root mean square of 1, as normed states have at first, since a tower made
+from nothing gives tokens forty times as long. What is printed has no such tokens, and no span.
+
 A share of the demonstrations may print the state in the image's place, so that `vogue eval --view image,text` can tell
 whether the base's weakness is seeing or thinking.
 """
@@ -39,6 +44,8 @@ from vogue.data.prompts import MARK, SYSTEM_PROMPTS, with_view
 from vogue.data.samples import PLACEHOLDER, VIDEO
 from vogue.families import family_of
 from vogue.inputs import Preprocessor, Prompt, View, load_processor
+from vogue.method.latent import END, LOSS_WEIGHT, START, latent_loss
+from vogue.model.embedding import reading
 from vogue.rewards.designs import DEMONSTRATIONS
 from vogue.seeds import Purpose, rng_for, seed_for
 from vogue.settings import ConfigError
@@ -58,12 +65,14 @@ class Demonstration:
     """`text` is what a model should answer to `prompt`, whose images `view` holds.
 
     The answer begins at character `answer_at` of it, behind the thought; 0 where nobody tells them apart.
+    Behind its first token `latents` (K, D) are read, which the states before them are to be; None: nothing is.
     """
 
     prompt: Prompt
     view: View
     text: str
     answer_at: int = 0
+    latents: Tensor | None = None
 
 
 def warmstart(
@@ -77,21 +86,28 @@ def warmstart(
     printed: float,
     faintest: float,
     seed: int,
+    latent_steps: int = 0,
+    latent_weight: float = LOSS_WEIGHT,
     console: Console | None = None,
 ) -> None:
     """Train a small model on the digits and save it in `folder`.
 
     `misread` is the share of demonstrations with a wrong digit in the last part of the `batches`, `printed` that of
     those with the digits as text and no image; `lr` is AdamW's, warmed up and then decayed to a tenth by a cosine;
-    `faintest` the least contrast of a digit (`digit_pairs`).
+    `faintest` the least contrast of a digit (`digit_pairs`); `latent_steps` the states that are read first,
+    and `latent_weight` that of their loss.
 
     Raises `ConfigError` if `folder` exists.
     """
     _check_new(folder)
+    if latent_steps < 0:
+        raise ConfigError(f"--latent-steps {latent_steps} is negative")
     pairs = digit_pairs("train", PAIRS, seed, faintest=faintest)
-    processor = build_processor(_corpus(pairs, printed > 0), pixel_mean=PIXEL_MEAN, pixel_std=PIXEL_STD)
+    more = (START, END) if latent_steps else ()
+    corpus = _corpus(pairs, printed > 0)
+    processor = build_processor(corpus, pixel_mean=PIXEL_MEAN, pixel_std=PIXEL_STD, more_tokens=more)
     model = _new_model(processor, seed)
-    examples = Examples(pairs, Preprocessor(processor, DIGITS_SYSTEM_PROMPT, 512))
+    examples = Examples(pairs, Preprocessor(processor, DIGITS_SYSTEM_PROMPT, 512), latent_steps, latent_weight)
     rng = rng_for(seed, Purpose.WARMSTART)
 
     classifier = nn.Linear(model.config.text_config.hidden_size, 10)
@@ -191,32 +207,44 @@ def demonstration_loss(
     tokenizer: PreTrainedTokenizerBase,
     demonstrations: Sequence[Demonstration],
     answer_weight: float = 1.0,
+    latent_weight: float = LOSS_WEIGHT,
 ) -> Tensor:
     """Mean negative log-likelihood (nats a token) of the demonstrations' texts, each with its end.
 
-    Weighted, where `answer_weight` isn't 1: tokens that begin in the answer count so many times as others.
+    Weighted, where `answer_weight` isn't 1: tokens that begin in the answer count so many times as others. Where there
+    are `latents`, no token is weighted, and `latent_weight` times the `latent_loss` is added.
     """
     prompts = [one.prompt.token_ids for one in demonstrations]
     encoded = [tokenizer(one.text, return_offsets_mapping=True) for one in demonstrations]
     texts = [torch.tensor([*one["input_ids"], tokenizer.eos_token_id]) for one in encoded]
-    rows = [torch.cat(parts) for parts in zip(prompts, texts, strict=True)]
+    latents = [one.latents for one in demonstrations]
+    counts = [0 if states is None else len(states) for states in latents]
+    inputs = [_behind_first(text, count, int(text[0])) for text, count in zip(texts, counts, strict=True)]
+    said = [_behind_first(text, count, -100) for text, count in zip(texts, counts, strict=True)]
+    rows = [torch.cat(parts) for parts in zip(prompts, inputs, strict=True)]
     input_ids = _pad(rows, cast(int, tokenizer.pad_token_id))
     unlabelled = [torch.full_like(prompt, -100) for prompt in prompts]
-    labels = _pad([torch.cat(parts) for parts in zip(unlabelled, texts, strict=True)], -100)[:, 1:]
+    labels = _pad([torch.cat(parts) for parts in zip(unlabelled, said, strict=True)], -100)[:, 1:]
     mask = _pad([torch.ones_like(row) for row in rows], 0)
     types = _pad([one.prompt.token_types for one in demonstrations], 0, input_ids.shape[1])
     shown = _images([one.view for one in demonstrations])
     seconds = [clip.interval for one in demonstrations for clip in one.view.clips]
     sizes = shown.get("image_grid_thw"), shown.get("video_grid_thw")
-    hidden = model.model(
-        input_ids=input_ids,
-        attention_mask=mask,
-        mm_token_type_ids=types,
-        position_ids=family_of(model).positions(model, input_ids, types, mask, *sizes, seconds),
-        **shown,
-    ).last_hidden_state[:, :-1]
-    kept = labels != -100
-    logprob = linear_logprob(hidden[kept], model.lm_head.weight, labels[kept]).logprob
+    width, kept = input_ids.shape[1], labels != -100
+    firsts = [b * width + len(prompt) for b, prompt in enumerate(prompts)]
+    places = torch.tensor([first + 1 + i for first, count in zip(firsts, counts, strict=True) for i in range(count)])
+    read = torch.cat([states for states in latents if states is not None]) if len(places) else None
+    with reading(model, places, read):
+        hidden = model.model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            mm_token_type_ids=types,
+            position_ids=family_of(model).positions(model, input_ids, types, mask, *sizes, seconds),
+            **shown,
+        ).last_hidden_state
+    logprob = linear_logprob(hidden[:, :-1][kept], model.lm_head.weight, labels[kept]).logprob
+    if read is not None:
+        return latent_weight * latent_loss(hidden.flatten(0, 1)[places - 1], read) - logprob.mean()
     if answer_weight == 1:
         return -logprob.mean()
     in_answer = torch.tensor(
@@ -233,8 +261,14 @@ def demonstration_loss(
 class Examples:
     """Prompts and image features of digit pairs, computed once."""
 
-    def __init__(self, pairs: list[DigitPair], preprocessor: Preprocessor):
-        self.pairs = pairs
+    def __init__(
+        self,
+        pairs: list[DigitPair],
+        preprocessor: Preprocessor,
+        latent_steps: int = 0,
+        latent_weight: float = LOSS_WEIGHT,
+    ):
+        self.pairs, self.latent_steps, self.latent_weight = pairs, latent_steps, latent_weight
         self.preprocessor = preprocessor
         self.views = [preprocessor.view([pair.image]) for pair in pairs]
         prompts = {pair.question: (pair, view) for pair, view in zip(pairs, self.views, strict=True)}
@@ -243,9 +277,9 @@ class Examples:
     def classification_loss(self, model: PreTrainedModel, classifier: nn.Module, chosen: list[int]) -> Tensor:
         """Cross-entropy of the digits of pairs `chosen`; an image is two tokens, one a digit."""
         images = _images([self.views[i] for i in chosen])
-        features = model.model.get_image_features(*images.values(), return_dict=True).pooler_output
+        features = _features(model, images)
         labels = torch.tensor([digit for i in chosen for digit in (self.pairs[i].left, self.pairs[i].right)])
-        return nn.functional.cross_entropy(classifier(torch.cat(tuple(features))), labels)
+        return nn.functional.cross_entropy(classifier(torch.cat(features)), labels)
 
     def loss(
         self,
@@ -262,7 +296,21 @@ class Examples:
         demonstrations = [
             Demonstration(*self._shown(i, text), answer) for i, text, answer in zip(chosen, printed, texts, strict=True)
         ]
-        return demonstration_loss(model, self.preprocessor.tokenizer, demonstrations)
+        if self.latent_steps:
+            demonstrations = self._with_spans(model, demonstrations)
+        tokenizer = self.preprocessor.tokenizer
+        return demonstration_loss(model, tokenizer, demonstrations, latent_weight=self.latent_weight)
+
+    @torch.no_grad()
+    def _with_spans(self, model: PreTrainedModel, demonstrations: Sequence[Demonstration]) -> list[Demonstration]:
+        """Those with an image read its two vision tokens, in turns, in a span before they answer."""
+        images = _images([one.view for one in demonstrations])
+        features, turns = iter(_features(model, images) if images else ()), torch.arange(self.latent_steps) % 2
+
+        def with_span(one: Demonstration) -> Demonstration:
+            return replace(one, text=START + END + one.text, latents=_normed(next(features))[turns])
+
+        return [with_span(one) if one.view.images else one for one in demonstrations]
 
     def _shown(self, i: int, printed: bool) -> tuple[Prompt, View]:
         pair = self.pairs[i]
@@ -347,6 +395,21 @@ def _images(views: Sequence[View]) -> dict[str, Tensor]:
     }
     found = {name: [tensor for tensor in tensors if tensor is not None] for name, tensors in given.items()}
     return {name: torch.cat(tensors) for name, tensors in found.items() if tensors}
+
+
+def _features(model: PreTrainedModel, images: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """The vision tokens (T, D) of each image."""
+    return tuple(model.model.get_image_features(*images.values(), return_dict=True).pooler_output)
+
+
+def _normed(features: Tensor) -> Tensor:
+    """Vision tokens (T, D), each with a root mean square of 1."""
+    return features / features.square().mean(dim=-1, keepdim=True).sqrt()
+
+
+def _behind_first(ids: Tensor, count: int, filler: int) -> Tensor:
+    """Token ids (T,) with so many of `filler` behind the first one."""
+    return torch.cat([ids[:1], ids.new_full((count,), filler), ids[1:]])
 
 
 def _pad(rows: list[Tensor], value: int, length: int | None = None) -> Tensor:

@@ -4,12 +4,14 @@ A row of a micro-batch is one prompt followed by the completions that share it:
 
     [ prompt | completion 1 | completion 2 | ... | pad ]      segments 0, 1, 2, ..., -1
 
-Completions attend to the prompt and to themselves (`vogue.model.policy`), so a group costs one prompt. Only the
-positions that predict a completion's token reach the output head; they are listed flat, as N tokens.
+Completions attend to the prompt and to themselves (`vogue.model.policy`), so a group costs one prompt. States that one
+has read (`vogue.rollout.latent`) have places in it, and are no tokens. Only the positions that predict a completion's
+token reach the output head; they are listed flat, as N tokens.
 """
 
 import itertools
 import math
+from bisect import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, TypeVar
@@ -113,6 +115,8 @@ class Batch:
     behaviour: Tensor | None = None  # (N,) float32 nats, by the policy that generated; NaN: today's. None: all today's
     dealt: Tensor | None = None  # (N, K) bool: which value head learns of the token
     returns: Tensor | None = None  # (N,) float32: the completion's reward, which it learns
+    latents: Tensor | None = None  # (n, D): the states that are read in place of tokens; None where there are none
+    latent_positions: Tensor | None = None  # (n,) where in the B L tokens
 
     @property
     def slices(self) -> list[slice]:
@@ -200,7 +204,8 @@ def collate(rows: Sequence[Row], pad_id: int, *, token_mean: bool) -> Batch:
     token_types = torch.zeros_like(input_ids)
     segments = torch.full_like(input_ids, PAD)
     sizes, starts, prompt_ends, weights, places = [], [], [], [], []  # of each completion
-    targets, logprobs, advantages = [], [], []  # of each token
+    targets, logprobs, advantages, read = [], [], [], []  # of each token; `read`: states before it in its completion
+    latents, latent_positions = [], []
     for b, row in enumerate(rows):
         prompt = len(row.prompt.token_ids)
         input_ids[b, :prompt], token_types[b, :prompt] = row.prompt.token_ids, row.prompt.token_types
@@ -215,6 +220,10 @@ def collate(rows: Sequence[Row], pad_id: int, *, token_mean: bool) -> Batch:
             sizes.append(size)
             starts.append(b * length + prompt + len(ids))
             prompt_ends.append(b * length + prompt - 1)
+            read += [bisect(completion.behind, i) for i in range(size)] if completion.behind else [0] * size
+            if completion.latents is not None:
+                latents.append(completion.latents)
+                latent_positions += [starts[-1] + after + j for j, after in enumerate(completion.behind)]
             advantages.append(shaped)
             weights.append(row.weight * times if token_mean else row.weight * times / size)
             targets += completion.token_ids
@@ -229,7 +238,7 @@ def collate(rows: Sequence[Row], pad_id: int, *, token_mean: bool) -> Batch:
     def per_token(values: list) -> Tensor:
         return torch.tensor(values).repeat_interleave(size)
 
-    # The first token is predicted where the prompt ends, each further one by the token before it.
+    # The first token is predicted where the prompt ends, each further one by the token or the state before it.
     number = torch.arange(len(targets)) - (size.cumsum(0) - size).repeat_interleave(size)
     batch = Batch(
         input_ids=input_ids,
@@ -238,7 +247,7 @@ def collate(rows: Sequence[Row], pad_id: int, *, token_mean: bool) -> Batch:
         images=_stack([row.views[row.trained] for row in rows]),
         completions=tuple(completion for row in rows for completion in row.completions),
         places=tuple(places),
-        positions=torch.where(number == 0, per_token(prompt_ends), per_token(starts) + number - 1),
+        positions=torch.where(number == 0, per_token(prompt_ends), per_token(starts) + number + torch.tensor(read) - 1),
         targets=torch.tensor(targets),
         advantages=torch.cat(advantages),
         engine_logprob=torch.tensor(logprobs),
@@ -249,6 +258,8 @@ def collate(rows: Sequence[Row], pad_id: int, *, token_mean: bool) -> Batch:
         behaviour=_behaviour(rows),
         right=per_token([right for row in rows for right in row.right or (False,) * len(row.completions)]),
         dealt=_dealt(rows),
+        latents=torch.cat(latents) if latents else None,
+        latent_positions=torch.tensor(latent_positions, dtype=torch.int64) if latents else None,
     )
     views = [_other(batch, rows, i, pad_id, token_mean) for i in range(counts[0])]
     degraded = counts[0] - rows[0].degraded  # from here on
@@ -283,9 +294,15 @@ def _dealt(rows: Sequence[Row]) -> Tensor | None:
     return torch.cat([part for row, rest in zip(rows, idle, strict=True) for part in row.dealt or rest])
 
 
-def _inputs(completion: Completion) -> tuple[int, ...]:
-    """The tokens that the model reads: the last one predicts nothing (kept where it is alone, so that some are)."""
-    return completion.token_ids[: max(1, len(completion.token_ids) - 1)]
+def _inputs(completion: Completion) -> list[int]:
+    """The tokens that the model reads: the last one predicts nothing (kept where it is alone, so that some are).
+
+    In the place of a state the token before it stands once more.
+    """
+    inputs = list(completion.token_ids[: max(1, len(completion.token_ids) - 1)])
+    for i, after in enumerate(completion.behind):
+        inputs.insert(after + i, inputs[after + i - 1])
+    return inputs
 
 
 def _stack(views: Sequence[View]) -> Images | None:

@@ -14,8 +14,7 @@ A reference, which `kl` compares the policy with, is a frozen model beside it, o
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -28,6 +27,7 @@ from vogue.families import Family, family_of
 from vogue.method.kl import Reference
 from vogue.method.uncertainty import OtherBranch, TokenStats
 from vogue.model.attention import FLEX, IMPLEMENTATIONS, MASKED, OWN, attention_inputs, automatic, layer_masks
+from vogue.model.embedding import changed, reading
 from vogue.model.lora import without_adapters
 from vogue.model.packing import PAD, Batch, Images
 from vogue.model.vision import prepare_tower
@@ -223,14 +223,16 @@ class Policy(nn.Module):
         features = self._features(images or _blank(self.family, model).to(batch.input_ids.device), model)
         inputs = {"input_ids": batch.input_ids, "position_ids": self._positions(batch), "use_cache": False}
         inputs |= self._attention_inputs(batch, inputs["position_ids"], model)
-        if images is not None:
-            output = _see(model.model, _in_order(features, images), inputs)
-        else:
-            # Under ZeRO-3 every rank must call the same modules in the same order, vision included, and have a gradient
-            # for each. So the blank's features come in where images' do: what is behind them has a gradient, too.
-            nothing = sum((x.sum() for x in _tensors(features)), torch.zeros((), device=batch.input_ids.device))
-            with _added_to(model.get_input_embeddings(), 0 * nothing):
-                output = model.model(**inputs)
+        with reading(model, batch.latent_positions, batch.latents):
+            if images is not None:
+                output = _see(model.model, _in_order(features, images), inputs)
+            else:
+                # Under ZeRO-3 every rank must call the same modules in the same order, vision included, and have a
+                # gradient for each. So the blank's features come in where images' do: what is behind them has one, too.
+                nothing = sum((x.sum() for x in _tensors(features)), torch.zeros((), device=batch.input_ids.device))
+                embedding: Any = model.get_input_embeddings()
+                with changed(embedding, lambda output: output + 0 * nothing):
+                    output = model.model(**inputs)
         return output.last_hidden_state.flatten(0, 1)[batch.positions]
 
     def _attention_inputs(self, batch: Batch, positions: Tensor, model: PreTrainedModel) -> dict:
@@ -331,16 +333,6 @@ def _see(body: nn.Module, features: dict[str, Any], inputs: dict):
     finally:
         for kind in features:
             delattr(body, f"get_{kind}_features")
-
-
-@contextmanager
-def _added_to(module: nn.Module, value: Tensor) -> Iterator[None]:
-    """`value` is added to what the module returns."""
-    handle = module.register_forward_hook(lambda _module, _inputs, output: output + value)  # pyright: ignore
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _in_order(features, images: Images) -> dict[str, Any]:

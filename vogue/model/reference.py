@@ -34,10 +34,11 @@ def check_reference(model: PreTrainedModel, config: Config) -> str:
         theirs: Any = read_checkpoint(path).model.config
     except ConfigError as error:
         raise ConfigError(str(error).replace(f"model.path={path}", f"kl.reference={path}")) from None
-    for name, mine, its in (
-        ("model_type", ours.model_type, theirs.model_type),
-        ("vocab_size", ours.get_text_config().vocab_size, theirs.get_text_config().vocab_size),
-    ):
+    text, other = ours.get_text_config(), theirs.get_text_config()
+    same = {"model_type": (ours.model_type, theirs.model_type), "vocab_size": (text.vocab_size, other.vocab_size)}
+    if config.rollout.latent_steps:  # it reads the policy's states
+        same["hidden_size"] = text.hidden_size, other.hidden_size
+    for name, (mine, its) in same.items():
         if mine != its:
             raise ConfigError(f"kl.reference={path}: its {name} is {its}, that of model.path={mine}")
     return path

@@ -5,7 +5,7 @@ can't be installed. A rank generates for its own prompts; ranks that share an en
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -37,12 +37,22 @@ class Completion:
     `token_ids` end with an end token, or with the one that completes a string of `Sampling.stop`, if it `finished`;
     `logprobs` (nats) are of the distribution sampled from. `text` is the model's whole turn: it begins with what the
     chat template has opened of it, and ends with the string that has stopped it.
+
+    States that the model has read between tokens (`vogue.rollout.latent`) are `latents` (n, D), the i-th of them behind
+    the first `behind[i]` tokens; None with `rollout.latent_steps=0`.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     text: str
     finished: bool
+    latents: Tensor | None = field(default=None, compare=False)  # tensors have no truth value
+    behind: tuple[int, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """What the model has read and said: tokens, and states in between."""
+        return len(self.token_ids) + len(self.behind)
 
     def __getstate__(self):
         # What ranks send each other is read number by number, but for tensors.

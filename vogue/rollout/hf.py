@@ -19,8 +19,10 @@ from transformers import AutoModelForImageTextToText, Cache, PreTrainedModel, Pr
 from vogue.config import Config
 from vogue.families import family_of
 from vogue.inputs import cat_images
+from vogue.model.embedding import reading
 from vogue.rollout.cache import roomy_cache
 from vogue.rollout.engine import BAN, Completion, Request, media_token_ids
+from vogue.rollout.latent import Read, Spans, check_latent
 from vogue.rollout.sampling import Sampling, StopWatch, truncated, until_stop
 
 SEQUENCES = 512  # generated at a time
@@ -38,7 +40,8 @@ class HfEngine:
         self._copies = model is None or any(map(_is_partitioned, model.parameters()))
         own: Any = _read(config) if self._copies else model
         self.model = own.to(self.device)
-        self.tokenizer = processor.tokenizer
+        self.config, self.tokenizer = config, processor.tokenizer
+        check_latent(self.tokenizer, config)
         self.family = family_of(self.model)
         self.ends = _end_tokens(self.model, self.tokenizer)
         self._bias = torch.zeros(self.model.config.text_config.vocab_size, device=self.device)
@@ -59,30 +62,40 @@ class HfEngine:
         finished = torch.zeros(len(uniform), dtype=torch.bool, device=self.device)
         lengths = torch.full((len(uniform),), max_tokens, device=self.device)
         watch = StopWatch(sampling.stop, self.tokenizer, len(uniform))
-        steps = self._logits(requests, n)
-        logits = next(steps)
+        steps = self._steps(requests, n)
+        logits, hidden = next(steps)
+        spans = Spans(self.config, self.tokenizer, [request.seed for request in requests], n, hidden)
         for at in range(max_tokens):
             logits = (logits.float() + self._bias) / (temperature or 1.0)
             logp = (truncated(logits, sampling) if temperature else logits).log_softmax(-1)
             drawn = _draw(logp, uniform[:, at : at + 1]) if temperature else logp.argmax(-1, keepdim=True)
+            drawn, inside = spans.silenced(drawn)
             tokens.append(drawn)
             logprobs.append(logp.gather(1, drawn))
-            ended = torch.isin(drawn[:, 0], ends) | watch.stopped(drawn[:, 0])
+            ended = (torch.isin(drawn[:, 0], ends) | watch.stopped(drawn[:, 0])) & ~inside
             lengths[ended & ~finished] = at + 1
             finished |= ended
+            read = spans.read(drawn, inside, hidden, at)
             if finished.all() or at == max_tokens - 1:
                 break
-            logits = steps.send(drawn)
+            logits, hidden = steps.send((drawn, read))
         rows = (torch.cat(tokens, dim=1), torch.cat(logprobs, dim=1), lengths, finished)
         opened = [request.prompt.opened for request in requests for _ in range(n)]
-        completions = [
-            Completion(tuple(ids[:length]), tuple(values[:length]), self._text(ids[:length], start, sampling), done)
-            for ids, values, length, done, start in zip(*(row.tolist() for row in rows), opened, strict=True)
-        ]
+        completions = []
+        for row, (ids, values, length, done) in enumerate(zip(*(row.tolist() for row in rows), strict=True)):
+            sampled, latents, behind = spans.told_apart(row, length)
+            ids, values = [ids[at] for at in sampled], [values[at] for at in sampled]
+            text = self._text(ids, opened[row], sampling)
+            completions.append(Completion(tuple(ids), tuple(values), text, done, latents, behind))
         return [completions[start : start + n] for start in range(0, len(completions), n)]
 
-    def _logits(self, requests: list[Request], n: int) -> Generator[Tensor, Tensor, None]:
-        """Yield the next token's logits (requests x n, V); the caller sends the tokens that it drew."""
+    def _steps(
+        self, requests: list[Request], n: int
+    ) -> Generator[tuple[Tensor, Tensor], tuple[Tensor, Read | None], None]:
+        """Yield the next token's logits (requests x n, V) and the states (requests x n, D) that they are of.
+
+        The caller sends the tokens that it drew, and the states that some completions read in their place.
+        """
         ids, types, real = self._prompts(requests)
         images = self._images(requests)
         seconds = [clip.interval for request in requests for clip in request.view.clips]
@@ -91,20 +104,26 @@ class HfEngine:
         after = positions[..., -1] + 1  # the last token is text, and at the highest position so far
         cache = roomy_cache(self.model.config)
         images |= self.family.token_inputs(types)
-        logits = self._next(cache, input_ids=ids, attention_mask=real, position_ids=positions, **images)
+        hidden = self._next(cache, input_ids=ids, attention_mask=real, position_ids=positions, **images)
         # Not `batch_repeat_interleave`, which layers of linear attention lack.
         copies: Any = torch.arange(len(ids), device=self.device).repeat_interleave(n)
         cache.reorder_cache(copies)
         after, real = after.repeat_interleave(n, dim=-1), real.repeat_interleave(n, dim=0)
-        drawn = yield logits.repeat_interleave(n, dim=0)
+        logits, hidden = self._logits(hidden).repeat_interleave(n, dim=0), hidden[:, 0].repeat_interleave(n, dim=0)
         while True:
+            drawn, read = yield logits, hidden
             real = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
-            drawn = yield self._next(cache, input_ids=drawn, attention_mask=real, position_ids=after[..., None])
+            with reading(self.model, *(read or (None, None))):
+                found = self._next(cache, input_ids=drawn, attention_mask=real, position_ids=after[..., None])
+            logits, hidden = self._logits(found), found[:, 0]
             after = after + 1
 
     def _next(self, cache: Cache, **inputs: Tensor) -> Tensor:
-        """The logits (S, V) after the last of the tokens that `inputs` add to those in the cache."""
-        hidden = self.model.model(past_key_values=cache, use_cache=True, **inputs).last_hidden_state[:, -1:]
+        """The hidden state (S, 1, D) of the last of the tokens that `inputs` add to those in the cache."""
+        return self.model.model(past_key_values=cache, use_cache=True, **inputs).last_hidden_state[:, -1:]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """The logits (S, V) of states (S, 1, D)."""
         # By its weight alone: the policy's head gives statistics of tokens in place of logits.
         return nn.functional.linear(hidden, self.model.lm_head.weight)[:, -1]
 

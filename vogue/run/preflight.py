@@ -26,6 +26,7 @@ from vogue.model.policy import check_attention
 from vogue.model.reference import check_reference
 from vogue.presets import told_of_starts
 from vogue.rewards import RewardError, check_function
+from vogue.rollout.latent import check_latent
 from vogue.rollout.sampling import told_of_truncation
 from vogue.run import launch, logs, trackers
 from vogue.run.chat_template import checked_preprocessor
@@ -76,6 +77,7 @@ def examine(config: Config, resume: bool) -> Preflight:
         found.preprocessor = found.of(checked_preprocessor, config)
         if found.preprocessor:
             found.of(check_vocabulary, found.preprocessor, checkpoint)
+            found.of(check_latent, found.preprocessor.tokenizer, config)
     found.problems += deepspeed_problems(config.trainer.deepspeed, own_settings(config))
     found.of(check_function, config.reward)
     found.warnings += filter(None, (told_of_starts(config), told_of_truncation(config), found.of(check_hub, config)))
