@@ -226,7 +226,8 @@ def test_noise_is_a_function_of_the_seed_and_of_the_states_length_and_zeros_are_
     firsts = [(a[0], b[0]) for a, b in zip(states["hidden"], states["noise"], strict=True) if len(a)]
     assert [float(a.norm()) for a, _ in firsts] == pytest.approx([float(b.norm()) for _, b in firsts], rel=1e-5)
     assert all(torch.cosine_similarity(a, b, dim=0).abs() < 0.6 for a, b in firsts)
-    assert len({tuple(b.tolist()) for _, b in firsts}) == len(firsts)
+    directions = torch.stack([b / b.norm() for _, b in firsts])
+    assert ((directions @ directions.T).abs().fill_diagonal_(0) < 0.6).all()  # each has its own
     other, request = new_trainer(*latent, "rollout.latent=noise"), request_list(trainer)[1]
     alone = other.engine.generate([request], 4, of_rollouts(other.config))[0]
     assert [x.latents.numpy() for x in alone] == [pytest.approx(x, abs=1e-4) for x in states["noise"][4:8]]

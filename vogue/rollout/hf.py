@@ -72,7 +72,7 @@ class HfEngine:
             drawn, inside = spans.silenced(drawn)
             tokens.append(drawn)
             logprobs.append(logp.gather(1, drawn))
-            ended = (torch.isin(drawn[:, 0], ends) | watch.stopped(drawn[:, 0])) & ~inside
+            ended = torch.isin(drawn[:, 0], ends) | watch.stopped(drawn[:, 0])
             lengths[ended & ~finished] = at + 1
             finished |= ended
             read = spans.read(drawn, inside, hidden, at)
