@@ -10,11 +10,13 @@ from conftest import CORPUS, write_answering
 from ranks import launch
 from safetensors.torch import load_file
 from steps import batches_of, generated, loss_gradient, objective_of
+from test_engine_families import trainer_of
 from test_groups import group
 
 from vogue.cli import main
 from vogue.config import load_config
 from vogue.data.digits import SYSTEM_PROMPT, digit_pairs
+from vogue.families import FAMILIES, family_of
 from vogue.groups import idle_row, tally
 from vogue.inputs import Preprocessor, Prompt, View
 from vogue.method.latent import END, LOSS_WEIGHT, START, latent_loss, read_state
@@ -25,7 +27,7 @@ from vogue.rollout.hf import HfEngine
 from vogue.rollout.sampling import of_rollouts
 from vogue.settings import ConfigError
 from vogue.tiny import build_model, build_processor
-from vogue.warmstart import Examples, demonstration_loss
+from vogue.warmstart import Demonstration, Examples, demonstration_loss
 
 REWARD = Path(__file__).parent.parent / "bench" / "reward.py"  # completions of a group are seldom paid alike
 NEEDED = ("model.path=some/model", "data.train=train.parquet", "rollout.engine=hf")
@@ -254,6 +256,21 @@ def test_what_was_sampled_is_as_likely_where_the_recorded_states_are_read_again(
         assert len(batch.targets) == sum(len(c.token_ids) for c in batch.completions) == len(batch.weights)
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_states_are_read_alike_by_engine_and_policy_in_every_family(kind, latent_processor, tmp_path):
+    more = "rollout.engine=hf", f"rollout.latent_steps={STEPS}", "rollout.max_tokens=12"
+    trainer = trainer_of(kind, latent_processor, tmp_path, *more)
+    start = trainer.processor.tokenizer.convert_tokens_to_ids(START)
+    for bias in (trainer.engine._bias, trainer.policy.model.lm_head.bias):
+        bias[start] += 10  # so that a random model says it
+    items = [trainer.loader.item(sample, 0, i, (False,) * 3) for i, sample in enumerate(trainer.loader.samples)]
+    groups = [replace(group, advantages=(1.0,) * 3) for group in generated(trainer, items)]
+    assert sum(len(completion.behind) for group in groups for completion in group.completions) > 9
+    with torch.no_grad():
+        for batch in batches_of(trainer, groups):
+            assert (trainer.policy(batch).logprob - batch.engine_logprob).abs().max() < 1e-4
+
+
 def test_states_are_constants_that_matter(new_trainer, latent):
     trainer = new_trainer(*latent)
     (batch, *_) = batches_of(trainer, judged(trainer))
@@ -425,8 +442,6 @@ def test_a_warm_start_teaches_states_to_be_the_images_tokens(examples, latent_pr
 
 
 def _demonstration(examples, i, printed):
-    from vogue.warmstart import Demonstration
-
     return Demonstration(*examples._shown(i, printed), examples.pairs[i].demonstration())
 
 
@@ -441,8 +456,6 @@ def _states_by_hand(model, one, text):
     inputs = torch.cat([before, embed(ids[:1]), one.latents, embed(ids[1:])])[None]
     padded = torch.cat([prompt.token_ids, torch.zeros(len(text) + count, dtype=torch.int64)])[None]
     types = torch.cat([prompt.token_types, torch.zeros(len(text) + count, dtype=torch.int64)])[None]
-    from vogue.families import family_of
-
     positions = family_of(model).positions(model, padded, types, torch.ones_like(padded), one.view.sizes, None, [])
     hidden = model.model(inputs_embeds=inputs, position_ids=positions).last_hidden_state[0]
     start = len(prompt.token_ids)
@@ -464,3 +477,5 @@ def test_states_are_of_the_digits_alone(tmp_path, capsys):
     assert "--latent-steps 2 is of the digits' demonstrations" in capsys.readouterr().err.replace("\n", " ")
     assert main(["warmstart", str(tmp_path / "x"), "--latent-steps", "-1"]) == 2
     assert "--latent-steps -1 is negative" in capsys.readouterr().err
+    assert main(["warmstart", str(tmp_path / "x"), "--latent-weight", "1"]) == 2
+    assert "--latent-weight 1.0: without --latent-steps no state is read" in capsys.readouterr().err.replace("\n", " ")

@@ -12,7 +12,7 @@ state and answer, or to describe and answer where the design asks for that, firs
 With `latent_steps` the model first begins a span and reads so many states of its own (`vogue.method.latent`). In
 demonstrations it reads the image's vision tokens there, one a digit, the two over again where more are asked for, and
 its states before them learn to be them: at a root mean square of 1, as normed states have at first, since a tower made
-from nothing gives tokens forty times as long. What is printed has no such tokens, and no span.
+from nothing gives tokens ten to forty times as long. What is printed has no such tokens, and no span.
 
 A share of the demonstrations may print the state in the image's place, so that `vogue eval --view image,text` can tell
 whether the base's weakness is seeing or thinking.
@@ -102,6 +102,8 @@ def warmstart(
     _check_new(folder)
     if latent_steps < 0:
         raise ConfigError(f"--latent-steps {latent_steps} is negative")
+    if latent_weight != LOSS_WEIGHT and not latent_steps:
+        raise ConfigError(f"--latent-weight {latent_weight}: without --latent-steps no state is read")
     pairs = digit_pairs("train", PAIRS, seed, faintest=faintest)
     more = (START, END) if latent_steps else ()
     corpus = _corpus(pairs, printed > 0)

@@ -1,7 +1,8 @@
 """This engine generates with transformers, where vLLM can't be installed or takes longer to schedule than to run.
 
 Prompts are read once for all their completions; then a token of every completion at a time. A completion draws one
-uniform number a token from its request's own generator and takes the token whose share of [0, 1) holds it.
+uniform number a token from its request's own generator and takes the token whose share of [0, 1) holds it. Where one
+reads its own states instead (`vogue.rollout.latent`), the others beside it go on with tokens.
 
 Where the policy's weights are whole on this rank the engine generates with them, adapters included, and nothing has to
 be copied. Where ZeRO-3 partitions them it has a model of its own: gathering every layer for every token would take far

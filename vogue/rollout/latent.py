@@ -54,7 +54,7 @@ class Spans:
         self._read: list[dict[int, Tensor]] = [{} for _ in self._places]  # of each completion (D,), by their step
 
     def silenced(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (S, 1) with one that has no text and ends nothing where a state is read; and where that is (S,) bool."""
+        """Tokens (S, 1), one that says and ends nothing where a state is read instead; and where that is (S,) bool."""
         inside = self._left > 0
         return drawn.masked_fill(inside[:, None], self._start), inside
 
