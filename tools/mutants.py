@@ -40,6 +40,7 @@ SAMPLING = "tests/test_sampling.py", "not vllm"
 SAVING = "tests/test_save_schedule.py", "not two_ranks"
 RESHARDING = "tests/test_resharding.py", "two_ranks_and_one"
 REPLAY, VIDEOS = ("tests/test_replay.py", "not stopped"), ("tests/test_videos.py", "not train")
+LATENT = "tests/test_latent.py", "not family and not stopped"
 MUTANTS = (
     # What is random is a function of the seed and of where it stands.
     Mutant("vogue/groups.py", "Purpose.ROLLOUT, step, item", "Purpose.ROLLOUT, item", "tests/test_trainer.py"),
@@ -123,6 +124,18 @@ MUTANTS = (
     Mutant("vogue/loader.py", "perturb(frame, **settings, seed=seed)", "perturb(frame, **settings)", *VIDEOS),
     Mutant("vogue/families.py", "places[0].double() * pace", "places[0].double()", *VIDEOS),
     Mutant("vogue/model/packing.py", "(self.seconds[i] is not None) == video", "True", *VIDEOS),
+    # States that are read in place of tokens.
+    Mutant("vogue/model/packing.py", "+ torch.tensor(read) - 1", "- 1", *LATENT),
+    Mutant("vogue/model/embedding.py", "states.detach()", "states", *LATENT),
+    Mutant(
+        "vogue/model/policy.py", "reading(model, batch.latent_positions, batch", "reading(model, None, batch", *LATENT
+    ),
+    Mutant(
+        "vogue/rollout/latent.py", "rng_for(seed, Purpose.LATENT, i, at)", "rng_for(0, Purpose.LATENT, i, at)", *LATENT
+    ),
+    Mutant("vogue/rollout/latent.py", "begins = ~inside & (", "begins = (", *LATENT),
+    Mutant("vogue/rollout/latent.py", "at < sampled[-1]", "True", *LATENT),
+    Mutant("vogue/warmstart.py", "[places - 1]", "[places]", *LATENT),
     # Ranks.
     Mutant("vogue/balance.py", "(-claims[claim], claim)", "(claims[claim], claim)", "tests/test_balance.py"),
     Mutant("vogue/balance.py", "pack(loads, middle)", "pack(loads, budget)", "tests/test_balance.py"),
