@@ -145,7 +145,7 @@ def file_truncated(arena, random):
     outcome.resumed, outcome.survived = 1, code == 0
     now, straight = result(folder / "run"), arena.straight(1)
     # What was cut from a log, and from weights that nothing was gone on from, is lost.
-    unread = path.suffix == ".jsonl", path.exists() and {"hf", f"step_{STEPS:06d}"} <= {*path.parts}
+    unread = path.suffix == ".jsonl", {"hf", f"step_{STEPS:06d}"} <= {*path.parts}
     if unread[0]:
         now, straight = ([], [], now[2]), ([], [], straight[2])
     if unread[1] and "can be gone on from, but not used" in outcome.output:
