@@ -46,7 +46,7 @@ long: setup  ## further cases of what is slow, several ranks and families: half 
 
 MINUTES := 60
 chaos: setup  ## runs that are killed, starved, stopped and damaged, and a table of what became of them; an hour, or MINUTES=5
-	CHAOS_MINUTES=$(MINUTES) $(shell unshare -rm true 2>&1 && echo unshare -rm) python -m pytest tests/chaos -m chaos
+	CHAOS_MINUTES=$(MINUTES) $(shell unshare -rm true 2>&1 && echo unshare -rm) python -m pytest tests/chaos -m chaos -rs
 
 fast: setup  ## the tests that take less than ten seconds each
 	python -m pytest -m "not slow"
