@@ -131,10 +131,13 @@ MUTANTS = (
         "vogue/model/policy.py", "reading(model, batch.latent_positions, batch", "reading(model, None, batch", *LATENT
     ),
     Mutant(
-        "vogue/rollout/latent.py", "rng_for(seed, Purpose.LATENT, i, at)", "rng_for(0, Purpose.LATENT, i, at)", *LATENT
+        "vogue/rollout/latent_spans.py",
+        "rng_for(seed, Purpose.LATENT, i, at)",
+        "rng_for(0, Purpose.LATENT, i, at)",
+        *LATENT,
     ),
-    Mutant("vogue/rollout/latent.py", "begins = ~inside & (", "begins = (", *LATENT),
-    Mutant("vogue/rollout/latent.py", "at < sampled[-1]", "True", *LATENT),
+    Mutant("vogue/rollout/latent_spans.py", "begins = ~inside & (", "begins = (", *LATENT),
+    Mutant("vogue/rollout/latent_spans.py", "at < sampled[-1]", "True", *LATENT),
     Mutant("vogue/warmstart.py", "[places - 1]", "[places]", *LATENT),
     # Ranks.
     Mutant("vogue/balance.py", "(-claims[claim], claim)", "(claims[claim], claim)", "tests/test_balance.py"),

@@ -5,8 +5,8 @@ A row of a micro-batch is one prompt followed by the completions that share it:
     [ prompt | completion 1 | completion 2 | ... | pad ]      segments 0, 1, 2, ..., -1
 
 Completions attend to the prompt and to themselves (`vogue.model.policy`), so a group costs one prompt. States that one
-has read (`vogue.rollout.latent`) have places in it, and are no tokens. Only the positions that predict a completion's
-token reach the output head; they are listed flat, as N tokens.
+has read (`vogue.rollout.latent_spans`) have places in it, and are no tokens. Only the positions that predict a
+completion's token reach the output head; they are listed flat, as N tokens.
 """
 
 import itertools

@@ -38,8 +38,8 @@ class Completion:
     `logprobs` (nats) are of the distribution sampled from. `text` is the model's whole turn: it begins with what the
     chat template has opened of it, and ends with the string that has stopped it.
 
-    States that the model has read between tokens (`vogue.rollout.latent`) are `latents` (n, D), the i-th of them behind
-    the first `behind[i]` tokens; None with `rollout.latent_steps=0`.
+    States that the model has read between tokens (`vogue.rollout.latent_spans`) are `latents` (n, D), the i-th of them
+    behind the first `behind[i]` tokens; None with `rollout.latent_steps=0`.
     """
 
     token_ids: tuple[int, ...]

@@ -2,7 +2,7 @@
 
 Prompts are read once for all their completions; then a token of every completion at a time. A completion draws one
 uniform number a token from its request's own generator and takes the token whose share of [0, 1) holds it. Where one
-reads its own states instead (`vogue.rollout.latent`), the others beside it go on with tokens.
+reads its own states instead (`vogue.rollout.latent_spans`), the others beside it go on with tokens.
 
 Where the policy's weights are whole on this rank the engine generates with them, adapters included, and nothing has to
 be copied. Where ZeRO-3 partitions them it has a model of its own: gathering every layer for every token would take far
@@ -23,7 +23,7 @@ from vogue.inputs import cat_images
 from vogue.model.embedding import reading
 from vogue.rollout.cache import roomy_cache
 from vogue.rollout.engine import BAN, Completion, Request, media_token_ids
-from vogue.rollout.latent import Read, Spans, check_latent
+from vogue.rollout.latent_spans import Read, Spans, check_latent
 from vogue.rollout.sampling import Sampling, StopWatch, truncated, until_stop
 
 SEQUENCES = 512  # generated at a time

@@ -26,7 +26,7 @@ from vogue.model.policy import check_attention
 from vogue.model.reference import check_reference
 from vogue.presets import told_of_starts
 from vogue.rewards import RewardError, check_function
-from vogue.rollout.latent import check_latent
+from vogue.rollout.latent_spans import check_latent
 from vogue.rollout.sampling import told_of_truncation
 from vogue.run import launch, logs, trackers
 from vogue.run.chat_template import checked_preprocessor
