@@ -142,6 +142,9 @@ def file_truncated(arena, random):
     if code == 2 and "delete that file" in outcome.output:
         (folder / "run/config.yaml").unlink()
         (code,) = ended(arena.start(folder, "--resume=whole"), outcome)
+    if code == 2 and steps in path.parents and "is damaged" in outcome.output:  # the only checkpoint that was left
+        shutil.rmtree(steps)
+        (code,) = ended(arena.start(folder, "--resume=whole"), outcome)
     outcome.resumed, outcome.survived = 1, code == 0
     now, straight = result(folder / "run"), arena.straight(1)
     # What was cut from a log, and from weights that nothing was gone on from, is lost.
