@@ -115,7 +115,7 @@ def write(folder, setup):
 def _keep(engine, folder, name):
     (folder / name).mkdir(exist_ok=True)
     index, _ = optimizer_state.write(engine, folder / name, dist.get_rank())
-    parts = distributed.gather(index)
+    parts = distributed.gather(index, optimizer_state.Stored, optimizer_state.Place)
     if dist.get_rank() == 0:
         optimizer_state.finish(engine, parts, folder / name)
     _tell(engine, folder / f"{name}.pt")

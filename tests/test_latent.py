@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CORPUS, write_answering
+from answering import CORPUS, write_answering
 from ranks import launch
 from safetensors.torch import load_file
 from steps import batches_of, generated, loss_gradient, objective_of
