@@ -135,6 +135,11 @@ def calls(tmp_path):
         ({"variants": {}}, "variants={}: "),
         ({"variants": {"../vogue": []}}, "'../vogue': string should match pattern"),
         ({"variants": {"vogue": None}}, "variants.vogue=None: "),
+        ({"baselines": {"vogue": "gpro"}}, "baselines: vogue: there is no variant gpro"),
+        (
+            {"variants": {"a": [], "b": [], "c": []}, "baselines": {"b": "a", "c": "b"}},
+            "baselines: c: b is compared with a itself",
+        ),
         ({"jobs": 0}, "jobs=0: "),
         ({"variants": {"grpo": [], "bad": ["guidance.alpha_perr=1"]}}, "variant bad: unknown setting guidance.alpha_p"),
         ({"variants": {"bad": ["method=grpo", "guidance.alpha_per=1"]}}, "variant bad: method=grpo fixes guidance.al"),
@@ -206,7 +211,7 @@ def test_a_variant_may_go_on_from_runs_that_began_with_the_model_of_the_others(s
     second = r"model.path=second/\${seed}/checkpoints/step_000003/hf"
     file = sweep_file(variants={"grpo": ["method=grpo"], "staged": [second]})
     assert main(["sweep", file]) == 2
-    assert "staged: model.path=second/0/checkpoints/step_000003/hf, but grpo has base: all" in capsys.readouterr().err
+    assert "staged: model.path=second/0/checkpoints/step_000003/hf, but grpo has base: a var" in capsys.readouterr().err
     steps = [{"step": step, "generated_tokens": 10**step} for step in range(6)]
     for seed in (0, 1):
         first, then = (f"trainer.output_dir={name}/{seed}" for name in ("first", "second"))
@@ -218,7 +223,24 @@ def test_a_variant_may_go_on_from_runs_that_began_with_the_model_of_the_others(s
     assert "generated" not in table["grpo"]["training"]
     save_config(load_config("base.yaml", ["model.path=other"]), tmp_path / "second/1/config.yaml")
     assert main(["sweep", file]) == 2
-    assert "staged: model.path=other, but grpo has base: all" in capsys.readouterr().err
+    assert "staged: model.path=other, but grpo has base: a var" in capsys.readouterr().err
+
+
+def test_a_variant_of_another_model_is_compared_with_its_own_baseline(sweep_file, capsys, tmp_path):
+    other = ["method=grpo", "model.path=other"]
+    given = {"variants": {"grpo": ["method=grpo"], "vogue": [], "grpo_other": other, "vogue_other": [other[1]]}}
+    assert main(["sweep", sweep_file(**given)]) == 2
+    assert "grpo_other: model.path=other, but grpo has base: a var" in capsys.readouterr().err
+    given["baselines"] = {"grpo_other": "grpo", "vogue_other": "grpo"}
+    assert main(["sweep", sweep_file(**given)]) == 2
+    given["baselines"] = {"vogue_other": "grpo_other"}
+    capsys.readouterr()
+    assert main(["sweep", sweep_file(**given)]) == 0, capsys.readouterr().err
+    rows = json.loads((tmp_path / "out/table.json").read_text())["variants"]
+    assert [name for name, row in rows.items() if "difference" in row] == ["vogue", "vogue_other"]
+    assert {name: row["baseline"] for name, row in rows.items()} == {
+        **{"grpo": "grpo", "vogue": "grpo", "grpo_other": "grpo_other", "vogue_other": "grpo_other"}
+    }
 
 
 def test_runs_take_turns_by_seed_and_a_variant_stands_over_the_overrides(sweep_file):
@@ -246,7 +268,7 @@ def test_a_sweep_leaves_runs_logs_and_a_table_and_does_nothing_twice(sweep_file,
     for text in ("| vogue | 2 | 41.7% [", "| +0.0 [+0.0, +0.0] | 1 |", "torch 2.", "cores "):
         assert text in table
     values = json.loads((tmp_path / "out/table.json").read_text())
-    assert values["before"]["pass@1"][0] == 3 / 12
+    assert values["before"]["grpo"]["pass@1"][0] == 3 / 12
     assert values["variants"]["grpo"]["held_out"]["pass@1"][0] == pytest.approx(5 / 12)
     assert "41.7% [" in capsys.readouterr().out
 
@@ -398,7 +420,7 @@ def test_a_real_sweep_compares_methods_from_one_start(settings, sweep_file, tmp_
     assert evaluations["grpo"][0] == evaluations["vogue"][0]  # the same start, problems and seeds of sampling
     assert [row["step"] for row in evaluations["vogue"]] == [0, 1]
     table = json.loads((tmp_path / "out/table.json").read_text())
-    assert list(table["before"]) == ["pass@1", "pass@4"]
+    assert list(table["before"]["grpo"]) == ["pass@1", "pass@4"]
     after = {name: rows[-1]["pass@1"][0] for name, rows in evaluations.items()}
     row = table["variants"]["vogue"]
     assert row["difference"]["pass@1"][0] == pytest.approx(after["vogue"] - after["grpo"])

@@ -126,9 +126,31 @@ def test_variants_are_paired_over_the_seeds_that_both_have():
     assert rows["other"]["paired"] == [1]
     assert rows["other"]["held_out"]["pass@1"][0] == 3 / 8
     assert rows["other"]["difference"]["pass@1"][0] == -1 / 4
-    assert rows["none"] == {"seeds": []}
+    assert rows["none"] == {"baseline": "first", "seeds": []}
     assert "difference" not in rows["apart"]
     assert "difference" not in rows["first"]
+
+
+def test_a_variant_with_a_baseline_of_its_own_is_compared_with_that_one():
+    outcomes = {
+        "grpo": {0: outcome((0, 2), (0, 1))},
+        "vogue": {0: outcome((2, 2), (0, 1))},
+        "grpo_other": {0: outcome((4, 3), (3, 3))},
+        "vogue_other": {0: outcome((4, 4), (3, 3))},
+    }
+    found = compare(outcomes, {"vogue_other": "grpo_other"})
+    assert {name: row["pass@1"][0] for name, row in found["before"].items()} == {"grpo": 1 / 8, "grpo_other": 6 / 8}
+    rows = found["variants"]
+    assert {name: row["difference"]["pass@1"][0] for name, row in rows.items() if "difference" in row} == {
+        "vogue": 2 / 8,
+        "vogue_other": 1 / 8,
+    }
+    lines = markdown(found, seeds=1).splitlines()
+    assert lines[0] == "| variant | seeds | pass@1 | minus its baseline | p | pass@4 | minus its baseline | p |"
+    assert lines[2].startswith("| (before training) |  | 12.5% [") and "| (before training, grpo_other) |" in lines[3]
+    assert lines[6].startswith("| grpo_other | 1 | 87.5% [") and lines[6].endswith("|  |  |")
+    assert lines[7].startswith("| vogue_other (baseline: grpo_other) | 1 | 100.0% [") and "| +12.5 [" in lines[7]
+    assert "Differences from grpo, or from the baseline that stands behind the name, in points" in "\n".join(lines)
 
 
 def test_the_table_says_what_is_in_it():
@@ -146,7 +168,7 @@ def test_the_table_says_what_is_in_it():
 
 def test_one_seed_has_no_deviation_and_two_completions_no_pass_at_4():
     found = compare({"only": {7: outcome((1, 2), (0, 0), n=2)}})
-    assert list(found["before"]) == ["pass@1"]
+    assert list(found["before"]["only"]) == ["pass@1"]
     assert found["variants"]["only"]["training"] == {"seconds": [2.0, None]}
     assert markdown(found, seeds=1).splitlines()[7] == "| only | 2 |"
 

@@ -146,6 +146,9 @@ FILE says what is run; `settings` is a file that `vogue train` takes, and its mo
     grpo: [method=grpo]
     vogue: []
     vogue_no_u_per: [guidance.alpha_per=0]
+    grpo_large: [method=grpo, model.path=LARGE]
+    vogue_large: [model.path=LARGE]
+  baselines: {vogue_large: grpo_large}  # compared with another one than the first (optional)
   launcher: [deepspeed, --num_gpus, "8", --module, vogue.train]     # default: this Python, one rank
 
 key=value settings after FILE are for every run too. Each run has the folder OUTPUT_DIR/VARIANT/seed_N, and what it

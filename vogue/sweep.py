@@ -3,7 +3,7 @@
     OUTPUT_DIR/VARIANT/seed_N/       the run's folder, as `vogue train` leaves it
     OUTPUT_DIR/VARIANT/seed_N.log    what it printed
     OUTPUT_DIR/table.md, table.json  `vogue.sweep_table`, with the command, the machine and the versions
-    OUTPUT_DIR/differences.png       the same as a figure: each variant less the first one
+    OUTPUT_DIR/differences.png       the same as a figure: each variant less what it is compared with
 
 Runs take turns by seed, all variants of the first one first, so that a sweep that stops early has equally many of each
 variant. The same command goes on: a run whose last evaluation is there is left as it is, one with a checkpoint resumes,
@@ -40,8 +40,7 @@ from vogue.run.stopping import STOPPED
 from vogue.settings import ConfigError, Count, Section, check, read_settings
 
 OWN = ("seed", "trainer.output_dir")  # settings that the sweep gives each run
-SHARED = (  # else nothing could be paired
-    "model.path",
+SHARED = (  # else nothing could be paired; so is the model of a variant and its baseline
     "data.test",
     "data.test_limit",
     "trainer.eval_samples",
@@ -61,6 +60,11 @@ class Sweep(Section):
         min_length=1,
         description="what is compared, as name: [key=value, …]; the first variant is what the others are compared with",
     )
+    baselines: dict[Name, Name] = Field(
+        {},
+        description="variants that are compared with another one than the first, as name: other; for what begins with "
+        "another model, so that the first would be no fair measure of it",
+    )
     seeds: tuple[int, ...] = Field(min_length=1, max_length=20, description="seeds of each variant's runs")
     jobs: Count = Field(1, description="runs at a time")
     overrides: tuple[str, ...] = Field(
@@ -74,6 +78,15 @@ class Sweep(Section):
     def _seeds_differ(self) -> "Sweep":
         if twice := [seed for seed, count in Counter(self.seeds).items() if count > 1]:
             raise ValueError(f"seeds={list(self.seeds)}: {twice[0]} is there more than once")
+        return self
+
+    @model_validator(mode="after")
+    def _baselines_are_variants(self) -> "Sweep":
+        for name, other in self.baselines.items():
+            if unknown := {name, other} - self.variants.keys():
+                raise ValueError(f"baselines: {name}: there is no variant {', '.join(sorted(unknown))}")
+            if other in self.baselines:
+                raise ValueError(f"baselines: {name}: {other} is compared with {self.baselines[other]} itself")
         return self
 
 
@@ -129,28 +142,28 @@ def plan(sweep: Sweep, overrides: list[str]) -> list[Run]:
             except ConfigError as error:
                 raise ConfigError(f"variant {variant}: {error}") from None
             runs.append(Run(variant, seed, (str(sweep.settings), *given), config))
-    _check_comparable(runs)
+    _check_comparable(runs, sweep)
     return runs
 
 
-def _check_comparable(runs: list[Run]) -> None:
+def _check_comparable(runs: list[Run], sweep: Sweep) -> None:
     if not runs[0].config.trainer.eval_every:
         raise ConfigError("trainer.eval_every is not set: a sweep compares held-out evaluations")
-    first = _shared(runs[0].config)
+    settings_of = {one.variant: logs.flatten(one.config) for one in reversed(runs)}
+    # The model of a run's checkpoint counts as what that run began with.
+    model_of = {variant: stages_of(settings["model.path"])[0] for variant, settings in settings_of.items()}
+    first, baselines = runs[0].variant, sweep_table.baselines_of(sweep.variants, sweep.baselines)
     for one in runs:
-        settings = _shared(one.config)
-        for key in SHARED:
-            if settings[key] != first[key]:
+        settings, baseline = logs.flatten(one.config), baselines[one.variant]
+        model, _ = stages_of(settings["model.path"])
+        compared = [(key, settings[key], settings_of[first][key], first) for key in SHARED]
+        for key, here, there, other in [("model.path", model, model_of[baseline], baseline), *compared]:
+            if here != there:
                 raise ConfigError(
-                    f"variant {one.variant}: {key}={settings[key]}, but {runs[0].variant} has {first[key]}: all must "
-                    "start from one model, or from checkpoints of runs that did, and be evaluated on the same problems"
+                    f"variant {one.variant}: {key}={here}, but {other} has {there}: a variant and what it is compared "
+                    "with must start from one model, or from checkpoints of runs that did, and all be evaluated on the "
+                    "same problems"
                 )
-
-
-def _shared(config: Config) -> dict:
-    """The settings that all runs share; the model of a run's checkpoint counts as what that run began with."""
-    settings = logs.flatten(config)
-    return {key: settings[key] for key in SHARED} | {"model.path": stages_of(config.model.path)[0]}
 
 
 def run(sweep: Sweep, overrides: list[str], command: str, console: Console) -> int:
@@ -177,7 +190,7 @@ def run(sweep: Sweep, overrides: list[str], command: str, console: Console) -> i
         for line in one.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]:
             console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
     if any(one.done for one in runs):
-        compared = _compared(runs)
+        compared = _compared(runs, sweep)
         sweep_table.show(compared, len(sweep.seeds), console)
         _write(compared, sweep, command)
         console.print(f"table: {sweep.output_dir / 'table.md'}", highlight=False, soft_wrap=True)
@@ -191,7 +204,7 @@ def show_table(sweep: Sweep, overrides: list[str], console: Console) -> int:
         _check_folder(one)
     if not any(one.done for one in runs):
         raise ConfigError(f"no run in {sweep.output_dir} is done yet")
-    sweep_table.show(_compared(runs), len(sweep.seeds), console)
+    sweep_table.show(_compared(runs, sweep), len(sweep.seeds), console)
     return 0
 
 
@@ -299,13 +312,13 @@ def _terminated_as_interrupted() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------- table
 
 
-def _compared(runs: list[Run]) -> dict:
+def _compared(runs: list[Run], sweep: Sweep) -> dict:
     outcomes = {one.variant: {} for one in runs}
     for one in runs:
         if one.done:
             _, before = stages_of(one.config.model.path)
             outcomes[one.variant][one.seed] = sweep_table.read_outcome(one.folder, before)
-    return sweep_table.compare(outcomes)
+    return sweep_table.compare(outcomes, sweep.baselines)
 
 
 def _write(compared: dict, sweep: Sweep, command: str) -> None:

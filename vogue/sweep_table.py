@@ -1,10 +1,10 @@
-"""What the runs of a sweep say: held-out pass@k of each variant, its difference from the first one, and their training.
+"""What the runs of a sweep say: held-out pass@k of each variant, its difference from its baseline, and their training.
 
 Seeds and problems are both a draw from many, and every run answers the same problems; `vogue.estimates` says how
 intervals and p are computed. Differences are paired seed by seed and problem by problem.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -68,30 +68,43 @@ def read_outcome(folder: Path, before: Sequence[Stage] = ()) -> Outcome:
     return Outcome(last["n"], last.get("problems"), first["right"], last["right"], training)
 
 
-def compare(outcomes: dict[str, dict[int, Outcome]]) -> dict:
-    """The table of {variant: {seed: outcome}}, as JSON values; variants are compared with the first one.
+def baselines_of(variants: Iterable[str], named: Mapping[str, str]) -> dict[str, str]:
+    """What each variant is compared with: itself, where it is what others are compared with."""
+    first, *others = variants
+    own = {first, *named.values()}
+    return {name: name if name in own else named.get(name, first) for name in (first, *others)}
 
-    before      {pass@k: [mean, low, high]}, of the first variant that has a run
-    variants    name: seeds, and by name of the value {pass@k: [mean, low, high]}, differences {pass@k: [mean, low,
-                high]} and p {pass@k: p} over `paired` seeds, and {one of TRAINING: [mean, standard deviation]} over the
-                seeds; no differences where no seed is in both, null for the deviation of one seed
+
+def compare(outcomes: dict[str, dict[int, Outcome]], baselines: Mapping[str, str] | None = None) -> dict:
+    """The table of {variant: {seed: outcome}}, as JSON values.
+
+    `baselines` names what a variant is compared with; the first variant, where it doesn't.
+
+    before      baseline: {pass@k: [mean, low, high]}, of its first run or that of what is compared with it
+    variants    name: baseline, seeds, and by name of the value {pass@k: [mean, low, high]}, differences {pass@k: [mean,
+                low, high]} and p {pass@k: p} over `paired` seeds, and {one of TRAINING: [mean, standard deviation]} over
+                the seeds; no differences where no seed is in both, null for the deviation of one seed
 
     Raises `ConfigError` where runs were evaluated on different problems, so that nothing could be paired.
     """
     _check_paired(outcomes)
-    first, *_ = outcomes.values()
+    baseline_of = baselines_of(outcomes, baselines or {})
     some = next(runs for runs in outcomes.values() if runs)
     ks = [k for k in PASS_AT if k <= next(iter(some.values())).n]
+    before: dict[str, dict[str, list[float]]] = {}
     variants: dict[str, dict[str, Any]] = {}
     for name, runs in outcomes.items():
-        row: dict[str, Any] = {"seeds": list(runs)}
+        row: dict[str, Any] = {"baseline": baseline_of[name], "seeds": list(runs)}
         variants[name] = row
         if not runs:
             continue
+        if row["baseline"] not in before:
+            before[row["baseline"]] = {f"pass@{k}": _interval(_solved(runs, runs, k, "before")) for k in ks}
         row["held_out"] = {f"pass@{k}": _interval(_solved(runs, runs, k, "after")) for k in ks}
-        paired = [seed for seed in runs if seed in first]
-        if runs is not first and paired:
-            apart = {f"pass@{k}": _solved(runs, paired, k, "after") - _solved(first, paired, k, "after") for k in ks}
+        other = outcomes[row["baseline"]]
+        paired = [seed for seed in runs if seed in other]
+        if runs is not other and paired:
+            apart = {f"pass@{k}": _solved(runs, paired, k, "after") - _solved(other, paired, k, "after") for k in ks}
             row["paired"] = paired
             row["difference"] = {key: _interval(values) for key, values in apart.items()}
             row["p"] = {key: sign_flip(values.mean(axis=1)) for key, values in apart.items()}
@@ -99,10 +112,7 @@ def compare(outcomes: dict[str, dict[int, Outcome]]) -> dict:
         row["training"] = {
             key: [mean(values), stdev(values) if len(values) > 1 else None] for key, values in found.items() if values
         }
-    return {
-        "before": {f"pass@{k}": _interval(_solved(some, some, k, "before")) for k in ks},
-        "variants": variants,
-    }
+    return {"before": before, "variants": variants}
 
 
 def _check_paired(outcomes: dict[str, dict[int, Outcome]]) -> None:
@@ -130,22 +140,29 @@ def _interval(values: np.ndarray) -> list[float]:
 # ---------------------------------------------------------------------------------------------------------- table
 
 
+def metrics_of(compared: dict) -> list[str]:
+    """The names of what is held out: pass@1 and, of enough completions, pass@4."""
+    return list(next(iter(compared["before"].values())))
+
+
 def tables(compared: dict, seeds: int) -> list[list[list[str]]]:
     """Two tables of text, held-out problems and training, each a list of rows and the first their heads.
 
     `seeds`: how many each variant is to have.
     """
-    names, variants = list(compared["before"]), compared["variants"]
-    first = next(iter(variants))
-    held_out = [["variant", "seeds", *(head for name in names for head in (name, f"minus {first}", "p"))]]
-    held_out.append(
-        ["(before training)", "", *(cell for e in compared["before"].values() for cell in (_percent(e), "", ""))]
-    )
+    names, variants, first = metrics_of(compared), compared["variants"], next(iter(compared["variants"]))
+    several = len(compared["before"]) > 1
+    minus = "minus its baseline" if several else f"minus {first}"
+    held_out = [["variant", "seeds", *(head for name in names for head in (name, minus, "p"))]]
+    for baseline, found in compared["before"].items():
+        label = "(before training)" if baseline == first else f"(before training, {baseline})"
+        held_out.append([label, "", *(cell for e in found.values() for cell in (_percent(e), "", ""))])
     shown = [name for name in TRAINING if any(name in row.get("training", {}) for row in variants.values())]
     training = [["variant", *(TRAINING[name] for name in shown)]]
     for variant, row in variants.items():
         count = len(row["seeds"])
-        cells = [variant, str(count) if count == seeds else f"{count} of {seeds}"]
+        own = "" if row["baseline"] in (first, variant) else f" (baseline: {row['baseline']})"
+        cells = [variant + own, str(count) if count == seeds else f"{count} of {seeds}"]
         for name in names if count else ():
             cells.append(_percent(row["held_out"][name]))
             cells += [_points(row["difference"][name]), f"{row['p'][name]:.3g}"] if "p" in row else ["", ""]
@@ -160,8 +177,9 @@ def notes(compared: dict) -> list[str]:
     pairs = max((len(row["paired"]) for row in variants.values() if "paired" in row), default=0)
     lines = ["Held-out problems: mean over seeds and problems, with the 95% interval of a bootstrap over both."]
     if pairs:
+        others = "" if len(compared["before"]) == 1 else ", or from the baseline that stands behind the name,"
         lines.append(
-            f"Differences from {next(iter(variants))} in points, paired by seed and problem; p is that of the exact "
+            f"Differences from {next(iter(variants))}{others} in points, paired by seed and problem; p is that of the exact "
             f"two-sided sign-flip test over the seeds, which {pairs} of them can't bring below {2 / 2**pairs:.3g}, "
             "not corrected for the number of variants."
         )

@@ -1,4 +1,4 @@
-"""The figure of a sweep: each variant's difference from the first one, with its interval, beside what it generated."""
+"""The figure of a sweep: each variant's difference from its baseline, with its interval, beside what it generated."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vogue.report.figures import LIGHT
+from vogue.sweep_table import metrics_of
 
 ROW = 0.24  # inches of a variant
 WIDTH, HEAD = 9.0, 1.1  # inches
@@ -17,17 +18,19 @@ def plot_differences(compared: dict[str, Any], path: Path) -> None:
     variants = {name: row for name, row in compared["variants"].items() if "difference" in row}
     if not variants:
         return
-    first, metrics = next(iter(compared["variants"])), list(compared["before"])
+    first, metrics = next(iter(compared["variants"])), metrics_of(compared)
+    minus = f"minus {first}'s" if len(compared["before"]) == 1 else "minus its baseline's"
     figure = Figure(figsize=(WIDTH, HEAD + ROW * len(variants)), layout="constrained")
     panels: list[Axes] = list(figure.subplots(1, len(metrics) + 1, sharey=True, squeeze=False)[0])
-    names, places = list(variants), range(len(variants))
+    names = [name if row["baseline"] == first else f"{name} − {row['baseline']}" for name, row in variants.items()]
+    places = range(len(variants))
     for panel, metric in zip(panels, metrics, strict=False):
         for place, row in zip(places, variants.values(), strict=True):
             value, low, high = (100 * part for part in row["difference"][metric])
             panel.plot([low, high], [place, place], color=LIGHT[0], linewidth=1.5)
             panel.plot([value], [place], "o", color=LIGHT[0], markersize=4)
         panel.axvline(0, color=LIGHT[6], linewidth=0.8)
-        panel.set_title(f"{metric} minus {first}'s", fontsize=9)
+        panel.set_title(f"{metric} {minus}", fontsize=9)
         panel.set_xlabel("points, 95% interval", fontsize=8)
     cost = [row["training"].get("generated", (0.0,))[0] / 1000 for row in variants.values()]
     panels[-1].barh(list(places), cost, color=LIGHT[6], height=0.5)
