@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,12 @@ def wait_for(condition, seconds, pause=0.02):
         time.sleep(pause)
 
 
+def send(pid, number):
+    """Signal a process, unless it has ended by itself meanwhile."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
 def codes(started, seconds):
     """The exit codes of ranks; what hasn't ended in this time is killed, and counts as no code at all."""
     end = time.monotonic() + seconds
@@ -153,7 +160,7 @@ def codes(started, seconds):
         time.sleep(0.05)
     hanging = [one for one in started if one.code is None]
     for one in hanging:
-        os.kill(one.pid, signal.SIGKILL)
+        send(one.pid, signal.SIGKILL)
     return [None if one in hanging else one.code for one in started]
 
 

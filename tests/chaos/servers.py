@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 
 import psutil
-from arena import LIMIT, THREADS, Outcome, ended, kept, wait_for, whole
+from arena import LIMIT, THREADS, Outcome, ended, kept, send, wait_for, whole
 from network import Relay
 from ranks import environment, free_port
 
@@ -121,7 +121,7 @@ def server_killed(arena, random):
             which = random.choice((signal.SIGKILL, signal.SIGSTOP))
             found = servers.processes(number)
             for process in random.choice((found, found[:1], found[-1:])):
-                process.send_signal(which)
+                send(process.pid, which)
 
     return _disturbed(arena, random, _of(arena).settings, disturb)
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import psutil
-from arena import LIMIT, STEPS, THREADS, Outcome, Rank, codes, ended, kept, result, same, wait_for, whole
+from arena import LIMIT, STEPS, THREADS, Outcome, Rank, codes, ended, kept, result, same, send, wait_for, whole
 from ranks import environment, free_port
 
 LAUNCHERS = {
@@ -31,7 +31,7 @@ def killed_anywhere(arena, random):
     before = whole(folder)
     one = random.choice(started)
     if one.code is None:
-        os.kill(one.pid, signal.SIGKILL)
+        send(one.pid, signal.SIGKILL)
     ended(started, outcome)
     kept(folder, before)
     return arena.go_on(folder, outcome, ranks)
@@ -59,7 +59,7 @@ def worker_killed(arena, random):
         time.sleep(random.uniform(0, 3))
         for worker in _below(started[0]):
             outcome.disturbed = True
-            _signal(worker, signal.SIGKILL)
+            send(worker.pid, signal.SIGKILL)
     disturbed = outcome.disturbed
     ended(started, outcome)
     outcome.disturbed = disturbed
@@ -73,11 +73,11 @@ def _below(rank: Rank):
         return []
 
 
-def _signal(process, number):
+def _command(process):
     try:
-        process.send_signal(number)
-    except psutil.NoSuchProcess:
-        return
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # it has ended meanwhile, as a whole run may have
+        return ""
 
 
 def launcher_killed(arena, random):
@@ -91,11 +91,11 @@ def launcher_killed(arena, random):
         process = subprocess.Popen(command, **told, start_new_session=True)
         wait_for(lambda: process.poll() is not None or (folder / "run/metrics.jsonl").exists(), LIMIT)
         below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        ranks = [one for one in below if any("vogue" in part for part in one.cmdline())]
+        launchers = [process.pid, *[one.pid for one in below if "launch" in _command(one)]]
+        ranks = [one for one in below if "vogue" in _command(one)]
         time.sleep(random.uniform(0, 3))
-        killed = random.choice([psutil.Process(process.pid), *[p for p in below if "launch" in " ".join(p.cmdline())]])
         before = whole(folder)
-        _signal(killed, signal.SIGKILL)
+        send(random.choice(launchers), signal.SIGKILL)
         began = time.monotonic()
         alive = psutil.wait_procs(ranks, timeout=LIMIT)[1]
         outcome.seconds, outcome.disturbed = time.monotonic() - began, True
@@ -200,13 +200,13 @@ def rank_stopped(arena, random):
     if stopped.code is not None:
         return arena.go_on(folder, outcome, 2)
     before = whole(folder)
-    os.kill(stopped.pid, signal.SIGSTOP)
+    send(stopped.pid, signal.SIGSTOP)
     if for_ever:
         ended([other], outcome)
-        os.kill(stopped.pid, signal.SIGKILL)  # as a launcher does when the other one has ended
+        send(stopped.pid, signal.SIGKILL)  # as a launcher does when the other one has ended
     else:
         time.sleep(random.uniform(1, 5))
-        os.kill(stopped.pid, signal.SIGCONT)
+        send(stopped.pid, signal.SIGCONT)
     ended(started, outcome)
     kept(folder, before)
     return arena.go_on(folder, outcome, 2)
