@@ -81,9 +81,9 @@ def compare(outcomes: dict[str, dict[int, Outcome]], baselines: Mapping[str, str
     `baselines` names what a variant is compared with; the first variant, where it doesn't.
 
     before      baseline: {pass@k: [mean, low, high]}, of its first run or that of what is compared with it
-    variants    name: baseline, seeds, and by name of the value {pass@k: [mean, low, high]}, differences {pass@k: [mean,
-                low, high]} and p {pass@k: p} over `paired` seeds, and {one of TRAINING: [mean, standard deviation]} over
-                the seeds; no differences where no seed is in both, null for the deviation of one seed
+    variants    name: baseline, seeds, and by name of the value {pass@k: [mean, low, high]}, differences {pass@k:
+                [mean, low, high]} and p {pass@k: p} over `paired` seeds, and {one of TRAINING: [mean, standard
+                deviation]} over the seeds; no differences where no seed is in both, null for the deviation of one seed
 
     Raises `ConfigError` where runs were evaluated on different problems, so that nothing could be paired.
     """
@@ -179,9 +179,9 @@ def notes(compared: dict) -> list[str]:
     if pairs:
         others = "" if len(compared["before"]) == 1 else ", or from the baseline that stands behind the name,"
         lines.append(
-            f"Differences from {next(iter(variants))}{others} in points, paired by seed and problem; p is that of the exact "
-            f"two-sided sign-flip test over the seeds, which {pairs} of them can't bring below {2 / 2**pairs:.3g}, "
-            "not corrected for the number of variants."
+            f"Differences from {next(iter(variants))}{others} in points, paired by seed and problem; p is that of the "
+            f"exact two-sided sign-flip test over the seeds, which {pairs} of them can't bring below {2 / 2**pairs:.3g}"
+            ", not corrected for the number of variants."
         )
     last = (
         f"means over the last {TAIL:.0%} of the steps, entropy and u_per of tokens trained on, u_per where it is paid"
