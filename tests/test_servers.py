@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from ranks import environment
+from ranks import environment, launch
 from test_engines import base_settings, disagreement, requests_of
 
 from vogue.config import load_config
@@ -136,6 +136,56 @@ def test_weights_reach_servers_by_vllms_transfer_and_a_server_that_has_lost_them
     trainer.keep_up()
     assert trainer.engine.up_to_date() and len(trainer.engine._live) == 2
     trainer.engine._transfer._close()
+
+
+PARTITIONED = """
+import sys
+import deepspeed, pytest, torch
+from nccl_on_cpu import take_place
+from vogue.config import load_config
+from vogue.data import load_samples
+from vogue.data.dataset import check_samples
+from vogue.distributed import leave
+from vogue.inputs import Preprocessor
+from vogue.metrics import Means
+from vogue.rollout.engine import EngineError
+from vogue.trainer import Trainer
+
+config = load_config(None, [text for text in sys.argv[1:] if not text.startswith("--")])
+preprocessor = Preprocessor.of(config)
+trainer = Trainer(config, check_samples(load_samples(config.data.train), preprocessor.lengths), preprocessor, None)
+from vogue.rollout.weight_nccl import NcclTransfer
+take_place(setattr)
+trainer.engine._transfer = NcclTransfer(trainer.policy.model)
+parameters, item = list(trainer.policy.model.parameters()), trainer.loader.items(0)[0]
+assert all(p.numel() == 0 for p in parameters), "nothing is partitioned"
+for _ in range(2):
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0), torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(1.5)
+    with pytest.raises(EngineError, match="it hasn't all of the policy's weights"):
+        trainer.check_sync(item, Means())
+    trainer.sync()
+    means = Means()
+    trainer.check_sync(item, means)
+    assert trainer.engine.up_to_date() and means["mismatch/sync"].total < 1e-3
+assert all(p.numel() == 0 for p in parameters), "something stays gathered"
+if trainer.rank == 0:
+    trainer.engine._transfer._close()
+    print("sent")
+leave(0)
+"""
+
+
+@pytest.mark.long
+def test_weights_that_two_ranks_share_reach_servers_by_vllms_transfer(started, tmp_path):
+    script = tmp_path / "partitioned.py"
+    script.write_text(PARTITIONED)
+    urls = f"rollout.servers=[{','.join(started.urls)}]"
+    zero = "trainer.deepspeed.zero_optimization"
+    stage = (f"{zero}.stage=3", f"{zero}.stage3_param_persistence_threshold=0")
+    assert "sent" in launch(2, script, *started.settings, urls, *stage)
+    started.trainer.sync()
 
 
 def test_a_sync_that_left_something_old_is_found(started):

@@ -3,7 +3,8 @@
     group    the first rank, and every GPU of every server: it is made anew where a server has come or gone
     source   names, dtypes and shapes, told beforehand; then tensor after tensor, each whole for as long as it is sent
 
-Not run on a GPU yet: in the tests tensors go another way than NCCL's, between a trainer and servers of vLLM on a CPU.
+Not run on a GPU yet: in the tests tensors go another way than NCCL's, between one rank or two of ZeRO-3 and servers of
+vLLM on a CPU.
 """
 
 import socket
