@@ -1,6 +1,9 @@
 """The statistics of a sweep, on numbers small enough to work out by hand."""
 
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,8 @@ from vogue.estimates import interval, sign_flip
 from vogue.report.differences import plot_differences
 from vogue.settings import ConfigError
 from vogue.sweep_table import Outcome, compare, markdown, read_outcome
+
+TOOLS = Path(__file__).parents[1] / "tools"
 
 
 def outcome(after, before=(0, 0, 0, 0), n=4, problems=None, **training):
@@ -166,6 +171,25 @@ def test_the_table_says_what_is_in_it():
     assert "which 2 of them can't bring below 0.5" in lines[13]
 
 
+def test_several_sweeps_have_one_table_and_one_figure(tmp_path, capsys, monkeypatch):
+    first = {seed: outcome((0, 2), (0, 1), generated=1000.0) for seed in range(2)}
+    better = {seed: outcome((1, 3), (0, 1), generated=1500.0) for seed in range(2)}
+    given = []
+    for task, variants in {"one": {"better": better}, "two": {"same": first, "none": {}}}.items():
+        (tmp_path / f"{task}.json").write_text(json.dumps(compare({"grpo": first, **variants})))
+        given.append(f"{task}={tmp_path / task}.json")
+    monkeypatch.setattr(sys, "argv", ["sweep_tables.py", *given, "--out", str(tmp_path / "figure.png")])
+    runpy.run_path(str(TOOLS / "sweep_tables.py"), run_name="__main__")
+    assert capsys.readouterr().out.splitlines() == [
+        "| variant | one: pass@1 | one: pass@4 | one: tokens | two: pass@1 | two: pass@4 | two: tokens |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| better | +25.0* | +50.0 | 1.5 | – | – | – |",  # pass@4 rises in one problem of two
+        "| same | – | – | – | +0.0 | +0.0 | 1.0 |",
+    ]
+    with Image.open(tmp_path / "figure.png") as image:
+        assert len(image.convert("RGB").getcolors(100_000)) > 10
+
+
 def test_one_seed_has_no_deviation_and_two_completions_no_pass_at_4():
     found = compare({"only": {7: outcome((1, 2), (0, 0), n=2)}})
     assert list(found["before"]["only"]) == ["pass@1"]
@@ -176,12 +200,12 @@ def test_one_seed_has_no_deviation_and_two_completions_no_pass_at_4():
 def test_the_figure_has_a_row_of_each_variant_but_the_first(tmp_path):
     first = {seed: outcome((0, 2), (0, 1), generated=1000.0) for seed in range(2)}
     others = {f"other {i}": {seed: outcome((1, 3), (0, 1), generated=2000.0) for seed in range(2)} for i in range(3)}
-    plot_differences(compare({"grpo": first}), tmp_path / "none.png")
+    plot_differences({"": compare({"grpo": first})}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
     sizes = []
     for count in (1, 3):
         chosen = dict(list(others.items())[:count])
-        plot_differences(compare({"grpo": first, "empty": {}, **chosen}), path := tmp_path / f"{count}.png")
+        plot_differences({"": compare({"grpo": first, "empty": {}, **chosen})}, path := tmp_path / f"{count}.png")
         with Image.open(path) as image:
             sizes.append(image.size)
             assert len(image.convert("RGB").getcolors(100_000)) > 10

@@ -329,4 +329,4 @@ def _write(compared: dict, sweep: Sweep, command: str) -> None:
     described = ["; ".join(f"{name} {text}" for name, text in part.items()) for part in (machine, made["versions"])]
     text = "\n\n".join([f"`{command}`", sweep_table.markdown(compared, len(sweep.seeds)), *described])
     (sweep.output_dir / "table.md").write_text(text + "\n")
-    plot_differences(compared, sweep.output_dir / "differences.png")
+    plot_differences({"": compared}, sweep.output_dir / "differences.png")

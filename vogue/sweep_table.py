@@ -103,7 +103,7 @@ def compare(outcomes: dict[str, dict[int, Outcome]], baselines: Mapping[str, str
         row["held_out"] = {f"pass@{k}": _interval(_solved(runs, runs, k, "after")) for k in ks}
         other = outcomes[row["baseline"]]
         paired = [seed for seed in runs if seed in other]
-        if runs is not other and paired:
+        if name != row["baseline"] and paired:
             apart = {f"pass@{k}": _solved(runs, paired, k, "after") - _solved(other, paired, k, "after") for k in ks}
             row["paired"] = paired
             row["difference"] = {key: _interval(values) for key, values in apart.items()}
@@ -143,6 +143,13 @@ def _interval(values: np.ndarray) -> list[float]:
 def metrics_of(compared: dict) -> list[str]:
     """The names of what is held out: pass@1 and, of enough completions, pass@4."""
     return list(next(iter(compared["before"].values())))
+
+
+def tokens_over_baseline(compared: dict, variant: str) -> float | None:
+    """How many times its baseline's tokens a variant generated; None where either isn't known."""
+    row = compared["variants"][variant]
+    counts = [one.get("training", {}).get("generated") for one in (row, compared["variants"][row["baseline"]])]
+    return counts[0][0] / counts[1][0] if all(counts) else None
 
 
 def tables(compared: dict, seeds: int) -> list[list[list[str]]]:
