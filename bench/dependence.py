@@ -32,7 +32,7 @@ from vogue.inputs import Preprocessor
 from vogue.method.credit import kept_tokens
 from vogue.metrics import Clock, Means
 from vogue.objective import dependence
-from vogue.run.records import pieces
+from vogue.run.completion_records import pieces
 from vogue.trainer import Trainer
 
 DIGITS = re.compile(r"<think>(\d) and (\d)")

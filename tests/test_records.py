@@ -14,7 +14,7 @@ from vogue.inputs import Prompt, View
 from vogue.loader import Item
 from vogue.rewards import Score
 from vogue.rollout.engine import Completion
-from vogue.run.records import pieces, records
+from vogue.run.completion_records import pieces, records
 
 PIXELS = np.random.default_rng(0)
 KEYS = (

@@ -17,7 +17,7 @@ from ranks import launch
 from vogue import distributed
 from vogue.cli import main
 from vogue.model import checkpoint
-from vogue.run import save_schedule
+from vogue.run import kept_checkpoints, save_schedule
 from vogue.run.folder import FolderError
 from vogue.run.training import _note_best
 from vogue.settings import ConfigError
@@ -113,7 +113,7 @@ def test_the_best_checkpoint_stays_beside_the_newest_and_its_link_leads_to_it(ne
         _note_best(trainer, {"pass@1": [value, 0, 1]})
         trainer.save()
     assert saved(trainer.config.trainer.output_dir) == ["best", "step_000002", "step_000004"]
-    best = checkpoint.best_of(trainer.checkpoints)
+    best = kept_checkpoints.best_of(trainer.checkpoints)
     assert best == trainer.checkpoints / "step_000002"
     assert checkpoint.find(trainer.checkpoints, "best") == (best, 2)
     assert (trainer.checkpoints / "best" / "hf" / "config.json").is_file()
@@ -129,8 +129,8 @@ def test_a_best_checkpoint_that_is_gone_has_no_link(new_trainer):
     trainer.step = 1
     _note_best(trainer, {"pass@1": [0.5, 0, 1]})
     trainer.save()
-    checkpoint.remove(trainer.checkpoints / "step_000001")
-    checkpoint.mark_best(trainer.checkpoints, trainer.state)
+    shutil.rmtree(trainer.checkpoints / "step_000001")
+    kept_checkpoints.mark_best(trainer.checkpoints, trainer.state)
     assert saved(trainer.config.trainer.output_dir) == []
     with pytest.raises(ConfigError, match=r"--resume=best: there is no such checkpoint in .*; there are none"):
         checkpoint.find(trainer.checkpoints, "best")
@@ -163,7 +163,7 @@ def test_two_ranks_of_some_epochs_that_go_on_have_the_same_best_checkpoint_as_a_
     launch(2, "--module", "vogue.train", *given)
     straight, folder = tmp_path / "straight", tmp_path / "run"
     shutil.copytree(folder, straight, symlinks=True)
-    best = checkpoint.best_of(straight / "checkpoints").name
+    best = kept_checkpoints.best_of(straight / "checkpoints").name
     assert best == "step_000001"  # of 8 / 4, so that the other one must remember it
     launch(2, "--module", "vogue.train", *given, f"--resume={best}")
     assert rows(folder) == rows(straight)
@@ -171,7 +171,7 @@ def test_two_ranks_of_some_epochs_that_go_on_have_the_same_best_checkpoint_as_a_
         stable = ("step", "loss", "reward", "tokens", "grad_norm")
         assert [ours[key] for key in stable] == pytest.approx([theirs[key] for key in stable], rel=1e-6)
     assert saved(folder) == saved(straight)
-    assert checkpoint.best_of(folder / "checkpoints").name == best
+    assert kept_checkpoints.best_of(folder / "checkpoints").name == best
     ours, theirs = (torch.load(x / "checkpoints/step_000002/training/run.pt") for x in (folder, straight))
     assert ours["current"]["best"] == theirs["current"]["best"]
 

@@ -27,8 +27,8 @@ from vogue.rollout import create_engine
 from vogue.rollout.engine import EngineError
 from vogue.rollout.sampling import Sampling
 from vogue.rollout.server_client import KEY, Server, ServerLost
+from vogue.rollout.server_weights_folder import WeightFolder
 from vogue.rollout.serving import check_servers, serve, start_servers
-from vogue.rollout.weight_folder import WeightFolder
 from vogue.settings import ConfigError
 from vogue.trainer import Trainer
 
@@ -120,7 +120,7 @@ def test_servers_generate_what_the_policy_thinks_and_follow_every_part_of_it(sta
 def test_weights_reach_servers_by_vllms_transfer_and_a_server_that_has_lost_them_gets_them_again(started, monkeypatch):
     from nccl_on_cpu import take_place
 
-    from vogue.rollout.weight_nccl import NcclTransfer  # which imports vLLM
+    from vogue.rollout.server_weights_nccl import NcclTransfer  # which imports vLLM
 
     take_place(monkeypatch.setattr)
     trainer = started.trainer
@@ -154,7 +154,7 @@ from vogue.trainer import Trainer
 config = load_config(None, [text for text in sys.argv[1:] if not text.startswith("--")])
 preprocessor = Preprocessor.of(config)
 trainer = Trainer(config, check_samples(load_samples(config.data.train), preprocessor.lengths), preprocessor, None)
-from vogue.rollout.weight_nccl import NcclTransfer
+from vogue.rollout.server_weights_nccl import NcclTransfer
 take_place(setattr)
 trainer.engine._transfer = NcclTransfer(trainer.policy.model)
 parameters, item = list(trainer.policy.model.parameters()), trainer.loader.items(0)[0]
@@ -350,7 +350,7 @@ def test_weights_that_cannot_be_written_are_gathered_to_the_end_and_it_is_said_w
 
 
 def test_weights_that_a_killed_run_has_left_in_memory_are_deleted_and_no_living_ones(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("vogue.rollout.weight_folder.MEMORY", tmp_path)
+    monkeypatch.setattr("vogue.rollout.server_weights_folder.MEMORY", tmp_path)
     killed, living, new = (tmp_path / f"vogue_weights_{name}" for name in ("killed", "living", "new"))
     for folder in (killed, living, new):
         folder.mkdir()

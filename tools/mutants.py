@@ -76,7 +76,7 @@ MUTANTS = (
     ),
     Mutant("vogue/config.py", "steps = ceil(", "steps = int(", "tests/test_epochs.py"),
     Mutant("vogue/run/save_schedule.py", 'best["value"] >= value', 'best["value"] > value', *SAVING),
-    Mutant("vogue/model/checkpoint.py", "config.trainer.keep :], best_of(root))", "config.trainer.keep :],)", *SAVING),
+    Mutant("vogue/run/kept_checkpoints.py", "[-keep:], best_of(root))", "[-keep:],)", *SAVING),
     Mutant(
         "vogue/model/optimizer_state.py", "[start - place.first : end - place.first]", "[: end - start]", *RESHARDING
     ),

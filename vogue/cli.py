@@ -14,7 +14,7 @@ try:
     from rich.console import Console
     from rich.table import Table
 
-    from vogue.arguments import WARMSTART, WARMSTART_DATA, WARMSTART_DIGITS, parse
+    from vogue.cli_arguments import WARMSTART, WARMSTART_DATA, WARMSTART_DIGITS, parse
     from vogue.config import Config, load_config
     from vogue.data_commands import data
     from vogue.quiet import quiet

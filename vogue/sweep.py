@@ -31,10 +31,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vogue import doctor, sweep_table
 from vogue.config import Config, load_config
-from vogue.model.checkpoint import checkpoints
 from vogue.report.differences import plot_differences
 from vogue.run import logs
 from vogue.run.folder import parts, read_rows
+from vogue.run.kept_checkpoints import checkpoints
 from vogue.run.stages import stages_of
 from vogue.run.stopping import STOPPED
 from vogue.settings import ConfigError, Count, Section, check, read_settings

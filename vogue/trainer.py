@@ -81,6 +81,7 @@ from vogue.rewards.scoring import score_groups
 from vogue.rollout import create_engine
 from vogue.rollout.engine import Completion, media_token_ids
 from vogue.rollout.sampling import of_rollouts
+from vogue.run.kept_checkpoints import BEST, root_of
 from vogue.run_state import RunState
 from vogue_kernels import GuidanceConfig
 
@@ -108,7 +109,7 @@ class Trainer:
             if self.state.current[DATA] != data.fingerprint:
                 raise DataError(f"--resume: data.train={config.data.train} isn't what the run in {found[0]} trained on")
             if config.trainer.save_best is None:  # nothing is compared with it any more
-                self.state.current.pop(checkpoint.BEST, None)
+                self.state.current.pop(BEST, None)
         self.state.current[DATA] = data.fingerprint
         self.preprocessor = preprocessor
         self.processor = preprocessor.processor
@@ -133,9 +134,8 @@ class Trainer:
         ahead = self.state.current.pop(AHEAD, [])
         self.ahead = Ahead(config, self.loader, self.engine, ahead) if config.rollout.ahead else None
         self.guidance = GuidanceConfig(**config.guidance.model_dump(exclude={"sign_transition"}))
-        self.step = 0
-        if found:
-            folder, self.step = found
+        folder, self.step = found or (None, 0)
+        if folder:
             checkpoint.load(self.deepspeed, folder)
         if found or config.lora.adapter:
             self.sync()
@@ -143,7 +143,7 @@ class Trainer:
 
     @property
     def checkpoints(self):
-        return checkpoint.root_of(self.config)
+        return root_of(self.config)
 
     def run_step(self) -> StepResult:
         """One pass of the algorithm.

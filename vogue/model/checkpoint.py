@@ -4,13 +4,12 @@
     output_dir/checkpoints/step_000020/adapter     with LoRA: PEFT's adapter; hf is there where lora.save_merged
     output_dir/checkpoints/step_000020/training    AdamW's state, its schedule, and run.pt, the run's state
     output_dir/checkpoints/step_000020/state.json  format, step, size and checksum of every file
-    output_dir/checkpoints/best                    with trainer.save_best: a link to the best one
 
 With `trainer.save_model_only` there is no training: nothing can go on from such a checkpoint. From the others any
 number of ranks can, with any stage of ZeRO (`vogue.model.optimizer_state`).
 
 A checkpoint is written beside its place, by all ranks at once, and renamed when all of it is on the disk, so that a
-stop in the middle leaves the one before it. An old one is renamed before it is deleted. Everything random in a run
+stop in the middle leaves the one before it. Everything random in a run
 (order of data, perturbation, branch draws, sampling) is a function of the seed and the step, so no generator's state
 needs saving; `vogue.run_state` holds what isn't.
 """
@@ -33,6 +32,17 @@ from vogue import distributed
 from vogue.config import Config
 from vogue.model import checksums, lora, optimizer_state, weights
 from vogue.run.folder import NEWEST_WHOLE, FolderError, remove, replace, sync, writing
+from vogue.run.kept_checkpoints import (
+    BEST,
+    best_of,
+    checkpoints,
+    clear,
+    delete_old,
+    mark_best,
+    name_of,
+    root_of,
+    step_of,
+)
 from vogue.run.memory import check_room
 from vogue.run_state import RunState
 from vogue.settings import ConfigError
@@ -42,8 +52,6 @@ FORMAT = 2  # of a checkpoint's parts. 1, which didn't say so, had DeepSpeed's o
 HF, ADAPTER, TRAINING = "hf", "adapter", "training"
 RUN = "run.pt"
 USABLE = (HF, ADAPTER)  # of which a checkpoint has at least one
-UNFINISHED = (".step_*.partial", ".step_*.old")
-BEST = "best"  # a link's name, and that of what the run's state knows of the best checkpoint: {"step": …}
 
 
 class State(NamedTuple):
@@ -90,11 +98,6 @@ class Part(NamedTuple):
     training: optimizer_state.Index
 
 
-def root_of(config: Config) -> Path:
-    """The folder of a run's checkpoints."""
-    return config.trainer.output_dir / "checkpoints"
-
-
 def save(run: Run) -> Path:
     """Save the run as it is, and delete all but the newest `trainer.keep` checkpoints and the best one.
 
@@ -111,10 +114,7 @@ def save(run: Run) -> Path:
                 partial.rename(final)
                 sync(root)
                 mark_best(root, run.state)
-                kept = (*checkpoints(root)[-run.config.trainer.keep :], best_of(root))
-                for old in checkpoints(root):
-                    if old not in kept:
-                        remove(old)
+                delete_old(root, run.config.trainer.keep)
     except FolderError:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -211,56 +211,9 @@ def _what(step: int) -> str:
     return f"the checkpoint after {step} steps"
 
 
-def clear(root: Path) -> None:
-    """Delete what saving and deleting left behind where they were stopped in the middle."""
-    for pattern in UNFINISHED:
-        for path in root.glob(pattern):
-            shutil.rmtree(path)
-
-
-def checkpoints(root: Path) -> list[Path]:
-    """The checkpoints under `root` by their step, whole or damaged."""
-    found = (path for path in root.glob("step_*") if path.name.removeprefix("step_").isdecimal())
-    return sorted(found, key=step_of)
-
-
-def name_of(step: int) -> str:
-    return f"step_{step:06d}"
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
-
-
-def mark_best(root: Path, state: RunState) -> None:
-    """Let the link `best` lead to the best checkpoint that the run's state knows; there is none where it is gone."""
-    known = state.current.get(BEST)
-    best, new = root / name_of(known["step"]) if known else None, root / f".{BEST}.new"
-    new.unlink(missing_ok=True)
-    if best and best.is_dir():
-        new.symlink_to(best.name)  # relative: the run's folder may be moved
-        new.rename(root / BEST)
-    else:
-        (root / BEST).unlink(missing_ok=True)
-    sync(root)
-
-
-def best_of(root: Path) -> Path | None:
-    """The checkpoint that the link `best` leads to, if there is one."""
-    link = root / BEST
-    return root / link.readlink() if link.is_symlink() and link.exists() else None
-
-
 def usable(checkpoint: Path) -> Path:
     """The folder of a checkpoint that transformers or PEFT reads."""
     return next(checkpoint / part for part in USABLE if (checkpoint / part).is_dir())
-
-
-def forget_after(root: Path, step: int) -> None:
-    """Delete the checkpoints after `step`, whose steps run again."""
-    for path in checkpoints(root):
-        if step_of(path) > step:
-            remove(path)
 
 
 def find(root: Path, wanted: str) -> tuple[Path, int] | None:

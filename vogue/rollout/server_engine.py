@@ -32,9 +32,9 @@ from vogue.families import family_of_processor
 from vogue.rollout.engine import BAN, Completion, EngineError, Request, media_token_ids
 from vogue.rollout.sampling import Sampling, until_stop
 from vogue.rollout.server_client import UNTOUCHED, Server, ServerLost
+from vogue.rollout.server_weights_folder import WeightFolder
 from vogue.rollout.serving import check_servers, patience, start_servers, uses_nccl
 from vogue.rollout.vllm_input import FEATURES, PromptInputs, as_in_checkpoint, encoded, sampling_arguments
-from vogue.rollout.weight_folder import WeightFolder
 from vogue.run.folder import FolderError
 from vogue.run.memory import check_images
 
@@ -242,7 +242,7 @@ class ServerEngine:
 def _transfer(config: Config, model: PreTrainedModel | None) -> Transfer:
     if model is None or not uses_nccl(config):
         return WeightFolder(config)
-    from vogue.rollout.weight_nccl import NcclTransfer  # of vLLM's on GPUs
+    from vogue.rollout.server_weights_nccl import NcclTransfer  # of vLLM's on GPUs
 
     return NcclTransfer(model)
 

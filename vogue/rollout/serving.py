@@ -25,8 +25,8 @@ from vogue.config import Config
 from vogue.distributed import rank_count
 from vogue.rollout.engine import EngineError
 from vogue.rollout.server_client import KEY, LOOPBACK, Server, ServerLost
+from vogue.rollout.server_weights_folder import check_folder
 from vogue.rollout.vllm_input import engine_arguments
-from vogue.rollout.weight_folder import check_folder
 from vogue.run import launch
 from vogue.run.folder import writing
 from vogue.settings import ConfigError

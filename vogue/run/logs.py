@@ -2,7 +2,7 @@
 
 metrics.jsonl       one object a step
 evaluations.jsonl   held-out pass@k as [mean, low, high], after so many steps, and what every problem got
-completions.jsonl   sampled completions token by token, with their reward, branch and advantage (`vogue.run.records`)
+completions.jsonl   sampled completions token by token (`vogue.run.completion_records`)
 completions/        their images
 tensorboard/        the same metrics as events
 config.yaml         the resolved configuration

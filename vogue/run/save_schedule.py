@@ -16,8 +16,7 @@ import torch
 
 from vogue import distributed
 from vogue.config import Config
-from vogue.model import checkpoint
-from vogue.run import launch
+from vogue.run import kept_checkpoints, launch
 from vogue.run.folder import FolderError, writing
 from vogue.run.restarts import ENDED
 from vogue.settings import ConfigError
@@ -105,8 +104,8 @@ def better(row: Mapping[str, Any], step: int, config: Config, best: dict[str, An
 
 def told_best(known: dict[str, Any], root: Path) -> str:
     """The best checkpoint's folder, and what makes it the best."""
-    folder = checkpoint.best_of(root)
-    where = str(folder) if folder else f"{checkpoint.name_of(known['step'])}, which is gone"
+    folder = kept_checkpoints.best_of(root)
+    where = str(folder) if folder else f"{kept_checkpoints.name_of(known['step'])}, which is gone"
     return f"{where}: {known['of'][0]} {100 * known['value']:.1f}% after {known['step']} steps"
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vogue.config import load_config
-from vogue.model.checkpoint import checkpoints, step_of
+from vogue.run.kept_checkpoints import checkpoints, step_of
 
 
 @dataclass(frozen=True)

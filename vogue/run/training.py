@@ -21,9 +21,9 @@ from vogue.evaluate import FAILURES, evaluation_row, headline
 from vogue.groups import Group
 from vogue.inputs import Preprocessor
 from vogue.model import checkpoint
-from vogue.run import errors, launch, logs, preflight, save_schedule, shared_folder
+from vogue.run import errors, kept_checkpoints, launch, logs, preflight, save_schedule, shared_folder
+from vogue.run.completion_records import records
 from vogue.run.folder import NEWEST_WHOLE, FolderError, locked, read_rows, writing
-from vogue.run.records import records
 from vogue.run.stacks import Stacks
 from vogue.run.stalled import Stalled
 from vogue.run.stopping import LOST, STOPPED, Stop
@@ -56,7 +56,7 @@ def run(config: Config, resume: str | None, profile: frozenset[int] = frozenset(
                 held.enter_context(locked(folder))
                 logs.check_folder(config, resume is not None)  # another run may have been here meanwhile
                 launch.leave_name(folder)
-                checkpoint.clear(folder / "checkpoints")
+                kept_checkpoints.clear(folder / "checkpoints")
         stacks = held.enter_context(Stacks(folder, rank, config.trainer.timeout))
         stacks.rearm()
         trainer = Trainer(config, data, preprocessor, resume)
@@ -121,9 +121,9 @@ def _prepared(trainer: Trainer, resume: str | None, console: Console) -> logs.Ru
     if resume is not None and trainer.step == 0:
         console.print(f"--resume: there is no checkpoint in {trainer.checkpoints}: the run begins anew", soft_wrap=True)
     with writing("the logs", config.trainer.output_dir):
-        checkpoint.forget_after(trainer.checkpoints, trainer.step)
+        kept_checkpoints.forget_after(trainer.checkpoints, trainer.step)
         if trainer.checkpoints.is_dir():
-            checkpoint.mark_best(trainer.checkpoints, trainer.state)
+            kept_checkpoints.mark_best(trainer.checkpoints, trainer.state)
         logs.prepare(config, trainer.step)
         return logs.RunLog(config, trainer.step, console)
 
@@ -164,9 +164,9 @@ def _tell_end(trainer: Trainer, console: Console) -> None:
     else:
         _show(trainer, console)
         if repository := trainer.config.trainer.push_to_hub:
-            newest = checkpoint.checkpoints(trainer.checkpoints)[-1]
-            sent = checkpoint.best_of(trainer.checkpoints) or newest
-            told = save_schedule.push(repository, checkpoint.usable(sent), checkpoint.step_of(sent))
+            newest = kept_checkpoints.checkpoints(trainer.checkpoints)[-1]
+            sent = kept_checkpoints.best_of(trainer.checkpoints) or newest
+            told = save_schedule.push(repository, checkpoint.usable(sent), kept_checkpoints.step_of(sent))
             console.print(told, soft_wrap=True)
 
 
@@ -174,7 +174,7 @@ def _way_on(trainer: Trainer) -> str:
     """What can be done with the checkpoint of a run that has stopped."""
     if not trainer.config.trainer.save_model_only:
         return "--resume goes on from there"
-    found = checkpoint.checkpoints(trainer.checkpoints)
+    found = kept_checkpoints.checkpoints(trainer.checkpoints)
     where = f"its weights are in {checkpoint.usable(found[-1])}, " if found else ""
     return f"{where}no run can go on from there, with trainer.save_model_only=true"
 
@@ -247,10 +247,10 @@ def _events(
 
 def _note_best(trainer: Trainer, row: dict) -> bool:
     """Let the run's state know the best checkpoint after an evaluation; returns whether it is the one of this step."""
-    found = save_schedule.better(row, trainer.step, trainer.config, trainer.state.current.get(checkpoint.BEST))
+    found = save_schedule.better(row, trainer.step, trainer.config, trainer.state.current.get(kept_checkpoints.BEST))
     if found is None:
         return False
-    trainer.state.current[checkpoint.BEST] = found
+    trainer.state.current[kept_checkpoints.BEST] = found
     return True
 
 
@@ -258,7 +258,7 @@ def _mark_best(trainer: Trainer) -> None:
     """Let the link to the best checkpoint follow the run's state; every rank calls."""
     with distributed.together(FolderError), writing("the link to the best checkpoint", trainer.checkpoints):
         if trainer.rank == 0:
-            checkpoint.mark_best(trainer.checkpoints, trainer.state)
+            kept_checkpoints.mark_best(trainer.checkpoints, trainer.state)
 
 
 def _evaluates(trainer: Trainer) -> bool:
@@ -343,7 +343,7 @@ def _show(trainer: Trainer, console: Console) -> None:
         for row, estimates in zip(rows, shown, strict=True):
             table.add_row(str(row["step"]), *(str(estimates.get(name, "")) for name in names))
         console.print(table)
-    newest = checkpoint.checkpoints(folder / "checkpoints")[-1]
+    newest = kept_checkpoints.checkpoints(folder / "checkpoints")[-1]
     for name, path in {
         "curves": folder / "curves.png",
         "metrics": folder / "metrics.jsonl",
@@ -353,5 +353,6 @@ def _show(trainer: Trainer, console: Console) -> None:
     }.items():
         if path.exists():
             console.print(f"{name:12} {path}")
-    if known := trainer.state.current.get(checkpoint.BEST):
-        console.print(f"{checkpoint.BEST:12} {save_schedule.told_best(known, trainer.checkpoints)}", soft_wrap=True)
+    if known := trainer.state.current.get(kept_checkpoints.BEST):
+        told = save_schedule.told_best(known, trainer.checkpoints)
+        console.print(f"{kept_checkpoints.BEST:12} {told}", soft_wrap=True)

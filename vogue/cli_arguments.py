@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from vogue.argument_types import count, counts, gigabytes, names, steps, whole_number
+from vogue.cli_argument_types import count, counts, gigabytes, names, steps, whole_number
 from vogue.settings_help import settings_help
 
 RESUME = "--resume"
