@@ -74,6 +74,18 @@ def test_two_models_of_one_seed_are_two_methods(tmp_path):
     assert [method.label for method in methods] == ["vogue, path=3b", "vogue, path=7b"]
 
 
+def test_two_models_of_one_method_are_told_apart_where_another_has_one(tmp_path):
+    for name, sigma in (("3b", 0.8), ("7b", 0.8), ("3b", 0.6)):
+        given = f"model.path={name}", f"perturb.sigma={sigma}"
+        write_run(tmp_path / f"{name}_{sigma}", *given, steps=2, logged=0)
+    methods = group_methods(read_runs(sorted(tmp_path.iterdir())))
+    assert [method.label for method in methods] == [
+        "vogue, sigma=0.6",
+        "vogue, sigma=0.8, path=3b",
+        "vogue, sigma=0.8, path=7b",
+    ]
+
+
 def test_pass_at_k_before_and_after_comes_from_the_right_completions_of_each_problem(tmp_path):
     run = write_run(tmp_path / "run", steps=2, logged=0)
     rows = [{"step": 0, "right": [0, 0, 4]}, {"step": 2, "right": [0, 1, 4]}]

@@ -27,6 +27,8 @@ MANY_SEEDS = 10  # fewer tell no 95% interval
 MANY_METHODS = 5  # from so many on, bands and single seeds would hide each other
 FEW_POINTS = 20  # of a curve: each gets a dot
 LETTER, ROW = 0.08, 0.24  # inches of a letter and of a row of the legend
+PANEL = (4.5, 3.4)  # inches, with what is around its axes:
+LEFT, RIGHT, ABOVE, BELOW = 0.75, 0.15, 0.35, 0.55
 
 # Title, unit and metric. Shares have the unit "%" and are kept between 0 and 1.
 LEARNING = (("Reward", "", "reward"), ("Accuracy in training", "%", "accuracy"))
@@ -189,17 +191,25 @@ def draw(panels: Sequence[Panel]) -> bytes:
     """The panels as a PNG, with one legend."""
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(max(6, 4.5 * columns), 3.4 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    handles: dict[str, Line2D] = {}
-    for axis, panel in zip(axes, panels, strict=False):
-        handles |= _draw_panel(axis, panel)
-    for axis in axes[len(panels) :]:
-        axis.remove()
-    inches = 0.6 + LETTER * max(map(len, handles), default=0)
-    entries = max(1, int(figure.get_figwidth() / inches))
-    figure.set_figheight(figure.get_figheight() + ROW * math.ceil(len(handles) / entries) + 0.15)
-    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=entries, frameon=False)
+    figure = Figure()
+    grid, handles = figure.add_gridspec(rows, columns), {}
+    for place, panel in enumerate(panels):
+        handles |= _draw_panel(figure.add_subplot(grid[divmod(place, columns)]), panel)
+    width = max(6, PANEL[0] * columns)
+    entries = max(1, int(width / (0.6 + LETTER * max(map(len, handles), default=0))))
+    legend = ROW * math.ceil(len(handles) / entries) + 0.15
+    height = PANEL[1] * rows + legend
+    figure.set_size_inches(width, height)
+    # Margins of a fixed width: a layout engine draws everything twice, which is a second of every run's end.
+    figure.subplots_adjust(
+        left=LEFT / width,
+        right=1 - RIGHT / width,
+        bottom=BELOW / height,
+        top=1 - (legend + ABOVE) / height,
+        wspace=(LEFT + RIGHT) / (width / columns - LEFT - RIGHT),
+        hspace=(BELOW + ABOVE) / (PANEL[1] - BELOW - ABOVE),
+    )
+    figure.legend(handles.values(), handles.keys(), loc="upper left", ncols=entries, frameon=False)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=100)
     return image.getvalue()

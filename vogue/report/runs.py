@@ -92,6 +92,7 @@ def _labels(groups: Sequence[dict[str, Any]]) -> list[str]:
     for settings in groups:
         names = differing([other for other in groups if other["method"] == settings["method"]])
         default = flatten(load_config(None, [f"method={settings['method']}", "model.path=model"]))
-        changed = [f"{name.split('.')[-1]}={settings[name]}" for name in names if settings[name] != default[name]]
+        own = {name: settings[name] for name in names if name in settings}  # the model of some is no setting
+        changed = [f"{name.split('.')[-1]}={value}" for name, value in own.items() if value != default.get(name)]
         labels.append(", ".join([settings["method"], *changed]))
     return labels
