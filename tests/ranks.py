@@ -15,7 +15,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 # Ranks are forked from a process that has imported what all of them need, which takes longer than most of their runs.
-set_forkserver_preload(["vogue.run.training", "vogue.rollout.vllm", "vogue.rollout.hf"])
+set_forkserver_preload(
+    [
+        *("vogue.run.training", "vogue.rollout.vllm", "vogue.rollout.hf", "vogue.cli", "vogue.report"),
+        *("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "transformers.tokenization_mistral_common"),
+        *("deepspeed.module_inject.auto_ep_layer", "torch._inductor.compile_fx"),
+    ]
+)
 
 
 def launcher(ranks):
