@@ -8,7 +8,7 @@ import yaml
 
 from vogue.config import Config, load_config, save_config
 from vogue.method_sections import AdvantageConfig, LossConfig
-from vogue.presets import METHODS, STARTS, told_of_starts
+from vogue.presets import METHODS, STARTS, told_of_answers, told_of_starts
 from vogue.settings import ConfigError
 from vogue.settings_help import fields
 from vogue_kernels.loss import AGGREGATIONS
@@ -281,6 +281,24 @@ def test_what_is_set_otherwise_than_a_method_starts_from_is_told():
     assert told_of_starts(load("method=papo", "perturb.preset=paper", "kl.coef=0")) == (
         "method=papo is set otherwise than it starts from: perturb.preset=paper, not mask; kl.coef=0.0, not 0.01"
     )
+
+
+@pytest.mark.parametrize(
+    "given, is_told",
+    [
+        ([], False),
+        (["reward.weights.accuracy=0"], True),
+        (["reward.weights.accuracy=0", "kl.coef=0.01"], False),
+        (["reward.weights.accuracy=0", "reward.functions.own.function=own.py:judge"], False),
+        (["reward.design=no_accuracy"], True),
+        (["reward.design=pebr_perception", "reward.weights.similarity=0"], True),
+        (["reward.design=pebr_reasoning"], False),
+        (["reward.function=own.py:judge"], False),
+    ],
+)
+def test_a_run_whose_answers_nothing_holds_in_place_is_told_of(given, is_told):
+    assert bool(told := told_of_answers(load("method=grpo", *given))) == is_told
+    assert not is_told or "with kl.coef=0 nothing else holds them in place" in (told or "")
 
 
 def test_overrides_win_over_the_file_and_leave_the_rest_of_it(tmp_path):

@@ -138,3 +138,15 @@ def told_of_starts(config: Any) -> str | None:
     if not others:
         return None
     return f"method={config.method} is set otherwise than it starts from: {'; '.join(others)}"
+
+
+def told_of_answers(config: Any) -> str | None:
+    """A warning where nothing holds the answers of a `Config` in place, neither its reward nor a KL."""
+    reward = config.reward
+    is_judged = reward.weights.get(JUDGING.get(reward.design)) or reward.function or reward.functions
+    if is_judged or config.kl.coef:
+        return None
+    return (
+        f"reward.design={reward.design} with its weights doesn't judge answers, and with kl.coef=0 nothing else holds "
+        "them in place: they may get worse while the reward rises"
+    )

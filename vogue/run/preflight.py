@@ -24,7 +24,7 @@ from vogue.model.lora import add_adapters
 from vogue.model.optimizer import own_settings
 from vogue.model.policy import check_attention
 from vogue.model.reference import check_reference
-from vogue.presets import told_of_starts
+from vogue.presets import told_of_answers, told_of_starts
 from vogue.rewards import RewardError, check_function
 from vogue.rollout.latent_spans import check_latent
 from vogue.rollout.sampling import told_of_truncation
@@ -80,7 +80,8 @@ def examine(config: Config, resume: bool) -> Preflight:
             found.of(check_latent, found.preprocessor.tokenizer, config)
     found.problems += deepspeed_problems(config.trainer.deepspeed, own_settings(config))
     found.of(check_function, config.reward)
-    found.warnings += filter(None, (told_of_starts(config), told_of_truncation(config), found.of(check_hub, config)))
+    told = (told_of_starts(config), told_of_answers(config), told_of_truncation(config), found.of(check_hub, config))
+    found.warnings += filter(None, told)
     if config.rollout.engine_args or config.rollout.sleep:
         _check_vllm(found, config)
     if config.rollout.engine == "server":
