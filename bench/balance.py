@@ -8,7 +8,7 @@ with their other view. A row is four times its tokens where it is trained on (fo
 one more where it is compared; a micro-batch takes what its padded rows do, and the ranks' i-th ones end together.
 
 where generated  every rank trains on what it has generated
-dealt            `vogue.balance.deal`; "stays" is the share of rows that needn't be sent
+dealt            `vogue.step.balance.deal`; "stays" is the share of rows that needn't be sent
 """
 
 import argparse
@@ -16,10 +16,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vogue.balance import IDLE, IDLE_COMPARED, NOBODY, Load, Share, deal
-from vogue.loader import NOISY_COST
-from vogue.loader import deal as deal_prompts
 from vogue.model.packing import pack, spread
+from vogue.step.balance import IDLE, IDLE_COMPARED, NOBODY, Load, Share, deal
+from vogue.step.loader import NOISY_COST
+from vogue.step.loader import deal as deal_prompts
 
 PROMPTS, N, UPDATES, BUDGET, LONGEST = 256, 5, 2, 16_384, 2_048
 TRAINED, COMPARED = 4, 1  # cost of a token

@@ -27,12 +27,12 @@ from torch import Tensor
 from vogue.config import load_config
 from vogue.data.dataset import check_samples, training_samples
 from vogue.data.digits import QUESTIONS
-from vogue.groups import generate
 from vogue.inputs import Preprocessor
 from vogue.method.credit import kept_tokens
 from vogue.metrics import Clock, Means
-from vogue.objective import dependence
 from vogue.run.completion_records import pieces
+from vogue.step.groups import generate
+from vogue.step.objective import dependence
 from vogue.trainer import Trainer
 
 DIGITS = re.compile(r"<think>(\d) and (\d)")

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from vogue.config import load_config
 from vogue.data.dataset import check_samples, training_samples
-from vogue.groups import generate
 from vogue.inputs import Preprocessor
 from vogue.method.kl import Reference, divergence
 from vogue.method.uncertainty import OtherBranch, TokenStats
 from vogue.metrics import Clock, Means
 from vogue.model.packing import Batch
+from vogue.step.groups import generate
 from vogue.trainer import Trainer
 
 STEPS = (1e-4, 1e-3)  # of the weights' norm

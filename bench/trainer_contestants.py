@@ -104,8 +104,8 @@ def vogue_trainer(folder: Path, task: Task, *overrides: str):
 
 def given_groups(trainer, task: Task) -> list:
     """Groups of this step's prompts with given completions, of the view that the draw asks for."""
-    from vogue.groups import Group
     from vogue.rollout.engine import Completion
+    from vogue.step.groups import Group
 
     groups = []
     for item in trainer.loader.items(trainer.step):

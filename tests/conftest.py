@@ -187,8 +187,8 @@ def new_loader(config):
     """A function: the loader of a run with these settings, of one rank of so many."""
 
     from vogue.data.dataset import check_samples
-    from vogue.loader import Loader
-    from vogue.run_state import RunState
+    from vogue.step.loader import Loader
+    from vogue.step.run_state import RunState
 
     def build(*overrides, rank=0, ranks=1):
         chosen = config(*overrides)

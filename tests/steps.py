@@ -7,10 +7,10 @@ from dataclasses import replace
 import psutil
 import torch
 
-from vogue.groups import Group, generate, rows
 from vogue.method import branch
 from vogue.metrics import Clock, Means
-from vogue.objective import Objective, objective
+from vogue.step.groups import Group, generate, rows
+from vogue.step.objective import Objective, objective
 from vogue_kernels import GuidanceConfig
 
 TWO_BY_TWO = ("rollout.prompts=2", "rollout.n=2")

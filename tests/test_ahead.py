@@ -7,10 +7,10 @@ import pytest
 from ranks import launch
 from test_engines import base_settings
 
-from vogue.ahead import Ahead
 from vogue.metrics import Clock, Means
 from vogue.rollout.engine import Completion, EngineError
 from vogue.settings import ConfigError
+from vogue.step.ahead import Ahead
 
 AHEAD = ("rollout.engine=server", "rollout.ahead=1", "loss.importance_cap=2")
 
@@ -79,7 +79,7 @@ def test_a_step_trains_on_what_was_sampled_one_update_before_while_the_next_is_s
 
 def test_what_was_sampled_for_the_step_to_come_is_in_a_checkpoint_to_the_last_bit(config, new_loader, tmp_path):
     from vogue import distributed
-    from vogue.run_state import RunState
+    from vogue.step.run_state import RunState
 
     distributed.start()
     engine, given, loader = Slow(), config(*AHEAD), new_loader(*AHEAD)

@@ -1,4 +1,4 @@
-"""Which rank trains on which rows, and that it has them as the rank that generated them; see also test_engines.py."""
+"""Which rank trains on which rows, and that it has them as the rank that generated them; also test_several_ranks.py."""
 
 from dataclasses import replace
 
@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vogue.balance import IDLE, IDLE_COMPARED, Load, balance, deal
 from vogue.data import DataError
 from vogue.model.packing import pack, tokens_of
+from vogue.step.balance import IDLE, IDLE_COMPARED, Load, balance, deal
 
 
 def loads_of(*ranks, compared=()):

@@ -10,8 +10,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vogue import distributed
 from vogue.model import weights
-from vogue.model.checkpoint import find
 from vogue.model.files import INDEX, WEIGHTS, read_checkpoint, write_as_published
+from vogue.model.resuming import find
 from vogue.run.folder import FolderError
 from vogue.run.kept_checkpoints import checkpoints, clear
 from vogue.run.memory import shown

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from vogue.cli import main
 from vogue.config import Config
+from vogue.config.settings_help import fields
 from vogue.run.folder import read_rows
-from vogue.settings_help import fields
 
 
 @pytest.fixture

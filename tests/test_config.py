@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from vogue.config import Config, load_config, save_config
-from vogue.method_sections import AdvantageConfig, LossConfig
-from vogue.presets import METHODS, STARTS, told_of_answers, told_of_starts
+from vogue.config.method_sections import AdvantageConfig, LossConfig
+from vogue.config.presets import METHODS, STARTS, told_of_answers, told_of_starts
+from vogue.config.settings_help import fields
 from vogue.settings import ConfigError
-from vogue.settings_help import fields
 from vogue_kernels.loss import AGGREGATIONS
 from vogue_kernels.surrogates import KINDS, LEVELS, MODES
 

@@ -12,8 +12,8 @@ from test_kl import with_rewards
 from vogue.cli import main
 from vogue.method.credit import completion_factors, kept_tokens, pgpo_factors, token_factors
 from vogue.metrics import Clock, Means
-from vogue.objective import dependence
 from vogue.settings import ConfigError
+from vogue.step.objective import dependence
 
 
 def alone(found):

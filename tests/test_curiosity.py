@@ -7,17 +7,17 @@ import torch
 from test_groups import group
 
 from vogue.config import load_config
-from vogue.dynamic_sampling import found_mixed
-from vogue.groups import RIGHT, WRONG, curious, judged, tally
+from vogue.config.presets import JUDGING
+from vogue.config.sections import RewardConfig
 from vogue.method.advantage import group_advantages
 from vogue.method.curiosity import bonus, log_perplexity, weight_at
 from vogue.metrics import Means
-from vogue.presets import JUDGING
 from vogue.rewards import score
 from vogue.rewards.explain import steps
 from vogue.rollout.engine import Completion
-from vogue.sections import RewardConfig
 from vogue.settings import ConfigError
+from vogue.step.dynamic_sampling import found_mixed
+from vogue.step.groups import RIGHT, WRONG, curious, judged, tally
 
 
 def saying(some, *logprobs):

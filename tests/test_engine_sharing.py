@@ -7,7 +7,8 @@ import pytest
 import torch
 from ranks import apart, launch
 from steps import batches_of, generated
-from test_engines import PARTITIONED, base_settings
+from test_engines import base_settings
+from test_several_ranks import PARTITIONED
 
 from vogue.config import load_config
 from vogue.data import load_samples

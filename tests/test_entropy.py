@@ -11,11 +11,11 @@ from steps import TWO_BY_TWO, batches_of, generated, rows_of, weights_after
 from test_objective import LENGTHS, PLAIN, N, batch_of
 
 from vogue.cli import main
-from vogue.entropy_target import BONUS
 from vogue.method.entropy import EntropyBonus, entropy_threshold
 from vogue.method.uncertainty import Signals, TokenStats
 from vogue.metrics import Clock, Means
-from vogue.objective import objective, reads_all, uncertainties
+from vogue.step.entropy_target import BONUS
+from vogue.step.objective import objective, reads_all, uncertainties
 from vogue_kernels import linear_logprob
 
 # ----------------------------------------------------------------------------------------------------- the equations

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 from steps import group_of
 
-from vogue.dynamic_sampling import assigned, choose, found_mixed
-from vogue.groups import cut, in_updates, judged, overlong_punishment, rows, tally
-from vogue.loader import Item
 from vogue.metrics import Means
 from vogue.rewards import Score
 from vogue.rollout.engine import Completion
+from vogue.step.dynamic_sampling import assigned, choose, found_mixed
+from vogue.step.groups import cut, in_updates, judged, overlong_punishment, rows, tally
+from vogue.step.loader import Item
 
 
 def group(number, *accuracies, rewards=None, lengths=None, update=0):

@@ -21,7 +21,6 @@ from test_policy import (
 )
 
 from vogue.cli import main
-from vogue.groups import judged
 from vogue.method.kl import ESTIMATORS, Reference, divergence
 from vogue.metrics import Clock, Means
 from vogue.model.packing import collate
@@ -30,6 +29,7 @@ from vogue.model.reference import check_reference
 from vogue.rewards import Score
 from vogue.rollout.engine import media_token_ids
 from vogue.settings import ConfigError
+from vogue.step.groups import judged
 
 # ---------------------------------------------------------------------------------------------------- the estimators
 

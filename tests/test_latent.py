@@ -17,7 +17,6 @@ from vogue.cli import main
 from vogue.config import load_config
 from vogue.data.digits import SYSTEM_PROMPT, digit_pairs
 from vogue.families import FAMILIES, family_of
-from vogue.groups import idle_row, tally
 from vogue.inputs import Preprocessor, Prompt, View
 from vogue.method.latent import END, LOSS_WEIGHT, START, latent_loss, read_state
 from vogue.metrics import Means
@@ -26,6 +25,7 @@ from vogue.rollout.engine import Completion
 from vogue.rollout.hf import HfEngine
 from vogue.rollout.sampling import of_rollouts
 from vogue.settings import ConfigError
+from vogue.step.groups import idle_row, tally
 from vogue.tiny import build_model, build_processor
 from vogue.warmstart import Demonstration, Examples, demonstration_loss
 

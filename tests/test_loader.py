@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vogue.data import DataError
-from vogue.loader import sample_order
 from vogue.settings import ConfigError
+from vogue.step.loader import sample_order
 
 # ------------------------------------------------------------------------------------------------- loading ahead
 

@@ -5,8 +5,8 @@ import json
 import deepspeed
 import pytest
 import torch
+from ranks import launch
 from safetensors.torch import load_file, save_file
-from test_engines import launch
 from test_families import random_model
 from transformers import AutoModelForImageTextToText
 

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from vogue.cli import main
 from vogue.config import load_config
+from vogue.config.training_sections import LoraConfig
 from vogue.model import lora
 from vogue.model.files import read_checkpoint
 from vogue.model.weights import gathered_weights
 from vogue.run.memory import checkpoint_bytes
 from vogue.settings import ConfigError
-from vogue.training_sections import LoraConfig
 
 
 def adapted(model, **settings):

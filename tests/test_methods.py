@@ -20,13 +20,13 @@ from steps import (
     with_settings,
 )
 
-from vogue.loader import sample_order
 from vogue.method import branch
 from vogue.method.uncertainty import Signals
 from vogue.metrics import Clock, Means
-from vogue.objective import uncertainties
 from vogue.rewards import Score
 from vogue.rollout.engine import Completion
+from vogue.step.loader import sample_order
+from vogue.step.objective import uncertainties
 
 # -------------------------------------------------------------------------------------------- branch granularity
 

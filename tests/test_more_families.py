@@ -16,6 +16,7 @@ from test_families import assert_equal_to_separate_rows, random_model, row_of
 
 from vogue import distributed
 from vogue.config import load_config
+from vogue.config.training_sections import LoraConfig
 from vogue.data import Sample
 from vogue.inputs import Preprocessor
 from vogue.model import lora
@@ -28,7 +29,6 @@ from vogue.model.weights import gathered_weights
 from vogue.rollout.engine import media_token_ids
 from vogue.run.memory import check_images
 from vogue.settings import ConfigError
-from vogue.training_sections import LoraConfig
 
 CPU = torch.device("cpu")
 

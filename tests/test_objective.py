@@ -10,8 +10,8 @@ from steps import TWO_BY_TWO, batches_of, generated, objective_of, with_settings
 from vogue.method.uncertainty import OtherBranch, Signals, TokenStats, read_signals
 from vogue.metrics import Mean, Means
 from vogue.model.packing import Batch
-from vogue.objective import has_gradient, objective, uncertainties
 from vogue.rollout.engine import Completion
+from vogue.step.objective import has_gradient, objective, uncertainties
 from vogue_kernels import GuidanceConfig, VogueLoss, linear_branch_stats, linear_logprob
 
 LENGTHS = (3, 1, 4, 2)  # of completions; the first two are compared with the other branch

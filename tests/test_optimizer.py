@@ -5,10 +5,10 @@ import torch
 from test_families import FAMILIES, config_of
 from transformers import AutoModelForImageTextToText
 
+from vogue.config.training_sections import OptimizerConfig
 from vogue.model.optimizer import lr_factor, parameter_groups
 from vogue.model.policy import Policy
 from vogue.settings import ConfigError
-from vogue.training_sections import OptimizerConfig
 
 
 def factors(updates, **settings):

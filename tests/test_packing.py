@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from vogue.data import Sample
 from vogue.inputs import Prompt, View
-from vogue.loader import deal
 from vogue.model.packing import PAD, Row, collate, pack, spread
 from vogue.rollout.engine import Completion
+from vogue.step.loader import deal
 
 NOTHING = View((), None, None)
 

@@ -10,12 +10,12 @@ from steps import TWO_BY_TWO, batches_of, generated, objective_of, rows_of
 from test_groups import group
 
 from vogue.config import load_config
-from vogue.groups import judged, kept_lengths
 from vogue.method.advantage import group_advantages
 from vogue.method.pairs import drawn_pairs, kept_by_pairs, pair_count, paired
 from vogue.metrics import Clock, Means
-from vogue.pair_shuffle import Pair, shuffled, weights_of
 from vogue.settings import ConfigError
+from vogue.step.groups import judged, kept_lengths
+from vogue.step.pair_shuffle import Pair, shuffled, weights_of
 
 NEEDED = ["model.path=some/model", "data.train=train.parquet"]
 

@@ -9,12 +9,12 @@ from PIL import Image
 from steps import group_of
 
 from vogue.data import Sample
-from vogue.groups import Trace
 from vogue.inputs import Prompt, View
-from vogue.loader import Item
 from vogue.rewards import Score
 from vogue.rollout.engine import Completion
 from vogue.run.completion_records import pieces, records
+from vogue.step.groups import Trace
+from vogue.step.loader import Item
 
 PIXELS = np.random.default_rng(0)
 KEYS = (

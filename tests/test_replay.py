@@ -11,18 +11,18 @@ from test_groups import group
 
 from vogue.cli import main
 from vogue.config import load_config
-from vogue.groups import Trace, kept_lengths, rows, tally
 from vogue.inputs import Prompt, View
-from vogue.loader import REPLAYABLE
 from vogue.method.replay import drawn_by_tier, off_policy_advantages, surplus, tiers
 from vogue.method.uncertainty import Signals
 from vogue.metrics import Means
 from vogue.model.packing import Row, collate
-from vogue.objective import objective
-from vogue.replay import BUFFER, remember, with_replayed
 from vogue.rollout.engine import Completion
-from vogue.run_state import RunState
 from vogue.settings import ConfigError
+from vogue.step.groups import Trace, kept_lengths, rows, tally
+from vogue.step.loader import REPLAYABLE
+from vogue.step.objective import objective
+from vogue.step.replay import BUFFER, remember, with_replayed
+from vogue.step.run_state import RunState
 from vogue_kernels import GuidanceConfig
 
 NEEDED = ["model.path=some/model", "data.train=train.parquet"]

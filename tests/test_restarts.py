@@ -12,7 +12,7 @@ import pytest
 import torch
 from ranks import environment, free_port
 from safetensors.torch import load_file
-from test_engines import metrics
+from test_several_ranks import metrics
 
 from vogue.cli import main
 from vogue.run import restarts

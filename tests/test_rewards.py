@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vogue.answer_extraction import boxed
+from vogue.config.sections import RewardConfig
 from vogue.data import Sample
 from vogue.rewards import Score, score, score_batch, verifier
 from vogue.rewards.correctness import is_correct
 from vogue.rewards.equality import Verifier
 from vogue.rewards.format import is_formatted
 from vogue.rewards.worker import Worker
-from vogue.sections import RewardConfig
 
 HOSTILE = "9^{9^{9^9}}"
 

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from vogue.answer_extraction import tagged_answer
 from vogue.config import load_config
+from vogue.config.presets import DESIGNS, HEADED
+from vogue.config.sections import RewardConfig
 from vogue.data.prompts import SYSTEM_PROMPTS, system_prompt
 from vogue.data.puzzles import draw_puzzles
-from vogue.presets import DESIGNS, HEADED
 from vogue.rewards import Score, score
 from vogue.rewards.designs import TAGS, content, has_format, partial_credit, sentence_score, sentences
 from vogue.rewards.pebr_r1 import HEADINGS
-from vogue.sections import RewardConfig
 from vogue.settings import ConfigError
 
 FOUR_TAGS = (

@@ -11,10 +11,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from vogue.cli import main
+from vogue.config.sections import RewardConfig
 from vogue.data import Sample
 from vogue.rewards import RewardError, Score, check_function, score_batch
 from vogue.rewards.function import RewardFunction
-from vogue.sections import RewardConfig
 
 SAMPLES = [Sample("<image>How many?", answer, (b"never opened",), category="dots") for answer in ("3", "4", "5")]
 TEXTS = ["\\boxed{3}", "good", "\\boxed{5} \ud800"]

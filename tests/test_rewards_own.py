@@ -9,11 +9,11 @@ import pytest
 from vogue.answer_extraction import boxed
 from vogue.cli import main
 from vogue.config import load_config
+from vogue.config.sections import RewardConfig
 from vogue.data import Sample
 from vogue.rewards import RewardError, Score, score_batch
 from vogue.rewards.format import is_formatted
 from vogue.rewards.library import box, choice, iou, judge, point, text
-from vogue.sections import RewardConfig
 from vogue.settings import ConfigError
 
 LIBRARY = "vogue.rewards.library"

@@ -12,6 +12,7 @@ from PIL import Image
 
 from vogue.cli import main
 from vogue.config import load_config
+from vogue.config.sections import RewardConfig
 from vogue.data import DataError, Sample, load_samples, write_parquet
 from vogue.data.puzzles import puzzle_samples
 from vogue.difficulty import level
@@ -27,7 +28,6 @@ from vogue.rewards.pebr_r1 import (
     length_score,
     share_of_enough,
 )
-from vogue.sections import RewardConfig
 from vogue.settings import ConfigError
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

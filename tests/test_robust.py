@@ -23,9 +23,9 @@ from vogue.cli import main
 from vogue.method.robust import worst_divergence
 from vogue.model.packing import collate
 from vogue.model.policy import Policy
-from vogue.objective import objective
 from vogue.rollout.engine import media_token_ids
 from vogue.settings import ConfigError
+from vogue.step.objective import objective
 
 
 def test_the_worst_view_is_one_of_each_token_and_alone_has_a_gradient():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ranks import launch
 
-from vogue.run_state import RunState
+from vogue.step.run_state import RunState
 
 
 def test_the_loader_sees_what_had_happened_when_it_was_settled(tmp_path):
@@ -48,7 +48,7 @@ import sys
 from vogue import distributed
 from vogue.cli import main
 from vogue.distributed import leave
-from vogue.loader import Loader
+from vogue.step.loader import Loader
 from vogue.trainer import Trainer
 
 own_order, own_update = Loader._order, Trainer.update

@@ -16,7 +16,7 @@ from ranks import launch
 
 from vogue import distributed
 from vogue.cli import main
-from vogue.model import checkpoint
+from vogue.model import resuming
 from vogue.run import kept_checkpoints, save_schedule
 from vogue.run.folder import FolderError
 from vogue.run.training import _note_best
@@ -115,13 +115,13 @@ def test_the_best_checkpoint_stays_beside_the_newest_and_its_link_leads_to_it(ne
     assert saved(trainer.config.trainer.output_dir) == ["best", "step_000002", "step_000004"]
     best = kept_checkpoints.best_of(trainer.checkpoints)
     assert best == trainer.checkpoints / "step_000002"
-    assert checkpoint.find(trainer.checkpoints, "best") == (best, 2)
+    assert resuming.find(trainer.checkpoints, "best") == (best, 2)
     assert (trainer.checkpoints / "best" / "hf" / "config.json").is_file()
     trainer.step = 5
     _note_best(trainer, {"pass@1": [0.6, 0, 1]})
     trainer.save()
     assert saved(trainer.config.trainer.output_dir) == ["best", "step_000005"]
-    assert checkpoint.find(trainer.checkpoints, "best")[1] == 5
+    assert resuming.find(trainer.checkpoints, "best")[1] == 5
 
 
 def test_a_best_checkpoint_that_is_gone_has_no_link(new_trainer):
@@ -133,7 +133,7 @@ def test_a_best_checkpoint_that_is_gone_has_no_link(new_trainer):
     kept_checkpoints.mark_best(trainer.checkpoints, trainer.state)
     assert saved(trainer.config.trainer.output_dir) == []
     with pytest.raises(ConfigError, match=r"--resume=best: there is no such checkpoint in .*; there are none"):
-        checkpoint.find(trainer.checkpoints, "best")
+        resuming.find(trainer.checkpoints, "best")
 
 
 # ------------------------------------------------------------------------------------------------------------- in a run

@@ -19,11 +19,11 @@ from steps import (
     with_settings,
 )
 
-from vogue.groups import in_updates
 from vogue.method.uncertainty import Signals
 from vogue.metrics import Clock, Means
 from vogue.model.packing import Place
 from vogue.rollout.engine import Completion
+from vogue.step.groups import in_updates
 
 # ----------------------------------------------------------------------------------------------- loss and updates
 

@@ -12,11 +12,11 @@ from test_groups import group
 
 from vogue.cli import main
 from vogue.config import load_config
-from vogue.loader import SCORES, sample_order
 from vogue.method.variance import distinct, drawn, interleaved, outcome_variance, scores, unseen
 from vogue.metrics import Means
-from vogue.prompt_scores import TOKENS, refreshed, remembered
 from vogue.settings import ConfigError
+from vogue.step.loader import SCORES, sample_order
+from vogue.step.prompt_scores import TOKENS, refreshed, remembered
 
 NEEDED = ["model.path=some/model", "data.train=train.parquet"]
 MMR1 = ("method=mmr1", "rollout.n=4", "sampling.n=3", "sampling.every=2")  # measured before the steps 0 and 2

@@ -19,10 +19,10 @@ from vogue.data.samples import VIDEO
 from vogue.data.videos import Clip, Frames, VideoLimits, load, outline, strip
 from vogue.families import QWEN2_5, QWEN3
 from vogue.inputs import Preprocessor
-from vogue.loader import perturbed
 from vogue.model.packing import Row, collate
 from vogue.model.policy import Policy
 from vogue.rollout.engine import Completion
+from vogue.step.loader import perturbed
 
 
 def grey(value, size=(56, 28)):

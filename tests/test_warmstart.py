@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vogue.config import load_config
+from vogue.config.sections import RewardConfig
 from vogue.data import DataError, Sample, prompts, write_parquet
 from vogue.data.digits import SYSTEM_PROMPT, digit_pairs
 from vogue.data.prompts import with_view
@@ -17,7 +18,6 @@ from vogue.data.puzzles import KINDS, SMALLEST, puzzle_samples
 from vogue.inputs import Preprocessor, load_processor
 from vogue.rewards.designs import DEMONSTRATIONS, score
 from vogue.rewards.pebr_r1 import description, keyword_score, keywords_of
-from vogue.sections import RewardConfig
 from vogue.settings import ConfigError
 from vogue.tiny import SPECIAL_TOKENS
 from vogue.warmstart import Examples, demonstrate, demonstration_loss, warmstart, warmstart_on

@@ -43,38 +43,53 @@ REPLAY, VIDEOS = ("tests/test_replay.py", "not stopped"), ("tests/test_videos.py
 LATENT = "tests/test_latent.py", "not family and not stopped"
 MUTANTS = (
     # What is random is a function of the seed and of where it stands.
-    Mutant("vogue/groups.py", "Purpose.ROLLOUT, step, item", "Purpose.ROLLOUT, item", "tests/test_trainer.py"),
-    Mutant("vogue/loader.py", "Purpose.PERTURB, step, number", "Purpose.PERTURB, number", "tests/test_loader.py"),
+    Mutant("vogue/step/groups.py", "Purpose.ROLLOUT, step, item", "Purpose.ROLLOUT, item", "tests/test_trainer.py"),
+    Mutant("vogue/step/loader.py", "Purpose.PERTURB, step, number", "Purpose.PERTURB, number", "tests/test_loader.py"),
     Mutant(
-        "vogue/loader.py", "drawn[first : first + rollout.prompts]", "drawn[: rollout.prompts]", "tests/test_loader.py"
+        "vogue/step/loader.py",
+        "drawn[first : first + rollout.prompts]",
+        "drawn[: rollout.prompts]",
+        "tests/test_loader.py",
     ),
     Mutant("vogue/rewards/scoring.py", "*place, number)", "*place)", "tests/test_rewards_scoring.py"),
-    Mutant("vogue/loader.py", "(step * rollout.rounds + number) *", "step * rollout.rounds *", "tests/test_loader.py"),
-    Mutant("vogue/loader.py", "purpose, *where, i)", "purpose, *where)", "tests/test_loader.py"),
+    Mutant(
+        "vogue/step/loader.py", "(step * rollout.rounds + number) *", "step * rollout.rounds *", "tests/test_loader.py"
+    ),
+    Mutant("vogue/step/loader.py", "purpose, *where, i)", "purpose, *where)", "tests/test_loader.py"),
     Mutant(
         "vogue/method/branch.py", "SeedSequence((seed, step))", "SeedSequence((seed + step,))", "tests/test_branch.py"
     ),
-    Mutant("vogue/loader.py", "epoch, offset = epoch + 1, 0", "epoch, offset = epoch, 0", "tests/test_loader.py"),
+    Mutant("vogue/step/loader.py", "epoch, offset = epoch + 1, 0", "epoch, offset = epoch, 0", "tests/test_loader.py"),
     # What a step trains on, and where.
-    Mutant("vogue/loader.py", "self.state.settle()\n", "pass\n", "tests/test_loader.py"),
-    Mutant("vogue/loader.py", "ahead and ahead[0] == step", "ahead", "tests/test_loader.py"),
-    Mutant("vogue/loader.py", "NOISY_COST if z.any() else 1", "1", "tests/test_loader.py"),
+    Mutant("vogue/step/loader.py", "self.state.settle()\n", "pass\n", "tests/test_loader.py"),
+    Mutant("vogue/step/loader.py", "ahead and ahead[0] == step", "ahead", "tests/test_loader.py"),
+    Mutant("vogue/step/loader.py", "NOISY_COST if z.any() else 1", "1", "tests/test_loader.py"),
     Mutant(
-        "vogue/dynamic_sampling.py", "(not found[number], number)", "(found[number], number)", "tests/test_groups.py"
+        "vogue/step/dynamic_sampling.py",
+        "(not found[number], number)",
+        "(found[number], number)",
+        "tests/test_groups.py",
     ),
-    Mutant("vogue/groups.py", "keep and completion.finished", "completion.finished", "tests/test_groups.py"),
-    Mutant("vogue/dynamic_sampling.py", "place * updates // len(chosen)", "place % updates", "tests/test_groups.py"),
+    Mutant("vogue/step/groups.py", "keep and completion.finished", "completion.finished", "tests/test_groups.py"),
     Mutant(
-        "vogue/groups.py", "pass_at_k(len(scores), right, len(scores))", "right / len(scores)", "tests/test_groups.py"
+        "vogue/step/dynamic_sampling.py", "place * updates // len(chosen)", "place % updates", "tests/test_groups.py"
     ),
-    Mutant("vogue/groups.py", "other = RAW if trained == NOISY else NOISY", "other = NOISY", "tests/test_methods.py"),
+    Mutant(
+        "vogue/step/groups.py",
+        "pass_at_k(len(scores), right, len(scores))",
+        "right / len(scores)",
+        "tests/test_groups.py",
+    ),
+    Mutant(
+        "vogue/step/groups.py", "other = RAW if trained == NOISY else NOISY", "other = NOISY", "tests/test_methods.py"
+    ),
     # Sampling, the length of a run, and its checkpoints.
     Mutant("vogue/rollout/sampling.py", "before >= sampling.top_p", "likely.cumsum(-1) >= sampling.top_p", *SAMPLING),
     Mutant("vogue/rollout/sampling.py", "+ log(sampling.min_p)", "+ log(sampling.min_p) / 2", *SAMPLING),
     Mutant(
         "vogue/rollout/hf.py", "if temperature else logits).log_softmax", "if False else logits).log_softmax", *SAMPLING
     ),
-    Mutant("vogue/config.py", "steps = ceil(", "steps = int(", "tests/test_epochs.py"),
+    Mutant("vogue/config/__init__.py", "steps = ceil(", "steps = int(", "tests/test_epochs.py"),
     Mutant("vogue/run/save_schedule.py", 'best["value"] >= value', 'best["value"] > value', *SAVING),
     Mutant("vogue/run/kept_checkpoints.py", "[-keep:], best_of(root))", "[-keep:],)", *SAVING),
     Mutant(
@@ -98,30 +113,34 @@ MUTANTS = (
     ),
     Mutant("vogue/trainer.py", "loss * (self.ranks / divisor)", "loss / divisor * 2", "tests/test_trainer.py"),
     # The objective.
-    Mutant("vogue/objective.py", "torch.where(comparable,", "torch.where(~comparable,", "tests/test_objective.py"),
-    Mutant("vogue/objective.py", "batch.weights * old.chosen", "batch.weights", "tests/test_entropy.py"),
-    Mutant("vogue/objective.py", "loss - coef * (weights", "loss + coef * (weights", "tests/test_entropy.py"),
+    Mutant("vogue/step/objective.py", "torch.where(comparable,", "torch.where(~comparable,", "tests/test_objective.py"),
+    Mutant("vogue/step/objective.py", "batch.weights * old.chosen", "batch.weights", "tests/test_entropy.py"),
+    Mutant("vogue/step/objective.py", "loss - coef * (weights", "loss + coef * (weights", "tests/test_entropy.py"),
     Mutant("vogue/method/entropy.py", "1 - share", "share", "tests/test_entropy.py"),
-    Mutant("vogue/groups.py", "measures or reads_all(config.loss)", "measures", "tests/test_entropy.py"),
+    Mutant("vogue/step/groups.py", "measures or reads_all(config.loss)", "measures", "tests/test_entropy.py"),
     Mutant("vogue/trainer.py", "is None or group.item.number in chosen]", "is None or True]", "tests/test_methods.py"),
-    Mutant("vogue/ahead.py", "if rollout and rollout.step == step", "if rollout", "tests/test_ahead.py"),
+    Mutant("vogue/step/ahead.py", "if rollout and rollout.step == step", "if rollout", "tests/test_ahead.py"),
     # KL to a reference, and the image's part in a token.
     Mutant("vogue/method/kl.py", "else ratio_of(logprob, old_logprob) * found", "else found", "tests/test_kl.py"),
     Mutant("vogue/model/policy.py", "detach(), found.kl_qp)", "detach(), found.kl_pq)", "tests/test_kl.py"),
     Mutant("vogue/model/policy.py", "with without_adapters(self.model):", "if True:", "tests/test_kl.py"),
-    Mutant("vogue/objective.py", "loss = loss - _perceived", "loss = loss + _perceived", "tests/test_perception.py"),
+    Mutant(
+        "vogue/step/objective.py", "loss = loss - _perceived", "loss = loss + _perceived", "tests/test_perception.py"
+    ),
     Mutant("vogue/method/credit.py", "+ (1 - least) / average", "+ (1 - least)", "tests/test_credit.py"),
-    Mutant("vogue/objective.py", "and sending_gradient(batch)[here].any()", "", "tests/test_credit.py"),
+    Mutant("vogue/step/objective.py", "and sending_gradient(batch)[here].any()", "", "tests/test_credit.py"),
     Mutant("vogue/method/robust.py", "argmax(dim=0", "argmin(dim=0", "tests/test_robust.py"),
-    Mutant("vogue/objective.py", "held & batch.right[:m]", "held", "tests/test_robust.py"),
+    Mutant("vogue/step/objective.py", "held & batch.right[:m]", "held", "tests/test_robust.py"),
     Mutant("vogue/method/critic.py", "[spread[1:], ", "[spread[:-1], ", "tests/test_critic.py"),
     Mutant("vogue/model/critic.py", "if step >= settings.warmup_steps", "if True", "tests/test_critic.py"),
     # What is trained on again, and videos.
-    Mutant("vogue/objective.py", "fresh, old.logprob, batch.behaviour", "fresh, old.logprob, old.logprob", *REPLAY),
+    Mutant(
+        "vogue/step/objective.py", "fresh, old.logprob, batch.behaviour", "fresh, old.logprob, old.logprob", *REPLAY
+    ),
     Mutant("vogue/method/replay.py", "values - known.mean()", "values - values.mean()", *REPLAY),
-    Mutant("vogue/replay.py", "fresh_enough(step + 1 - one", "fresh_enough(step - one", *REPLAY),
-    Mutant("vogue/replay.py", "trace is None else trace.logprob.clone()", "True else None", *REPLAY),
-    Mutant("vogue/loader.py", "perturb(frame, **settings, seed=seed)", "perturb(frame, **settings)", *VIDEOS),
+    Mutant("vogue/step/replay.py", "fresh_enough(step + 1 - one", "fresh_enough(step - one", *REPLAY),
+    Mutant("vogue/step/replay.py", "trace is None else trace.logprob.clone()", "True else None", *REPLAY),
+    Mutant("vogue/step/loader.py", "perturb(frame, **settings, seed=seed)", "perturb(frame, **settings)", *VIDEOS),
     Mutant("vogue/families.py", "places[0].double() * pace", "places[0].double()", *VIDEOS),
     Mutant("vogue/model/packing.py", "(self.seconds[i] is not None) == video", "True", *VIDEOS),
     # States that are read in place of tokens.
@@ -140,13 +159,13 @@ MUTANTS = (
     Mutant("vogue/rollout/latent_spans.py", "at < sampled[-1]", "True", *LATENT),
     Mutant("vogue/warmstart.py", "[places - 1]", "[places]", *LATENT),
     # Ranks.
-    Mutant("vogue/balance.py", "(-claims[claim], claim)", "(claims[claim], claim)", "tests/test_balance.py"),
-    Mutant("vogue/balance.py", "pack(loads, middle)", "pack(loads, budget)", "tests/test_balance.py"),
-    Mutant("vogue/loader.py", "o.number, o.draws", "0, o.draws", "tests/test_balance.py"),
-    Mutant("vogue/objective.py", "(advantages != 0).any()", "(advantages != 0).all()", "tests/test_objective.py"),
-    Mutant("vogue/objective.py", "guidance, sign)", "guidance, 1.0)", "tests/test_raw_rollouts.py"),
+    Mutant("vogue/step/balance.py", "(-claims[claim], claim)", "(claims[claim], claim)", "tests/test_balance.py"),
+    Mutant("vogue/step/balance.py", "pack(loads, middle)", "pack(loads, budget)", "tests/test_balance.py"),
+    Mutant("vogue/step/loader.py", "o.number, o.draws", "0, o.draws", "tests/test_balance.py"),
+    Mutant("vogue/step/objective.py", "(advantages != 0).any()", "(advantages != 0).all()", "tests/test_objective.py"),
+    Mutant("vogue/step/objective.py", "guidance, sign)", "guidance, 1.0)", "tests/test_raw_rollouts.py"),
     Mutant(
-        "vogue/objective.py",
+        "vogue/step/objective.py",
         "acted_on(batch) & (batch.advantages != 0)",
         "acted_on(batch)",
         "tests/test_trainer.py",
@@ -176,8 +195,8 @@ MUTANTS = (
     Mutant(SURROGATES, "clamp(config.importance_floor, ", "clamp(None, ", SEEN_BY),
     Mutant(SURROGATES, " / self.lengths.clamp(min=1)[self.ids]", "", SEEN_BY),
     # Both readings of VOGUE.
-    Mutant("vogue/groups.py", "item.draws) if config", "(True,) * n) if config", "tests/test_raw_rollouts.py"),
-    Mutant("vogue/groups.py", "group.paid[i] == paid", "True", "tests/test_raw_rollouts.py"),
+    Mutant("vogue/step/groups.py", "item.draws) if config", "(True,) * n) if config", "tests/test_raw_rollouts.py"),
+    Mutant("vogue/step/groups.py", "group.paid[i] == paid", "True", "tests/test_raw_rollouts.py"),
     Mutant("vogue/method/uncertainty.py", "paid & ~noisy", "paid", "tests/test_uncertainty.py"),
     Mutant(
         "vogue/method/uncertainty.py",
@@ -247,13 +266,15 @@ MUTANTS = (
         "tests/test_sweep_table.py",
     ),
     Mutant(
-        "vogue/run_state.py",
+        "vogue/step/run_state.py",
         'values["current"], values["settled"]',
         'values["current"], values["current"]',
         "tests/test_run_state.py",
         "settled",
     ),
-    Mutant("vogue/run_state.py", "copy.deepcopy(self.current)", "self.current", "tests/test_run_state.py", "settled"),
+    Mutant(
+        "vogue/step/run_state.py", "copy.deepcopy(self.current)", "self.current", "tests/test_run_state.py", "settled"
+    ),
     Mutant(
         "vogue/sweep.py",
         'evaluations[-1]["step"] == (self.config.trainer.steps or logs.steps_of(self.folder))',

@@ -15,6 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vogue.config import Config
+from vogue.config.presets import DESIGNS, HEADED
 from vogue.data import DataError, Sample, Samples
 from vogue.data.columns import NAMED, NUMBERED
 from vogue.data.dataset import Offender, broken_images, fingerprint_of, offenders_of, remember_decoded
@@ -22,7 +23,6 @@ from vogue.data.images import png
 from vogue.data.samples import PLACEHOLDER
 from vogue.data.videos import QWENS, Outline, VideoLimits, strip
 from vogue.inputs import MARKED, MARKS, Preprocessor
-from vogue.presets import DESIGNS, HEADED
 from vogue.rewards import Score, score
 
 LONG_ANSWER = 200  # characters, from which on an answer looks like a solution

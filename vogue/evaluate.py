@@ -20,7 +20,6 @@ from vogue.data.dataset import check_samples, fingerprint_of, test_samples
 from vogue.data.prompts import with_view
 from vogue.estimates import Estimate, estimate, pass_at_k, powers_of_two
 from vogue.inputs import Preprocessor
-from vogue.loader import perturbed
 from vogue.method.perturb import perturb
 from vogue.rewards import RewardError, Score, check_function
 from vogue.rewards.scoring import score_groups
@@ -29,6 +28,7 @@ from vogue.rollout.engine import Completion, Engine, EngineError, Request
 from vogue.rollout.sampling import of_evaluations
 from vogue.run.chat_template import checked_preprocessor
 from vogue.seeds import Purpose, seed_for
+from vogue.step.loader import perturbed
 
 FAILURES = (DataError, RewardError, EngineError)  # that end a run between two steps, with a checkpoint
 CHUNK = 64  # problems generated at a time, so that the progress bar moves and their images fit into memory

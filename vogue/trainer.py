@@ -31,17 +31,35 @@ from typing import NamedTuple, cast
 from torch.nn.utils import get_total_norm
 
 from vogue import distributed
-from vogue.ahead import AHEAD, Ahead
-from vogue.balance import IDLE, IDLE_COMPARED, all_loads, balance, bring_home, deal, exchange
 from vogue.config import Config, with_steps
 from vogue.data import DataError, Sample
 from vogue.data.dataset import Checked
-from vogue.dynamic_sampling import dynamic_sampling
-from vogue.engine_check import Servers, mismatch
-from vogue.entropy_target import entropy_coef, steer_entropy
 from vogue.evaluate import CHUNK, FAILURES, Judged, judge, requests_for
-from vogue.forwards import looked_at, needs_look, referred
-from vogue.groups import (
+from vogue.inputs import NOISY, RAW, Preprocessor
+from vogue.method import branch
+from vogue.method.uncertainty import Signals, TokenStats, read_signals
+from vogue.metrics import Clock, Means, memory_limit, peak_memory
+from vogue.model import checkpoint, resuming
+from vogue.model.critic import Critic
+from vogue.model.loading import load_model
+from vogue.model.optimizer import start_deepspeed
+from vogue.model.packing import Batch, Place, collate
+from vogue.model.policy import Policy
+from vogue.model.reference import load_reference
+from vogue.model.weights import gathered_weights
+from vogue.rewards import Score, verifier
+from vogue.rewards.scoring import score_groups
+from vogue.rollout import create_engine
+from vogue.rollout.engine import Completion, media_token_ids
+from vogue.rollout.sampling import of_rollouts
+from vogue.run.kept_checkpoints import BEST, root_of
+from vogue.step.ahead import AHEAD, Ahead
+from vogue.step.balance import IDLE, IDLE_COMPARED, all_loads, balance, bring_home, deal, exchange
+from vogue.step.dynamic_sampling import dynamic_sampling
+from vogue.step.engine_check import Servers, mismatch
+from vogue.step.entropy_target import entropy_coef, steer_entropy
+from vogue.step.forwards import looked_at, needs_look, referred
+from vogue.step.groups import (
     RIGHT,
     WRONG,
     Group,
@@ -59,30 +77,12 @@ from vogue.groups import (
     tally,
     traced,
 )
-from vogue.inputs import NOISY, RAW, Preprocessor
-from vogue.loader import SCORES, Item, Loader
-from vogue.method import branch
-from vogue.method.uncertainty import Signals, TokenStats, read_signals
-from vogue.metrics import Clock, Means, memory_limit, peak_memory
-from vogue.model import checkpoint
-from vogue.model.critic import Critic
-from vogue.model.loading import load_model
-from vogue.model.optimizer import start_deepspeed
-from vogue.model.packing import Batch, Place, collate
-from vogue.model.policy import Policy
-from vogue.model.reference import load_reference
-from vogue.model.weights import gathered_weights
-from vogue.objective import objective, uncertainties
-from vogue.pair_shuffle import shuffled
-from vogue.prompt_scores import TOKENS, refreshed, remembered
-from vogue.replay import remember, with_replayed
-from vogue.rewards import Score, verifier
-from vogue.rewards.scoring import score_groups
-from vogue.rollout import create_engine
-from vogue.rollout.engine import Completion, media_token_ids
-from vogue.rollout.sampling import of_rollouts
-from vogue.run.kept_checkpoints import BEST, root_of
-from vogue.run_state import RunState
+from vogue.step.loader import SCORES, Item, Loader
+from vogue.step.objective import objective, uncertainties
+from vogue.step.pair_shuffle import shuffled
+from vogue.step.prompt_scores import TOKENS, refreshed, remembered
+from vogue.step.replay import remember, with_replayed
+from vogue.step.run_state import RunState
 from vogue_kernels import GuidanceConfig
 
 DATA = "data"  # the run's state under this name: the fingerprint of what it is trained on
@@ -103,9 +103,9 @@ class Trainer:
         self.rank, self.ranks, self.device = distributed.start(config.trainer.timeout)
         self.state = RunState()
         self.loader = Loader(config, data, preprocessor, self.state, self.rank, self.ranks)
-        found = None if resume is None else checkpoint.find(self.checkpoints, resume)
+        found = None if resume is None else resuming.find(self.checkpoints, resume)
         if found:
-            checkpoint.load_state(self.state, found[0])
+            resuming.load_state(self.state, found[0])
             if self.state.current[DATA] != data.fingerprint:
                 raise DataError(f"--resume: data.train={config.data.train} isn't what the run in {found[0]} trained on")
             if config.trainer.save_best is None:  # nothing is compared with it any more
@@ -136,7 +136,7 @@ class Trainer:
         self.guidance = GuidanceConfig(**config.guidance.model_dump(exclude={"sign_transition"}))
         folder, self.step = found or (None, 0)
         if folder:
-            checkpoint.load(self.deepspeed, folder)
+            resuming.load(self.deepspeed, folder)
         if found or config.lora.adapter:
             self.sync()
         self.keep_up()
@@ -350,14 +350,14 @@ class Trainer:
         return read_signals(stats, batch.noisy, batch.paid, **self.config.uncertainty.model_dump())
 
     def looked_at(self, batches: list[Batch], means: Means, *, several: bool) -> list[Batch]:
-        """An update's batches with what has to be known of them before it (`vogue.forwards`)."""
+        """An update's batches with what has to be known of them before it (`vogue.step.forwards`)."""
         measuring = self.config.trainer.measures(self.step)
         given = self.deepspeed, self.signals, batches, self.config, self.device
         valued = partial(self.critic.advantages, step=self.step, means=means) if self.critic else None
         return looked_at(*given, several=several, measuring=measuring, valued=valued)
 
     def micro_batches(self, groups: dict[int, Group], some: Group, means: Means, clock: Clock) -> list[Batch]:
-        """This rank's share of an update's rows, whoever generated them (`vogue.balance`); `groups` are its own.
+        """This rank's share of an update's rows, whoever generated them (`vogue.step.balance`); `groups` are its own.
 
         Micro-batches with compared rows come first, as many on every rank and in the same order. Every rank has to take
         part in as many forwards of each kind as the others, and has `some` group for it.

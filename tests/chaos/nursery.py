@@ -11,7 +11,7 @@ import json
 import os
 import sys
 
-from vogue.quiet import quiet
+from vogue.cli.quiet import quiet
 
 quiet()  # before the libraries come
 

@@ -29,11 +29,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 
 from vogue.answer_extraction import boxed
+from vogue.config.sections import DataConfig
 from vogue.data import videos
 from vogue.data.files import DataError, Row
 from vogue.data.images import ImageError, Reference, reference, short
 from vogue.data.samples import OPTIONAL, PLACEHOLDER, VIDEO, Sample, is_visible
-from vogue.sections import DataConfig
 
 # What a column may be called, the names of vogue's own (and EasyR1's) schema first: where one of those is there, it is
 # meant; of the others exactly one may be.

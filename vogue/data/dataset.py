@@ -8,11 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, overload
 
+from vogue.config.sections import DataConfig
 from vogue.data.columns import Reader, Shape, shape_of
 from vogue.data.files import DataError, Rows, open_rows
 from vogue.data.samples import Sample
 from vogue.data.videos import QWENS
-from vogue.sections import DataConfig
 from vogue.settings import ConfigError
 
 CHUNK = 256  # samples whose prompts are tokenized together

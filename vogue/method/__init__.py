@@ -6,5 +6,5 @@ entropy       which tokens train            kl            the divergence from a 
 credit        a token's part of A           curiosity     CDE's bonus on rewards
 pairs         Shuffle-R1's pairs and draws  variance      MMR1's scores of prompts
 
-The bonuses are `vogue_kernels.loss`, the surrogates `vogue_kernels.surrogates`, which other trainers use too.
+The bonuses are `vogue_kernels.capped_bonus`, the surrogates `vogue_kernels.surrogates`, which other trainers use too.
 """

@@ -16,8 +16,8 @@ from vogue.config import Config
 from vogue.method.critic import curious_advantages, prefixes_of_a_head, value_loss
 from vogue.metrics import Mean, Means
 from vogue.model.packing import Batch
-from vogue.run_state import RunState
 from vogue.seeds import Purpose, seed_for
+from vogue.step.run_state import RunState
 
 HEADS = "critic"  # the run's state under this name
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+from vogue.config.training_sections import LoraConfig
 from vogue.families import family_of
 from vogue.model.files import read_checkpoint, write_as_published
 from vogue.settings import ConfigError
-from vogue.training_sections import LoraConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 NAME = "default"  # PEFT's, of a model's one adapter

@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 
 from vogue import distributed
 from vogue.config import Config
+from vogue.config.training_sections import OptimizerConfig
 from vogue.model.policy import Policy
 from vogue.settings import ConfigError
-from vogue.training_sections import OptimizerConfig
 
 # Weights that ZeRO-3 updates at a time, of a rank's. It makes their gradients float32 first: 0.8 GB, where DeepSpeed's
 # own 1e9 take 4 GB, in the moment at which a step has the least to spare.

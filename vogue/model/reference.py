@@ -6,10 +6,10 @@ import torch
 from transformers import PreTrainedModel
 
 from vogue.config import Config
+from vogue.config.training_sections import LoraConfig
 from vogue.model.files import read_checkpoint
 from vogue.model.loading import load_model
 from vogue.settings import ConfigError
-from vogue.training_sections import LoraConfig
 
 
 def reference_path(config: Config) -> str | None:

@@ -1,6 +1,6 @@
 r"""The reward designs: what a completion is asked for, and what it earns.
 
-reward = sum of weight · score over the scores of `reward.design` (`reward.weights`, else `vogue.presets.DESIGNS`)
+reward = sum of weight · score over the scores of `reward.design` (`reward.weights`, else `presets.DESIGNS` has them)
 
 With `reward.wrong` = w the score s that judges the answer counts as w + (1 − w) s: 1 if right, w if wrong.
 
@@ -32,8 +32,9 @@ from dataclasses import dataclass, field, replace
 from math import tanh
 
 from vogue.answer_extraction import boxed, tagged_answer
+from vogue.config.presets import DESIGNS, HEADED, JUDGING
+from vogue.config.sections import RewardConfig
 from vogue.data import Sample
-from vogue.presets import DESIGNS, HEADED, JUDGING
 from vogue.rewards.answer_types import Number, Time, read
 from vogue.rewards.correctness import verdicts
 from vogue.rewards.format import boxed_demonstration, is_formatted
@@ -49,7 +50,6 @@ from vogue.rewards.pebr_r1 import (
     share_of_enough,
 )
 from vogue.rewards.tidy_answer import is_blank
-from vogue.sections import RewardConfig
 
 DEMONSTRATIONS = {  # of a state and an answer, cut before the answer: what a warm start can teach
     "verifiable": boxed_demonstration,

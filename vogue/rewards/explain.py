@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vogue.presets import DESIGNS, HEADED
+from vogue.config.presets import DESIGNS, HEADED
+from vogue.config.sections import RewardConfig
 from vogue.rewards.answer_types import Collection, Mathematics, Number, Option, Reading, Series, Time, Words, read
 from vogue.rewards.correctness import Verdict, verdicts
 from vogue.rewards.designs import find_answer, score
 from vogue.rewards.pebr_r1 import ANSWER
-from vogue.sections import RewardConfig
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vogue.config.sections import RewardConfig
 from vogue.rewards.worker import Worker, without_secrets
-from vogue.sections import RewardConfig
 
 OURS = "vogue."  # what modules of vogue's own begin with
 COLUMNS = ("problem", "answer", "source", "category", "state")

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vogue.data.videos import strip
-from vogue.groups import Group
 from vogue.inputs import NOISY, RAW, View
 from vogue.run.folder import IMAGES
+from vogue.step.groups import Group
 
 SIDE = 448  # pixels of an image's longer side at most
 LONGEST = 4  # bytes, and so tokens, of a character

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vogue.config import Config
 from vogue.run.folder import remove, sync
-from vogue.run_state import RunState
+from vogue.step.run_state import RunState
 
 UNFINISHED = (".step_*.partial", ".step_*.old")
 BEST = "best"  # a link's name, and that of what the run's state knows of the best checkpoint: {"step": …}

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from vogue import distributed
 from vogue.config import Config, flatten
-from vogue.groups import reads_other
 from vogue.model.files import configured_model
 from vogue.model.lora import add_adapters
 from vogue.model.optimizer import deepspeed_settings
@@ -24,6 +23,7 @@ from vogue.run.memory import GB, check_length, shown
 from vogue.run.model_sizes import BUCKET, LIVE, Layout, Sizes, sizes_of
 from vogue.run.phase_memory import Phase, engine_weights, phases, sequence_bytes
 from vogue.settings import ConfigError, check
+from vogue.step.groups import reads_other
 
 DTYPES = {"fp32": 4, "fp16": 2, "bf16": 2, "float32": 4, "float16": 2, "bfloat16": 2}  # as DeepSpeed says them
 COLUMNS = {  # of the table, and the parts of a phase that each one sums

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vogue.config import Config
+from vogue.config.presets import told_of_answers, told_of_starts
 from vogue.data import DataError
 from vogue.inputs import Preprocessor
 from vogue.model.deepspeed_check import deepspeed_problems
@@ -24,7 +25,6 @@ from vogue.model.lora import add_adapters
 from vogue.model.optimizer import own_settings
 from vogue.model.policy import check_attention
 from vogue.model.reference import check_reference
-from vogue.presets import told_of_answers, told_of_starts
 from vogue.rewards import RewardError, check_function
 from vogue.rollout.latent_spans import check_latent
 from vogue.rollout.sampling import told_of_truncation

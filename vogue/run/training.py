@@ -18,7 +18,6 @@ from vogue.config import Config, with_steps
 from vogue.data import DataError, Sample, Samples
 from vogue.data.dataset import Checked, Offender, check_samples, test_samples, training_samples, was_decoded
 from vogue.evaluate import FAILURES, evaluation_row, headline
-from vogue.groups import Group
 from vogue.inputs import Preprocessor
 from vogue.model import checkpoint
 from vogue.run import errors, kept_checkpoints, launch, logs, preflight, save_schedule, shared_folder
@@ -28,6 +27,7 @@ from vogue.run.stacks import Stacks
 from vogue.run.stalled import Stalled
 from vogue.run.stopping import LOST, STOPPED, Stop
 from vogue.settings import ConfigError
+from vogue.step.groups import Group
 from vogue.trainer import Trainer
 
 LOOKED_AT = 10  # samples that tell whether there are images

@@ -11,9 +11,9 @@ import torch
 
 from vogue import distributed
 from vogue.config import Config
-from vogue.groups import Group
 from vogue.method.advantage import mixed
 from vogue.metrics import Means
+from vogue.step.groups import Group
 
 
 def dynamic_sampling(

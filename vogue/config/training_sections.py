@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from vogue.sections import ALL_TOKENS
+from vogue.config.sections import ALL_TOKENS
 from vogue.settings import Count, NonNegative, Positive, PositiveShare, Section, Share
 
 

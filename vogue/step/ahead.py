@@ -26,12 +26,12 @@ from torch import Tensor
 from vogue import distributed
 from vogue.config import Config
 from vogue.evaluate import FAILURES
-from vogue.groups import Group, generate
-from vogue.loader import Item, Loader
 from vogue.metrics import Clock, Means
 from vogue.rollout.engine import Completion, Engine, Generates, Request
 from vogue.rollout.sampling import Sampling
-from vogue.run_state import RunState, Values
+from vogue.step.groups import Group, generate
+from vogue.step.loader import Item, Loader
+from vogue.step.run_state import RunState, Values
 
 AHEAD = "ahead"  # the run's state under this name, in checkpoints alone: each rank's `Rollout`
 

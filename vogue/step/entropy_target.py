@@ -3,11 +3,11 @@
 `vogue.method.entropy` has the rule.
 """
 
+from vogue.config.method_sections import LossConfig
 from vogue.method.entropy import EntropyBonus
-from vogue.method_sections import LossConfig
 from vogue.metrics import Means
-from vogue.objective import PAID
-from vogue.run_state import RunState
+from vogue.step.objective import PAID
+from vogue.step.run_state import RunState
 
 BONUS = "entropy_bonus"  # the run's state under this name: an `EntropyBonus`
 

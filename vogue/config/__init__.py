@@ -2,8 +2,8 @@
 
 A run is described by one YAML file plus `key=value` overrides, merged by OmegaConf and checked here: an unknown
 key, a wrong type or a value out of range ends the program with one sentence that names it. `method` is a preset:
-it fixes the settings that make it what it is (`vogue.presets`), and contradicting it is an error rather than another
-method.
+it fixes the settings that make it what it is (`vogue.config.presets`), and contradicting it is an error rather than
+another method.
 """
 
 # pydantic's defaults stand first in Field, where pyright doesn't look for them; a Literal may be of a table's keys.
@@ -16,9 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from vogue.estimates import powers_of_two
-from vogue.method.pairs import pair_count
-from vogue.method_sections import (
+from vogue.config.method_sections import (
     AdvantageConfig,
     BranchConfig,
     CriticConfig,
@@ -30,11 +28,13 @@ from vogue.method_sections import (
     SamplingConfig,
     UncertaintyConfig,
 )
-from vogue.presets import METHODS, with_method
-from vogue.sections import ALL_TOKENS, DataConfig, ModelConfig, ReplayConfig, RewardConfig, RolloutConfig
+from vogue.config.presets import METHODS, with_method
+from vogue.config.sections import ALL_TOKENS, DataConfig, ModelConfig, ReplayConfig, RewardConfig, RolloutConfig
+from vogue.config.training_sections import LoraConfig, OptimizerConfig, TrainerConfig
+from vogue.config.view_sections import CreditConfig, PerceptionConfig, RobustConfig
+from vogue.estimates import powers_of_two
+from vogue.method.pairs import pair_count
 from vogue.settings import ConfigError, Section, check, read_settings
-from vogue.training_sections import LoraConfig, OptimizerConfig, TrainerConfig
-from vogue.view_sections import CreditConfig, PerceptionConfig, RobustConfig
 
 VLLM_HOTTEST = 2.0  # temperature
 

@@ -2,7 +2,7 @@
 
 Which samples, in which order, with which perturbations and draws: all of it is a function of the seed and the step, so
 that a resumed run, and one on another number of ranks, sees the same. What isn't, such as past pass rates, is read from
-the run's settled state (`vogue.run_state`).
+the run's settled state (`vogue.step.run_state`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ from vogue.inputs import NOISY, RAW, Preprocessor, Prompt, View
 from vogue.method import branch, variance
 from vogue.method.perturb import annealed, perturb
 from vogue.method.replay import drawn_by_tier
-from vogue.run_state import RunState
 from vogue.seeds import Purpose, rng_for, seed_for
 from vogue.settings import ConfigError
+from vogue.step.run_state import RunState
 
 SCORES = "prompt_scores"  # the run's state under this name: OVS and TDS (S, 2) of the samples
 REPLAYABLE = "replay_prompts"  # and under this: `index` and `mean` R̄ (S,) of the samples that the replay buffer has

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from vogue import distributed
 from vogue.config import Config
 from vogue.inputs import RAW
-from vogue.loader import Item
 from vogue.method.uncertainty import TokenStats
 from vogue.model.packing import Batch, Row, collate
 from vogue.rollout.engine import Completion, EngineError, Request
 from vogue.rollout.sampling import Sampling
 from vogue.seeds import Purpose, seed_for
+from vogue.step.loader import Item
 
 TOKENS = 16  # of each server
 # Mean nats a token. The two computations differ by rounding, in bfloat16 by some hundredths; other weights by tenths.

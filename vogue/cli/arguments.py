@@ -5,8 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from vogue.cli_argument_types import count, counts, gigabytes, names, steps, whole_number
-from vogue.settings_help import settings_help
+from vogue.cli.argument_types import count, counts, gigabytes, names, steps, whole_number
+from vogue.config.settings_help import settings_help
 
 RESUME = "--resume"
 WARMSTART = {

@@ -14,12 +14,12 @@ try:
     from rich.console import Console
     from rich.table import Table
 
-    from vogue.cli_arguments import WARMSTART, WARMSTART_DATA, WARMSTART_DIGITS, parse
+    from vogue.cli.arguments import WARMSTART, WARMSTART_DATA, WARMSTART_DIGITS, parse
+    from vogue.cli.data_commands import data
+    from vogue.cli.quiet import quiet
     from vogue.config import Config, load_config
-    from vogue.data_commands import data
-    from vogue.quiet import quiet
+    from vogue.config.sections import RewardConfig
     from vogue.run.stopping import LOST, STOPPED
-    from vogue.sections import RewardConfig
     from vogue.settings import ConfigError
 except ImportError as missing:  # only `vogue_kernels` was installed
     sys.exit(

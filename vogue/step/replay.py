@@ -16,14 +16,14 @@ import torch
 
 from vogue import distributed
 from vogue.config import Config
-from vogue.groups import Group, Replayed
 from vogue.inputs import RAW
-from vogue.loader import REPLAYABLE
 from vogue.method.replay import off_policy_advantages, surplus, tiers
 from vogue.metrics import Means
 from vogue.rollout.engine import Completion
-from vogue.run_state import RunState
 from vogue.seeds import Purpose, rng_for
+from vogue.step.groups import Group, Replayed
+from vogue.step.loader import REPLAYABLE
+from vogue.step.run_state import RunState
 
 BUFFER = "replay"  # the training's state under this name
 Stored = dict[

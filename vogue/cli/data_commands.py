@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from vogue.cli.quiet import quiet
 from vogue.config import Config, load_config
-from vogue.quiet import quiet
 from vogue.settings import ConfigError
 
 if TYPE_CHECKING:

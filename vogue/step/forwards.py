@@ -12,12 +12,12 @@ from torch import Tensor
 
 from vogue import distributed
 from vogue.config import Config
-from vogue.groups import Trace, reads_other, traced
 from vogue.method.kl import Reference, divergence
 from vogue.method.uncertainty import Signals, TokenStats
 from vogue.metrics import Means, mean_over
 from vogue.model.packing import Batch, Place
-from vogue.objective import credited, dependence, with_chosen
+from vogue.step.groups import Trace, reads_other, traced
+from vogue.step.objective import credited, dependence, with_chosen
 
 Forward = Callable[..., TokenStats]  # of a batch that is on the policy's device
 ReadSignals = Callable[[Batch, TokenStats], Signals]

@@ -13,8 +13,6 @@ from torch import Tensor
 from vogue import distributed
 from vogue.data import DataError
 from vogue.evaluate import CHUNK
-from vogue.groups import Group
-from vogue.loader import Loader
 from vogue.method.variance import distinct, outcome_variance, unseen
 from vogue.metrics import Means
 from vogue.rewards import RewardError
@@ -22,6 +20,8 @@ from vogue.rewards.scoring import score_groups
 from vogue.rollout.engine import Completion, Engine, Request
 from vogue.rollout.sampling import of_rollouts
 from vogue.seeds import Purpose, seed_for
+from vogue.step.groups import Group
+from vogue.step.loader import Loader
 
 TOKENS = "refresh_tokens"  # the metric: tokens that were generated for scores and aren't trained on
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from vogue import distributed
 from vogue.config import Config
-from vogue.groups import Group
 from vogue.method.pairs import drawn_pairs, paired
 from vogue.metrics import Clock, Means
 from vogue.seeds import Purpose, rng_for
+from vogue.step.groups import Group
 
 
 class Pair(NamedTuple):

@@ -10,7 +10,6 @@ from torch import Tensor
 from vogue.config import Config
 from vogue.estimates import pass_at_k
 from vogue.inputs import NOISY, RAW
-from vogue.loader import Item
 from vogue.method import curiosity
 from vogue.method.advantage import (
     deviation,
@@ -25,11 +24,12 @@ from vogue.method.pairs import kept_by_pairs
 from vogue.method.uncertainty import TokenStats
 from vogue.metrics import Means
 from vogue.model.packing import Batch, Place, Row
-from vogue.objective import has_gradient, reads_all
 from vogue.rewards import Score
 from vogue.rollout.engine import Completion, Generates, Request
 from vogue.rollout.sampling import of_rollouts
 from vogue.seeds import Purpose, rng_for, seed_for
+from vogue.step.loader import Item
+from vogue.step.objective import has_gradient, reads_all
 
 RIGHT, WRONG = "log_perplexity/right", "log_perplexity/wrong"  # metrics
 

@@ -1,6 +1,6 @@
 r"""The loss of a batch from its signals: VOGUE's shaped advantage, a surrogate, and what is logged of them.
 
-    Â    = A + g_out + z sign g_per                     `vogue_kernels.loss` has the bonuses
+    Â    = A + g_out + z sign g_per                     `vogue_kernels.capped_bonus` has g
     loss = Σ_t w_t (c_t L(ρ_t, Â_t) − η H_t + β KL_t)   `vogue_kernels.surrogates` has L and c, `vogue.method.kl` KL
 
 L is −min(ρ Â, clip(ρ, 1 − ε_low, 1 + ε_high) Â), or another surrogate; ρ = π / π_old, with the policy before the step's
@@ -17,15 +17,15 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from vogue.config.method_sections import KlConfig, LossConfig
+from vogue.config.view_sections import CreditConfig, PerceptionConfig, RobustConfig
 from vogue.method.credit import Gather, token_factors
 from vogue.method.entropy import entropy_threshold
 from vogue.method.kl import Reference, divergence
 from vogue.method.robust import worst_divergence
 from vogue.method.uncertainty import OtherBranch, Signals, TokenStats, perception_uncertainty
-from vogue.method_sections import KlConfig, LossConfig
 from vogue.metrics import Mean, mean_over
 from vogue.model.packing import Batch
-from vogue.view_sections import CreditConfig, PerceptionConfig, RobustConfig
 from vogue_kernels import (
     CorrectionConfig,
     GuidanceConfig,

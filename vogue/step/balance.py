@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 from vogue import distributed
 from vogue.data import DataError
-from vogue.groups import Trace
-from vogue.loader import Item, Loader, Origin
 from vogue.metrics import Clock, Mean
 from vogue.model.packing import Place, Row, pack, spread, tokens_of
 from vogue.rollout.engine import Completion
+from vogue.step.groups import Trace
+from vogue.step.loader import Item, Loader, Origin
 
 MADE_AGAIN = ("prompt", "views")  # of a row on the rank that gets it
 NOBODY = -1  # the rank of a row that only keeps ranks in step

@@ -1,7 +1,7 @@
 """The settings of a run, section by section, with their units and defaults; `vogue.config` puts them together.
 
-Here are model, data, reward, rollout and replay; `vogue.method_sections` has those of the methods,
-`vogue.training_sections` adapters, optimizer and trainer.
+Here are model, data, reward, rollout and replay; `vogue.config.method_sections` has those of the methods,
+`vogue.config.training_sections` adapters, optimizer and trainer.
 """
 
 # pydantic's defaults stand first in Field, where pyright doesn't look for them; a Literal may be of a table's keys.
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from vogue.presets import COMPONENTS, DESIGNS, JUDGING
+from vogue.config.presets import COMPONENTS, DESIGNS, JUDGING
 from vogue.settings import Count, Finite, NonNegative, Positive, PositiveShare, Section, Share
 
 FUNCTION = r"^(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*$"
