@@ -26,6 +26,7 @@ def bench(monkeypatch):
     return trainer
 
 
+@pytest.mark.long
 def test_the_quick_training_row_times_both_trainers_and_writes_what_it_found(bench, tmp_path, capsys):
     results = bench.main(["--quick", "--only", "train-digits", "--out", str(tmp_path)])
     row = results["train-digits"]

@@ -112,6 +112,6 @@ def test_without_a_checkout_the_first_minute_on_a_gpu_says_what_it_needs(monkeyp
     assert "bench/gpu.py of a checkout" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.long  # `make setup` ends with it
 def test_this_very_environment_can_train():
     assert doctor.run(Console(width=200, file=sys.stdout)) == 0

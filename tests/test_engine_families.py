@@ -170,7 +170,8 @@ def apart_by(processor, tmp_path):
         ("qwen3_vl", (True, False, False)),
         pytest.param("qwen3_vl", (False, True, True), marks=pytest.mark.long),
         pytest.param("qwen3_vl", (None, None, True), marks=pytest.mark.long),
-        ("qwen2_vl", (False, True, False)),  # transformers takes the text part's word in older families
+        # transformers takes the text part's word in older families.
+        pytest.param("qwen2_vl", (False, True, False), marks=pytest.mark.long),
         pytest.param("llava_onevision", (False, True, False), marks=pytest.mark.long),
     ],
 )

@@ -43,7 +43,7 @@ def test_the_hidden_states_of_the_example_are_those_that_its_completions_were_sa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rollout", ["raw", "drawn"])
+@pytest.mark.parametrize("rollout", ["raw", pytest.param("drawn", marks=pytest.mark.long)])
 def test_the_example_trains_without_the_trainer(rollout, model_folder, digits_folder):
     command = [sys.executable, "-c", WITHOUT_VOGUE.replace("sys.argv[0]", repr(str(SCRIPT)))]
     settings = [

@@ -182,7 +182,7 @@ def test_two_ranks_train_adapters_as_one_does_and_go_on_as_if_they_had_not_stopp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [pytest.param("hf", marks=pytest.mark.long), "vllm"])
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.long)])
 def test_a_merged_model_and_the_adapter_beside_its_base_answer_alike(train, settings, tmp_path, engine):
     chosen = [f"rollout.engine={engine}", "rollout.kv_cache_gb=0.1", "trainer.eval_temperature=0"]
     run = train(1, "run", *chosen, "trainer.steps=2", "trainer.eval_samples=1", start=vogue)

@@ -327,7 +327,7 @@ def test_an_evaluation_refuses_the_same_model(engine, settings, folder, capsys):
     assert "the checkpoint lacks model.language_model.norm.weight" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_of_two_ranks_one_speaks_and_both_end_with_2(settings, folder):
     (folder / WEIGHTS).write_text(POINTER)
     command = [*launcher(2), "--module", "vogue.train", *settings, f"model.path={folder}"]

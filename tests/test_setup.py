@@ -169,7 +169,7 @@ MISSING = "its library wasn't compiled: it needs a C++ compiler, and torch at ha
 
 @pytest.mark.parametrize(
     "environment, why_not_cpu",
-    [(NO_COMPILER, MISSING), pytest.param({}, "None", marks=pytest.mark.slow)],
+    [(NO_COMPILER, MISSING), pytest.param({}, "None", marks=pytest.mark.long)],
     ids=["without-a-compiler", "with-one"],
 )
 def test_the_kernels_are_installed_by_themselves(environment, why_not_cpu, tmp_path):

@@ -227,7 +227,7 @@ from vogue.config import load_config
 from vogue.data import load_samples
 from vogue.data.dataset import check_samples
 from vogue.distributed import leave
-from vogue.groups import generate
+from vogue.step.groups import generate
 from vogue.inputs import Preprocessor, load_processor
 from vogue.metrics import Clock, Means
 from vogue.trainer import Trainer

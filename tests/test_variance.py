@@ -211,7 +211,7 @@ ALL = (*MMR1, "curiosity.weight=1", "reward.wrong=-1", "advantage.pairs=0.5", "t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["rollouts", pytest.param("history", marks=pytest.mark.long)])
+@pytest.mark.parametrize("source", [pytest.param("rollouts", marks=pytest.mark.long), "history"])
 def test_two_ranks_that_were_stopped_draw_and_train_as_one_that_was_not(model_folder, digits_folder, tmp_path, source):
     def run(ranks, *settings):
         given = [

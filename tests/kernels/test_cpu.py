@@ -24,12 +24,12 @@ def threads():
 
 @pytest.mark.slow
 @needs_library
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.long), 6])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.long), 12])
 @pytest.mark.parametrize(
     "setting, expected",
     [
         ("ATEN_CPU_CAPABILITY=default", "portable"),
-        ("VOGUE_CPU_PRODUCTS=f32", "\n"),
+        pytest.param("VOGUE_CPU_PRODUCTS=f32", "\n", marks=pytest.mark.long),
         # What a processor with such products takes anyway.
         pytest.param("VOGUE_CPU_PRODUCTS=bf16", ", products of bfloat16\n", marks=pytest.mark.long),
         pytest.param("VOGUE_CPU_PRODUCTS=amx", " by AMX\n", marks=pytest.mark.long),

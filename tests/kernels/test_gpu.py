@@ -20,7 +20,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETING, reason="this is the child")
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.long), 8])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.long), 12])
 def test_every_kernel_test_of_a_small_vocabulary_passes_in_the_interpreter(every):
     """In a process of its own: triton must be told before its first import, and other tests compile with it."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--confcutdir", FOLDER, FOLDER]

@@ -63,7 +63,13 @@ def example(told):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", ["import linear_branch_stats, vocab_parallel_branch_stats", "import fully_shard"])
+@pytest.mark.parametrize(
+    "told",
+    [
+        pytest.param("import linear_branch_stats, vocab_parallel_branch_stats", marks=pytest.mark.long),
+        "import fully_shard",
+    ],
+)
 def test_an_example_of_several_ranks_is_as_exact_as_it_says(told, tmp_path):
     (tmp_path / "example.py").write_text(example(told))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "example.py"]
