@@ -58,6 +58,10 @@ def test_every_disturbed_run_ends_as_the_undisturbed_one(arena, kind, minutes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["killed_in_a_save", "worker_killed", "killed_anywhere", "file_truncated"])
+@pytest.mark.parametrize(
+    "kind",
+    ["killed_in_a_save", "worker_killed", "killed_anywhere", "file_truncated", "memory_runs_out", "disk_full"],
+)
 def test_a_cut_of_the_chaos(arena, kind):
+    can_run(kind)
     attempt(arena, kind, SEED)
