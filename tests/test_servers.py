@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import socket
 import subprocess
@@ -29,7 +30,9 @@ from vogue.rollout.sampling import Sampling
 from vogue.rollout.server_client import KEY, Server, ServerLost
 from vogue.rollout.server_weights_folder import WeightFolder
 from vogue.rollout.serving import check_servers, serve, start_servers
+from vogue.run.training import run
 from vogue.settings import ConfigError
+from vogue.step import engine_check
 from vogue.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -195,14 +198,31 @@ def test_a_sync_that_left_something_old_is_found(started):
     means = Means()
     trainer.check_sync(item, means)
     assert 0 < means["mismatch/sync"].total < 1e-3
+    trainer.keep_up()
     with torch.no_grad():
         head.mul_(2)
         try:
-            with pytest.raises(EngineError, match=r"^after 0 steps .* it hasn't all of the policy's weights$"):
-                trainer.check_sync(item, means)
+            trainer.check_sync(item, means)
         finally:
             head.div_(2)
+    with pytest.raises(EngineError, match=r"^after 0 steps .* it hasn't all of the policy's weights$"):
+        trainer.keep_up()
     trainer.sync()
+    trainer.check_sync(item, means)
+    trainer.keep_up()
+
+
+def test_a_step_after_which_servers_are_found_wanting_is_written_down_before_the_run_ends(
+    started, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(engine_check.MOST, "float32", 0.0)
+    servers, folder = f"rollout.servers=[{','.join(started.urls)}]", f"trainer.output_dir={tmp_path}"
+    with pytest.raises(EngineError, match=r"^after 1 steps .*\nstopped after 1 of 1 steps"):
+        run(load_config(None, [*started.settings, servers, folder, "trainer.steps=1"]), None)
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert row["step"] == 0 and row["mismatch/sync"] > 0
+    assert (tmp_path / "checkpoints/step_000001").is_dir()
+    started.trainer.sync()
 
 
 def test_nobody_without_the_key_changes_a_server(started):

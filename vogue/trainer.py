@@ -50,13 +50,13 @@ from vogue.model.weights import gathered_weights
 from vogue.rewards import Score, verifier
 from vogue.rewards.scoring import score_groups
 from vogue.rollout import create_engine
-from vogue.rollout.engine import Completion, media_token_ids
+from vogue.rollout.engine import Completion, EngineError, media_token_ids
 from vogue.rollout.sampling import of_rollouts
 from vogue.run.kept_checkpoints import BEST, root_of
 from vogue.step.ahead import AHEAD, Ahead
 from vogue.step.balance import IDLE, IDLE_COMPARED, all_loads, balance, bring_home, deal, exchange
 from vogue.step.dynamic_sampling import dynamic_sampling
-from vogue.step.engine_check import Servers, mismatch
+from vogue.step.engine_check import Servers, doubt, mismatch
 from vogue.step.entropy_target import entropy_coef, steer_entropy
 from vogue.step.forwards import looked_at, needs_look, referred
 from vogue.step.groups import (
@@ -73,7 +73,7 @@ from vogue.step.groups import (
     kept_lengths,
     penalised,
     rows,
-    scaled_by_all,
+    scaled_over_step,
     tally,
     traced,
 )
@@ -133,6 +133,7 @@ class Trainer:
         self.engine = create_engine(config, self.processor, self.policy.model)
         ahead = self.state.current.pop(AHEAD, [])
         self.ahead = Ahead(config, self.loader, self.engine, ahead) if config.rollout.ahead else None
+        self.distrust: EngineError | None = None
         self.guidance = GuidanceConfig(**config.guidance.model_dump(exclude={"sign_transition"}))
         folder, self.step = found or (None, 0)
         if folder:
@@ -214,11 +215,14 @@ class Trainer:
 
     def roll_out(self, means: Means, clock: Clock) -> list[Group]:
         """This rank's judged groups of the step; what dynamic sampling doesn't train on has nothing kept."""
+        config, chosen = self.config, None
         if self.ahead:
-            return self.scaled(self.ahead.groups(self.step, self.judge, means, clock))
-        if self.config.rollout.rounds == 1:
-            return self.scaled(self.rolled_out(0, means, clock))
-        return self.scaled(*dynamic_sampling(lambda number: self.rolled_out(number, means, clock), self.config, means))
+            groups = self.ahead.groups(self.step, self.judge, means, clock)
+        elif config.rollout.rounds == 1:
+            groups = self.rolled_out(0, means, clock)
+        else:
+            groups, chosen = dynamic_sampling(lambda number: self.rolled_out(number, means, clock), config, means)
+        return scaled_over_step(groups, config, chosen)
 
     def rolled_out(self, number: int, means: Means, clock: Clock) -> list[Group]:
         """This rank's judged groups of a round of the step; raises, on all ranks, what of `FAILURES` one meets."""
@@ -231,18 +235,6 @@ class Trainer:
                 generated = generate(self.engine, self.config, items, self.step)
             with clock("reward"):
                 return self.judge(generated)
-
-    def scaled(self, groups: list[Group], chosen: set[int] | None = None) -> list[Group]:
-        """The groups with advantages over the std of the step's rewards, where `advantage.scale=batch` asks for it.
-
-        chosen  the prompts whose rewards count, which are those that are trained on; None: all. Of others the std would
-                say how many rounds it took, and the size of a step would depend on that
-        """
-        if self.config.advantage.scale != "batch":
-            return groups
-        mine = [group for group in groups if chosen is None or group.item.number in chosen]
-        rewards = [score.reward for group in mine for score in group.scores]
-        return scaled_by_all(groups, [reward for part in distributed.gather(rewards) for reward in part])
 
     def judge(self, groups: list[Group]) -> list[Group]:
         """The groups with their scores and advantages, from all G completions of each."""
@@ -343,7 +335,8 @@ class Trainer:
             else group
             for number, group in enumerate(groups)
         ]
-        return self.scaled(groups, None if alone else {group.item.number for group in whole.values()})
+        chosen = None if alone else {group.item.number for group in whole.values()}
+        return scaled_over_step(groups, self.config, chosen)
 
     def signals(self, batch: Batch, stats: TokenStats) -> Signals:
         """What the loss reads of the batch's tokens."""
@@ -416,15 +409,22 @@ class Trainer:
             raise RuntimeError(f"the rollout engine has weights of step {self.engine.version}, not of {self.step}")
 
     def keep_up(self) -> None:
-        """Give the weights again to a server that has restarted since the last sync, if there is one."""
+        """Give the weights again to a server that has restarted; raises `EngineError` for what `check_sync` found."""
+        if self.distrust:
+            raise self.distrust
         if not self.engine.up_to_date():
             self.sync()
 
     def check_sync(self, item: Item, means: Means) -> None:
-        """Hold log-probabilities of every server to the policy's, on a prompt; raises `EngineError` for others."""
+        """Hold log-probabilities of every server to the policy's, on a prompt.
+
+        If they aren't the same `keep_up` says so, and not the step, which is done: what it has found is written first.
+        """
         if self.config.rollout.engine == "server":
             given = (self.config, self.step, self.device, self.processor.tokenizer.pad_token_id)
-            means.add("mismatch/sync", mismatch(cast(Servers, self.engine), self.deepspeed, item, *given))
+            found = mismatch(cast(Servers, self.engine), self.deepspeed, item, *given)
+            means.add("mismatch/sync", found)
+            self.distrust = doubt(found, self.config, self.step)
 
     def evaluate(self, samples: Sequence[Sample]) -> list[Judged]:
         """Judge `samples` with the rollout engine's weights, shared over the ranks; every rank gets all results."""

@@ -235,6 +235,8 @@ def _events(
             with _traced(trainer, trainer.step in profile):
                 metrics, groups = trainer.run_step()
             yield Step(trainer.step - 1, metrics, groups)
+            if trainer.distrust:
+                raise trainer.distrust
     except FAILURES as error:
         folder, told = _with_checkpoint(error, trainer, saved)
         if folder:

@@ -44,8 +44,6 @@ def mismatch(
     """Return the largest mean of |log pi - log engine| (nats a token) over the servers and ranks; every rank calls.
 
     item  a prompt of this rank's, which its raw view is shown with
-
-    Raises `EngineError`, on all ranks, where it is more than rounding.
     """
     seed = seed_for(config.seed, Purpose.PROBE, step, dist.get_rank())
     sampling = Sampling(min(TOKENS, config.rollout.max_tokens), config.rollout.temperature)
@@ -60,10 +58,14 @@ def mismatch(
         batch = collate(rows, pad_id, token_mean=True).to(device)
         difference = (forward(batch).logprob - batch.engine_logprob).abs()
     worst = max(float(difference[tokens].mean()) for tokens in batch.slices)
-    worst = max(distributed.gather(worst))
-    if not worst <= MOST[config.model.dtype]:
-        raise EngineError(
-            f"after {step} steps a server's log-probabilities are {worst:.3g} nats a token from the policy's, more "
-            f"than {MOST[config.model.dtype]}: it hasn't all of the policy's weights"
-        )
-    return worst
+    return max(distributed.gather(worst))
+
+
+def doubt(found: float, config: Config, step: int) -> EngineError | None:
+    """What is wrong with servers whose `mismatch` is more than rounding."""
+    if found <= MOST[config.model.dtype]:
+        return None
+    return EngineError(
+        f"after {step} steps a server's log-probabilities are {found:.3g} nats a token from the policy's, more "
+        f"than {MOST[config.model.dtype]}: it hasn't all of the policy's weights"
+    )

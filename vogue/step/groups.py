@@ -7,6 +7,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
+from vogue import distributed
 from vogue.config import Config
 from vogue.estimates import pass_at_k
 from vogue.inputs import NOISY, RAW
@@ -176,9 +177,17 @@ def _advantages(scores: tuple[Score, ...], config: Config) -> tuple[float, ...]:
     return tuple(advantages[0].tolist())
 
 
-def scaled_by_all(groups: Iterable[Group], rewards: Iterable[float]) -> list[Group]:
-    """The groups, whose advantages aren't scaled yet, with these over the std of `rewards` of several groups."""
-    std = deviation(rewards)
+def scaled_over_step(groups: list[Group], config: Config, chosen: set[int] | None = None) -> list[Group]:
+    """The groups with advantages over the std of the step's rewards, of all ranks, where `advantage.scale=batch`.
+
+    chosen  the prompts whose rewards count, which are those that are trained on; None: all. Of others the std would
+            say how many rounds it took, and the size of a step would depend on that
+    """
+    if config.advantage.scale != "batch":
+        return groups
+    mine = [group for group in groups if chosen is None or group.item.number in chosen]
+    rewards = distributed.gather([score.reward for group in mine for score in group.scores])
+    std = deviation([reward for part in rewards for reward in part])
     return [replace(group, advantages=tuple(over(torch.tensor(group.advantages), std).tolist())) for group in groups]
 
 
