@@ -6,6 +6,7 @@ An error is the largest over all entries, divided by the largest true entry. All
 scale, and the truth is float64's on these very inputs, so that what the inputs' own rounding costs isn't counted.
 "eager" multiplies in the inputs' dtype and takes the softmax in float32, as trainers do; "liger" is
 LigerFusedLinearScaledCrossEntropyFunction, "trl" ChunkedLogProbFunction, TRL's default head. Neither has a divergence.
+"vogue, kept" is ours with its logits kept for the backward pass.
 Gradients are those of Σ g_t log p_t + h_t H_t with random g and h. It prints a table for a document.
 """
 
@@ -31,6 +32,11 @@ class Head(NamedTuple):
 
 def vogue_logprob(hidden, weight, targets):
     stats = linear_logprob(hidden, weight, targets)
+    return stats.logprob, stats.entropy
+
+
+def kept_logprob(hidden, weight, targets):
+    stats = linear_logprob(hidden, weight, targets, keep_logits_bytes=1 << 40)
     return stats.logprob, stats.entropy
 
 
@@ -68,6 +74,7 @@ def trl_logprob(hidden, weight, targets):
 
 HEADS = {
     "vogue": Head(vogue_logprob, vogue_kl),
+    "vogue, kept": Head(kept_logprob, None),  # its logits, for the backward pass
     "eager": Head(eager_logprob, eager_kl),
     "liger": Head(liger_logprob, None),
     "trl": Head(trl_logprob, None),

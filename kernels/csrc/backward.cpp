@@ -2,7 +2,7 @@
 //
 //   G = gradient of the logits, kept or recomputed by tile      ∂W[chunk] += Gᵀ H      ∂H += G W[chunk]
 //
-// each shared by the threads over rows of the result.
+// each shared by the threads over rows of the result. G is packed for both while it is in the first-level cache.
 #include "operands.h"
 #include "operators.h"
 
@@ -10,22 +10,15 @@ namespace vogue {
 namespace {
 
 constexpr int64_t kChunkColumns = 1024;      // of the vocabulary; more if threads would get no tile
-constexpr int64_t kChunkElements = 1 << 21;  // of the gradient of a branch's logits: 8 MB
+constexpr int64_t kChunkElements = 1 << 21;  // of the gradient of a branch's logits, of which there are two copies
 
-// Rows [first, last) of a left operand.
-Panels pack_strip(const Products& products, const View& a, int64_t first, int64_t last, int64_t depth) {
-  const Panels panels(products, last - first, depth);
-  for (int64_t row = first; row < last; row += products.panel) panels.pack(a, row, (row - first) / products.panel);
-  return panels;
-}
-
-// C (+)= A B for one tile of B; c: (rows, padded columns of the tile), its rows `stride` apart.
+// C (+)= A B for rows [first, last) of A and one tile of B; c: those rows of the tile's padded columns, `stride` apart.
 void multiply_tile(
-    const Products& products, const Panels& a, int64_t rows, const Tiles& b, int64_t tile, float* c, int64_t stride,
-    bool add) {
-  for (int64_t row = 0; row < rows; row += products.panel)
+    const Products& products, const Panels& a, int64_t first, int64_t last, const Tiles& b, int64_t tile, float* c,
+    int64_t stride, bool add) {
+  for (int64_t row = first; row < last; row += products.panel)
     products.multiply(
-        a.depth(), b.padded_columns(tile), a[row / products.panel], b[tile], c + row * stride, stride, add);
+        a.depth(), b.padded_columns(tile), a[row / products.panel], b[tile], c + (row - first) * stride, stride, add);
 }
 
 // A head in the backward pass, of both branches or of one.
@@ -33,7 +26,6 @@ struct Head {
   Tensor weight;
   const float* bias;
   int64_t depth, padded_depth;
-  Tiles tiles;             // of a chunk of the weight: the right operand of ∂H
   Tensor grad_weight;      // or none
   Tensor grad_bias;        // float32; or none
   std::optional<Buffer> sums;  // ∂W[chunk], in float32 until it is complete; none where a single product is so at once
@@ -49,7 +41,7 @@ struct Side {
   const float* numbers;
   bool written;                     // its logits have a gradient
   KeptLogits kept;
-  Buffer gradient;                  // G, (batch, chunk)
+  Panels rows, columns;             // G of a batch and a chunk, the left operand of ∂H; and Gᵀ, that of ∂W
   Tensor grad_hidden;               // (N, D) float32, both rounded up; or none
   std::vector<Tiles> hidden_tiles;  // of each batch: the right operand of ∂W
 };
@@ -72,23 +64,25 @@ class Backward {
     const std::vector<const float*> bias = pointers(biases);
     for (size_t i = 0; i < weights.size(); ++i) {
       const int64_t depth = weights[i].size(1);
-      heads_.push_back(
-          {weights[i], bias[i], depth, round_up(depth, products_.group),
-           Tiles(products_, depth, chunk_, tile_columns(products_, chunk_)), {}, {}, {}});
+      heads_.push_back({weights[i], bias[i], depth, round_up(depth, products_.group), {}, {}, {}});
     }
   }
 
   void add_side(
-      int64_t head, const Tensor& hidden, const Tensor& numbers, const KeptLogits& kept, bool written,
-      bool needs_hidden, bool needs_weight) {
+      int64_t head, const Tensor& hidden, const Tensor& numbers, const Tensor& buffer, bool written, bool needs_hidden,
+      bool needs_weight) {
     hiddens_.push_back(hidden);
+    const KeptLogits kept(buffer, kept_type(heads_[head].weight, inverse_softcap_), n_, vocab_, width_);
+    const bool needs_columns = needs_weight && written;
     Side& side = sides_.emplace_back(
         Side{head, view(hidden), numbers.const_data_ptr<float>(), written, kept,
-             Buffer(batch_ * chunk_ * sizeof(float)), {}, {}});
+             Panels(products_, needs_hidden ? batch_ : 0, chunk_), Panels(products_, needs_columns ? chunk_ : 0, batch_),
+             {}, {}});
     const int64_t depth = heads_[head].depth;
+    side.rows.clear();  // where the depth is padded nothing is ever written
     if (needs_hidden)
       side.grad_hidden = at::zeros({round_up(n_, products_.panel), heads_[head].padded_depth}, at::kFloat);
-    for (int64_t row = 0; needs_weight && written && row < n_; row += batch_) {
+    for (int64_t row = 0; needs_columns && row < n_; row += batch_) {
       const View rows = slice_rows(side.hidden, row, batch_, hidden.element_size());
       const Tiles& tiles =
           side.hidden_tiles.emplace_back(products_, depth, rows.rows, tile_columns(products_, rows.rows));
@@ -101,17 +95,12 @@ class Backward {
     for (size_t i = 0; i < heads_.size(); ++i) prepare(i, needs_weight[i], needs_bias[i]);
     for (int64_t start = 0; start < vocab_; start += chunk_) {
       const int64_t size = std::min(chunk_, vocab_ - start);
-      for (const Head& head : heads_) {
-        const View rows_of_weight = head.rows(start, size);
-        parallel(products_, head.tiles.count(), [&](int64_t tile) { head.tiles.pack(rows_of_weight, tile); });
-      }
       for (int64_t row = 0; row < n_; row += batch_) {
         const int64_t rows = std::min(batch_, n_ - row);
         compute_gradients_of_logits(panels, start, size, row, rows);
-        add_to_hidden(row, rows, size);
         for (size_t i = 0; i < heads_.size(); ++i) {
+          if (needs_hidden(i)) add_to_hidden(i, start, size, row, rows);
           if (heads_[i].grad_weight.defined()) add_to_weight(i, start, size, row, rows);
-          if (heads_[i].grad_bias.defined()) add_to_bias(i, start, size, rows);
         }
       }
     }
@@ -130,6 +119,11 @@ class Backward {
   }
 
  private:
+  bool needs_hidden(int64_t head) const {
+    return std::any_of(
+        sides_.begin(), sides_.end(), [&](const Side& side) { return side.head == head && side.grad_hidden.defined(); });
+  }
+
   // The gradients of head i. No side may be written that has it: then they are 0.
   void prepare(int64_t i, bool needs_weight, bool needs_bias) {
     Head& head = heads_[i];
@@ -146,60 +140,92 @@ class Backward {
   // G of the `size` words of the vocabulary from `start` on and the tokens from `row` on, of every side.
   void compute_gradients_of_logits(
       const std::vector<Panels>& panels, int64_t start, int64_t size, int64_t row, int64_t rows) {
-    parallel(products_, (size + width_ - 1) / width_, [&](int64_t t) {
-      const int64_t first = t * width_, count = std::min(width_, size - first), column = start + first;
-      auto kept = [&](const Side& side) { return side.kept.holds(column + count); };
-      std::vector<Tiles> tiles;  // of each head
-      for (int64_t i = 0; i < static_cast<int64_t>(heads_.size()); ++i) {
-        const Tiles& tile = tiles.emplace_back(products_, width_, heads_[i].depth, width_);
-        auto computes = [&](const Side& side) { return side.head == i && !kept(side); };
-        if (std::any_of(sides_.begin(), sides_.end(), computes))
-          products_.pack_tile(transposed(heads_[i].rows(start, size)), first, count, tile.depth(), tile[0]);
-      }
+    for (Side& side : sides_) {
+      if (size < chunk_) side.rows.clear();
+      if (!side.hidden_tiles.empty()) side.columns.set_depth(side.hidden_tiles[row / batch_].depth());
+    }
+    parallel(products_, (size + width_ - 1) / width_, [&](int64_t tile) {
+      const int64_t first = tile * width_, count = std::min(width_, size - first);
+      const std::vector<Tiles> weights = pack_weights(start + first, count);
+      const int64_t block = products_.panel * width_;
+      const Buffer logits(sides_.size() * block * sizeof(float));
+      std::vector<double> sums(sides_.size() * width_);  // of the columns of G
       for (int64_t r = 0; r < rows; r += products_.panel) {
-        const int64_t tokens = std::min(products_.panel, rows - r);
+        const int64_t tokens = std::min(products_.panel, rows - r), token = row + r;
         Numbers numbers[2];
         for (size_t i = 0; i < sides_.size(); ++i) {
-          const Side& side = sides_[i];
-          const Tiles& tile = tiles[side.head];
-          float* logits = side.gradient.floats() + r * chunk_ + first;
-          const float* bias = heads_[side.head].bias ? heads_[side.head].bias + column : nullptr;
-          if (kept(side)) {
-            const float* reference = side.kept.reference[column / width_].const_data_ptr<float>() + row + r;
-            processor().restore(
-                tokens, count, chunk_, rows_from(side.kept.logits, row + r, column), reference, logits);
-            bias = nullptr;
-          } else {
-            products_.multiply(
-                tile.depth(), round_up(count, products_.group), panels[i][(row + r) / products_.panel], tile[0], logits,
-                chunk_, false);
-          }
-          numbers[i] = {logits, chunk_, bias, kept(side), side.numbers + row + r, n_, side.written};
+          float* out = logits.floats() + i * block;
+          const char* panel = panels[i][token / products_.panel];
+          numbers[i] = find_logits(sides_[i], panel, weights[sides_[i].head], start + first, count, token, tokens, out);
         }
         processor().gradients(
-            tokens, count, targets_ + row + r, column, scale_, inverse_softcap_, numbers[0],
+            tokens, count, targets_ + token, start + first, scale_, inverse_softcap_, numbers[0],
             sides_.size() == 2 ? &numbers[1] : nullptr);
+        for (size_t i = 0; i < sides_.size(); ++i) {
+          std::fill(numbers[i].logits + tokens * width_, numbers[i].logits + block, 0.0f);
+          pack(sides_[i], numbers[i].logits, first, count, r, &sums[i * width_]);
+        }
       }
+      for (size_t i = 0; i < sides_.size(); ++i) add_to_bias(sides_[i], start + first, count, &sums[i * width_]);
     });
   }
 
-  View gradient_of_logits(const Side& side, int64_t rows, int64_t size) const {
-    return {side.gradient.floats(), Dtype::f32, rows, size, chunk_, 1};
+  bool kept(const Side& side, int64_t column) const { return side.kept.holds(column / width_); }
+
+  // A tile of each head's weight, from `column` on, for logits that are computed again.
+  std::vector<Tiles> pack_weights(int64_t column, int64_t count) const {
+    std::vector<Tiles> weights;
+    for (int64_t i = 0; i < static_cast<int64_t>(heads_.size()); ++i) {
+      const Tiles& tile = weights.emplace_back(products_, width_, heads_[i].depth, width_);
+      auto computes = [&](const Side& side) { return side.head == i && !kept(side, column); };
+      if (std::any_of(sides_.begin(), sides_.end(), computes))
+        products_.pack_tile(transposed(heads_[i].rows(column, count)), 0, count, tile.depth(), tile[0]);
+    }
+    return weights;
   }
 
-  // ∂H += G W[chunk]
-  void add_to_hidden(int64_t row, int64_t rows, int64_t size) {
-    for (const Side& side : sides_)
-      if (side.grad_hidden.defined())
-        parallel_strips(products_, rows, [&](int64_t first, int64_t last) {
-          const Tiles& tiles = heads_[side.head].tiles;
-          const int64_t stride = heads_[side.head].padded_depth;
-          const View gradient = gradient_of_logits(side, rows, size);
-          const Panels strip = pack_strip(products_, gradient, first, last, tiles.depth());
-          float* out = side.grad_hidden.mutable_data_ptr<float>() + (row + first) * stride;
-          for (int64_t tile = 0; tile < tiles.count(); ++tile)
-            multiply_tile(products_, strip, last - first, tiles, tile, out + tile * tiles.width(), stride, true);
-        });
+  // A side's logits of a block, (panel, width), and what is to be known of them.
+  Numbers find_logits(
+      const Side& side, const char* panel, const Tiles& weight, int64_t column, int64_t count, int64_t token,
+      int64_t tokens, float* out) const {
+    const float* bias = heads_[side.head].bias ? heads_[side.head].bias + column : nullptr;
+    const bool known = kept(side, column);
+    if (known)
+      side.kept.restore(tokens, column / width_, token, scale_, out);
+    else
+      products_.multiply(weight.depth(), round_up(count, products_.group), panel, weight[0], out, width_, false);
+    return {out, width_, known ? nullptr : bias, known, side.numbers + token, n_, side.written};
+  }
+
+  // What ∂H, ∂W and ∂bias need of a block of G.
+  void pack(const Side& side, const float* block, int64_t first, int64_t count, int64_t r, double* sums) const {
+    if (side.grad_hidden.defined())
+      products_.pack_rows(block, count, width_, first, side.rows.depth(), side.rows[r / products_.panel]);
+    if (!side.hidden_tiles.empty())
+      products_.pack_columns(block, count, width_, first, r, side.columns.depth(), side.columns[0]);
+    if (heads_[side.head].grad_bias.defined() && side.written)
+      for (int64_t i = 0; i < products_.panel; ++i)
+        for (int64_t j = 0; j < count; ++j) sums[j] += block[i * width_ + j];
+  }
+
+  // ∂H += G W[chunk]: the threads share the columns, and each packs those of W for itself.
+  void add_to_hidden(int64_t head_index, int64_t start, int64_t size, int64_t row, int64_t rows) {
+    const Head& head = heads_[head_index];
+    const View weight = head.rows(start, size);
+    const int64_t width = tile_columns(products_, chunk_), tiles = (head.depth + width - 1) / width;
+    const int64_t strips = (at::get_num_threads() + tiles - 1) / tiles;  // of the rows, for more threads than tiles
+    const int64_t strip = round_up((rows + strips - 1) / strips, products_.panel);
+    parallel(products_, tiles * strips, [&](int64_t i) {
+      const int64_t column = i / strips * width, columns = std::min(width, head.depth - column);
+      const int64_t first = i % strips * strip, last = std::min(rows, first + strip);
+      const Tiles tile(products_, columns, chunk_, width);
+      products_.pack_tile(weight, column, columns, tile.depth(), tile[0]);
+      for (const Side& side : sides_) {
+        if (side.head != head_index || !side.grad_hidden.defined()) continue;
+        float* out = side.grad_hidden.mutable_data_ptr<float>() + (row + first) * head.padded_depth + column;
+        multiply_tile(products_, side.rows, first, last, tile, 0, out, head.padded_depth, true);
+      }
+    });
   }
 
   // ∂W[chunk] += Gᵀ H in the head's sums (none: there is nothing to add to), which the last batch and side round.
@@ -213,14 +239,13 @@ class Backward {
       if (!counts(side)) continue;
       const bool complete = row + rows == n_ && std::none_of(sides_.begin() + i + 1, sides_.end(), counts);
       parallel_strips(products_, size, [&](int64_t first, int64_t last) {
-        const View gradient = transposed(gradient_of_logits(side, rows, size));
+        if (complete) map_pages(rows_from(out, first, 0).data, (last - first) * head.depth * out.element_size());
         const Tiles& tiles = side.hidden_tiles[row / batch_];
-        const Panels strip = pack_strip(products_, gradient, first, last, tiles.depth());
         const Buffer single(head.sums ? 0 : round_up(last - first, products_.panel) * tiles.width() * sizeof(float));
         for (int64_t tile = 0; tile < tiles.count(); ++tile) {
           const int64_t column = tile * tiles.width(), stride = head.sums ? head.padded_depth : tiles.width();
           float* sum = head.sums ? head.sums->floats() + first * head.padded_depth + column : single.floats();
-          multiply_tile(products_, strip, last - first, tiles, tile, sum, stride, add);
+          multiply_tile(products_, side.columns, first, last, tiles, tile, sum, stride, add);
           if (complete)
             processor().round(
                 last - first, std::min(tiles.width(), head.depth - column), stride, sum, rows_from(out, first, column));
@@ -230,11 +255,10 @@ class Backward {
     }
   }
 
-  void add_to_bias(int64_t head, int64_t start, int64_t size, int64_t rows) {
-    const Tensor out = heads_[head].grad_bias.narrow(0, start, size);
-    for (const Side& side : sides_)
-      if (side.written && side.head == head)
-        out.add_(at::from_blob(side.gradient.floats(), {rows, size}, {chunk_, 1}, at::kFloat).sum(0, false, at::kDouble));
+  void add_to_bias(const Side& side, int64_t column, int64_t count, const double* sums) const {
+    if (!heads_[side.head].grad_bias.defined()) return;
+    float* out = heads_[side.head].grad_bias.mutable_data_ptr<float>() + column;
+    for (int64_t j = 0; j < count; ++j) out[j] += sums[j];
   }
 
   const Products products_;
@@ -251,20 +275,19 @@ class Backward {
 }  // namespace
 
 // hiddens, weights, targets, biases, scale, inverse_softcap: as in `forward`. numbers: (7, N) float32 of each branch,
-// see processor.h. heads: which one each branch has. kept_logits, references: of each branch, as `forward` left them.
-// written: which branches' logits have a gradient. needs_hidden: which hidden states want theirs; needs_weight and
-// needs_bias: of which heads. Returns the gradients asked for, of the hidden states, then of each head its weight, in
-// the inputs' dtype, and bias in float32.
+// see processor.h. heads: which one each branch has. buffers: of each branch, as `forward` left them. written: which
+// branches' logits have a gradient. needs_hidden: which hidden states want theirs; needs_weight and needs_bias: of
+// which heads. Returns the gradients asked for, of the hidden states, then of each head its weight, in the inputs'
+// dtype, and bias in float32.
 std::vector<Tensor> backward(
     at::TensorList hiddens, at::TensorList numbers, at::IntArrayRef heads, at::TensorList weights,
-    const Tensor& targets, const Biases& biases, double scale, double inverse_softcap, at::TensorList kept_logits,
-    at::TensorList references, const c10::List<bool>& written, const c10::List<bool>& needs_hidden,
-    const c10::List<bool>& needs_weight, const c10::List<bool>& needs_bias) {
+    const Tensor& targets, const Biases& biases, double scale, double inverse_softcap, at::TensorList buffers,
+    const c10::List<bool>& written, const c10::List<bool>& needs_hidden, const c10::List<bool>& needs_weight,
+    const c10::List<bool>& needs_bias) {
   Backward pass(weights, targets, biases, scale, inverse_softcap);
   for (size_t i = 0; i < hiddens.size(); ++i)
     pass.add_side(
-        heads[i], hiddens[i], numbers[i], {kept_logits[i], references[i]}, written[i], needs_hidden[i],
-        needs_weight[heads[i]]);
+        heads[i], hiddens[i], numbers[i], buffers[i], written[i], needs_hidden[i], needs_weight[heads[i]]);
   return pass.run(needs_weight, needs_bias);
 }
 

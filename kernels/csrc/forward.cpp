@@ -8,25 +8,14 @@ namespace vogue {
 
 constexpr double kLowest = -1e30;  // below every logit, and far from overflow
 
-// Keeps a tile's logits of some tokens: `count` from column `first` on, in tiles of `width`.
-static void keep_tile(
-    const Running& running, int64_t rows, int64_t count, int64_t width, const KeptLogits& kept, int64_t row,
-    int64_t first) {
-  processor().keep(
-      rows, count, width, running.logits, running.maximum, rows_from(kept.logits, row, first));
-  float* reference = kept.reference[first / width].mutable_data_ptr<float>() + row;
-  std::copy_n(running.maximum, rows, reference);
-}
-
 // hiddens: one or two (N, D); weights: (V, D) of each head, float32, bfloat16 or float16, of both branches or of one
 // each; targets: (N,) in [0, V); biases: (V,) float32, of each head. With z = h Wᵀ + bias, l is z, or tanh(z / softcap)
 // where inverse_softcap isn't 0; scale: of differences of l to bits. Returns the running sums of each share of the
 // vocabulary, (branches, 3 or 4, shares, N) float64: maximum, sum, weighted and, for two branches, cross; and the
-// target's l, (branches, N) float32. kept_logits, references: of each branch, see KeptLogits; their K and number of
-// tiles say how many are kept.
+// target's l, (branches, N) float32. buffers: bytes for each branch's kept logits, see KeptLogits.
 std::tuple<Tensor, Tensor> forward(
     at::TensorList hiddens, at::TensorList weights, const Tensor& targets, const Biases& biases, double scale,
-    double inverse_softcap, at::TensorList kept_logits, at::TensorList references) {
+    double inverse_softcap, at::TensorList buffers) {
   const Products products = products_for(weights[0].scalar_type());
   const int64_t branches = hiddens.size(), heads = weights.size(), n = targets.size(0), vocab = weights[0].size(0);
   const int64_t width = logit_columns(products, weights), tiles = (vocab + width - 1) / width;
@@ -39,6 +28,9 @@ std::tuple<Tensor, Tensor> forward(
   float* found = target_logits.mutable_data_ptr<float>();
   const int64_t* target = targets.const_data_ptr<int64_t>();
   const std::vector<const float*> bias = pointers(biases);
+  std::vector<KeptLogits> kept;
+  for (const Tensor& buffer : buffers)
+    kept.emplace_back(buffer, kept_type(weights[0], inverse_softcap), n, vocab, width);
   auto head_of = [&](int64_t branch) { return std::min(branch, heads - 1); };
 
   parallel(products, shares, [&](int64_t share) {
@@ -49,6 +41,8 @@ std::tuple<Tensor, Tensor> forward(
       const int64_t first = t * width, count = std::min(width, vocab - first);
       for (int64_t head = 0; head < heads; ++head)
         products.pack_tile(transposed(view(weights[head])), first, count, tile[head].depth(), tile[head][0]);
+      for (const KeptLogits& logits : kept)
+        if (logits.holds(t)) logits.prepare(t);
       for (int64_t row = 0; row < n; row += products.panel) {
         const int64_t rows = std::min(products.panel, n - row);
         Running running[2];
@@ -63,10 +57,8 @@ std::tuple<Tensor, Tensor> forward(
         }
         processor().statistics(rows, count, width, static_cast<float>(scale), static_cast<float>(inverse_softcap),
                                running[0], branches == 2 ? &running[1] : nullptr);
-        for (int64_t branch = 0; branch < branches; ++branch) {
-          const KeptLogits kept{kept_logits[branch], references[branch]};
-          if (kept.holds(first + count)) keep_tile(running[branch], rows, count, width, kept, row, first);
-        }
+        for (int64_t branch = 0; branch < branches; ++branch)
+          if (kept[branch].holds(t)) kept[branch].keep(running[branch], rows, t, row, static_cast<float>(scale));
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t column = target[row + i] - first;
           if (column >= 0 && column < count)

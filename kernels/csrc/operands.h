@@ -3,6 +3,10 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <optional>
 #include <string>
@@ -50,11 +54,23 @@ inline View transposed(const View& matrix) {
   return {matrix.data, matrix.dtype, matrix.columns, matrix.rows, matrix.column_stride, matrix.row_stride};
 }
 
+// Maps the pages of what is about to be written, which takes less time at once than by a page fault for each. Where the
+// system can't, they are mapped as they are written.
+inline void map_pages(void* data, int64_t bytes) {
+#if defined(MADV_POPULATE_WRITE)
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (start + kPage - 1) / kPage * kPage, last = (start + bytes) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_POPULATE_WRITE);
+#endif
+}
+
 class Buffer {
  public:
   explicit Buffer(int64_t bytes) : memory_(at::empty({bytes}, at::kByte)) {}
   char* at_byte(int64_t offset) const { return static_cast<char*>(memory_.mutable_data_ptr()) + offset; }
   float* floats() const { return reinterpret_cast<float*>(at_byte(0)); }
+  void clear() const { memory_.zero_(); }
 
  private:
   Tensor memory_;
@@ -69,10 +85,16 @@ class Panels {
         bytes_(products.panel * depth_ * products.element_bytes),
         buffer_(round_up(rows, products.panel) / products.panel * bytes_) {}
   int64_t depth() const { return depth_; }
+  // Other panels in the same place, no deeper than the first ones.
+  void set_depth(int64_t depth) {
+    depth_ = depth;
+    bytes_ = products_.panel * depth_ * products_.element_bytes;
+  }
   char* operator[](int64_t panel) const { return buffer_.at_byte(panel * bytes_); }
   void pack(const View& matrix, int64_t first, int64_t panel) const {
     products_.pack_panel(matrix, first, depth_, (*this)[panel]);
   }
+  void clear() const { buffer_.clear(); }
 
  private:
   Products products_;
@@ -145,12 +167,47 @@ inline std::vector<Panels> pack_hidden_states(const Products& products, at::Tens
   return packed;
 }
 
-// Logits that the forward pass keeps for the backward pass, as vogue_kernels/kept_logits.py lays them out.
-struct KeptLogits {
-  Tensor logits;     // (N, K) in the dtype of the inputs: less the reference
-  Tensor reference;  // (tiles, N) float32
-  bool holds(int64_t end) const { return end <= logits.size(1); }  // a tile that ends there
+// A branch's logits that the forward pass keeps for the backward pass, of as many tiles of the vocabulary as a buffer
+// of bytes has room for, from the first on: each tile's maxima (N,) of when it was computed, then each one's rows.
+class KeptLogits {
+ public:
+  KeptLogits(const Tensor& buffer, Kept type, int64_t n, int64_t vocab, int64_t width)
+      : data_(static_cast<char*>(buffer.data_ptr())), type_(type), n_(n), vocab_(vocab), width_(width) {
+    int64_t free = buffer.size(0);
+    while (tiles_ * width_ < vocab_ && (free -= n_ * (row_bytes(tiles_) + sizeof(float))) >= 0) ++tiles_;
+  }
+  bool holds(int64_t tile) const { return tile < tiles_; }
+  void prepare(int64_t tile) const { map_pages(row(tile, 0), n_ * row_bytes(tile)); }
+  // `running`: of tokens from `token` on, whose logits of this tile are at hand, `width` apart.
+  void keep(const Running& running, int64_t rows, int64_t tile, int64_t token, float scale) const {
+    std::copy_n(running.maximum, rows, maxima(tile) + token);
+    processor().keep(rows, columns(tile), width_, scale, running.logits, running.maximum, type_, row(tile, token));
+  }
+  void restore(int64_t rows, int64_t tile, int64_t token, float scale, float* logits) const {
+    processor().restore(
+        rows, columns(tile), width_, scale, row(tile, token), maxima(tile) + token, type_, logits);
+  }
+
+ private:
+  int64_t columns(int64_t tile) const { return std::min(width_, vocab_ - tile * width_); }
+  int64_t row_bytes(int64_t tile) const { return kept_row_bytes(type_, columns(tile)); }
+  float* maxima(int64_t tile) const { return reinterpret_cast<float*>(data_) + tile * n_; }
+  char* row(int64_t tile, int64_t token) const {
+    return data_ + n_ * (tiles_ * sizeof(float) + tile * row_bytes(0)) + token * row_bytes(tile);
+  }
+
+  char* data_;
+  Kept type_;
+  int64_t n_, vocab_, width_, tiles_ = 0;
 };
+
+// bfloat16 is kept in fewer bits; but a gradient of capped logits has the slope of the cap where p is 0, too.
+inline Kept kept_type(const Tensor& weight, double inverse_softcap) {
+  const Dtype dtype = dtype_of(weight);
+  if (dtype == Dtype::f32) return Kept::f32;
+  if (dtype == Dtype::f16) return Kept::f16;
+  return inverse_softcap > 0 ? Kept::bf16 : Kept::ten_bits;
+}
 
 // Of each head, (V,) float32 or none.
 typedef c10::List<std::optional<Tensor>> Biases;

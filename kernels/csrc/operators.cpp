@@ -7,27 +7,18 @@
 
 #include "operands.h"
 
-namespace vogue {
-
-// Words of the vocabulary in a tile of logits.
-int64_t tile_columns(at::TensorList weights) { return logit_columns(products_for(weights[0].scalar_type()), weights); }
-
-}  // namespace vogue
-
 TORCH_LIBRARY(vogue_cpu, library) {
   library.def(
       "forward(Tensor[] hiddens, Tensor[] weights, Tensor targets, Tensor?[] biases, float scale, "
-      "float inverse_softcap, Tensor(a!)[] kept_logits, Tensor(b!)[] references) -> (Tensor, Tensor)");
+      "float inverse_softcap, Tensor(a!)[] buffers) -> (Tensor, Tensor)");
   library.def(
       "backward(Tensor[] hiddens, Tensor[] numbers, int[] heads, Tensor[] weights, Tensor targets, Tensor?[] biases, "
-      "float scale, float inverse_softcap, Tensor[] kept_logits, Tensor[] references, bool[] written, "
-      "bool[] needs_hidden, bool[] needs_weight, bool[] needs_bias) -> Tensor[]");
-  library.def("tile_columns(Tensor[] weights) -> int");
+      "float scale, float inverse_softcap, Tensor[] buffers, bool[] written, bool[] needs_hidden, bool[] needs_weight, "
+      "bool[] needs_bias) -> Tensor[]");
   library.def("description() -> str", vogue::description);
 }
 
 TORCH_LIBRARY_IMPL(vogue_cpu, CPU, library) {
   library.impl("forward", vogue::forward);
   library.impl("backward", vogue::backward);
-  library.impl("tile_columns", [](at::TensorList weights) { return vogue::tile_columns(weights); });
 }

@@ -12,15 +12,13 @@ namespace vogue {
 std::tuple<at::Tensor, at::Tensor> forward(
     at::TensorList hiddens, at::TensorList weights, const at::Tensor& targets,
     const c10::List<std::optional<at::Tensor>>& biases, double scale, double inverse_softcap,
-    at::TensorList kept_logits, at::TensorList references);
+    at::TensorList buffers);
 
 std::vector<at::Tensor> backward(
     at::TensorList hiddens, at::TensorList numbers, at::IntArrayRef heads, at::TensorList weights,
     const at::Tensor& targets, const c10::List<std::optional<at::Tensor>>& biases, double scale, double inverse_softcap,
-    at::TensorList kept_logits, at::TensorList references, const c10::List<bool>& written,
-    const c10::List<bool>& needs_hidden, const c10::List<bool>& needs_weight, const c10::List<bool>& needs_bias);
-
-int64_t tile_columns(at::TensorList weights);
+    at::TensorList buffers, const c10::List<bool>& written, const c10::List<bool>& needs_hidden,
+    const c10::List<bool>& needs_weight, const c10::List<bool>& needs_bias);
 
 std::string description();
 

@@ -31,6 +31,14 @@ template <class Word>
 constexpr int64_t kElements = sizeof(Word) / sizeof(uint16_t);
 template <>
 constexpr int64_t kElements<float> = 1;
+template <class Word>
+struct ElementOf {
+  typedef BF16 Type;
+};
+template <>
+struct ElementOf<float> {
+  typedef F32 Type;
+};
 
 template <class T>
 void set(float& word, T first, T) {
@@ -159,6 +167,52 @@ void pack_tile(const View& b, int64_t first, int64_t columns, int64_t depth, voi
     const int64_t lines = columns - done < kGroup ? columns - done : kGroup;
     Word* group = static_cast<Word*>(out) + done * depth / kElements<Word>;
     pack_lines<Word>(b, first + done, lines, false, kGroup, depth, group);
+  }
+}
+
+// ------------------------------------------------------------------------------------- packing what is in the cache
+
+template <class Word>
+void pack_rows(const float* block, int64_t columns, int64_t stride, int64_t first, int64_t depth, void* panel) {
+  constexpr int64_t kLines = (kPanel + LANES - 1) / LANES * LANES, kWord = kElements<Word>;
+  typename ElementOf<Word>::Type lines[kLines][kMostColumns] = {};
+  const int64_t words = (columns + kWord - 1) / kWord;
+  for (int64_t i = 0; i < kPanel; ++i) {
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) lines[i][j] = block[i * stride + j];
+    for (int64_t j = columns; j < words * kWord; ++j) lines[i][j] = 0.0f;
+  }
+  Word turned[kMostColumns / kWord * kLines];
+  const int64_t there = transpose(lines, kLines, words, sizeof(lines[0]), kLines, turned);
+  for (int64_t k = there; k < words; ++k)
+    for (int64_t i = 0; i < kPanel; ++i)
+      __builtin_memcpy(turned + k * kLines + i, &lines[i][k * kWord], sizeof(Word));
+  Word* out = static_cast<Word*>(panel) + first / kWord * kPanel;
+  for (int64_t k = 0; k < words; ++k)
+    __builtin_memcpy(out + k * kPanel, turned + k * kLines, kPanel * sizeof(Word));
+}
+
+template <class Word>
+void pack_columns(
+    const float* block, int64_t columns, int64_t stride, int64_t line, int64_t first, int64_t depth, void* panels) {
+  constexpr int64_t kWord = kElements<Word>;
+  static_assert(kPanel % kWord == 0);
+  const int64_t panel = depth / kWord * kPanel;  // words
+  Word words[kMostColumns + kPanel];
+  for (int64_t k = 0; k < kPanel / kWord && first + k * kWord < depth; ++k) {
+    const float *above = block + k * kWord * stride, *below = above + (kWord - 1) * stride;
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) set(words[j], above[j], below[j]);
+    Word* out = static_cast<Word*>(panels) + (first / kWord + k) * kPanel;
+    for (int64_t j = 0, count; j < columns; j += count) {
+      const int64_t slot = (line + j) % kPanel;
+      count = kPanel - slot < columns - j ? kPanel - slot : columns - j;
+      Word* to = out + (line + j) / kPanel * panel + slot;
+      if (count == kPanel)
+        __builtin_memcpy(to, words + j, kPanel * sizeof(Word));
+      else
+        __builtin_memcpy(to, words + j, count * sizeof(Word));
+    }
   }
 }
 

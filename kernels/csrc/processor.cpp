@@ -36,6 +36,21 @@ void pack_tile_amx(const View& b, int64_t first, int64_t columns, int64_t depth,
   pack_lines<Pair>(b, first, columns, false, (columns + kGroupAMX - 1) / kGroupAMX * kGroupAMX, depth, out);
 }
 
+void pack_rows_amx(const float* block, int64_t columns, int64_t stride, int64_t first, int64_t depth, void* panel) {
+  for (int64_t i = 0; i < kPanelAMX; ++i) {
+    BF16* out = static_cast<BF16*>(panel) + i * depth + first;
+    for (int64_t j = 0; j < columns; ++j) out[j] = block[i * stride + j];
+  }
+}
+
+void pack_columns_amx(
+    const float* block, int64_t columns, int64_t stride, int64_t line, int64_t first, int64_t depth, void* panels) {
+  for (int64_t j = 0; j < columns; ++j) {
+    BF16* out = static_cast<BF16*>(panels) + (line + j) * depth + first;
+    for (int64_t i = 0; i < kPanelAMX; ++i) out[i] = block[i * stride + j];
+  }
+}
+
 // What brgemm does, for a processor without AMX, and so for tests of all that surrounds it.
 void multiply_as_amx(int64_t depth, int64_t columns, const void* a, const void* b, float* c, int64_t stride, bool add) {
   const BF16 *rows = static_cast<const BF16*>(a), *pairs = static_cast<const BF16*>(b);
@@ -102,9 +117,12 @@ void release() {}
 #define NAME(x) TEXT(x)
 extern const Processor PROCESSOR = {
     NAME(PROCESSOR),
-    {kPanel, kGroup, 1, sizeof(float), pack_panel<float>, pack_tile<float>, multiply<float>, release},
-    {kPanel, kGroup, 2, sizeof(uint16_t), pack_panel<Pair>, pack_tile<Pair>, multiply<Pair>, release},
-    {kPanelAMX, kGroupAMX, kDepthAMX, sizeof(uint16_t), pack_panel_amx, pack_tile_amx, multiply_as_amx, release},
+    {kPanel, kGroup, 1, sizeof(float), pack_panel<float>, pack_tile<float>, pack_rows<float>, pack_columns<float>,
+     multiply<float>, release},
+    {kPanel, kGroup, 2, sizeof(uint16_t), pack_panel<Pair>, pack_tile<Pair>, pack_rows<Pair>, pack_columns<Pair>,
+     multiply<Pair>, release},
+    {kPanelAMX, kGroupAMX, kDepthAMX, sizeof(uint16_t), pack_panel_amx, pack_tile_amx, pack_rows_amx, pack_columns_amx,
+     multiply_as_amx, release},
     kMultipliesBF16,
     statistics,
     keep,

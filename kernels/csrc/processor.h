@@ -32,6 +32,12 @@ struct Products {
   void (*pack_panel)(const View& a, int64_t first, int64_t depth, void* out);
   // Columns first ... first + columns of `b`.
   void (*pack_tile)(const View& b, int64_t first, int64_t columns, int64_t depth, void* out);
+  // A block (panel, columns) of float32, its rows `stride` apart, as part of such panels, `depth` deep. Its rows are
+  // those of a panel, from place `first` of the depth on ...
+  void (*pack_rows)(const float* block, int64_t columns, int64_t stride, int64_t first, int64_t depth, void* panel);
+  // ... or its columns are rows `line` and following of all panels, its own at place `first` of the depth and on.
+  void (*pack_columns)(
+      const float* block, int64_t columns, int64_t stride, int64_t line, int64_t first, int64_t depth, void* panels);
   // One panel by one tile of `columns` (padded) columns; c: (panel, columns), its rows `stride` apart.
   void (*multiply)(int64_t depth, int64_t columns, const void* a, const void* b, float* c, int64_t stride, bool add);
   // Called by a thread when it has no product left to do for now.
@@ -39,6 +45,15 @@ struct Products {
 };
 
 constexpr int64_t kMostColumns = 128;  // of a tile of logits
+
+// What the forward pass keeps a logit as, for the backward pass.
+enum class Kept { f32, bf16, f16, ten_bits };
+
+// Bytes of a token's kept logits of a tile.
+static constexpr int64_t kept_row_bytes(Kept type, int64_t columns) {
+  if (type == Kept::ten_bits) return columns + (columns + 3) / 4;
+  return columns * (type == Kept::f32 ? 4 : 2);
+}
 
 // One branch of some tokens, whose logits of one tile of the vocabulary are at hand. Everything after `bias` is the
 // running state of these tokens, one number for each, with e = 2^((l − maximum) scale):
@@ -75,11 +90,14 @@ struct Processor {
   void (*statistics)(
       int64_t rows, int64_t columns, int64_t stride, float scale, float inverse_softcap, const Running& a,
       const Running* b);
-  // Write a tile's logits less the maxima.
-  void (*keep)(int64_t rows, int64_t columns, int64_t stride, const float* logits, const double* maximum, Rows out);
-  // The logits again, from what was kept of them and what was subtracted.
+  // Write how far a tile's logits are below the maxima: rows of kept_row_bytes(type, columns).
+  void (*keep)(
+      int64_t rows, int64_t columns, int64_t stride, float scale, const float* logits, const double* maximum, Kept type,
+      void* out);
+  // The logits again, from what was kept of them and the maxima of then.
   void (*restore)(
-      int64_t rows, int64_t columns, int64_t stride, const Rows& kept, const float* reference, float* logits);
+      int64_t rows, int64_t columns, int64_t stride, float scale, const void* kept, const float* maximum, Kept type,
+      float* logits);
   // Turn a tile of logits into the gradient. `targets` count from the tile's first column. b: null for one.
   void (*gradients)(
       int64_t rows, int64_t columns, const int64_t* targets, int64_t first, float scale, float inverse_softcap,

@@ -35,6 +35,8 @@ struct F16 {
   operator float() const { return value; }
 };
 
+struct TenBits {};  // of √x, see rows.h; they aren't whole bytes
+
 // Calls function(T{}), T being the type of such elements.
 template <class Function>
 void with_type(Dtype dtype, Function function) {
@@ -43,11 +45,19 @@ void with_type(Dtype dtype, Function function) {
   if (dtype == Dtype::f16) function(F16{});
 }
 
+template <class Function>
+void with_type(Kept type, Function function) {
+  if (type == Kept::f32) function(F32{});
+  if (type == Kept::bf16) function(BF16{});
+  if (type == Kept::f16) function(F16{});
+  if (type == Kept::ten_bits) function(TenBits{});
+}
+
 // Where float16 has an infinity, what is kept of a logit mustn't: p log p would be 0 · ∞.
 template <class T>
-constexpr float kLowestKept = -3e38f;
+constexpr float kFarthest = 3e38f;
 template <>
-constexpr float kLowestKept<F16> = -65504.0f;
+constexpr float kFarthest<F16> = 65504.0f;
 
 }  // namespace
 }  // namespace vogue

@@ -1,7 +1,9 @@
 """What the backends have in common: heads, branches in the backward pass, the running sums of the compiled kernels.
 
-A backend is a module with two functions, which take checked arguments and tokens none of which is skipped:
+A backend is a module with three functions; the latter two take checked arguments and tokens none of which is skipped:
 
+    kept_bits(dtype, scaling)
+        in how many bits it keeps a logit of inputs of this type.
     forward(hiddens, heads, targets, scaling, buffers)
         one branch: the results of LogprobStats, then maximum and logsum; two: the results of BranchStats, then maximum
         and logsum of each; all (N,). Maximum and logsum are for the backward pass, which alone understands them.

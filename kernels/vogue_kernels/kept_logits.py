@@ -1,7 +1,8 @@
 """Logits that the forward pass keeps for the backward pass, which is then spared a product: memory for time.
 
 Each branch has a buffer of bytes. How much of the vocabulary fits depends on the width of the backend's tiles and on
-how many tokens are skipped, and is reckoned alike in both passes.
+how many tokens are skipped, and is reckoned alike in both passes. This is how the torch and triton backends use it; the
+C++ backend has its own way (csrc/operands.h), in fewer bits for bfloat16 (csrc/rows.h).
 """
 
 from typing import Any, NamedTuple
@@ -52,10 +53,15 @@ class KeptLogits(NamedTuple):
         return self.logits[:, tile] + self.reference[tile.start // self.width].unsqueeze(1)
 
 
-def kept_bytes(length, weight: Tensor, at_most: int) -> Any:
+def own_bits(dtype: torch.dtype, _: Scaling) -> int:
+    """Of a logit of KeptLogits, which has the dtype of the inputs."""
+    return 8 * dtype.itemsize
+
+
+def kept_bytes(length, weight: Tensor, bits: int, at_most: int) -> Any:
     """The size of a buffer that holds all logits of N tokens, or of `at_most` bytes. N may be a symbol of a trace."""
     vocab = weight.shape[0]
-    room = length * (vocab * weight.itemsize + -(-vocab // NARROWEST) * compute_dtype(weight).itemsize)
+    room = length * (-(-vocab * bits // 8) - (-vocab // NARROWEST) * compute_dtype(weight).itemsize)
     return torch.sym_min(room + ALIGNMENT, at_most)
 
 

@@ -34,12 +34,13 @@ import torch
 from torch import Tensor
 
 from .branches import Branch, Head, HeadGradients, Needs, Scaling, compute_dtype, of_branch
-from .kept_logits import KeptLogits, kept_logits
+from .kept_logits import KeptLogits, kept_logits, own_bits
 
 TILE_ELEMENTS = 1 << 20  # of a tile of logits: 4 MB of float32; larger leaves the cache, smaller pays in launches
 VOCAB_TILE = 1024
 SLICE_ELEMENTS = 1 << 22  # of a slice of the hidden states or of the weight: 16 MB of float32
 
+kept_bits = own_bits  # as branches.py says
 
 # ---------------------------------------------------------------------------------------------------- forward
 

@@ -21,7 +21,7 @@ from .kept_logits import kept_bytes, serve
 def _forward(backend: str, hiddens: list[Tensor], heads: list[Head], targets, scaling, keep) -> tuple[Tensor, ...]:
     """Run a backend on the tokens that aren't skipped; the skipped ones get zeros. The kept logits come last."""
     weight = heads[0].weight
-    buffers = _empty_buffers(weight, len(targets), keep)
+    buffers = _empty_buffers(backend, weight, len(targets), scaling, keep)
     scored, length = _scored(targets, len(weight)), len(targets)
     if scored is not None:
         hiddens, targets = [hidden[scored] for hidden in hiddens], targets[scored]
@@ -106,9 +106,12 @@ def _empty_rows(weight: Tensor, length: int, count: int) -> tuple[Tensor, ...]:
     return tuple(weight.new_empty(length, dtype=compute_dtype(weight)) for _ in range(count))
 
 
-def _empty_buffers(weight: Tensor, length: int, keep: Sequence[int]) -> tuple[Tensor, ...]:
-    """A buffer for each branch's kept logits, opaque bytes, so that their size doesn't depend on the backend."""
-    return tuple(weight.new_empty(kept_bytes(length, weight, at_most), dtype=torch.uint8) for at_most in keep)
+def _empty_buffers(
+    backend: str, weight: Tensor, length: int, scaling: Scaling, keep: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """A buffer for each branch's kept logits, of bytes that the backend alone understands."""
+    bits = implementation(backend, weight).kept_bits(weight.dtype, scaling)
+    return tuple(weight.new_empty(kept_bytes(length, weight, bits, most), dtype=torch.uint8) for most in keep)
 
 
 def _empty_gradients(needs: Sequence[bool], inputs: Sequence[Tensor | None]) -> list[Tensor]:
@@ -150,8 +153,9 @@ def _linear_logprob(
 
 @_linear_logprob.register_fake
 def _(hidden, weight, targets, bias, temperature, backend, keep, softcap=None):
-    check_arguments({"hidden": hidden}, [Head(weight, bias)], targets, Scaling(temperature, softcap))
-    return *_empty_rows(weight, targets.shape[0], 6), *_empty_buffers(weight, targets.shape[0], keep)
+    scaling, length = Scaling(temperature, softcap), targets.shape[0]
+    check_arguments({"hidden": hidden}, [Head(weight, bias)], targets, scaling)
+    return *_empty_rows(weight, length, 6), *_empty_buffers(backend, weight, length, scaling, keep)
 
 
 @torch.library.custom_op("vogue::linear_logprob_backward", mutates_args=(), tags=_TAGS)
@@ -227,8 +231,9 @@ def _linear_branch_stats(
 @_linear_branch_stats.register_fake
 def _(hidden_p, hidden_q, weight, targets, bias, temperature, backend, keep, softcap=None, weight_q=None, bias_q=None):
     heads, hiddens = heads_of(weight, bias, weight_q, bias_q), {"hidden_p": hidden_p, "hidden_q": hidden_q}
-    check_arguments(hiddens, heads, targets, Scaling(temperature, softcap))
-    return *_empty_rows(weight, targets.shape[0], 15), *_empty_buffers(weight, targets.shape[0], keep)
+    scaling, length = Scaling(temperature, softcap), targets.shape[0]
+    check_arguments(hiddens, heads, targets, scaling)
+    return *_empty_rows(weight, length, 15), *_empty_buffers(backend, weight, length, scaling, keep)
 
 
 @torch.library.custom_op("vogue::linear_branch_stats_backward", mutates_args=(), tags=_TAGS)

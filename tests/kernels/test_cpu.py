@@ -80,24 +80,38 @@ def test_the_number_of_threads_changes_results_by_no_more_than_their_rounding(dt
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_vocabulary_is_shared_among_the_threads_of_torch(count, threads):
     threads(count)
-    nothing = [torch.empty(4, 0)], [torch.empty(0, 4)]  # is kept
-    arguments = [torch.randn(4, 8)], [torch.randn(2000, 8)], torch.randint(2000, (4,)), [None], 1.0, 0.0, *nothing
+    nothing_kept = [torch.empty(0, dtype=torch.uint8)]
+    arguments = [torch.randn(4, 8)], [torch.randn(2000, 8)], torch.randint(2000, (4,)), [None], 1.0, 0.0, nothing_kept
     partial, _ = torch.ops.vogue_cpu.forward(*arguments)
     assert partial.shape == (1, 3, count, 4)
 
 
 @needs_library
-@pytest.mark.parametrize("tokens", [1500, 3000, 9000], ids=["one batch", "two", "five"])
-def test_the_backward_pass_adds_up_all_batches_of_tokens(tokens, threads):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1500, 3001, 9000], ids=["one batch", "two", "five"])
+def test_the_backward_pass_adds_up_all_batches_of_tokens(tokens, dtype, threads):
     threads(2)
     vocab = 1030  # a chunk is 1,024 of it: of its logits' gradient, 2^21 elements exist at a time, of 2,048 tokens
-    hidden, weight = torch.randn(tokens, 3, requires_grad=True), torch.randn(vocab, 3, requires_grad=True)
+    hidden, weight = (torch.randn(n, 3).to(dtype).requires_grad_() for n in (tokens, vocab))
+    bias = torch.randn(vocab, requires_grad=True)
     targets = torch.randint(vocab, (tokens,))
     results = []
     for backend in ("cpu", "torch"):
-        loss = linear_logprob(hidden, weight, targets, backend=backend).logprob.sum()
-        results.append(torch.autograd.grad(loss, (hidden, weight)))
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
+        loss = linear_logprob(hidden, weight, targets, bias, backend=backend).logprob.sum()
+        results.append(torch.autograd.grad(loss, (hidden, weight, bias)))
+    tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.1}
+    torch.testing.assert_close(*results, **tolerance)
+
+
+@needs_library
+def test_a_token_that_is_not_a_number_spoils_no_other_token(threads):
+    threads(2)
+    tokens, vocab = 3000, 1030  # two batches of tokens; the second chunk of the vocabulary has 6 words
+    hidden, weight = torch.randn(tokens, 3), torch.randn(vocab, 3)
+    hidden[2500] = torch.nan
+    stats = linear_logprob(hidden.requires_grad_(), weight, torch.randint(vocab, (tokens,)), backend="cpu")
+    (gradient,) = torch.autograd.grad(stats.logprob.sum(), hidden)
+    assert gradient.isnan().any(1).nonzero().flatten().tolist() == [2500]
 
 
 @needs_library

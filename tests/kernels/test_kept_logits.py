@@ -140,6 +140,21 @@ def test_no_more_bytes_are_kept_than_were_given(keep, backend):
     assert kept.nbytes <= min(keep, 50 * 2000 * 4 * 1.05)
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_how_much_memory_all_logits_take(softcap, backend):
+    n, vocab = 40, 4101
+    hidden, _, weight, targets = inputs(n=n, v=vocab, dtype=torch.bfloat16)
+    saved = linear_logprob(hidden, weight, targets, softcap=softcap, backend=backend).logprob
+    (expected,) = torch.autograd.grad(saved.sum(), weight)
+    buffer = torch.ops.vogue.linear_logprob(hidden, weight, targets, None, 1.0, backend, [ALL], softcap)[-1]
+    ten_bits = backend == "cpu" and softcap is None
+    assert buffer.nbytes <= n * vocab * (1.25 if ten_bits else 2) * 1.06
+    options = dict(softcap=softcap, backend=backend, keep_logits_bytes=buffer.nbytes)
+    (found,) = gradients_after_the_weight_changed(linear_logprob, [hidden], weight, targets, weight, **options)
+    # With −W the gradient of a word's logit would have another p, and so another row of ∂W.
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-2)
+
+
 def test_one_product_less_is_computed_where_all_logits_are_kept():
     raw, _, weight, targets = inputs()
     logprob = linear_logprob(raw, weight, targets, backend="torch", keep_logits_bytes=ALL).logprob

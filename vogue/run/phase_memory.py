@@ -211,10 +211,11 @@ def _activations(sizes: Sizes, run: Layout) -> float:
 def _head(sizes: Sizes, run: Layout) -> float:
     """Of the fused operator: hidden states and their float32 gradient, the weight's gradient, a chunk, kept logits."""
     hidden = run.predicted * sizes.text.hidden
-    views, chunk = 1 + run.compares + run.refers + run.moving, GPU_CHUNK * run.item if run.on_gpu else CPU_CHUNK * 4
+    views, chunk = 1 + run.compares + run.refers + run.moving, GPU_CHUNK if run.on_gpu else 2 * CPU_CHUNK
     weight = 0 if run.adapters else sizes.vocabulary * sizes.text.hidden * run.item
-    kept = min(run.kept_logits, run.predicted * sizes.vocabulary * run.item)
-    return hidden * (views * run.item + 4) + weight + views * chunk + kept
+    logit = 10 / 8 if run.item == 2 and not run.on_gpu else run.item  # a processor keeps ten bits of bfloat16
+    kept = min(run.kept_logits, run.predicted * sizes.vocabulary * logit)
+    return hidden * (views * run.item + 4) + weight + views * chunk * run.item + kept
 
 
 def _working(sizes: Sizes, run: Layout) -> float:

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from ..branches import log2_scale, merge, numbers, of_branch
-from ..kept_logits import kept_logits
 
 LIBRARY = Path(__file__).with_name("_C.so")
 
@@ -34,10 +33,14 @@ def description() -> str:
     return torch.ops.vogue_cpu.description()
 
 
+def kept_bits(dtype, scaling):
+    """As branches.py says."""
+    return 10 if dtype == torch.bfloat16 and scaling.softcap is None else 8 * dtype.itemsize
+
+
 def forward(hiddens, heads, targets, scaling, buffers):
     """As branches.py says."""
     scale = log2_scale(scaling)
-    kept = _kept(buffers, targets, heads)
     partial, target_logits = torch.ops.vogue_cpu.forward(
         hiddens,
         [head.weight for head in heads],
@@ -45,8 +48,7 @@ def forward(hiddens, heads, targets, scaling, buffers):
         [_float(head.bias) for head in heads],
         scale,
         _inverse_softcap(scaling),
-        [branch.logits for branch in kept],
-        [branch.reference for branch in kept],
+        buffers,
     )
     return merge(partial, target_logits.double(), scale)
 
@@ -56,7 +58,6 @@ def backward(branches, heads, targets, scaling, needs, buffers):
     written = needs.of_logits(branches)
     crosses = any(branch.crosses for branch, on in zip(branches, written, strict=True) if on)
     sides = [i for i, on in enumerate(written) if on or crosses]
-    kept = _kept(buffers, targets, heads)
     gradients = torch.ops.vogue_cpu.backward(
         [branches[i].hidden for i in sides],
         [numbers(branches[i]) for i in sides],
@@ -66,8 +67,7 @@ def backward(branches, heads, targets, scaling, needs, buffers):
         [_float(head.bias) for head in heads],
         log2_scale(scaling),
         _inverse_softcap(scaling),
-        [kept[i].logits for i in sides],
-        [kept[i].reference for i in sides],
+        [buffers[i] for i in sides],
         [written[i] for i in sides],
         [written[i] and needs.hidden[i] for i in sides],
         needs.weight,
@@ -83,12 +83,6 @@ def backward(branches, heads, targets, scaling, needs, buffers):
         grads_weight.append(next(given) if needs_weight else None)
         grads_bias.append(next(given).to(head.bias.dtype) if needs_bias else None)
     return grads_hidden, grads_weight, grads_bias
-
-
-def _kept(buffers, targets, heads):
-    weights = [head.weight for head in heads]
-    width = torch.ops.vogue_cpu.tile_columns(weights)
-    return [kept_logits(buffer, len(targets), weights[0], width) for buffer in buffers]
 
 
 def _inverse_softcap(scaling):

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..branches import Head, HeadGradients, Scaling, log2_scale, numbers, of_branch
-from ..kept_logits import NARROWEST, KeptLogits, kept_logits
+from ..kept_logits import NARROWEST, KeptLogits, kept_logits, own_bits
 from .kernels import forward_kernel, kept_gradient_kernel, logit_gradient_kernel
 from .merge import merge_kernel
 
@@ -38,6 +38,8 @@ GROUP = 8  # blocks of tokens that share a tile of the weight through L2
 MERGE_OPTIONS = {"TOKENS": 16, "SHARES": 32, "num_warps": 4, "enable_fp_fusion": False}
 # Of kept logits; the words of a block have one reference, whatever the tile that they were computed in.
 KEPT_OPTIONS = {"TOKENS": 64, "KEPT": NARROWEST, "num_warps": 4, "enable_fp_fusion": True}
+
+kept_bits = own_bits  # as branches.py says
 
 
 class Tile(NamedTuple):
