@@ -25,6 +25,7 @@ from vogue.method.uncertainty import Signals
 from vogue.metrics import Clock, Means
 from vogue.rewards import Score
 from vogue.rollout.engine import Completion
+from vogue.step.groups import scaled_over_step
 from vogue.step.loader import sample_order
 from vogue.step.objective import uncertainties
 
@@ -226,12 +227,12 @@ def test_advantages_over_one_std_a_step_are_of_all_groups_that_are_trained_on(ne
         for number, given in enumerate(rewards)
     ]
     # 1, 0, 0.5, 0.5, 0.9, 0.1: mean 0.5, sample variance (2 · 0.25 + 2 · 0.16) / 5 = 0.164, std 0.404969
-    found = [group.advantages for group in trainer.scaled(groups)]
+    found = [group.advantages for group in scaled_over_step(groups, trainer.config)]
     assert [x for pair in found for x in pair] == pytest.approx(
         [1.234660, -1.234660, 0, 0, 0.987728, -0.987728], abs=1e-5
     )
     # The first two alone: sample variance 0.5 / 3, std 0.408248; the third isn't trained on.
-    found = [group.advantages for group in trainer.scaled(groups, {0, 1})]
+    found = [group.advantages for group in scaled_over_step(groups, trainer.config, {0, 1})]
     assert [x for pair in found for x in pair] == pytest.approx(
         [1.224742, -1.224742, 0, 0, 0.979794, -0.979794], abs=1e-5
     )
@@ -241,7 +242,7 @@ def test_rewards_that_are_all_alike_have_no_advantage_over_one_std_either(new_tr
     trainer = new_trainer("method=grpo", "advantage.scale=batch", *TWO_BY_TWO)
     items = trainer.loader.items(0)
     groups = trainer.judge([group_of(item, (Completion((1,), (0.0,), "no", True),) * 2) for item in items])
-    assert [group.advantages for group in trainer.scaled(groups)] == [(0.0, 0.0)] * 2
+    assert [group.advantages for group in scaled_over_step(groups, trainer.config)] == [(0.0, 0.0)] * 2
 
 
 def test_a_step_takes_its_own_std_over_all_its_groups(new_trainer):

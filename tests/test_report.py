@@ -311,14 +311,23 @@ def test_every_panel_is_drawn(page, report):
 
 
 def test_a_chart_shows_its_values_to_pointer_and_keyboard(page, report):
+    from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.support.wait import WebDriverWait
 
-    svg = page.find_element("css selector", "#learning_curves svg")
-    ActionChains(page).move_to_element(svg).perform()
+    def chart():
+        return page.find_element("css selector", "#learning_curves svg")
+
+    def point(_):
+        ActionChains(page).move_to_element(chart()).perform()
+        return True
+
+    # A chart is drawn once more when its size is first observed, which may be between finding and pointing.
+    WebDriverWait(page, 10, ignored_exceptions=[StaleElementReferenceException]).until(point)
     step = int(re.match(r"step (\d+)\n", page.find_element("id", "tip").text)[1])
     (line, *_) = page_data(report)["panels"][0]["lines"]
     assert f"{line['label']}\n{line['points'][step][1]:.3g}" in page.find_element("id", "tip").text
-    svg.send_keys(Keys.ARROW_RIGHT)
+    chart().send_keys(Keys.ARROW_RIGHT)
     assert page.find_element("id", "tip").text.startswith(f"step {step + 1}\n")
 
 

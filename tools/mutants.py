@@ -118,7 +118,9 @@ MUTANTS = (
     Mutant("vogue/step/objective.py", "loss - coef * (weights", "loss + coef * (weights", "tests/test_entropy.py"),
     Mutant("vogue/method/entropy.py", "1 - share", "share", "tests/test_entropy.py"),
     Mutant("vogue/step/groups.py", "measures or reads_all(config.loss)", "measures", "tests/test_entropy.py"),
-    Mutant("vogue/trainer.py", "is None or group.item.number in chosen]", "is None or True]", "tests/test_methods.py"),
+    Mutant(
+        "vogue/step/groups.py", "is None or group.item.number in chosen]", "is None or True]", "tests/test_methods.py"
+    ),
     Mutant("vogue/step/ahead.py", "if rollout and rollout.step == step", "if rollout", "tests/test_ahead.py"),
     # KL to a reference, and the image's part in a token.
     Mutant("vogue/method/kl.py", "else ratio_of(logprob, old_logprob) * found", "else found", "tests/test_kl.py"),
