@@ -25,7 +25,8 @@ void multiply_tile(
 struct Head {
   Tensor weight;
   const float* bias;
-  int64_t depth, padded_depth;
+  int64_t depth;
+  int64_t stride;  // of rows of sums, padded: at a power of two those of a panel would push each other out of a cache
   Tensor grad_weight;      // or none
   Tensor grad_bias;        // float32; or none
   std::optional<Buffer> sums;  // ∂W[chunk], in float32 until it is complete; none where a single product is so at once
@@ -64,7 +65,7 @@ class Backward {
     const std::vector<const float*> bias = pointers(biases);
     for (size_t i = 0; i < weights.size(); ++i) {
       const int64_t depth = weights[i].size(1);
-      heads_.push_back({weights[i], bias[i], depth, round_up(depth, products_.group), {}, {}, {}});
+      heads_.push_back({weights[i], bias[i], depth, round_up(depth, products_.group) + products_.group, {}, {}, {}});
     }
   }
 
@@ -81,7 +82,7 @@ class Backward {
     const int64_t depth = heads_[head].depth;
     side.rows.clear();  // where the depth is padded nothing is ever written
     if (needs_hidden)
-      side.grad_hidden = at::zeros({round_up(n_, products_.panel), heads_[head].padded_depth}, at::kFloat);
+      side.grad_hidden = at::zeros({round_up(n_, products_.panel), heads_[head].stride}, at::kFloat);
     for (int64_t row = 0; needs_columns && row < n_; row += batch_) {
       const View rows = slice_rows(side.hidden, row, batch_, hidden.element_size());
       const Tiles& tiles =
@@ -134,7 +135,7 @@ class Backward {
     head.grad_weight = written ? at::empty_like(head.weight, at::MemoryFormat::Contiguous)
                                : at::zeros_like(head.weight, at::MemoryFormat::Contiguous);
     if (n_ > batch_ || written > 1)
-      head.sums.emplace(round_up(chunk_, products_.panel) * head.padded_depth * sizeof(float));
+      head.sums.emplace(round_up(chunk_, products_.panel) * head.stride * sizeof(float));
   }
 
   // G of the `size` words of the vocabulary from `start` on and the tokens from `row` on, of every side.
@@ -222,8 +223,8 @@ class Backward {
       products_.pack_tile(weight, column, columns, tile.depth(), tile[0]);
       for (const Side& side : sides_) {
         if (side.head != head_index || !side.grad_hidden.defined()) continue;
-        float* out = side.grad_hidden.mutable_data_ptr<float>() + (row + first) * head.padded_depth + column;
-        multiply_tile(products_, side.rows, first, last, tile, 0, out, head.padded_depth, true);
+        float* out = side.grad_hidden.mutable_data_ptr<float>() + (row + first) * head.stride + column;
+        multiply_tile(products_, side.rows, first, last, tile, 0, out, head.stride, true);
       }
     });
   }
@@ -243,8 +244,8 @@ class Backward {
         const Tiles& tiles = side.hidden_tiles[row / batch_];
         const Buffer single(head.sums ? 0 : round_up(last - first, products_.panel) * tiles.width() * sizeof(float));
         for (int64_t tile = 0; tile < tiles.count(); ++tile) {
-          const int64_t column = tile * tiles.width(), stride = head.sums ? head.padded_depth : tiles.width();
-          float* sum = head.sums ? head.sums->floats() + first * head.padded_depth + column : single.floats();
+          const int64_t column = tile * tiles.width(), stride = head.sums ? head.stride : tiles.width();
+          float* sum = head.sums ? head.sums->floats() + first * head.stride + column : single.floats();
           multiply_tile(products_, side.columns, first, last, tiles, tile, sum, stride, add);
           if (complete)
             processor().round(

@@ -201,12 +201,13 @@ class KeptLogits {
   int64_t n_, vocab_, width_, tiles_ = 0;
 };
 
-// bfloat16 is kept in fewer bits; but a gradient of capped logits has the slope of the cap where p is 0, too.
+// In fewer bits than the dtype has; but a gradient of capped logits has the slope of the cap where p is 0, too.
 inline Kept kept_type(const Tensor& weight, double inverse_softcap) {
   const Dtype dtype = dtype_of(weight);
-  if (dtype == Dtype::f32) return Kept::f32;
+  const bool capped = inverse_softcap > 0;
+  if (dtype == Dtype::f32) return capped ? Kept::f32 : Kept::three_bytes;
   if (dtype == Dtype::f16) return Kept::f16;
-  return inverse_softcap > 0 ? Kept::bf16 : Kept::ten_bits;
+  return capped ? Kept::bf16 : Kept::ten_bits;
 }
 
 // Of each head, (V,) float32 or none.

@@ -82,6 +82,10 @@ void multiply_group(int64_t words, const Word* a, const Word* b, float* c, int64
   for (int i = 0; i < kPanel; ++i) __builtin_prefetch(c + i * stride, 1);
   Vector sums[kPanel][2] = {};
   for (int64_t k = 0; k < words; ++k) {
+    // The processor's own prefetching stops at the end of a page, 85 steps of a panel or 32 of a group.
+    __builtin_prefetch(a + 8 * kPanel);
+    __builtin_prefetch(b + 8 * kGroup);
+    __builtin_prefetch(b + 8 * kGroup + LANES);
     const Words b0 = *reinterpret_cast<const Words*>(b), b1 = *reinterpret_cast<const Words*>(b + LANES);
 #pragma GCC unroll 12
     for (int i = 0; i < kPanel; ++i) {
@@ -101,7 +105,7 @@ void multiply_group(int64_t words, const Word* a, const Word* b, float* c, int64
 
 template <class Word>
 void multiply(int64_t depth, int64_t columns, const void* a, const void* b, float* c, int64_t stride, bool add) {
-  constexpr int64_t kLongest = kElements<Word> == 1 ? 32 : 256;  // longer sums lose digits, most of float32
+  constexpr int64_t kLongest = kElements<Word> == 1 ? 48 : 256;  // longer sums lose digits, most of float32
   const int64_t words = depth / kElements<Word>;
   for (int64_t j = 0; j < columns; j += kGroup)
     for (int64_t k = 0; k < words; k += kLongest)

@@ -47,11 +47,12 @@ struct Products {
 constexpr int64_t kMostColumns = 128;  // of a tile of logits
 
 // What the forward pass keeps a logit as, for the backward pass.
-enum class Kept { f32, bf16, f16, ten_bits };
+enum class Kept { f32, bf16, f16, ten_bits, three_bytes };
 
 // Bytes of a token's kept logits of a tile.
 static constexpr int64_t kept_row_bytes(Kept type, int64_t columns) {
   if (type == Kept::ten_bits) return columns + (columns + 3) / 4;
+  if (type == Kept::three_bytes) return columns * 3;
   return columns * (type == Kept::f32 ? 4 : 2);
 }
 

@@ -153,25 +153,16 @@ void restore_row(const T* kept, int64_t columns, float maximum, float, float* lo
   for (int64_t j = 0; j < columns; ++j) logits[j] = maximum - kept[j];
 }
 
-// Ten bits of √x in the place of bfloat16's x. In nats x is then off by at most 0.0049 √x, which is less than in
-// bfloat16 from x = 4 on, where nearly all words are; and p by at most 0.0021 of the row's largest one, half a unit in
-// its last place. The last code says p = 0; it stands for p < 2^-36 of the largest one.
-constexpr int32_t kLastCode = 1023;
-constexpr float kCodesPerRoot = (kLastCode - 1) / 6.0f;  // of x scale, x in bits: √36 is the code before the last
-constexpr float kNowhere = 1e6f;                         // bits
+// Or a code for √x, x in bits. Ten bits, in the place of bfloat16's x: in nats it is off by at most 0.0049 √x, which is
+// less than in bfloat16 from x = 4 on, where nearly all words are; and p by at most 0.0021 of the row's largest one,
+// half a unit in its last place. Three bytes, in the place of float32's: it is off by at most 5.6e-7 √x besides float32's
+// own rounding, as x is where it is the difference of logits of some units.
+constexpr float kNowhere = 1e6f;  // x scale of p = 0, in bits
 
-void keep_row(const float* logits, int64_t columns, float maximum, float scale, TenBits* out) {
-  uint32_t codes[kMostColumns];
-  const float factor = scale * kCodesPerRoot * kCodesPerRoot;
-#pragma omp simd
-  for (int64_t j = 0; j < columns; ++j) {
-    const float code = __builtin_sqrtf((maximum - logits[j]) * factor) + 0.5f;
-    codes[j] = static_cast<int32_t>(code < kLastCode ? code : kLastCode);
-  }
-  // The low eight bits of each, then the high two, those of four in a byte.
+// The low eight bits of each, then the high two, those of four in a byte.
+void store(const int32_t* codes, int64_t columns, TenBits* out) {
   uint8_t *low = reinterpret_cast<uint8_t*>(out), *high = low + columns;
-  const int64_t quarter = (columns + 3) / 4;
-  for (int64_t j = columns; j < 4 * quarter; ++j) codes[j] = 0;
+  const int64_t quarter = (columns + 3) / 4;  // the codes go on to four of them
 #pragma omp simd
   for (int64_t j = 0; j < columns; ++j) low[j] = codes[j];
 #pragma omp simd
@@ -182,19 +173,57 @@ void keep_row(const float* logits, int64_t columns, float maximum, float scale, 
   }
 }
 
-void restore_row(const TenBits* kept, int64_t columns, float maximum, float scale, float* logits) {
-  int32_t codes[kMostColumns];
+void load(const TenBits* kept, int64_t columns, int32_t* codes) {
   const uint8_t *low = reinterpret_cast<const uint8_t*>(kept), *high = low + columns;
   const int64_t quarter = (columns + 3) / 4;
   for (int part = 0; part < 4; ++part)
 #pragma omp simd
     for (int64_t j = 0; j < quarter; ++j) codes[part * quarter + j] = (high[j] >> 2 * part & 3) << 8;
-  const float unit = 1.0f / (scale * kCodesPerRoot * kCodesPerRoot), nowhere = kNowhere / scale;
+#pragma omp simd
+  for (int64_t j = 0; j < columns; ++j) codes[j] |= low[j];
+}
+
+// The low byte of each, the middle ones, the high ones.
+void store(const int32_t* codes, int64_t columns, ThreeBytes* out) {
+  uint8_t *low = reinterpret_cast<uint8_t*>(out), *middle = low + columns, *high = middle + columns;
 #pragma omp simd
   for (int64_t j = 0; j < columns; ++j) {
-    const int32_t code = codes[j] | low[j];
-    const float root = code;
-    logits[j] = maximum - (code < kLastCode ? root * root * unit : nowhere);
+    low[j] = codes[j];
+    middle[j] = codes[j] >> 8;
+    high[j] = codes[j] >> 16;
+  }
+}
+
+void load(const ThreeBytes* kept, int64_t columns, int32_t* codes) {
+  const uint8_t *low = reinterpret_cast<const uint8_t*>(kept), *middle = low + columns, *high = middle + columns;
+#pragma omp simd
+  for (int64_t j = 0; j < columns; ++j) codes[j] = low[j] | middle[j] << 8 | high[j] << 16;
+}
+
+template <int bits, int below>
+void keep_row(const float* logits, int64_t columns, float maximum, float scale, RootCode<bits, below>* out) {
+  typedef RootCode<bits, below> Code;
+  int32_t codes[kMostColumns + 4] = {};
+  const float factor = scale * Code::kPerRoot2;
+#pragma omp simd
+  for (int64_t j = 0; j < columns; ++j) {
+    const float code = __builtin_sqrtf((maximum - logits[j]) * factor) + 0.5f;
+    codes[j] = static_cast<int32_t>(code < Code::kLast ? code : Code::kLast);
+  }
+  store(codes, columns, out);
+}
+
+template <int bits, int below>
+void restore_row(
+    const RootCode<bits, below>* kept, int64_t columns, float maximum, float scale, float* logits) {
+  typedef RootCode<bits, below> Code;
+  int32_t codes[kMostColumns + 4];
+  load(kept, columns, codes);
+  const float unit = 1.0f / (scale * Code::kPerRoot2), nowhere = kNowhere / scale;
+#pragma omp simd
+  for (int64_t j = 0; j < columns; ++j) {
+    const float root = codes[j];
+    logits[j] = maximum - (codes[j] < Code::kLast ? root * root * unit : nowhere);
   }
 }
 

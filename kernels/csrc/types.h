@@ -35,7 +35,14 @@ struct F16 {
   operator float() const { return value; }
 };
 
-struct TenBits {};  // of √x, see rows.h; they aren't whole bytes
+// Codes for √x, see rows.h. The last one says p = 0; it stands for p < 2^−below of the row's largest one.
+template <int bits, int below>
+struct RootCode {
+  static constexpr int32_t kLast = (1 << bits) - 1;
+  static constexpr float kPerRoot2 = (kLast - 1.0f) * (kLast - 1.0f) / below;  // squared: √below is the code before
+};
+typedef RootCode<10, 36> TenBits;
+typedef RootCode<24, 126> ThreeBytes;
 
 // Calls function(T{}), T being the type of such elements.
 template <class Function>
@@ -51,6 +58,7 @@ void with_type(Kept type, Function function) {
   if (type == Kept::bf16) function(BF16{});
   if (type == Kept::f16) function(F16{});
   if (type == Kept::ten_bits) function(TenBits{});
+  if (type == Kept::three_bytes) function(ThreeBytes{});
 }
 
 // Where float16 has an infinity, what is kept of a logit mustn't: p log p would be 0 · ∞.

@@ -213,7 +213,8 @@ def _head(sizes: Sizes, run: Layout) -> float:
     hidden = run.predicted * sizes.text.hidden
     views, chunk = 1 + run.compares + run.refers + run.moving, GPU_CHUNK if run.on_gpu else 2 * CPU_CHUNK
     weight = 0 if run.adapters else sizes.vocabulary * sizes.text.hidden * run.item
-    logit = 10 / 8 if run.item == 2 and not run.on_gpu else run.item  # a processor keeps ten bits of bfloat16
+    # A processor keeps ten bits of bfloat16 and three bytes of float32.
+    logit = run.item if run.on_gpu else 10 / 8 if run.item == 2 else 3
     kept = min(run.kept_logits, run.predicted * sizes.vocabulary * logit)
     return hidden * (views * run.item + 4) + weight + views * chunk * run.item + kept
 

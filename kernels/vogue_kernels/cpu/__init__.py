@@ -35,7 +35,8 @@ def description() -> str:
 
 def kept_bits(dtype, scaling):
     """As branches.py says."""
-    return 10 if dtype == torch.bfloat16 and scaling.softcap is None else 8 * dtype.itemsize
+    coded = {torch.bfloat16: 10, torch.float32: 24} if scaling.softcap is None else {}
+    return coded.get(dtype, 8 * dtype.itemsize)
 
 
 def forward(hiddens, heads, targets, scaling, buffers):
