@@ -73,7 +73,8 @@ def test_the_number_of_threads_changes_results_by_no_more_than_their_rounding(dt
             if count == 1:
                 assert torch.equal(x, y)
             else:
-                assert (x - y).abs().max() <= 2 * torch.finfo(y.dtype).eps * y.abs().max()
+                # Chunks of the vocabulary, and with them the places where sums are split, depend on the threads.
+                assert (x - y).abs().max() <= 4 * torch.finfo(y.dtype).eps * y.abs().max()
 
 
 @needs_library
