@@ -34,6 +34,7 @@ for rank in (None, 1):
     errors.tell("train", errors.agreed(ValueError(), rank), f"agreed {rank}")
 errors.tell("train", LostRank(), f"lost by {launch.rank()}")
 dist.barrier()
+dist.destroy_process_group()
 """
 
 
