@@ -8,6 +8,11 @@ namespace {
 // Rows × 2 vectors of sums and two vectors of B are what the registers hold.
 constexpr int64_t kPanel = LANES == 16 ? 12 : 6, kGroup = 2 * LANES;
 
+// What is packed comes from memory, in more streams than the processor follows by itself: each is asked for so far ahead,
+// into the second-level cache, as the rows of a matrix are often 4 KB apart, in the same few places of the first.
+constexpr int64_t kBytesAhead = 384, kWordsAhead = 32, kLineBytes = 64;
+constexpr int kSecondLevel = 2;
+
 // -------------------------------------------------------------------------------------------------------------- lines
 
 // Lines first ... first + lines of a matrix, as far as there are so many: its rows, or its columns.
@@ -77,7 +82,7 @@ inline Bits shuffle(Bits a, Bits b, Bits from) {
 
 // In the square of words, swaps the two off-diagonal blocks of step × step in each diagonal block of twice their size.
 template <uint32_t step>
-void swap_blocks(Bits* rows) {
+__attribute__((always_inline)) inline void swap_blocks(Bits* rows) {
   Bits upper, lower;
   for (uint32_t j = 0; j < LANES; ++j) {
     upper[j] = j & step ? LANES + j - step : j;
@@ -93,7 +98,7 @@ void swap_blocks(Bits* rows) {
 }
 
 template <uint32_t step>
-void transpose_square(Bits* rows) {
+__attribute__((always_inline)) inline void transpose_square(Bits* rows) {
   if constexpr (step < LANES) {
     swap_blocks<step>(rows);
     transpose_square<2 * step>(rows);
@@ -108,8 +113,11 @@ int64_t transpose(const void* data, int64_t lines, int64_t words, int64_t line_b
     for (int64_t i = 0; i < lines; i += LANES) {
       Bits rows[LANES];
 #pragma GCC unroll 16
-      for (int64_t j = 0; j < LANES; ++j)
-        rows[j] = *reinterpret_cast<const UnalignedBits*>(lines_of + (i + j) * line_bytes + 4 * k);
+      for (int64_t j = 0; j < LANES; ++j) {
+        const char* line = lines_of + (i + j) * line_bytes + 4 * k;
+        __builtin_prefetch(line + kBytesAhead, 0, kSecondLevel);
+        rows[j] = *reinterpret_cast<const UnalignedBits*>(line);
+      }
       transpose_square<1>(rows);
 #pragma GCC unroll 16
       for (int64_t j = 0; j < LANES; ++j)
@@ -134,8 +142,12 @@ void pack(const T* data, const Lines& from, int64_t width, int64_t depth, Word* 
   if (kSame<Word, T> && from.stride == 1)
     start = transpose(data, from.count, whole, from.line_stride * sizeof(T), width, out);
   if (from.line_stride == 1) {
-    for (int64_t k = start; k < whole; ++k)
+    for (int64_t k = start; k < whole; ++k) {
+      for (int64_t j = kWord * (k + kWordsAhead); j < kWord * (k + kWordsAhead + 1); ++j)
+        for (int64_t i = 0; i < from.count; i += kLineBytes / sizeof(T))
+          __builtin_prefetch(data + j * from.stride + i, 0, kSecondLevel);
       for (int64_t i = 0; i < from.count; ++i) put(i, k, 1);
+    }
   } else {
     for (; start < whole; start += kBlock)
       for (int64_t i = 0; i < from.count; ++i)
