@@ -159,7 +159,7 @@ MUTANTS = (
     ),
     Mutant("vogue/rollout/latent_spans.py", "begins = ~inside & (", "begins = (", *LATENT),
     Mutant("vogue/rollout/latent_spans.py", "at < sampled[-1]", "True", *LATENT),
-    Mutant("vogue/warmstart.py", "[places - 1]", "[places]", *LATENT),
+    Mutant("vogue/warmstart.py", "[places - 1]", "[places]", "tests/test_latent_warmstart.py"),
     # Ranks.
     Mutant("vogue/step/balance.py", "(-claims[claim], claim)", "(claims[claim], claim)", "tests/test_balance.py"),
     Mutant("vogue/step/balance.py", "pack(loads, middle)", "pack(loads, budget)", "tests/test_balance.py"),
