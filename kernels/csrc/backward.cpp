@@ -18,7 +18,8 @@ void multiply_tile(
     int64_t stride, bool add) {
   for (int64_t row = first; row < last; row += products.panel)
     products.multiply(
-        a.depth(), b.padded_columns(tile), a[row / products.panel], b[tile], c + (row - first) * stride, stride, add);
+        a.depth(), b.padded_columns(tile), a[row / products.panel], b[tile], c + (row - first) * stride, stride, add,
+        /*short_sums=*/false);
 }
 
 // A head in the backward pass, of both branches or of one.
@@ -194,7 +195,8 @@ class Backward {
     if (known)
       side.kept.restore(tokens, column / width_, token, scale_, out);
     else
-      products_.multiply(weight.depth(), round_up(count, products_.group), panel, weight[0], out, width_, false);
+      products_.multiply(weight.depth(), round_up(count, products_.group), panel, weight[0], out, width_,
+                         /*add=*/false, /*short_sums=*/true);
     return {out, width_, known ? nullptr : bias, known, side.numbers + token, n_, side.written};
   }
 

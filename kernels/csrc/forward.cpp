@@ -49,7 +49,8 @@ std::tuple<Tensor, Tensor> forward(
         for (int64_t branch = 0; branch < branches; ++branch) {
           float* out = logits.floats() + branch * products.panel * width;
           products.multiply(panels[branch].depth(), round_up(count, products.group),
-                            panels[branch][row / products.panel], tile[head_of(branch)][0], out, width, false);
+                            panels[branch][row / products.panel], tile[head_of(branch)][0], out, width, /*add=*/false,
+                            /*short_sums=*/true);
           auto field = [&](int64_t f) { return sums + ((branch * fields + f) * shares + share) * n + row; };
           const float* added = bias[head_of(branch)];
           running[branch] = {out,      added ? added + first : nullptr,      field(0), field(1),

@@ -205,9 +205,9 @@ class KeptLogits {
 inline Kept kept_type(const Tensor& weight, double inverse_softcap) {
   const Dtype dtype = dtype_of(weight);
   const bool capped = inverse_softcap > 0;
-  if (dtype == Dtype::f32) return capped ? Kept::f32 : Kept::three_bytes;
+  if (dtype == Dtype::f32) return capped ? Kept::f32 : Kept::twenty_bits;
   if (dtype == Dtype::f16) return Kept::f16;
-  return capped ? Kept::bf16 : Kept::ten_bits;
+  return capped ? Kept::bf16 : Kept::eight_bits;
 }
 
 // Of each head, (V,) float32 or none.

@@ -52,7 +52,8 @@ void pack_columns_amx(
 }
 
 // What brgemm does, for a processor without AMX, and so for tests of all that surrounds it.
-void multiply_as_amx(int64_t depth, int64_t columns, const void* a, const void* b, float* c, int64_t stride, bool add) {
+void multiply_as_amx(
+    int64_t depth, int64_t columns, const void* a, const void* b, float* c, int64_t stride, bool add, bool) {
   const BF16 *rows = static_cast<const BF16*>(a), *pairs = static_cast<const BF16*>(b);
   for (int64_t i = 0; i < kPanelAMX; ++i)
     for (int64_t j = 0; j < columns; ++j) {
@@ -104,12 +105,12 @@ void multiply_group(int64_t words, const Word* a, const Word* b, float* c, int64
 }
 
 template <class Word>
-void multiply(int64_t depth, int64_t columns, const void* a, const void* b, float* c, int64_t stride, bool add) {
-  constexpr int64_t kLongest = kElements<Word> == 1 ? 48 : 256;  // longer sums lose digits, most of float32
-  const int64_t words = depth / kElements<Word>;
+void multiply(
+    int64_t depth, int64_t columns, const void* a, const void* b, float* c, int64_t stride, bool add, bool short_sums) {
+  const int64_t words = depth / kElements<Word>, longest = kElements<Word> == 1 && short_sums ? 48 : 256;
   for (int64_t j = 0; j < columns; j += kGroup)
-    for (int64_t k = 0; k < words; k += kLongest)
-      multiply_group(words - k < kLongest ? words - k : kLongest, static_cast<const Word*>(a) + k * kPanel,
+    for (int64_t k = 0; k < words; k += longest)
+      multiply_group(words - k < longest ? words - k : longest, static_cast<const Word*>(a) + k * kPanel,
                      static_cast<const Word*>(b) + j * words + k * kGroup, c + j, stride, add || k > 0);
 }
 

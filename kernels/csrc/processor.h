@@ -38,8 +38,11 @@ struct Products {
   // ... or its columns are rows `line` and following of all panels, its own at place `first` of the depth and on.
   void (*pack_columns)(
       const float* block, int64_t columns, int64_t stride, int64_t line, int64_t first, int64_t depth, void* panels);
-  // One panel by one tile of `columns` (padded) columns; c: (panel, columns), its rows `stride` apart.
-  void (*multiply)(int64_t depth, int64_t columns, const void* a, const void* b, float* c, int64_t stride, bool add);
+  // One panel by one tile of `columns` (padded) columns; c: (panel, columns), its rows `stride` apart. short_sums: of
+  // few terms at a time, as logits need them; longer ones take less time and lose digits of float32, if few.
+  void (*multiply)(
+      int64_t depth, int64_t columns, const void* a, const void* b, float* c, int64_t stride, bool add,
+      bool short_sums);
   // Called by a thread when it has no product left to do for now.
   void (*release)();
 };
@@ -47,12 +50,12 @@ struct Products {
 constexpr int64_t kMostColumns = 128;  // of a tile of logits
 
 // What the forward pass keeps a logit as, for the backward pass.
-enum class Kept { f32, bf16, f16, ten_bits, three_bytes };
+enum class Kept { f32, bf16, f16, eight_bits, twenty_bits };
 
 // Bytes of a token's kept logits of a tile.
 static constexpr int64_t kept_row_bytes(Kept type, int64_t columns) {
-  if (type == Kept::ten_bits) return columns + (columns + 3) / 4;
-  if (type == Kept::three_bytes) return columns * 3;
+  if (type == Kept::eight_bits) return columns;
+  if (type == Kept::twenty_bits) return columns * 2 + (columns + 1) / 2;
   return columns * (type == Kept::f32 ? 4 : 2);
 }
 

@@ -20,7 +20,7 @@ const Processor& processor() {
 namespace {
 
 void multiply_brgemm(
-    int64_t depth, int64_t columns, const void* a, const void* b, float* c, int64_t stride, bool add) {
+    int64_t depth, int64_t columns, const void* a, const void* b, float* c, int64_t stride, bool add, bool) {
   at::native::cpublas::brgemm(
       processor().amx.panel, columns, depth, depth, columns, stride, add, static_cast<const at::BFloat16*>(a),
       static_cast<const at::BFloat16*>(b), c, /*is_vnni=*/true);

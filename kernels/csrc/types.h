@@ -41,8 +41,8 @@ struct RootCode {
   static constexpr int32_t kLast = (1 << bits) - 1;
   static constexpr float kPerRoot2 = (kLast - 1.0f) * (kLast - 1.0f) / below;  // squared: √below is the code before
 };
-typedef RootCode<10, 36> TenBits;
-typedef RootCode<24, 126> ThreeBytes;
+typedef RootCode<8, 36> EightBits;
+typedef RootCode<20, 48> TwentyBits;
 
 // Calls function(T{}), T being the type of such elements.
 template <class Function>
@@ -57,8 +57,8 @@ void with_type(Kept type, Function function) {
   if (type == Kept::f32) function(F32{});
   if (type == Kept::bf16) function(BF16{});
   if (type == Kept::f16) function(F16{});
-  if (type == Kept::ten_bits) function(TenBits{});
-  if (type == Kept::three_bytes) function(ThreeBytes{});
+  if (type == Kept::eight_bits) function(EightBits{});
+  if (type == Kept::twenty_bits) function(TwentyBits{});
 }
 
 // Where float16 has an infinity, what is kept of a logit mustn't: p log p would be 0 · ∞.

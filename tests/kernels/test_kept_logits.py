@@ -12,9 +12,9 @@ from vogue_kernels import IGNORE, linear_branch_stats, linear_logprob
 ALL = 1 << 40  # bytes, more than there are
 
 
-def float32_bytes(backend):
-    """What a backend keeps a float32 logit in."""
-    return 3 if backend == "cpu" else 4
+def float32_bytes(logits, backend):
+    """What a backend keeps so many float32 logits in."""
+    return logits * 5 // 2 if backend == "cpu" else logits * 4
 
 
 CASES = [
@@ -85,14 +85,14 @@ def test_what_is_kept_is_not_computed_again(skipped, backend):
 
     assert kept_rows(0) == 0
     assert kept_rows(ALL) == 4096
-    half = float32_bytes(backend) * scored * 4096 // 2
+    half = float32_bytes(scored * 4096, backend) // 2
     assert 0 < kept_rows(half) <= 2048, "no more than there is room for"
     assert kept_rows(half) >= 2048 - 1024, "all tiles that there is room for, of 1,024 words at most"
 
 
 def test_both_branches_share_the_bytes_and_one_that_is_not_trained_gets_none(backend):
     raw, noisy, weight, targets = inputs(n=6, v=4096)
-    room = 6 * 4096 * float32_bytes(backend) + 6 * 64 * 4 + 16  # of one branch: logits, tiles, alignment
+    room = float32_bytes(6 * 4096, backend) + 6 * 64 * 4 + 16  # of one branch: logits, tiles, alignment
     options = dict(backend=backend, keep_logits_bytes=room)
     plain = linear_branch_stats(raw, noisy, weight, targets, backend=backend)
     (expected,) = torch.autograd.grad(plain.logprob_q.sum(), noisy)
@@ -125,7 +125,7 @@ def test_nothing_is_kept_where_no_gradient_can_flow(backend):
     n = 60 if backend == "triton" else 600
     raw, noisy, weight, targets = inputs(n=n, d=4, v=20011)
     frozen = [x.detach() for x in (raw, noisy, weight)]
-    everything = n * 20011 * float32_bytes(backend)
+    everything = float32_bytes(n * 20011, backend)
 
     def allocated(*tensors):
         return largest_allocation(
@@ -143,11 +143,11 @@ def test_nothing_is_kept_where_no_gradient_can_flow(backend):
 def test_no_more_bytes_are_kept_than_were_given(keep, backend):
     raw, _, weight, targets = inputs(n=50, v=2000)
     kept = torch.ops.vogue.linear_logprob(raw, weight, targets, None, 1.0, backend, [keep])[-1]
-    assert kept.nbytes <= min(keep, 50 * 2000 * float32_bytes(backend) * 1.06)
+    assert kept.nbytes <= min(keep, float32_bytes(50 * 2000, backend) * 1.07)
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
-@pytest.mark.parametrize("dtype, coded", [(torch.bfloat16, 1.25), (torch.float32, 3)], ids=["bf16", "f32"])
+@pytest.mark.parametrize("dtype, coded", [(torch.bfloat16, 1), (torch.float32, 2.5)], ids=["bf16", "f32"])
 def test_how_much_memory_all_logits_take(softcap, dtype, coded, backend):
     n, vocab = 40, 4101
     hidden, _, weight, targets = inputs(n=n, v=vocab, dtype=dtype)
@@ -155,7 +155,7 @@ def test_how_much_memory_all_logits_take(softcap, dtype, coded, backend):
     (expected,) = torch.autograd.grad(saved.sum(), weight)
     buffer = torch.ops.vogue.linear_logprob(hidden, weight, targets, None, 1.0, backend, [ALL], softcap)[-1]
     logit = coded if backend == "cpu" and softcap is None else dtype.itemsize
-    assert buffer.nbytes <= n * vocab * logit * 1.06
+    assert buffer.nbytes <= n * vocab * logit * 1.07
     options = dict(softcap=softcap, backend=backend, keep_logits_bytes=buffer.nbytes)
     (found,) = gradients_after_the_weight_changed(linear_logprob, [hidden], weight, targets, weight, **options)
     # With −W the gradient of a word's logit would have another p, and so another row of ∂W.

@@ -35,7 +35,7 @@ def description() -> str:
 
 def kept_bits(dtype, scaling):
     """As branches.py says."""
-    coded = {torch.bfloat16: 10, torch.float32: 24} if scaling.softcap is None else {}
+    coded = {torch.bfloat16: 8, torch.float32: 20} if scaling.softcap is None else {}
     return coded.get(dtype, 8 * dtype.itemsize)
 
 
