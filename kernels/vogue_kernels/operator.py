@@ -74,8 +74,8 @@ def linear_branch_stats(
     `bias`; with it q has no bias but bias_q. Temperature and softcap are of both.
 
     keep_logits_bytes: memory to spend on a faster backward pass. Within it the logits of the first words of the
-    vocabulary, all N · V of them at most, are kept in the inputs' dtype (on a CPU without a softcap: bfloat16 in ten
-    bits, float32 in three bytes); the others are computed again. Only those of a branch whose hidden states or own
+    vocabulary, all N · V of them at most, are kept in the inputs' dtype (on a CPU without a softcap: bfloat16 in eight
+    bits, float32 in twenty); the others are computed again. Only those of a branch whose hidden states or own
     head require a gradient are kept (of both, if only a common weight or bias does), and none where no gradient is
     recorded. The results don't depend on it; gradients do by the rounding of what is kept. It helps where a loss is
     of log-probabilities and entropies: gradients of a divergence are computed without what is kept. With a softcap

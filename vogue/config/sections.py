@@ -40,7 +40,7 @@ class ModelConfig(Section):
         description="memory in GB within which the head keeps a micro-batch's logits for its backward pass, which then "
         "needs three matrix products where it needs four; it pays where memory is left over and the head takes a large "
         "share of a step (a small model, a large vocabulary). All logits are tokens x vocabulary x 2 bytes in bfloat16 "
-        "(1.3 on a CPU)",
+        "(1.06 on a CPU)",
     )
     liger: bool = Field(
         False,

@@ -213,8 +213,8 @@ def _head(sizes: Sizes, run: Layout) -> float:
     hidden = run.predicted * sizes.text.hidden
     views, chunk = 1 + run.compares + run.refers + run.moving, GPU_CHUNK if run.on_gpu else 2 * CPU_CHUNK
     weight = 0 if run.adapters else sizes.vocabulary * sizes.text.hidden * run.item
-    # A processor keeps ten bits of bfloat16 and three bytes of float32.
-    logit = run.item if run.on_gpu else 10 / 8 if run.item == 2 else 3
+    # A processor keeps eight bits of bfloat16 and twenty of float32.
+    logit = run.item if run.on_gpu else 1 if run.item == 2 else 2.5
     kept = min(run.kept_logits, run.predicted * sizes.vocabulary * logit)
     return hidden * (views * run.item + 4) + weight + views * chunk * run.item + kept
 
