@@ -154,8 +154,8 @@ void restore_row(const T* kept, int64_t columns, float maximum, float, float* lo
 }
 
 // Or a code for √x, x in bits. Eight bits, in the place of bfloat16's x: in nats it is off by at most 0.020 √x, where
-// bfloat16's logits from 8 on are off by 0.03, and p by at most 0.0084 of the row's largest one, two units in its last
-// place. Twenty bits, in the place of float32's: x is off by at most 5.5e-6 √x and p by 2.4e-6 of the largest, where
+// bfloat16's logits from 8 on are by up to 0.03, and p by at most 0.0084 of the row's largest one, some two units in its
+// last place. Twenty bits, in the place of float32's: x is off by at most 5.5e-6 √x and p by 2.4e-6 of the largest, where
 // float32's products of some units are off by as much.
 constexpr float kNowhere = 1e6f;  // x scale of p = 0, in bits
 
