@@ -7,10 +7,11 @@
     python bench/kernels.py --work backward --keep 20MB 0.5x all            # memory for time, against torch.compile
     python bench/kernels.py --errors                                        # relative errors against float64 too
 
-Contenders run in turns, so that a change of clocks or of other load meets them all, and the median of a contender's
-turns counts: compare ratios, not seconds of a shared machine. Time on a GPU is that between CUDA events, on a CPU the
-wall clock's of the second of two runs in a row. Memory is what a turn needs beyond inputs and results at its highest:
-in torch's allocator and, on a GPU, for NVML on the device as a whole, on which nothing else should run.
+Contenders run in turns, each time in another order, so that a change of clocks or of other load meets them all, and the
+median of a contender's turns counts: compare ratios, not seconds of a shared machine. Time on a GPU is that between
+CUDA events, on a CPU the wall clock's of the second of two runs in a row. Memory is what a turn needs beyond inputs and
+results at its highest: in torch's allocator and, on a GPU, for NVML on the device as a whole, on which nothing else
+should run.
 
 The bound is by operations and bytes, at the rates of a matrix product and of a copy measured before. Its operations,
 which TFLOP/s counts for all contenders alike, are those of bounded memory, where a backward pass computes the logits

@@ -1,6 +1,7 @@
 """Contenders in turns on one shape, whatever becomes of any of them: rows for bench/kernels.py and bench/gpu.py."""
 
 import os
+import random
 import re
 import time
 import traceback
@@ -77,7 +78,7 @@ def measure(contenders: dict[str, Contender], machine: Gpu | Cpu, turns: int, un
     for turn in range(turns):
         if (turn >= 7 and time.monotonic() > until) or (turn >= 1 and time.monotonic() > end):
             break
-        for _, run, times in running:
+        for _, run, times in random.Random(turn).sample(running, len(running)):  # none always follows the same one
             times.append(machine.milliseconds(run))
     for row, _, times in running:
         row |= {"ms": median(times), "fastest_ms": min(times), "slowest_ms": max(times), "turns": len(times)}
