@@ -424,10 +424,7 @@ def test_a_cpu_run_is_planned_against_this_machines_memory(settings, capsys):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (
-            ["model.path=nowhere/model"],
-            "model.path=nowhere/model: no such folder, and its config.json isn't in the hub",
-        ),
+        (["model.path=no/model"], "model.path=no/model: no such folder, and its config.json isn't in the hub"),
         (["model.path=/nowhere"], "model.path=/nowhere: no such folder"),
         (["--gpus", "8"], "--gpus 8: there is no GPU here; --memory says how many GB each of them has"),
         (["rollout.max_tokens=9000"], "data.max_prompt_tokens=128 and rollout.max_tokens=9000 are 9128 together"),
